@@ -50,14 +50,14 @@ PATCHES = (
         "torchrun has a setting for failures that are final",
     ),
     Patch(
-        "training.checkpoint.plan",
+        "training.checkpoint.save",
         "megatron-core",
         "filesystem_async._results_queue; for good",
         "a server process would be started for a queue that nothing reads",
         "a save can be planned without a queue",
     ),
     Patch(
-        "training.checkpoint.plan",
+        "training.checkpoint.save",
         "torch",
         "storage_meta of one writer; for good",
         "a path would be stored as an object, which another Python cannot unpickle",

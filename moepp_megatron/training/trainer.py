@@ -22,6 +22,7 @@ from moepp_megatron.training.checkpoint import (
     CheckpointWriter,
     Loaded,
     find_start,
+    newest_valid,
     read_checkpoint,
 )
 from moepp_megatron.training.checkpoint.files import read_record
@@ -31,7 +32,6 @@ from moepp_megatron.training.collect import mean_loss
 from moepp_megatron.training.part import Outcome, PartContext, Parts, Pause, Rollback, Step, Stop
 from moepp_megatron.training.parts.order import STATES, build_parts, states_of
 from moepp_megatron.training.resilience.supervisor import Supervisor
-from moepp_megatron.training.rollback import load_earlier, newest_checkpoint
 from moepp_megatron.training.run_folder import RunFolder, checkpoint_folder
 from moepp_megatron.training.schedule import BatchSizes, planned_samples
 from moepp_megatron.training.setup import TrainingModel, build_training_model
@@ -227,12 +227,14 @@ class Trainer:
         """Continue from an earlier checkpoint; False if there is none."""
         before = self.progress
         with self.supervisor.during("rollback"):
-            checkpoint = newest_checkpoint(self.config, self.checkpoints, rollback.up_to_step)
+            self.checkpoints.finish()
+            checkpoint = newest_valid(checkpoint_folder(self.config), rollback.up_to_step)
             self._alerts.send(*rollback.alerts_before(checkpoint))
             if checkpoint is None:
                 return False
-            self.progress, extra = load_earlier(checkpoint, self.model, self.config, before)
-            self.states = states_of(extra)
+            loaded = read_checkpoint(checkpoint, self.model, self.config)
+            self.progress = before.back_at(loaded.progress)
+            self.states = states_of(loaded.extra)
             if self._sinks is not None:
                 self._sinks.go_back(self.progress.step)
             self._alerts.send(*self.parts.load(self.states, "rollback", before.step))

@@ -310,13 +310,16 @@ class _Run:
 
     def _plan_save(self):
         """A save as far as all that it writes is in host memory."""
-        from moepp_megatron.training.checkpoint.plan import Planner
+        from moepp_megatron.training.checkpoint.files import Progress, SavedRecord
+        from moepp_megatron.training.checkpoint.save import Save
         from moepp_megatron.training.checkpoint.state import saved_state
 
         with tempfile.TemporaryDirectory() as folder:
-            plan = Planner().plan(saved_state(self.model), Path(folder))
-            plan.load()
-            self.outcome.saved = plan.num_bytes
+            path, record = Path(folder), SavedRecord.now(Progress(), self.layout)
+            save = Save(path, path, {}, record)
+            save.plan(saved_state(self.model))
+            save.load()
+            self.outcome.saved = save.num_bytes
 
     def _evaluate(self):
         from moepp_megatron.features.validation import part as evaluate

@@ -12,7 +12,7 @@ import pytest
 from moepp_megatron.config import ConfigError
 from moepp_megatron.data.chat_template import ChatTemplate
 from moepp_megatron.data.tokenizer import Tokenizer
-from moepp_megatron.training.checkpoint.publish import tokenizer_files
+from moepp_megatron.training.checkpoint.write import tokenizer_files
 from tests.interop.checkpoints import GOLDEN, hf_to_mcore, load_tensors, mcore_to_hf, write_released
 from tests.interop.models import settings
 from tests.interop.test_export import TOKENS, save_and_compute, write_tokenizer

@@ -28,19 +28,19 @@ from tests.parallel.saving_runs import Run, names
 @contextlib.contextmanager
 def full_disk(fault: str) -> Iterator[None]:
     """A disk that takes no more than `fault` says, on the rank that enters."""
-    from moepp_megatron.training.checkpoint import plan, publish, state
+    from moepp_megatron.training.checkpoint import save, state
 
-    owner, name, limited = plan.SavePlan, "write", None
+    owner, name, limited = save.Save, "_write_files", None
     if fault == "index":
-        name = "write_index"
+        name = "_write_index"
     elif fault == "state":
         owner, name = state, "model_state"  # type: ignore[assignment]
     elif fault == "memory":
         name = "load"
     elif fault == "manifest":
-        owner, name = publish, "write_synced"  # type: ignore[assignment]
+        owner, name = save, "write_synced"  # type: ignore[assignment]
     elif fault == "torch":
-        owner, name = plan.FileSystemWriterAsync, "write_preloaded_data"  # type: ignore[assignment]
+        owner, name = save.FileSystemWriterAsync, "write_preloaded_data"  # type: ignore[assignment]
     elif fault == "file size":
         # A real refusal of the kernel, in the middle of a file.
         limited = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -241,16 +241,16 @@ def test_a_run_whose_folder_is_removed_at_its_end(ranks, corpus, tmp_path):
 def step_while_writing(folder: Path) -> bool:
     """Whether nothing is written yet after two steps on a disk that waits for them."""
     from moepp_megatron.runtime.patches import replaced
-    from moepp_megatron.training.checkpoint import plan
+    from moepp_megatron.training.checkpoint.save import Save
 
-    write, ready = plan.SavePlan.write, folder.with_suffix(".ready")
+    write, ready = Save._write_files, folder.with_suffix(".ready")
 
     def slow(self):
         while not ready.exists():
             time.sleep(0.01)
         return write(self)
 
-    with replaced(plan.SavePlan, write=slow):
+    with replaced(Save, _write_files=slow):
         run = Run(folder, async_save=True)
         run.step()
         run.save(wait=False)

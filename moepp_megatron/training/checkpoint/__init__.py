@@ -8,11 +8,10 @@ find.py          finds the checkpoint that a name means, and the newest valid on
 compatible.py    compares a configuration with the one that a checkpoint was written with
 optimizer.py     state of optimizers: their steps, a rank's shard in terms of whole parameters
 state.py         model, optimizer, schedule as megatron-core's sharded state
-plan.py          assigns the bytes that each rank writes
 background.py    a forked process that writes, a thread that uploads, while training continues
-publish.py       turns complete files into a named checkpoint
+save.py          one save: planned, written by all ranks, published
 retention.py     deletes old checkpoints, and what killed runs left; checks the space of future ones
-write.py         `CheckpointWriter`: all of a save, in the foreground or background
+write.py         `CheckpointWriter`: the saves of a run, on which all ranks agree
 read.py          all of a load
 
 Names are imported on first use: finding a checkpoint and refusing one that does not fit needs no

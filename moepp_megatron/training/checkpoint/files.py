@@ -82,6 +82,12 @@ class Progress:
             skipped_steps=self.skipped_steps + 1,
         )
 
+    def back_at(self, earlier: Progress) -> Progress:
+        """Progress after going back to an earlier state; data continue after all that was read."""
+        return replace(
+            earlier, consumed_samples=self.consumed_samples, skipped_steps=self.skipped_steps
+        )
+
 
 @dataclass
 class SavedRecord:

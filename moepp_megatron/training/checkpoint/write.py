@@ -1,38 +1,37 @@
-"""Saves a checkpoint: prepare, plan, write in the foreground or background, agree, publish."""
+"""Saves the checkpoints of a run: prepare, plan, write, agree, publish, delete old ones."""
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import logging
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
-from moepp_megatron.config import Config, Layout
-from moepp_megatron.file_names import MANIFEST_FILE
+from moepp_megatron.config import Config, ConfigError, Layout
+from moepp_megatron.data.tokenizer import Tokenizer, named_eod_token, tokenizer_config
+from moepp_megatron.file_names import (
+    CHAT_TEMPLATE_FILE,
+    CONFIG_FILE,
+    MANIFEST_FILE,
+    TOKENIZER_CONFIG_FILE,
+    TOKENIZER_FILE,
+)
 from moepp_megatron.runtime.agreement import Agreement
 from moepp_megatron.runtime.disk import NO_SPACE
 from moepp_megatron.runtime.object_store import ObjectPath, StoreError
 from moepp_megatron.training import rng
-from moepp_megatron.training.checkpoint.background import (
-    Background,
-    BackgroundError,
-    BackgroundUpload,
-)
+from moepp_megatron.training.checkpoint.background import BackgroundError
 from moepp_megatron.training.checkpoint.files import (
     Progress,
     SavedRecord,
     checkpoint_name,
     plain_damage,
 )
-from moepp_megatron.training.checkpoint.plan import Planner, SavePlan, Written
-from moepp_megatron.training.checkpoint.publish import Companions, publish, tokenizer_files, upload
 from moepp_megatron.training.checkpoint.read import agreed_reason
 from moepp_megatron.training.checkpoint.retention import (
     Pruner,
@@ -40,49 +39,13 @@ from moepp_megatron.training.checkpoint.retention import (
     remove_leftovers,
     space_text,
 )
+from moepp_megatron.training.checkpoint.save import Save, Written
 from moepp_megatron.training.checkpoint.state import saved_state
 from moepp_megatron.training.setup import TrainingModel
 
 logger = logging.getLogger(__name__)
 
 _POLL_S = 0.02
-
-
-@dataclass
-class _Save:
-    """A save in progress."""
-
-    final: Path
-    plan: SavePlan
-    companions: Companions
-    # Writes this rank's files; None where it could not be started, and why.
-    process: Background | BackgroundUpload | None = None
-    failure: str | None = None
-
-    def write(self) -> Written:
-        """Write this rank's files, and upload them if the checkpoint is in object storage."""
-        return self._sent(self.plan.write())
-
-    def start(self) -> None:
-        """Write in the background."""
-        try:
-            process = Background(self.plan.write)
-            is_far = isinstance(self.final, ObjectPath)
-            self.process = BackgroundUpload(process, self._sent) if is_far else process
-        except OSError as error:
-            self.failure = f"no process could be started ({error})"
-
-    def result(self) -> Written:
-        """Wait for the write and return its result."""
-        if self.process is None:
-            raise BackgroundError(self.failure or "no process was started")
-        written: Written = self.process.result()
-        return written
-
-    def _sent(self, written: Written) -> Written:
-        if isinstance(self.final, ObjectPath):
-            return upload(written, self.plan.folder, self.final)
-        return written
 
 
 class CheckpointWriter:
@@ -115,9 +78,9 @@ class CheckpointWriter:
         self._tokenizer = tokenizer_files(tokenizer) if self._is_first else {}
         self._layout = Layout.from_config(config, dist.get_world_size())
         self._agreement = Agreement()
-        self._planner = Planner()
         self._pruner = Pruner(folder, config.checkpoint.keep)
-        self._save: _Save | None = None
+        self._save: Save | None = None
+        self._is_checked = False
         # Files are written there, and a checkpoint that is complete has its name in `folder`.
         self._uploads = isinstance(folder, ObjectPath)
         self._staging = folder
@@ -146,26 +109,23 @@ class CheckpointWriter:
         temporary = self._prepare(final)
         if temporary is None:
             return final
+        companions = {CONFIG_FILE: self._config.to_yaml().encode(), **self._tokenizer}
+        record = SavedRecord.now(progress, self._layout)
+        save = Save(final, temporary, companions, record)
         with model.gathered_parameters():
-            plan, reason = self._planned(model, extra or {}, temporary)
-            if plan is None or reason is not None:
+            if (reason := self._plan(save, model, extra or {})) is not None:
                 if self._is_first or self._uploads:
                     shutil.rmtree(temporary, ignore_errors=True)
-                self._failed(final, str(reason))
-                return final
-            record = SavedRecord.now(progress, self._layout)
-            save = _Save(final, plan, Companions(self._config.to_yaml(), self._tokenizer, record))
-            if self._config.checkpoint.async_save:
+                self._failed(final, reason)
+            elif self._config.checkpoint.async_save:
                 self._save = save
                 save.start()
             else:
                 self._complete(save, save.write)
         return final
 
-    def _planned(
-        self, model: TrainingModel, extra: dict[str, Any], folder: Path
-    ) -> tuple[SavePlan | None, str | None]:
-        """The plan of a save, or a rank's reason, mostly lack of memory, why it has none."""
+    def _plan(self, save: Save, model: TrainingModel, extra: dict[str, Any]) -> str | None:
+        """Plan a save and bring its data to the host; the first rank's reason if that fails."""
 
         def collect() -> dict[str, Any]:
             random = rng.sharded_rng_state(with_data=True)
@@ -173,9 +133,11 @@ class CheckpointWriter:
 
         state, reason = self._tried(collect)
         if state is None or reason is not None:
-            return None, reason
-        plan = self._planner.plan(state, folder)
-        return plan, self._tried(plan.load)[1]
+            return reason
+        # Later saves have the structure of the first, which is checked in full.
+        save.plan(state, self._is_checked)
+        self._is_checked = True
+        return self._tried(save.load)[1]
 
     def _tried[T](self, act: Callable[[], T]) -> tuple[T | None, str | None]:
         """Return `act()` and the first rank's reason for failure; all ranks call."""
@@ -191,10 +153,7 @@ class CheckpointWriter:
 
         Returns at once; every rank must call, and all get the same answer.
         """
-        if self._save is None:
-            return False
-        process = self._save.process
-        return self._agreement.all(process is None or process.done())
+        return self._save is not None and self._agreement.all(self._save.is_written())
 
     @property
     def is_writing(self) -> bool:
@@ -225,8 +184,8 @@ class CheckpointWriter:
 
     def close(self) -> None:
         """End a save that is being written, without waiting for it or for other ranks."""
-        if self._save is not None and self._save.process is not None:
-            self._save.process.kill()
+        if self._save is not None:
+            self._save.kill()
         self._save = None
 
     def _prepare(self, final: Path) -> Path | None:
@@ -258,23 +217,23 @@ class CheckpointWriter:
         self._failed(final, reason)
         return None
 
-    def _complete(self, save: _Save, write: Callable[[], Written]) -> None:
+    def _complete(self, save: Save, write: Callable[[], Written]) -> None:
         """Collect every rank's results, publish on rank 0, share the outcome."""
         written, reason = self._tried(write)
-        parts = self._agreement.gather((save.plan.num_bytes, written if reason is None else None))
+        parts = self._agreement.gather((save.num_bytes, written if reason is None else None))
         if self._is_first:
             if reason is None:
                 try:
-                    publish(save.plan, save.final, [part for _, part in parts], save.companions)
+                    save.publish([part for _, part in parts])
                 except Exception as error:  # the other ranks wait to hear of it
                     reason = _describe(error)
             if reason is not None:
-                self._remove(save)
+                save.remove()
                 if NO_SPACE in reason:
                     reason += space_text(sum(size for size, _ in parts), self._staging)
         reason = self._agreement.from_first(reason)
         if self._uploads:
-            shutil.rmtree(save.plan.folder, ignore_errors=True)
+            shutil.rmtree(save.folder, ignore_errors=True)
         if reason is not None:
             self._failed(save.final, reason)
             return
@@ -292,14 +251,6 @@ class CheckpointWriter:
         if self._is_first:
             self._pruner.wrote(written)
 
-    def _remove(self, save: _Save) -> None:
-        """Remove what a failed save has left, as far as that can be done now."""
-        shutil.rmtree(save.plan.folder, ignore_errors=True)
-        if isinstance(save.final, ObjectPath):
-            # The next save, or the next start, tries again.
-            with contextlib.suppress(StoreError):
-                save.final.delete_below(MANIFEST_FILE)
-
     def _failed(self, final: Path, reason: str, what: str = "could not be written") -> None:
         self.failed_saves += 1
         self.error = self.last_failure = f"checkpoint {final} {what}: {reason}"
@@ -312,3 +263,27 @@ def _describe(error: Exception) -> str:
     text = " ".join(str(error).split())
     is_known = isinstance(error, OSError | BackgroundError | StoreError)
     return text if is_known else f"{type(error).__name__}: {text}"
+
+
+def tokenizer_files(path: Path) -> dict[str, bytes]:
+    """The tokenizer files of a checkpoint by name; empty if the file is not a tokenizer.
+
+    Read once, when a run begins: the file may be replaced while it trains.
+    """
+    if not path.is_file():
+        return {}
+    try:
+        Tokenizer.load(path)
+    except ConfigError as error:
+        logger.warning("checkpoints get no %s: %s", TOKENIZER_FILE, error)
+        return {}
+    files = {TOKENIZER_FILE: path.read_bytes()}
+    # Only its name in the tokenizer distinguishes this token from others, and the data that say so
+    # need not be there when the checkpoint is used.
+    eod_token = named_eod_token(path)
+    if eod_token is not None:
+        files[TOKENIZER_CONFIG_FILE] = tokenizer_config(eod_token)
+    template = path.with_name(CHAT_TEMPLATE_FILE)
+    if template.is_file():
+        files[CHAT_TEMPLATE_FILE] = template.read_bytes()
+    return files

@@ -9,7 +9,7 @@ import pytest
 from moepp_megatron.config import ConfigError
 from moepp_megatron.data.tokenizer import train_tokenizer
 from moepp_megatron.training.checkpoint import check_start
-from moepp_megatron.training.checkpoint.publish import tokenizer_files
+from moepp_megatron.training.checkpoint.write import tokenizer_files
 from tests.unit.training.conftest import config_of
 
 AUTO = config_of(checkpoint={"load": "auto"})
