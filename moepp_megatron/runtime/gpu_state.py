@@ -6,11 +6,16 @@ stand-in for the library with the same function names.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 # In place of a link's number in a field of NVLink: the sum over all links (nvml.h, `scopeId`).
 ALL_LINKS = 2**32 - 1
+
+
+# Converts the answer; the function; names of constants that it takes.
+_Query = tuple[Callable[[Any], Any], str, *tuple[str, ...]]
 
 
 class Library:
@@ -39,6 +44,18 @@ class Library:
                 faults.append(str(error))
             return None
 
+    def answers(
+        self, handle: Any, queries: Mapping[str, _Query], faults: list[str] | None = None
+    ) -> dict[str, Any]:
+        """Answers about a GPU by name, converted; those that NVML does not have are left out."""
+        found = {}
+        for name, (convert, function, *constants) in queries.items():
+            arguments = (getattr(self.module, constant) for constant in constants)
+            answer = self.ask(function, handle, *arguments, faults=faults)
+            if answer is not None:
+                found[name] = convert(answer)
+        return found
+
     def fields(self, handle: Any, *fields: int | tuple[int, int]) -> list[int | None]:
         """Field values of a GPU, each None where it has none; of an NVLink field (field, link)."""
         values = self.ask("nvmlDeviceGetFieldValues", handle, list(fields))
@@ -48,16 +65,6 @@ class Library:
             int(_field_number(value, self.module)) if value.nvmlReturn == 0 else None
             for value in values
         ]
-
-
-def text(value: Any) -> str | None:
-    """Older versions of nvidia-ml-py hand out bytes."""
-    return value.decode() if isinstance(value, bytes) else value
-
-
-def scaled(value: int | None, factor: float) -> float | None:
-    """An integer of NVML in another unit."""
-    return None if value is None else value * factor
 
 
 def _field_number(value: Any, library: Any) -> float:
@@ -104,7 +111,6 @@ class Driver:
 class RemappedRows:
     """Rows of device memory replaced by spare ones (Ampere and newer)."""
 
-    correctable: int
     uncorrectable: int
     pending: bool
     failed: bool
@@ -121,7 +127,6 @@ class GPUState:
         faults: Errors that queries ended with, such as "GPU is lost", each once.
         recovery_action: The driver's demand (0 none, 1 reset, 2 reboot, ...).
         ecc_uncorrected: Uncorrectable errors since the driver was loaded.
-        ecc_corrected: Corrected errors since the driver was loaded.
         retired_pages: Pages taken out of use (before Ampere).
         retirement_pending: Whether pages wait for a restart to be retired.
         throttle_reasons: Bit mask `nvmlClocksEventReason...`.
@@ -137,7 +142,6 @@ class GPUState:
     recovery_action: int | None = None
     ecc_enabled: bool | None = None
     ecc_uncorrected: int | None = None
-    ecc_corrected: int | None = None
     retired_pages: int | None = None
     retirement_pending: bool | None = None
     rows: RemappedRows | None = None
@@ -152,7 +156,6 @@ class GPUState:
     pcie_generation: int | None = None
     pcie_max_generation: int | None = None
     pcie_width: int | None = None
-    pcie_replays: int | None = None
     busy_power_state: bool | None = None
     links: tuple[NvLink, ...] = ()
     processes: tuple[GpuProcess, ...] = ()
@@ -162,12 +165,11 @@ class GPUState:
 class Sample:
     """One GPU's values for telemetry.
 
-    Power in W, energy in J since the driver was loaded, utilisation and shares 0 to 1, memory in
-    bytes, clock in MHz, traffic in bytes per second (PCIe) and bytes since some start (NVLink).
+    Power in W, utilisation 0 to 1, memory in bytes, temperature in degrees Celsius, clock in MHz,
+    traffic in bytes per second (PCIe) and bytes since some start (NVLink).
     """
 
     power: float | None = None
-    energy: float | None = None
     utilization: float | None = None
     memory_used: int | None = None
     temperature: int | None = None
@@ -178,111 +180,103 @@ class Sample:
     nvlink_rx: int | None = None
 
 
-class CardReader:
-    """Reads everything about one GPU; collects the errors of its queries."""
+def milli(value: int) -> float:
+    """A number of thousandths, as NVML gives power and energy."""
+    return value * 1e-3
 
-    def __init__(self, library: Library, handle: Any, faults: list[str]) -> None:
-        self._calls, self._library = library, library.module
-        self._handle, self._faults = handle, faults
 
-    def _ask(self, function: str, *arguments: Any) -> Any:
-        return self._calls.ask(function, self._handle, *arguments, faults=self._faults)
+def _rows(rows: tuple[int, int, int, int]) -> RemappedRows:
+    _, uncorrectable, pending, failed = rows
+    return RemappedRows(uncorrectable, bool(pending), bool(failed))
 
-    def read(self, index: int) -> GPUState:
-        """The GPU's state."""
-        card = GPUState(
-            index,
-            name=text(self._ask("nvmlDeviceGetName")),
-            uuid=text(self._ask("nvmlDeviceGetUUID")),
-            recovery_action=self._calls.fields(
-                self._handle, self._library.NVML_FI_DEV_GET_GPU_RECOVERY_ACTION
-            )[0],
-            throttle_reasons=self._ask("nvmlDeviceGetCurrentClocksEventReasons"),
-            links=self._links(),
-            processes=self._processes(),
-            rows=self._rows(),
-            **self._memory_errors(),
-            **self._clocks_and_power(),
-            **self._pcie(),
+
+def _processes(processes: Sequence[Any]) -> tuple[GpuProcess, ...]:
+    return tuple(GpuProcess(int(each.pid), each.usedGpuMemory) for each in processes)
+
+
+_TEMPERATURE = (int, "nvmlDeviceGetTemperature", "NVML_TEMPERATURE_GPU")
+_SM_CLOCK = (int, "nvmlDeviceGetClockInfo", "NVML_CLOCK_SM")
+_POWER = (milli, "nvmlDeviceGetPowerUsage")
+_STATE: dict[str, _Query] = {
+    "name": (str, "nvmlDeviceGetName"),
+    "uuid": (str, "nvmlDeviceGetUUID"),
+    "throttle_reasons": (int, "nvmlDeviceGetCurrentClocksEventReasons"),
+    "processes": (_processes, "nvmlDeviceGetComputeRunningProcesses"),
+    "rows": (_rows, "nvmlDeviceGetRemappedRows"),
+    "ecc_enabled": (lambda mode: bool(mode[0]), "nvmlDeviceGetEccMode"),
+    "ecc_uncorrected": (
+        int,
+        "nvmlDeviceGetTotalEccErrors",
+        "NVML_MEMORY_ERROR_TYPE_UNCORRECTED",
+        "NVML_VOLATILE_ECC",
+    ),
+    "retirement_pending": (bool, "nvmlDeviceGetRetiredPagesPendingStatus"),
+    "sm_clock": _SM_CLOCK,
+    "max_sm_clock": (int, "nvmlDeviceGetMaxClockInfo", "NVML_CLOCK_SM"),
+    "power": _POWER,
+    "power_limit": (milli, "nvmlDeviceGetEnforcedPowerLimit"),
+    "default_power_limit": (milli, "nvmlDeviceGetPowerManagementDefaultLimit"),
+    "temperature": _TEMPERATURE,
+    "slowdown_temperature": (
+        int,
+        "nvmlDeviceGetTemperatureThreshold",
+        "NVML_TEMPERATURE_THRESHOLD_SLOWDOWN",
+    ),
+    # NVML_PSTATE_0.
+    "busy_power_state": (lambda state: state == 0, "nvmlDeviceGetPerformanceState"),
+    "pcie_generation": (int, "nvmlDeviceGetCurrPcieLinkGeneration"),
+    "pcie_max_generation": (int, "nvmlDeviceGetMaxPcieLinkGeneration"),
+    "pcie_width": (int, "nvmlDeviceGetCurrPcieLinkWidth"),
+}
+_PAGES: dict[str, _Query] = {
+    cause: (len, "nvmlDeviceGetRetiredPages", f"NVML_PAGE_RETIREMENT_CAUSE_{cause}")
+    for cause in ("MULTIPLE_SINGLE_BIT_ECC_ERRORS", "DOUBLE_BIT_ECC_ERROR")
+}
+SAMPLE: dict[str, _Query] = {
+    "power": _POWER,
+    "utilization": (lambda rates: rates.gpu / 100.0, "nvmlDeviceGetUtilizationRates"),
+    "memory_used": (lambda memory: int(memory.used), "nvmlDeviceGetMemoryInfo"),
+    "temperature": _TEMPERATURE,
+    "sm_clock": _SM_CLOCK,
+    **{
+        f"pcie_{way}": (
+            lambda kilobytes: kilobytes * 1024.0,
+            "nvmlDeviceGetPcieThroughput",
+            f"NVML_PCIE_UTIL_{way.upper()}_BYTES",
         )
-        # What was found on the way counts too, so this comes last.
-        return GPUState(**{**card.__dict__, "faults": tuple(self._faults)})
+        for way in ("tx", "rx")
+    },
+}
 
-    def _memory_errors(self) -> dict[str, Any]:
-        library = self._library
-        mode = self._ask("nvmlDeviceGetEccMode")
-        counters = [
-            self._ask("nvmlDeviceGetTotalEccErrors", kind, library.NVML_VOLATILE_ECC)
-            for kind in (
-                library.NVML_MEMORY_ERROR_TYPE_UNCORRECTED,
-                library.NVML_MEMORY_ERROR_TYPE_CORRECTED,
+
+def read_state(library: Library, handle: Any, index: int) -> GPUState:
+    """Everything about GPU `index`, with the errors of the queries."""
+    faults: list[str] = []
+    found = library.answers(handle, _STATE, faults)
+    if pages := library.answers(handle, _PAGES, faults):
+        found["retired_pages"] = sum(pages.values())
+    found["links"] = _links(library, handle, faults)
+    (action,) = library.fields(handle, library.module.NVML_FI_DEV_GET_GPU_RECOVERY_ACTION)
+    return GPUState(index, faults=tuple(faults), recovery_action=action, **found)
+
+
+def _links(library: Library, handle: Any, faults: list[str]) -> tuple[NvLink, ...]:
+    links = []
+    counters = [f"NVML_NVLINK_ERROR_DL_{name}" for name in ("CRC_FLIT", "REPLAY", "RECOVERY")]
+    for index in range(library.module.NVML_NVLINK_MAX_LINKS):
+        state = library.ask("nvmlDeviceGetNvLinkState", handle, index, faults=faults)
+        if state is None:
+            # Links are numbered without gaps, so that the first unknown one ends them.
+            break
+        errors = [
+            library.ask(
+                "nvmlDeviceGetNvLinkErrorCounter",
+                handle,
+                index,
+                getattr(library.module, counter),
+                faults=faults,
             )
+            for counter in counters
         ]
-        causes = (
-            library.NVML_PAGE_RETIREMENT_CAUSE_MULTIPLE_SINGLE_BIT_ECC_ERRORS,
-            library.NVML_PAGE_RETIREMENT_CAUSE_DOUBLE_BIT_ECC_ERROR,
-        )
-        pages = [self._ask("nvmlDeviceGetRetiredPages", cause) for cause in causes]
-        pending = self._ask("nvmlDeviceGetRetiredPagesPendingStatus")
-        return {
-            "ecc_enabled": None if mode is None else bool(mode[0]),
-            "ecc_uncorrected": counters[0],
-            "ecc_corrected": counters[1],
-            "retired_pages": None if pages == [None, None] else sum(len(p or ()) for p in pages),
-            "retirement_pending": None if pending is None else bool(pending),
-        }
-
-    def _rows(self) -> RemappedRows | None:
-        rows = self._ask("nvmlDeviceGetRemappedRows")
-        if rows is None:
-            return None
-        correctable, uncorrectable, pending, failed = rows
-        return RemappedRows(correctable, uncorrectable, bool(pending), bool(failed))
-
-    def _clocks_and_power(self) -> dict[str, Any]:
-        library = self._library
-        state = self._ask("nvmlDeviceGetPerformanceState")
-        return {
-            "sm_clock": self._ask("nvmlDeviceGetClockInfo", library.NVML_CLOCK_SM),
-            "max_sm_clock": self._ask("nvmlDeviceGetMaxClockInfo", library.NVML_CLOCK_SM),
-            "power": scaled(self._ask("nvmlDeviceGetPowerUsage"), 1e-3),
-            "power_limit": scaled(self._ask("nvmlDeviceGetEnforcedPowerLimit"), 1e-3),
-            "default_power_limit": scaled(
-                self._ask("nvmlDeviceGetPowerManagementDefaultLimit"), 1e-3
-            ),
-            "temperature": self._ask("nvmlDeviceGetTemperature", library.NVML_TEMPERATURE_GPU),
-            "slowdown_temperature": self._ask(
-                "nvmlDeviceGetTemperatureThreshold", library.NVML_TEMPERATURE_THRESHOLD_SLOWDOWN
-            ),
-            "busy_power_state": None if state is None else state == library.NVML_PSTATE_0,
-        }
-
-    def _pcie(self) -> dict[str, Any]:
-        return {
-            "pcie_generation": self._ask("nvmlDeviceGetCurrPcieLinkGeneration"),
-            "pcie_max_generation": self._ask("nvmlDeviceGetMaxPcieLinkGeneration"),
-            "pcie_width": self._ask("nvmlDeviceGetCurrPcieLinkWidth"),
-            "pcie_replays": self._ask("nvmlDeviceGetPcieReplayCounter"),
-        }
-
-    def _links(self) -> tuple[NvLink, ...]:
-        library, links = self._library, []
-        for index in range(library.NVML_NVLINK_MAX_LINKS):
-            state = self._ask("nvmlDeviceGetNvLinkState", index)
-            if state is None:
-                # Links are numbered without gaps, so that the first unknown one ends them.
-                break
-            crc, replays, recoveries = (
-                self._ask("nvmlDeviceGetNvLinkErrorCounter", index, counter)
-                for counter in (
-                    library.NVML_NVLINK_ERROR_DL_CRC_FLIT,
-                    library.NVML_NVLINK_ERROR_DL_REPLAY,
-                    library.NVML_NVLINK_ERROR_DL_RECOVERY,
-                )
-            )
-            links.append(NvLink(index, bool(state), crc, replays, recoveries))
-        return tuple(links)
-
-    def _processes(self) -> tuple[GpuProcess, ...]:
-        processes = self._ask("nvmlDeviceGetComputeRunningProcesses") or ()
-        return tuple(GpuProcess(int(p.pid), p.usedGpuMemory) for p in processes)
+        links.append(NvLink(index, bool(state), *errors))
+    return tuple(links)

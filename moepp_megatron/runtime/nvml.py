@@ -10,13 +10,13 @@ from typing import Any
 
 from moepp_megatron.runtime.gpu_state import (
     ALL_LINKS,
-    CardReader,
+    SAMPLE,
     Driver,
     GPUState,
     Library,
     Sample,
-    scaled,
-    text,
+    milli,
+    read_state,
 )
 
 # "MIG-GPU-<uuid>/<instance>/<slice>" is the name of a MIG device up to driver 470.
@@ -54,6 +54,7 @@ class Nvml(AbstractContextManager):
             raise NvmlUnavailableError(str(error), has_driver=True) from None
         self._library = Library(library)
         self._ask = self._library.ask
+        self._events: Any = None
 
     def __exit__(self, *error: object) -> None:
         """Close."""
@@ -68,7 +69,7 @@ class Nvml(AbstractContextManager):
         version = self._ask("nvmlSystemGetDriverVersion")
         cuda = self._ask("nvmlSystemGetCudaDriverVersion_v2")
         parts = None if cuda is None else (cuda // 1000, cuda % 1000 // 10)
-        return Driver(text(version), parts)
+        return Driver(version, parts)
 
     def count(self) -> int:
         """GPUs that NVML shows this process, whatever CUDA_VISIBLE_DEVICES says."""
@@ -80,7 +81,7 @@ class Nvml(AbstractContextManager):
         handle = self._ask("nvmlDeviceGetHandleByIndex", index, faults=faults)
         if handle is None:
             return GPUState(index, faults=tuple(faults) or ("no handle",))
-        return CardReader(self._library, handle, faults).read(index)
+        return read_state(self._library, handle, index)
 
     def index_of(self, uuids: Sequence[str]) -> list[int]:
         """NVML numbers of the GPUs with these UUIDs, in this order; unknown ones are left out.
@@ -93,9 +94,24 @@ class Nvml(AbstractContextManager):
         return [known[uuid] for uuid in map(_bare_uuid, uuids) if uuid in known]
 
     def visible(self, environment: Mapping[str, str] | None = None) -> list[int]:
-        """NVML numbers of the GPUs that CUDA shows to a process, in CUDA's order."""
+        """NVML numbers of the GPUs that CUDA shows to a process, in CUDA's order.
+
+        CUDA_VISIBLE_DEVICES holds numbers or (beginnings of) UUIDs; the first entry that names no
+        GPU ends it, as for CUDA (CUDA C++ Programming Guide, "CUDA Environment Variables"). Numbers
+        are CUDA's own, which are NVML's where all GPUs of the node are of one kind or
+        CUDA_DEVICE_ORDER is PCI_BUS_ID.
+        """
         variables = os.environ if environment is None else environment
-        return _visible_indices(variables.get("CUDA_VISIBLE_DEVICES"), self._uuids())
+        entries, uuids = variables.get("CUDA_VISIBLE_DEVICES"), self._uuids()
+        if entries is None:
+            return list(range(len(uuids)))
+        indices: list[int] = []
+        for entry in entries.split(","):
+            index = _index(entry.strip(), uuids)
+            if index is None:
+                break
+            indices.append(index)
+        return indices
 
     def _uuids(self) -> list[list[str]]:
         """[GPUs] UUIDs of each GPU and of the MIG devices on it."""
@@ -108,54 +124,47 @@ class Nvml(AbstractContextManager):
         parts = self._ask("nvmlDeviceGetMaxMigDeviceCount", handle) or 0
         of_part = "nvmlDeviceGetMigDeviceHandleByIndex"
         handles = [handle, *(self._ask(of_part, handle, part) for part in range(parts))]
-        names = [text(self._ask("nvmlDeviceGetUUID", each)) for each in handles if each is not None]
+        names = [self._ask("nvmlDeviceGetUUID", each) for each in handles if each is not None]
         return [name for name in names if name is not None]
 
-    def sample(self, index: int, with_traffic: bool = True) -> Sample:
+    def sample(self, index: int) -> Sample:
         """The values of GPU `index` that telemetry reads.
 
-        With PCIe traffic, for which NVML watches the link for 20 ms per direction.
+        For PCIe traffic NVML watches the link for 20 ms per direction.
         """
-        library = self._library.module
+        library = self._library
         handle = self._ask("nvmlDeviceGetHandleByIndex", index)
         if handle is None:
             return Sample()
-        busy = self._ask("nvmlDeviceGetUtilizationRates", handle)
-        memory = self._ask("nvmlDeviceGetMemoryInfo", handle)
-        tx, rx = self._library.fields(
+        found = library.answers(handle, SAMPLE)
+        traffic = library.fields(
             handle,
-            (library.NVML_FI_DEV_NVLINK_THROUGHPUT_DATA_TX, ALL_LINKS),
-            (library.NVML_FI_DEV_NVLINK_THROUGHPUT_DATA_RX, ALL_LINKS),
+            (library.module.NVML_FI_DEV_NVLINK_THROUGHPUT_DATA_TX, ALL_LINKS),
+            (library.module.NVML_FI_DEV_NVLINK_THROUGHPUT_DATA_RX, ALL_LINKS),
         )
-        pcie: list[float | None] = [None, None]
-        if with_traffic:
-            counters = (library.NVML_PCIE_UTIL_TX_BYTES, library.NVML_PCIE_UTIL_RX_BYTES)
-            ask = "nvmlDeviceGetPcieThroughput"
-            pcie = [scaled(self._ask(ask, handle, c), 1024.0) for c in counters]
-        return Sample(
-            power=scaled(self._ask("nvmlDeviceGetPowerUsage", handle), 1e-3),
-            energy=scaled(self._ask("nvmlDeviceGetTotalEnergyConsumption", handle), 1e-3),
-            utilization=None if busy is None else busy.gpu / 100.0,
-            memory_used=None if memory is None else int(memory.used),
-            temperature=self._ask("nvmlDeviceGetTemperature", handle, library.NVML_TEMPERATURE_GPU),
-            sm_clock=self._ask("nvmlDeviceGetClockInfo", handle, library.NVML_CLOCK_SM),
-            pcie_tx=pcie[0],
-            pcie_rx=pcie[1],
-            nvlink_tx=None if tx is None else tx * 1024,
-            nvlink_rx=None if rx is None else rx * 1024,
-        )
+        for way, kilobytes in zip(("nvlink_tx", "nvlink_rx"), traffic, strict=True):
+            found[way] = None if kilobytes is None else kilobytes * 1024
+        return Sample(**found)
 
-    def watch_faults(self, indices: Sequence[int]) -> FaultWatch | None:
-        """Watch these GPUs for Xid errors; None where the driver cannot."""
-        events = self._ask("nvmlEventSetCreate")
-        if events is None:
-            return None
-        for index in indices:
+    def watch_faults(self, indices: Sequence[int]) -> None:
+        """Watch these GPUs for Xid errors, where the driver can."""
+        self._events = self._ask("nvmlEventSetCreate")
+        kind = self._library.module.nvmlEventTypeXidCriticalError
+        for index in indices if self._events is not None else ():
             handle = self._ask("nvmlDeviceGetHandleByIndex", index)
             if handle is not None:
-                kind = self._library.module.nvmlEventTypeXidCriticalError
-                self._ask("nvmlDeviceRegisterEvents", handle, kind, events)
-        return FaultWatch(self._library, events)
+                self._ask("nvmlDeviceRegisterEvents", handle, kind, self._events)
+
+    def new_faults(self) -> list[tuple[int | None, int]]:
+        """New Xid errors of watched GPUs, each as (NVML's number of the GPU, Xid); never waits."""
+        errors: list[tuple[int | None, int]] = []
+        while self._events is not None:
+            event = self._ask("nvmlEventSetWait_v2", self._events, 0)
+            if event is None:
+                # NVML says "timeout" where there is no event.
+                break
+            errors.append((self._ask("nvmlDeviceGetIndex", event.device), int(event.eventData)))
+        return errors
 
     def energies(self, indices: Sequence[int]) -> list[float | None]:
         """Energy in J since the driver was loaded, of each GPU."""
@@ -163,26 +172,8 @@ class Nvml(AbstractContextManager):
         for index in indices:
             handle = self._ask("nvmlDeviceGetHandleByIndex", index)
             counter = self._ask("nvmlDeviceGetTotalEnergyConsumption", handle)
-            energies.append(scaled(counter, 1e-3))
+            energies.append(None if counter is None else milli(counter))
         return energies
-
-
-class FaultWatch:
-    """Xid errors of the watched GPUs since the watch began. Made by `Nvml.watch_faults`."""
-
-    def __init__(self, library: Library, events: Any) -> None:
-        self._library, self._events = library, events
-
-    def poll(self) -> list[tuple[int | None, int]]:
-        """New errors, each as (NVML's number of the GPU, Xid); never waits."""
-        errors: list[tuple[int | None, int]] = []
-        while True:
-            event = self._library.ask("nvmlEventSetWait_v2", self._events, 0)
-            if event is None:
-                # NVML says "timeout" where there is no event.
-                return errors
-            index = self._library.ask("nvmlDeviceGetIndex", event.device)
-            errors.append((index, int(event.eventData)))
 
 
 def _bare_uuid(name: str) -> str:
@@ -191,29 +182,6 @@ def _bare_uuid(name: str) -> str:
         if name.startswith(prefix):
             return name.removeprefix(prefix).partition("/")[0]
     return name
-
-
-def _visible_indices(variable: str | None, uuids: Sequence[Sequence[str]]) -> list[int]:
-    """NVML's numbers of the GPUs that CUDA shows, in CUDA's order.
-
-    The first entry that names no GPU ends the list, as for CUDA (CUDA C++ Programming Guide,
-    "CUDA Environment Variables"). Numbers are CUDA's own, which are NVML's where all GPUs of the
-    node are of one kind or CUDA_DEVICE_ORDER is PCI_BUS_ID.
-
-    Args:
-        variable: CUDA_VISIBLE_DEVICES, which holds numbers or (beginnings of) UUIDs; None where it
-            is not set.
-        uuids: [GPUs] UUIDs of each GPU and of the MIG devices on it.
-    """
-    if variable is None:
-        return list(range(len(uuids)))
-    indices: list[int] = []
-    for entry in variable.split(","):
-        index = _index(entry.strip(), uuids)
-        if index is None:
-            break
-        indices.append(index)
-    return indices
 
 
 def _index(entry: str, uuids: Sequence[Sequence[str]]) -> int | None:

@@ -48,7 +48,7 @@ class GpuSource(TelemetrySource):
     ) -> None:
         self._nvml, self._clock = nvml, clock
         self._indices = nvml.index_of(uuids)
-        self._watch = nvml.watch_faults(self._indices)
+        nvml.watch_faults(self._indices)
         self._traffic: dict[int, tuple[float, int]] = {}
 
     @property
@@ -91,11 +91,10 @@ class GpuSource(TelemetrySource):
 
     def faults(self) -> list[str]:
         """Xid errors that the driver has reported."""
-        faults = self._watch.poll() if self._watch is not None else []
         return [
             f"GPU {index if index is not None else '?'}: Xid {xid}; look for NVRM Xid lines in "
             "dmesg and at moepp doctor on this node"
-            for index, xid in faults
+            for index, xid in self._nvml.new_faults()
         ]
 
     def close(self) -> None:

@@ -25,7 +25,6 @@ def answers(index: int = 0, **changes: Any) -> dict[str, Any]:
         "nvmlDeviceGetUUID": f"GPU-0000000{index}-aaaa-bbbb-cccc-dddddddddddd",
         "nvmlDeviceGetEccMode": [1, 1],
         "uncorrected": 0,
-        "corrected": 2,
         # Row remapping has taken the place of page retirement since Ampere.
         "nvmlDeviceGetRetiredPages": pynvml.NVMLError_NotSupported(),
         "nvmlDeviceGetRetiredPagesPendingStatus": pynvml.NVMLError_NotSupported(),
@@ -43,7 +42,6 @@ def answers(index: int = 0, **changes: Any) -> dict[str, Any]:
         "nvmlDeviceGetCurrPcieLinkGeneration": 5,
         "nvmlDeviceGetMaxPcieLinkGeneration": 5,
         "nvmlDeviceGetCurrPcieLinkWidth": 16,
-        "nvmlDeviceGetPcieReplayCounter": 0,
         "nvmlDeviceGetPcieThroughput": 1000,
         "nvmlDeviceGetUtilizationRates": SimpleNamespace(gpu=0, memory=0),
         "nvmlDeviceGetMemoryInfo": SimpleNamespace(total=85_520_809_984, used=4_325_376),
