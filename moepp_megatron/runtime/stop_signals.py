@@ -19,7 +19,7 @@ import psutil
 from moepp_megatron.config.exit_codes import SIGNALLED
 
 _PR_SET_PDEATHSIG = 1
-# Loaded here, since the function may run between fork and exec.
+# Loaded before any fork: the dynamic loader's lock may be held when one happens.
 _LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 

@@ -10,7 +10,6 @@ that are already in host memory, and neither torch's thread pools, nor collectiv
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import gc
 import os
 import pickle
@@ -22,11 +21,8 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any, NoReturn
 
-from moepp_megatron.runtime.stop_signals import STOP_SIGNALS
+from moepp_megatron.runtime.stop_signals import STOP_SIGNALS, die_with_parent
 
-_PR_SET_PDEATHSIG = 1
-# Loaded before any fork: the dynamic loader's lock may be held when one happens.
-_libc = ctypes.CDLL(None, use_errno=True)
 _NICENESS = 5
 
 
@@ -165,9 +161,7 @@ def _live(function: Callable[[], Any], writer: int, parent: int) -> NoReturn:
 
 def _detach(writer: int, parent: int) -> None:
     # An orphan must not continue to write next to the run that was started in its place.
-    _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
-        os._exit(1)
+    die_with_parent(parent)
     # Launchers send these to whole process groups; the parent decides whether the save continues.
     for name in STOP_SIGNALS:
         signal.signal(name, signal.SIG_IGN)

@@ -189,18 +189,29 @@ def is_checkpoint(path: Path) -> bool:
     return all((path / name).is_file() for name in (FORMAT_FILE, CONFIG_FILE, MANIFEST_FILE))
 
 
-def damage(checkpoint: Path, part: int = 0, num_parts: int = 1) -> str | None:
+def damage(
+    checkpoint: Path, part: int = 0, num_parts: int = 1, names: list[str] | None = None
+) -> str | None:
     """The damage of a checkpoint, in one line that names the file; None if it is sound.
 
-    Of `num_parts` parts only `part` is hashed, so that ranks share the work; presence and sizes are
-    always checked for all.
+    Of `num_parts` parts only `part` is hashed, so that ranks share the work, and with `names` only
+    these files; presence and sizes are always checked for all.
     """
-    return _damage(checkpoint, None, part, num_parts)
+    try:
+        if (reason := _structure(checkpoint)) is not None:
+            return reason
+        digests: dict[str, str] = _read_manifest(checkpoint)["files"]
+        for name in sorted(names or digests)[part::num_parts]:
+            if file_digest(checkpoint / name) != digests[name]:
+                return f"{name} is damaged: its SHA-256 is not that of {MANIFEST_FILE}"
+    except OSError as error:
+        return f"{error.filename or checkpoint}: {error.strerror}"
+    return None
 
 
 def plain_damage(checkpoint: Path) -> str | None:
     """Same as `damage`, but quick: checks all sizes, and the contents of the configuration."""
-    return _damage(checkpoint, [CONFIG_FILE])
+    return damage(checkpoint, names=[CONFIG_FILE])
 
 
 def file_digest(path: Path) -> str:
@@ -213,15 +224,6 @@ def manifest(digests: dict[str, str], sizes: dict[str, int]) -> bytes:
     """megatron-core's integrity manifest with the files' sizes, which are cheap to check."""
     content = {"algorithm": "sha256", "files": digests, "sizes": sizes}
     return (json.dumps(content, indent=2, sort_keys=True) + "\n").encode()
-
-
-def _damage(
-    checkpoint: Path, names: list[str] | None, part: int = 0, num_parts: int = 1
-) -> str | None:
-    try:
-        return _structure(checkpoint) or _contents(checkpoint, names, part, num_parts)
-    except OSError as error:
-        return f"{error.filename or checkpoint}: {error.strerror}"
 
 
 def _structure(checkpoint: Path) -> str | None:
@@ -250,14 +252,6 @@ def _structure(checkpoint: Path) -> str | None:
             return f"{name} is missing"
         if name in sizes and there[name] != sizes[name]:
             return f"{name} has {there[name]} bytes instead of {sizes[name]}"
-    return None
-
-
-def _contents(checkpoint: Path, names: list[str] | None, part: int, num_parts: int) -> str | None:
-    digests: dict[str, str] = _read_manifest(checkpoint)["files"]
-    for name in (sorted(digests) if names is None else names)[part::num_parts]:
-        if file_digest(checkpoint / name) != digests[name]:
-            return f"{name} is damaged: its SHA-256 is not that of {MANIFEST_FILE}"
     return None
 
 

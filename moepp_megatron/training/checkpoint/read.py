@@ -160,10 +160,9 @@ def _restore_rng(
         return
     rng.reseed(config.training.seed, progress.step)
     if dist.get_rank() == 0:
-        grid_text = " ".join(f"{name}={degree}" for name, degree in layout.items())
         logger.warning(
             "random states are seeded again: the checkpoint was written by another layout (%s)",
-            grid_text,
+            _grid_text(layout),
         )
 
 
