@@ -55,13 +55,13 @@ def refusing_for_all(nodes: Nodes | None) -> Iterator[None]:
             raise
         # First, since the others may be slow to read it.
         status = echo_error(error)
-        from moepp_megatron.runtime import peer_failure
+        from moepp_megatron.runtime import agent
 
-        os.environ.setdefault(*peer_failure.NO_STACKS)
-        store = peer_failure.open_store(nodes, peer_failure.LINGER_S, serves=nodes.rank == 0)
+        os.environ.setdefault(*agent.NO_STACKS)
+        store = agent.open_store(nodes, agent.LINGER_S, serves=nodes.rank == 0)
         with suppress(RuntimeError):
             if store is not None:
-                peer_failure.publish_failure(store, nodes, (status, str(error)), has_met=False)
+                agent.publish_failure(store, nodes, (status, str(error)), has_met=False)
         raise typer.Exit(status) from None
 
 

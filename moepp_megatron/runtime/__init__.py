@@ -1,12 +1,11 @@
 """Device, CPU support, process groups, optional back ends, launching ranks.
 
-agent.py             torchrun that reports a failure in one line per rank
-agreement.py         small messages between the CPUs of all ranks
+agent.py             torchrun that reports failures in one line, and to the other machines
 atomic.py            files, lines and folders that appear whole or not at all
 backends.py          the roles of optional packages; the implementation of each operation
 cpu_support.py       lets unmodified megatron-core train on CPU ranks with gloo
 disk.py              full disks: recognises failed writes, measures free space
-distributed.py       process groups: the default group, Megatron's rank grid; the GPU of a rank
+distributed.py       process groups, small messages between CPUs of all ranks, a rank's GPU
 fit.py               checks whether this machine can run a valid configuration
 fp8.py               FP8 support of this machine: GPU, Transformer Engine and CUDA
 gpu_state.py         the state of a GPU from NVML, as plain data
@@ -16,7 +15,6 @@ nvml.py              an open connection to NVML; the GPUs that CUDA shows
 object_store.py      paths of objects in a store such as S3, and the errors of its client
 optional.py          optional packages: which are usable, how to install one, which to silence
 patches.py           every change that this package makes to another library's objects
-peer_failure.py      tells the other machines when one has failed for good
 printable.py         makes untrusted text safe for a terminal
 rank.py              this rank, read from the launcher's environment
 rank_environment.py  sets the environment variables with which every rank is started

@@ -26,6 +26,47 @@ from moepp_megatron.runtime import cpu_support
 from moepp_megatron.runtime.launch import has_launcher, write_status
 from moepp_megatron.runtime.rank import RankEnvironment
 
+# A rank may wait this long for another one's disk.
+_TIMEOUT = timedelta(hours=1)
+
+
+class Agreement:
+    """Messages between the CPUs of all ranks; each must make every call, in the same order.
+
+    Not over NCCL: a check whether all ranks have finished writing must not wait for the GPU.
+    """
+
+    def __init__(self) -> None:
+        self._group: Any = None
+        if dist.get_backend() != "gloo":
+            self._group = dist.new_group(backend="gloo", timeout=_TIMEOUT)
+
+    def all(self, value: bool) -> bool:
+        """True if `value` is true on every rank."""
+        flag = torch.tensor([int(value)], device="cpu")
+        dist.all_reduce(flag, op=dist.ReduceOp.MIN, group=self._group)
+        return bool(flag.item())
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's `value`, by rank."""
+        values: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(values, value, group=self._group)
+        return values
+
+    def from_first(self, value: Any) -> Any:
+        """Rank 0's `value`, on every rank."""
+        values = [value]
+        dist.broadcast_object_list(values, src=0, group=self._group)
+        return values[0]
+
+    def first_reason(self, reason: str | None) -> str | None:
+        """The first rank's reason against something, named by its rank; None if none has one."""
+        for rank, theirs in enumerate(self.gather(reason)):
+            if theirs is not None:
+                return theirs if dist.get_world_size() == 1 else f"rank {rank}: {theirs}"
+        return None
+
+
 # A check that ranks make before they compute, from the store, their rank and world size.
 Settle = Callable[[dist.Store, int, int], None]
 # One a process, since one rank serves it to the others, who may be slower to leave a group.

@@ -176,14 +176,14 @@ def run_rank(request: TrainRequest, say: Say, callbacks: Sequence[object]) -> Tr
     from moepp_megatron.runtime import distributed
     from moepp_megatron.runtime.distributed import bind_to_gpu
     from moepp_megatron.runtime.stop_signals import die_with_parent
-    from moepp_megatron.training.resilience import flight_recorder
+    from moepp_megatron.training.resilience.hang_report import enable_flight_recorder
 
     config, rank = request.config, request.rank
     folder = Path(config.run.dir)
     if rank.is_launched:
         die_with_parent(os.getppid())
     if config.resilience.hang_timeout_s > 0:
-        flight_recorder.enable(folder / "hangs")
+        enable_flight_recorder(folder / "hangs")
     alike = {"--resume": str(request.start.resume), **must_be_alike(config)}
     settle = functools.partial(refuse_unlike, alike=alike)
     with distributed.initialized(rank, distributed.collective_timeout(config), settle) as device:

@@ -124,7 +124,7 @@ def run(
 
 def checksum_of(parameters) -> int:
     """One number for the bits of all of them."""
-    from moepp_megatron.training.resilience.divergence import checksum
+    from moepp_megatron.training.resilience.supervisor import checksum
 
     total = 0
     for parameter in parameters:

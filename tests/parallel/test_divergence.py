@@ -34,8 +34,7 @@ def train_and_flip(raw, parts: tuple[str, ...]) -> list[tuple[str, str]]:
     import torch.distributed as dist
 
     from moepp_megatron.training.batches import rank_batches
-    from moepp_megatron.training.resilience.divergence import SilentDivergenceError
-    from moepp_megatron.training.resilience.supervisor import Supervisor
+    from moepp_megatron.training.resilience.supervisor import SilentDivergenceError, Supervisor
     from moepp_megatron.training.step import training_step
 
     config, layout, model = begin_training(raw)

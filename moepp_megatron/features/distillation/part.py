@@ -24,7 +24,7 @@ from moepp_megatron.features.distillation.teacher import TeacherModel
 from moepp_megatron.model.build import build_model
 from moepp_megatron.model.stage import evaluation_stages
 from moepp_megatron.observe.alerts import Alert
-from moepp_megatron.runtime.agreement import Agreement
+from moepp_megatron.runtime.distributed import Agreement
 from moepp_megatron.training.checkpoint import load_weights
 from moepp_megatron.training.part import Part, PartContext, State, Step, Why
 from moepp_megatron.training.step import unchanged

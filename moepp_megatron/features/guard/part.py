@@ -21,7 +21,7 @@ from moepp_megatron.features.guard.settings import MEASURED, is_watched
 from moepp_megatron.observe.alerts import Alert
 from moepp_megatron.observe.guard_judge import WHOLE_MODEL, CompleteRule, Event, RuleJudge, Values
 from moepp_megatron.observe.shift.monitor import GROUPS, Observed, ShiftMonitor, group_of
-from moepp_megatron.runtime.agreement import Agreement
+from moepp_megatron.runtime.distributed import Agreement
 from moepp_megatron.training.checkpoint.files import checkpoint_step
 from moepp_megatron.training.part import (
     Outcome,

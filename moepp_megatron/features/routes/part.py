@@ -23,9 +23,9 @@ from moepp_megatron.config import ConfigError, Layout
 from moepp_megatron.data.npz import read_arrays
 from moepp_megatron.moe.replay import checked_routes, drive_routers
 from moepp_megatron.observe.alerts import Alert
-from moepp_megatron.runtime.agreement import Agreement
 from moepp_megatron.runtime.atomic import write_atomic
 from moepp_megatron.runtime.disk import write_error
+from moepp_megatron.runtime.distributed import Agreement
 from moepp_megatron.training.alerts import lost_output
 from moepp_megatron.training.batches import sample_index
 from moepp_megatron.training.part import Outcome, Part, PartContext, Step, Stop

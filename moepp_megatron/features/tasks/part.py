@@ -25,7 +25,7 @@ from moepp_megatron.config import Config, Layout
 from moepp_megatron.data.tokenizer import Tokenizer
 from moepp_megatron.model.stage import PipelineStage, evaluation_stages
 from moepp_megatron.moe.router import MoEPPRouter
-from moepp_megatron.runtime.agreement import Agreement
+from moepp_megatron.runtime.distributed import Agreement
 from moepp_megatron.runtime.patches import replaced
 from moepp_megatron.training.part import Part, PartContext, Step
 from moepp_megatron.training.resilience.supervisor import Supervisor

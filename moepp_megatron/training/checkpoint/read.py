@@ -14,7 +14,7 @@ from moepp_megatron.config import Config, ConfigError, Layout, load_config
 from moepp_megatron.config.problem import show
 from moepp_megatron.file_names import CONFIG_FILE
 from moepp_megatron.layer_settings import EXPORTED
-from moepp_megatron.runtime.agreement import Agreement
+from moepp_megatron.runtime.distributed import Agreement
 from moepp_megatron.training import rng
 from moepp_megatron.training.checkpoint.compatible import check_compatible, differences
 from moepp_megatron.training.checkpoint.data_only import load_data, unsafe_pickle

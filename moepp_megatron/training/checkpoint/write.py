@@ -21,8 +21,8 @@ from moepp_megatron.file_names import (
     TOKENIZER_CONFIG_FILE,
     TOKENIZER_FILE,
 )
-from moepp_megatron.runtime.agreement import Agreement
 from moepp_megatron.runtime.disk import NO_SPACE
+from moepp_megatron.runtime.distributed import Agreement
 from moepp_megatron.runtime.object_store import ObjectPath, StoreError
 from moepp_megatron.training import rng
 from moepp_megatron.training.checkpoint.background import BackgroundError

@@ -2,18 +2,146 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+import torch
 import torch.distributed as dist
+from megatron.core import parallel_state
+from torch import Tensor
 
 from moepp_megatron.config import Config
-from moepp_megatron.training.resilience.divergence import check_shared_parameters
+from moepp_megatron.model.fp8_weights import plain_value
 from moepp_megatron.training.resilience.stragglers import RankTimes, StragglerDetector
 from moepp_megatron.training.resilience.watchdog import FIRST_STEP, STEP, Activity, Watchdog
 from moepp_megatron.training.setup import TrainingModel
+
+# Odd, as all weights below: an odd weight times a changed bit is never 0 modulo 2^64.
+_MULTIPLIER = -7046029254386353131
+# Elements at a time, so that the temporary int64 values stay below 200 MB.
+_CHUNK = 1 << 23
+_WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+Named = list[tuple[str, torch.nn.Parameter]]
+
+
+class SilentDivergenceError(RuntimeError):
+    """Parameters that must be equal on several ranks are not."""
+
+
+def check_shared_parameters(models: Sequence[torch.nn.Module], step: int) -> None:
+    """Compare every parameter with its copies on other ranks, bit by bit; every rank must call.
+
+    The copies compared are FFN experts over the expert-data-parallel ranks, everything else over
+    the data- and context-parallel ranks; norms, routers, zero-computation experts and whatever else
+    tensor parallelism does not split over the tensor-parallel ranks too; tied embeddings over the
+    first and last pipeline stage.
+
+    Args:
+        models: This rank's model chunks, not wrapped.
+        step: Step number for the message.
+
+    Raises:
+        SilentDivergenceError: If copies differ, on every rank; names parameter, ranks and step.
+    """
+    problems: list[str] = []
+    for parameters, group in _shared(models):
+        if group.size() > 1:
+            problems += _differences(parameters, group)
+    num_problems = torch.tensor([len(problems)], device=torch.cuda.current_device())
+    dist.all_reduce(num_problems)
+    if int(num_problems) == 0:
+        return
+    everyone: list[list[str]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(everyone, problems)
+    # Every rank of a group finds the same.
+    lines = list(dict.fromkeys(line for lines in everyone for line in lines))
+    raise SilentDivergenceError(
+        f"after step {step}, ranks hold different copies of the same parameters "
+        f"({len(lines)} cases); a memory fault or an unsynchronised update: test the node of the "
+        "named ranks and resume from a checkpoint (checkpoint.load=auto)\n"
+        + "\n".join(f"  step {step}: {line}" for line in lines[:50])
+    )
+
+
+def _shared(models: Sequence[torch.nn.Module]) -> Iterator[tuple[Named, dist.ProcessGroup]]:
+    """Parameters with the ranks that must hold the same; the same order on all of these ranks."""
+    experts: Named = []
+    split: Named = []
+    whole: Named = []
+    tied: Named = []
+    for index, model in enumerate(models):
+        for name, parameter in model.named_parameters():
+            entry = (f"{name} (model chunk {index})" if len(models) > 1 else name, parameter)
+            if not getattr(parameter, "allreduce", True):
+                experts.append(entry)
+            elif getattr(parameter, "tensor_model_parallel", False):
+                split.append(entry)
+            else:
+                whole.append(entry)
+            if getattr(parameter, "shared_embedding", False):
+                # One object under two names would be two entries on a lone stage.
+                tied.append(("tied embedding", parameter))
+    yield experts, parallel_state.get_expert_data_parallel_group()
+    yield split, parallel_state.get_data_parallel_group(with_context_parallel=True)
+    yield whole, parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)
+    if tied:
+        yield tied, parallel_state.get_embedding_group()
+
+
+def _differences(parameters: Named, group: dist.ProcessGroup) -> list[str]:
+    """A line per parameter that differs within the group."""
+    if not parameters:
+        return []
+    mine = torch.stack([checksum(plain_value(parameter)) for _, parameter in parameters])
+    everyone = [torch.empty_like(mine) for _ in range(group.size())]
+    dist.all_gather(everyone, mine, group=group)
+    by_rank = torch.stack(everyone).tolist()
+    ranks = dist.get_process_group_ranks(group)
+    lines = []
+    for column, (name, parameter) in enumerate(parameters):
+        sums = [row[column] for row in by_rank]
+        if len(set(sums)) > 1:
+            lines.append(f"{name} {list(parameter.shape)}: {_who(ranks, sums)}")
+    return lines
+
+
+def _who(ranks: list[int], sums: list[int]) -> str:
+    """Name the ranks that differ from the majority, or all if there is none."""
+    (value, count), *rest = Counter(sums).most_common()
+    if rest and rest[0][1] == count:
+        shown = ", ".join(
+            f"rank {r} {s & (2**64 - 1):016x}" for r, s in zip(ranks, sums, strict=True)
+        )
+        return f"no two halves agree: {shown}"
+    odd = [rank for rank, s in zip(ranks, sums, strict=True) if s != value]
+    return f"rank {', '.join(map(str, odd))} differs from the other {count} of {len(ranks)} ranks"
+
+
+@torch.no_grad()
+def checksum(tensor: Tensor) -> Tensor:
+    """Sum of the elements' bit patterns, each times a weight of its position, modulo 2^64.
+
+    One changed bit always changes it; other differences are missed with a probability of about
+    2^-32 or less. Unlike a SHA it needs no copy to the host: a GPU reads the tensor once.
+
+    Args:
+        tensor: Any dtype of 1, 2, 4 or 8 bytes.
+
+    Returns:
+        Scalar int64 on the tensor's device.
+    """
+    words = tensor.detach().contiguous().view(-1).view(_WORDS[tensor.element_size()])
+    total = torch.zeros((), dtype=torch.int64, device=words.device)
+    for start in range(0, words.numel(), _CHUNK):
+        part = words[start : start + _CHUNK].to(torch.int64)
+        position = torch.arange(start, start + part.numel(), device=words.device)
+        total += (part * (position * _MULTIPLIER * 2 + 1)).sum()
+    return total
 
 
 class Supervisor:

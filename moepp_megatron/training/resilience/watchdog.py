@@ -20,8 +20,13 @@ from moepp_megatron.config.exit_codes import HUNG
 from moepp_megatron.config.schema import ResilienceSection
 from moepp_megatron.runtime.atomic import write_atomic
 from moepp_megatron.runtime.launch import write_status
-from moepp_megatron.training.resilience import flight_recorder
-from moepp_megatron.training.resilience.hang_report import Heartbeat, HeartbeatFolder, hang_report
+from moepp_megatron.training.resilience.hang_report import (
+    Heartbeat,
+    HeartbeatFolder,
+    dump_flight_record,
+    hang_report,
+    pending_collectives,
+)
 
 # Of these ordinary time limits hold; whatever has another name may take long.
 STEP = "step"
@@ -190,7 +195,7 @@ class Watchdog:
             file.write(f"rank {self._rank}, {self._activity.now}\n")
             file.flush()
             faulthandler.dump_traceback(file, all_threads=True)
-        flight_recorder.dump(folder, self._rank)
+        dump_flight_record(folder, self._rank)
         self._beat(has_dumped=True)
 
     def _wait_for_others(self) -> list[int]:
@@ -220,7 +225,7 @@ class Watchdog:
                 time.sleep(self._tick_s)
             return
         beats = self._folder.read(self._world_size)
-        pending = flight_recorder.pending_collectives(folder, self._world_size)
+        pending = pending_collectives(folder, self._world_size)
         report = hang_report(beats, silent, self._world_size, pending)
         print(f"{report}\n  stacks: {folder}", file=sys.stderr, flush=True)
         write_atomic(report_file, f"{report}\n".encode(), is_synced=False)

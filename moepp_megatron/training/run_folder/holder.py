@@ -261,7 +261,7 @@ def refuse_unshared(setting: str, folder: Path, looks: bool = True) -> None:
     """
     import torch.distributed as dist
 
-    from moepp_megatron.runtime.agreement import Agreement
+    from moepp_megatron.runtime.distributed import Agreement
 
     agreement, is_first = Agreement(), dist.get_rank() == 0
     # Of a new name, since network file systems remember for a while that a file is not there.

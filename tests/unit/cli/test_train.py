@@ -19,7 +19,7 @@ from moepp_megatron.config import ConfigError, Layout, UnfitError, load_config, 
 from moepp_megatron.config.exit_codes import STOPPED
 from moepp_megatron.data import prepared_data
 from moepp_megatron.observe.status import RunStatus, inherited_claim, read_status, write_status
-from moepp_megatron.runtime import launch, peer_failure
+from moepp_megatron.runtime import agent, launch
 from moepp_megatron.runtime.launch import LaunchOptions
 from moepp_megatron.runtime.rank import RankEnvironment
 from moepp_megatron.training.checkpoint import NoStartError
@@ -50,7 +50,7 @@ class Command:
         self.raises: BaseException | None = None
         self._monkeypatch = monkeypatch
         monkeypatch.setattr(launch, "run_ranks", self._ranks)
-        monkeypatch.setattr(peer_failure, "LINGER_S", 0.0)
+        monkeypatch.setattr(agent, "LINGER_S", 0.0)
         monkeypatch.setattr(prepared_data, "check_data", lambda config, whole_index: [])
         for name in OF_OTHERS:
             monkeypatch.delenv(name, raising=False)

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from moepp_megatron.training.resilience import divergence
-from moepp_megatron.training.resilience.divergence import _WORDS, _who, checksum
+from moepp_megatron.training.resilience import supervisor
+from moepp_megatron.training.resilience.supervisor import _WORDS, _who, checksum
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.int8])
@@ -31,7 +31,7 @@ def test_order_counts_and_strides_do_not() -> None:
 def test_chunks_are_parts_of_one_sum(monkeypatch: pytest.MonkeyPatch) -> None:
     tensor = torch.randn(1000)
     whole = int(checksum(tensor))
-    monkeypatch.setattr(divergence, "_CHUNK", 64)
+    monkeypatch.setattr(supervisor, "_CHUNK", 64)
     assert int(checksum(tensor)) == whole
 
 

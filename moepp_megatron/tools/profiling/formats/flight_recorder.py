@@ -1,7 +1,7 @@
 """Reads dumps of torch's flight recorder.
 
 Written by torch (c10d/FlightRecorderDetail.hpp, versions 2.x), as JSON or as a pickle; a run of
-this package writes both into `hangs/` (training/resilience/flight_recorder.py). Every collective
+this package writes both into `hangs/` (training/resilience/hang_report.py). Every collective
 that a rank enqueued is there, with sizes and order. How long it took is only there for NCCL with
 TORCH_NCCL_ENABLE_TIMING=1; when it ran never is: the watchdog looks every tenth of a second. The
 times that are given are those at which the host enqueued the calls.
