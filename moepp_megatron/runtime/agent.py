@@ -52,7 +52,7 @@ NO_STACKS = ("TORCH_CPP_LOG_LEVEL", "ERROR")
 Word = tuple[int, str]
 
 
-class Watch(threading.Thread):
+class _Watch(threading.Thread):
     """Thread that publishes a failure to other machines, and ends this process by theirs."""
 
     def __init__(self, nodes: Nodes, alike: dict[str, str]) -> None:
@@ -189,7 +189,7 @@ def main() -> int:
     watch = None
     if (machines := os.environ.pop(MACHINES, None)) is not None:
         nodes, alike = json.loads(machines)
-        watch = Watch(Nodes(**nodes), alike)
+        watch = _Watch(Nodes(**nodes), alike)
         watch.start()
         # torchrun would let machines of other numbers meet. The first one serves the store.
         if watch.nodes.rank:
@@ -203,7 +203,7 @@ def main() -> int:
     return 0
 
 
-def _report(error: Exception, watch: Watch | None) -> None:
+def _report(error: Exception, watch: _Watch | None) -> None:
     """Report failures here and to the other machines."""
     lines = _lines(error)
     if watch is not None:

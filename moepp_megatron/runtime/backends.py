@@ -219,11 +219,11 @@ def choices_to_log(config: Config) -> str | None:
     import torch
 
     if torch.cuda.is_available() or any(backend.used for backend in optional_backends()):
-        return choices_line(config.precision.cross_entropy)
+        return _choices_line(config.precision.cross_entropy)
     return None
 
 
-def choices_line(cross_entropy: CrossEntropy = "auto") -> str:
+def _choices_line(cross_entropy: CrossEntropy = "auto") -> str:
     """All choices in one line; imports torch."""
     backends = optional_backends()
     used = ", ".join(f"{b.name} {b.version}" for b in backends if b.used) or "none"

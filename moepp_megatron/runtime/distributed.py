@@ -101,7 +101,7 @@ def start(
     if not os.environ.get("OMP_NUM_THREADS") or (on_cpu and environment.world_size == 1):
         cores = len(os.sched_getaffinity(0))
         torch.set_num_threads(max(1, cores // environment.local_world_size))
-    device = torch.device("cpu") if on_cpu else gpu_of_rank(environment, store)
+    device = torch.device("cpu") if on_cpu else _gpu_of_rank(environment, store)
     if not on_cpu:
         torch.cuda.set_device(device)
     if store is not None:
@@ -246,7 +246,7 @@ def _open_store(environment: RankEnvironment, timeout: timedelta) -> dist.Store:
 _SYSTEM = Path("/sys")
 
 
-def gpu_of_rank(environment: RankEnvironment, store: dist.Store | None) -> torch.device:
+def _gpu_of_rank(environment: RankEnvironment, store: dist.Store | None) -> torch.device:
     """The GPU of this rank: of those of the node the one of its number, or the first of its own.
 
     A scheduler may show each rank only its own GPUs (`srun --gpus-per-task=1`). All of them are
@@ -287,12 +287,12 @@ def bind_to_gpu(device: torch.device) -> None:
     # torch's stub file does not know these fields.
     gpu: Any = torch.cuda.get_device_properties(device)
     address = f"{gpu.pci_domain_id:04x}:{gpu.pci_bus_id:02x}:{gpu.pci_device_id:02x}.0"
-    near = cores_near(address) & os.sched_getaffinity(0)
+    near = _cores_near(address) & os.sched_getaffinity(0)
     if near:
         os.sched_setaffinity(0, near)
 
 
-def cores_near(address: str, system: Path = _SYSTEM) -> set[int]:
+def _cores_near(address: str, system: Path = _SYSTEM) -> set[int]:
     """The cores of the NUMA node of a PCI device such as 0000:1b:00.0; empty if not known."""
     try:
         node = int((system / "bus/pci/devices" / address / "numa_node").read_text())

@@ -81,7 +81,7 @@ def _field_number(value: Any, library: Any) -> float:
 
 
 @dataclass(frozen=True)
-class NvLink:
+class _NvLink:
     """One NVLink link: whether it is up, and its errors since the driver was loaded."""
 
     index: int
@@ -92,7 +92,7 @@ class NvLink:
 
 
 @dataclass(frozen=True)
-class GpuProcess:
+class _GpuProcess:
     """A process with memory on a GPU; `memory` in bytes, None where NVML hides it."""
 
     pid: int
@@ -108,7 +108,7 @@ class Driver:
 
 
 @dataclass(frozen=True)
-class RemappedRows:
+class _RemappedRows:
     """Rows of device memory replaced by spare ones (Ampere and newer)."""
 
     uncorrectable: int
@@ -144,7 +144,7 @@ class GPUState:
     ecc_uncorrected: int | None = None
     retired_pages: int | None = None
     retirement_pending: bool | None = None
-    rows: RemappedRows | None = None
+    rows: _RemappedRows | None = None
     throttle_reasons: int | None = None
     sm_clock: int | None = None
     max_sm_clock: int | None = None
@@ -157,8 +157,8 @@ class GPUState:
     pcie_max_generation: int | None = None
     pcie_width: int | None = None
     busy_power_state: bool | None = None
-    links: tuple[NvLink, ...] = ()
-    processes: tuple[GpuProcess, ...] = ()
+    links: tuple[_NvLink, ...] = ()
+    processes: tuple[_GpuProcess, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -185,13 +185,13 @@ def milli(value: int) -> float:
     return value * 1e-3
 
 
-def _rows(rows: tuple[int, int, int, int]) -> RemappedRows:
+def _rows(rows: tuple[int, int, int, int]) -> _RemappedRows:
     _, uncorrectable, pending, failed = rows
-    return RemappedRows(uncorrectable, bool(pending), bool(failed))
+    return _RemappedRows(uncorrectable, bool(pending), bool(failed))
 
 
-def _processes(processes: Sequence[Any]) -> tuple[GpuProcess, ...]:
-    return tuple(GpuProcess(int(each.pid), each.usedGpuMemory) for each in processes)
+def _processes(processes: Sequence[Any]) -> tuple[_GpuProcess, ...]:
+    return tuple(_GpuProcess(int(each.pid), each.usedGpuMemory) for each in processes)
 
 
 _TEMPERATURE = (int, "nvmlDeviceGetTemperature", "NVML_TEMPERATURE_GPU")
@@ -260,7 +260,7 @@ def read_state(library: Library, handle: Any, index: int) -> GPUState:
     return GPUState(index, faults=tuple(faults), recovery_action=action, **found)
 
 
-def _links(library: Library, handle: Any, faults: list[str]) -> tuple[NvLink, ...]:
+def _links(library: Library, handle: Any, faults: list[str]) -> tuple[_NvLink, ...]:
     links = []
     counters = [f"NVML_NVLINK_ERROR_DL_{name}" for name in ("CRC_FLIT", "REPLAY", "RECOVERY")]
     for index in range(library.module.NVML_NVLINK_MAX_LINKS):
@@ -278,5 +278,5 @@ def _links(library: Library, handle: Any, faults: list[str]) -> tuple[NvLink, ..
             )
             for counter in counters
         ]
-        links.append(NvLink(index, bool(state), *errors))
+        links.append(_NvLink(index, bool(state), *errors))
     return tuple(links)

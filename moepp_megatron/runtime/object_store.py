@@ -45,7 +45,7 @@ class StoreError(UnfitError):
         self.is_refusal = is_refusal
 
 
-def as_store_error(error: Exception, path: Path) -> Exception:
+def _as_store_error(error: Exception, path: Path) -> Exception:
     """A FileNotFoundError or a StoreError for a client's error, which came of asking for `path`."""
     chain = causes(error)
     codes = {_code(link) for link in chain} | {type(link).__name__ for link in chain}
@@ -65,7 +65,7 @@ def as_store_error(error: Exception, path: Path) -> Exception:
     # botocore's own says most; what others made of it repeats it.
     own = next((link for link in chain if type(link).__module__.startswith("botocore")), chain[-1])
     return StoreError(
-        f"{path} could not be reached or used ({type(own).__name__}: {one_line(own)})"
+        f"{path} could not be reached or used ({type(own).__name__}: {_one_line(own)})"
     )
 
 
@@ -74,7 +74,7 @@ def _code(error: BaseException) -> str:
     return str(response.get("Error", {}).get("Code")) if isinstance(response, dict) else ""
 
 
-def one_line(error: BaseException) -> str:
+def _one_line(error: BaseException) -> str:
     """An error's text without passwords and signatures of addresses in it."""
     text = re.sub(r"\?[^\s\"']*", "", " ".join(str(error).split()))
     return without_password(text)
@@ -223,7 +223,7 @@ class ObjectPath(PosixPath):
         except (StoreError, ConfigError):
             raise
         except Exception as error:
-            raise as_store_error(error, self) from None
+            raise _as_store_error(error, self) from None
 
 
 class _ObjectReader(io.RawIOBase):
@@ -317,7 +317,7 @@ def _of_profile(msc: Any, name: str) -> Any:
         return msc.StorageClient(msc.StorageClientConfig.from_file(profile=name))
     except Exception as error:  # its configuration file may be wrong in many ways
         raise StoreError(
-            f"profile {name} of multi-storage-client cannot be used ({one_line(error)}); name one "
+            f"profile {name} of multi-storage-client cannot be used ({_one_line(error)}); name one "
             "of its configuration file, which MSC_CONFIG can name",
             is_refusal=True,
         ) from None

@@ -93,7 +93,7 @@ class RankEnvironment:
         local_world_size = _tasks_on_node(env)
         # Ranks of one machine need no name of it, which may be no address.
         first = "127.0.0.1" if local_world_size == world_size else None
-        host = env.get("MASTER_ADDR") or first or first_host(env["SLURM_STEP_NODELIST"])
+        host = env.get("MASTER_ADDR") or first or _first_host(env["SLURM_STEP_NODELIST"])
         # Derived from the job, so that all ranks know it and two jobs rarely share one; below those
         # that Linux hands out to connections.
         port = _number(env, "MASTER_PORT", 20000 + _number(env, "SLURM_JOB_ID") % 12000)
@@ -112,7 +112,7 @@ class RankEnvironment:
         )
 
 
-def first_host(nodes: str) -> str:
+def _first_host(nodes: str) -> str:
     """The first host of a Slurm host list, such as `gpu07` of `gpu[07-09,12],login1`."""
     match = re.match(r"([^\[,]*)(?:\[([^\],-]*)[^\]]*\]([^,\[]*))?", nodes)
     assert match is not None, "the pattern matches anything"

@@ -30,7 +30,7 @@ _CONNECTIONS = "CUDA_DEVICE_MAX_CONNECTIONS"
 
 
 @dataclass(frozen=True)
-class Variable:
+class _Variable:
     """One environment variable, its value unless the user has set it, and the reason.
 
     Attributes:
@@ -46,12 +46,12 @@ class Variable:
     only_at_start: bool = False
 
 
-def rank_variables(num_local_ranks: int, interface: str | None = None) -> list[Variable]:
+def _rank_variables(num_local_ranks: int, interface: str | None = None) -> list[_Variable]:
     """The variables of ranks on this machine.
 
     `interface` is the network interface towards the other machines; None where there are none.
     """
-    cores, at_start = len(os.sched_getaffinity(0)), functools.partial(Variable, only_at_start=True)
+    cores, at_start = len(os.sched_getaffinity(0)), functools.partial(_Variable, only_at_start=True)
     variables = [
         # `runtime.distributed.start` sets the threads of a rank that has no such variable.
         at_start(
@@ -59,20 +59,20 @@ def rank_variables(num_local_ranks: int, interface: str | None = None) -> list[V
             str(max(1, cores // num_local_ranks)),
             "one thread a core in all; torchrun would choose 1 whatever the machine has",
         ),
-        Variable(
+        _Variable(
             "PYTORCH_ALLOC_CONF",
             "expandable_segments:True",
             "token counts of experts change every step; fixed segments fragment memory",
             aliases=("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF"),
         ),
-        Variable(
+        _Variable(
             "NCCL_GRAPH_REGISTER",
             "0",
             "NCCL would register the buffers of collectives in CUDA graphs, and expandable "
             "segments have no single allocation to register; megatron-core refuses the pair",
         ),
-        Variable("NCCL_DEBUG", "WARN", "a failing collective says why; INFO would fill the logs"),
-        Variable(
+        _Variable("NCCL_DEBUG", "WARN", "a failing collective says why; INFO would fill the logs"),
+        _Variable(
             "NCCL_IB_TIMEOUT",
             "22",
             "an InfiniBand link that flaps for seconds does not end the run (4.1 us * 2^22 = 17 s)",
@@ -92,22 +92,22 @@ def rank_variables(num_local_ranks: int, interface: str | None = None) -> list[V
     variables += _caches()
     if interface is not None:
         reason = "gloo looks up the host's name, which many machines map to a loopback address"
-        variables.append(Variable("GLOO_SOCKET_IFNAME", interface, reason))
+        variables.append(_Variable("GLOO_SOCKET_IFNAME", interface, reason))
     return variables
 
 
-def _caches() -> list[Variable]:
+def _caches() -> list[_Variable]:
     """Folders of compilation caches."""
     reason = "on the node: in the home folder all nodes would wait for one file system"
     caches = [
-        Variable("TRITON_CACHE_DIR", "triton", f"compiled kernels {reason}", ("TRITON_HOME",)),
-        Variable("TORCH_EXTENSIONS_DIR", "extensions", f"megatron-core's extension {reason}"),
+        _Variable("TRITON_CACHE_DIR", "triton", f"compiled kernels {reason}", ("TRITON_HOME",)),
+        _Variable("TORCH_EXTENSIONS_DIR", "extensions", f"megatron-core's extension {reason}"),
     ]
     folders = [(cache, _own_folder(cache.value)) for cache in caches]
     return [replace(cache, value=folder) for cache, folder in folders if folder is not None]
 
 
-def connections(config: Config) -> Variable:
+def _connections(config: Config) -> _Variable:
     """CUDA_DEVICE_MAX_CONNECTIONS, the number of hardware queues, for a configuration.
 
     With one, kernels start in the order of their launch. megatron-core's tensor parallelism relies
@@ -131,12 +131,12 @@ def connections(config: Config) -> Variable:
             "8",
             "collectives run with kernels that are launched before them; this is CUDA's default",
         )
-    return Variable(_CONNECTIONS, value, reason)
+    return _Variable(_CONNECTIONS, value, reason)
 
 
 def contradiction(config: Config, environment: Mapping[str, str]) -> str | None:
     """A warning where the user's number of hardware queues is not what the run needs."""
-    wanted, given = connections(config), environment.get(_CONNECTIONS)
+    wanted, given = _connections(config), environment.get(_CONNECTIONS)
     # More queues than are needed do no harm.
     is_enough = given and given.isdecimal() and int(given) >= int(wanted.value) > 1
     if given in (None, wanted.value) or is_enough:
@@ -197,7 +197,7 @@ def with_rank_variables(
     """A copy of `environment` with the variables that it lacks."""
     # OpenMP takes an empty number of threads for none.
     result = {name: text for name, text in environment.items() if text or name != _THREADS}
-    for variable in rank_variables(num_local_ranks, interface):
+    for variable in _rank_variables(num_local_ranks, interface):
         _set_default(result, variable)
     return result
 
@@ -229,14 +229,14 @@ def set_rank_variables(config: Config, interface: str | None = None) -> None:
     CUDA, torch's allocator and NCCL read their variables once, when they start.
     """
     check_rank_variables(os.environ)
-    _set_default(os.environ, connections(config))
+    _set_default(os.environ, _connections(config))
     if config.moe.cutlass_grouped_gemm:
         # Read before each product (Transformer Engine, common/gemm/cublaslt_gemm.cu).
         os.environ.setdefault("NVTE_USE_CUTLASS_GROUPED_GEMM", "1")
     if config.megatron.fine_grained_activation_offloading:
         # Read on import; otherwise weights would go to the host too (arguments.py demands it).
         os.environ.setdefault("NVTE_CPU_OFFLOAD_V1", "1")
-    for variable in rank_variables(1, interface):
+    for variable in _rank_variables(1, interface):
         if not variable.only_at_start:
             _set_default(os.environ, variable)
 
@@ -253,6 +253,6 @@ def prepare_rank(config: Config) -> RankEnvironment:
     return rank
 
 
-def _set_default(environment: MutableMapping[str, str], variable: Variable) -> None:
+def _set_default(environment: MutableMapping[str, str], variable: _Variable) -> None:
     if not any(alias in environment for alias in variable.aliases):
         environment.setdefault(variable.name, variable.value)

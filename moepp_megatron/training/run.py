@@ -133,7 +133,7 @@ def run(request: TrainRequest, say: Say, callbacks: Sequence[object] = ()) -> Tr
         RanksFailedError: Ranks that were started have failed.
     """
     with _entering(request, say):
-        return _start_ranks(request) if request.starts_ranks else run_rank(request, say, callbacks)
+        return _start_ranks(request) if request.starts_ranks else _run_rank(request, say, callbacks)
 
 
 def _entering(request: TrainRequest, say: Say) -> AbstractContextManager[None]:
@@ -157,7 +157,7 @@ def _start_ranks(request: TrainRequest) -> TrainResult:
         flags += ["--overwrite"] if start.overwrite else []
         os.environ[RESUME_COMMAND] = start.resume_command or ""
     arguments = ["train", *flags, "--", *request.words]
-    options = replace(request.options, alike=must_be_alike(request.config))
+    options = replace(request.options, alike=_must_be_alike(request.config))
     os.environ[RESOLVED] = handing_over(request.config)
     try:
         status = run_ranks(options, "moepp_megatron.cli.main", arguments)
@@ -168,7 +168,7 @@ def _start_ranks(request: TrainRequest) -> TrainResult:
     return TrainResult(Path(request.config.run.dir), stopped=status == STOPPED)
 
 
-def run_rank(request: TrainRequest, say: Say, callbacks: Sequence[object]) -> TrainResult:
+def _run_rank(request: TrainRequest, say: Say, callbacks: Sequence[object]) -> TrainResult:
     """Train as one rank of the run."""
     from moepp_megatron.runtime.optional import quiet
 
@@ -184,8 +184,8 @@ def run_rank(request: TrainRequest, say: Say, callbacks: Sequence[object]) -> Tr
         die_with_parent(os.getppid())
     if config.resilience.hang_timeout_s > 0:
         enable_flight_recorder(folder / "hangs")
-    alike = {"--resume": str(request.start.resume), **must_be_alike(config)}
-    settle = functools.partial(refuse_unlike, alike=alike)
+    alike = {"--resume": str(request.start.resume), **_must_be_alike(config)}
+    settle = functools.partial(_refuse_unlike, alike=alike)
     with distributed.initialized(rank, distributed.collective_timeout(config), settle) as device:
         if config.run.numa_binding:
             bind_to_gpu(device)
@@ -239,7 +239,7 @@ def _warn(text: str) -> None:
     logging.getLogger(__name__).warning("%s", text)
 
 
-def must_be_alike(config: Config) -> dict[str, str]:
+def _must_be_alike(config: Config) -> dict[str, str]:
     """Versions and settings by name, long values shortened to their beginning and a digest."""
     alike = package_versions()
     for section, keys in config.model_dump(mode="json").items():
@@ -254,7 +254,7 @@ def must_be_alike(config: Config) -> dict[str, str]:
     return alike
 
 
-def refuse_unlike(store: Store, rank: int, world_size: int, alike: Mapping[str, str]) -> None:
+def _refuse_unlike(store: Store, rank: int, world_size: int, alike: Mapping[str, str]) -> None:
     """Refuse ranks whose settings differ, through the store where they meet; every rank calls.
 
     Without it ranks train with each their own, or wait for each other in collectives.

@@ -124,11 +124,11 @@ def run(
 
 def checksum_of(parameters) -> int:
     """One number for the bits of all of them."""
-    from moepp_megatron.training.resilience.supervisor import checksum
+    from moepp_megatron.training.resilience.supervisor import _checksum
 
     total = 0
     for parameter in parameters:
-        total = (total * 31 + int(checksum(parameter.data))) % 2**61
+        total = (total * 31 + int(_checksum(parameter.data))) % 2**61
     return total
 
 

@@ -43,8 +43,8 @@ def save_and_load(folder: Path):
     run.save()
     wanted = state_to_load(run.model)["optimizer"]
     checkpoint = folder / "step_00000001"
-    read_as_usual = data_only.CheckpointReader.read_data
-    with replaced(data_only.CheckpointReader, read_data=read_data):
+    read_as_usual = data_only._CheckpointReader.read_data
+    with replaced(data_only._CheckpointReader, read_data=read_data):
         read_checkpoint(checkpoint, run.model, run.config)
     index = read_metadata(checkpoint)
     tensors = [

@@ -11,9 +11,9 @@ from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBucketG
 from moepp_megatron.config import ConfigError
 from moepp_megatron.training.checkpoint.data_only import load_data, unsafe_pickle
 from moepp_megatron.training.checkpoint.state import (
+    _checked_fp8_state,
     apply_model_state,
     apply_state,
-    checked_fp8_state,
     model_state,
     saved_state,
     state_to_load,
@@ -161,7 +161,7 @@ def changes_a_class() -> torch.Tensor:
 )
 def test_anything_but_a_history_is_refused(value, found):
     state = {"decoder.layers.0.mlp.experts.linear_fc1._extra_state": value}
-    with pytest.raises(ConfigError, match=found) as caught, checked_fp8_state(state):
+    with pytest.raises(ConfigError, match=found) as caught, _checked_fp8_state(state):
         pytest.fail("nothing may be read")
     message = str(caught.value)
     assert "_extra_state must hold the history of delayed FP8 scaling" in message
@@ -169,5 +169,5 @@ def test_anything_but_a_history_is_refused(value, found):
 
 
 def test_without_a_history_nothing_is_allowed():
-    with checked_fp8_state({"linear._extra_state": torch.empty(0, dtype=torch.uint8)}):
+    with _checked_fp8_state({"linear._extra_state": torch.empty(0, dtype=torch.uint8)}):
         assert "NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE" not in os.environ

@@ -10,11 +10,11 @@ from transformer_engine.pytorch.optimizers import FusedAdam
 from moepp_megatron.config import Layout
 from moepp_megatron.tools.planning.memory import rank_memory
 from moepp_megatron.training.checkpoint.optimizer import (
+    _join_halves,
+    _split_halves,
     complete_state,
     copy_into_shard,
-    join_halves,
     parameter_shards,
-    split_halves,
 )
 from moepp_megatron.training.checkpoint.state import model_state
 from moepp_megatron.training.setup import TrainingModel, build_training_model
@@ -79,8 +79,8 @@ def test_remainders_are_the_fp32_weights():
     bits = torch.randint(-(2**31), 2**31 - 1, (10_000,), generator=torch.manual_seed(1))
     whole = bits.int().view(torch.float32)
     weight, remainder = torch.empty(len(bits)).bfloat16(), torch.empty(len(bits)).short()
-    split_halves(whole, weight, remainder)
-    assert torch.equal(join_halves(weight, remainder).view(torch.int32), bits.int())
+    _split_halves(whole, weight, remainder)
+    assert torch.equal(_join_halves(weight, remainder).view(torch.int32), bits.int())
     rounded = whole.isfinite() & (bits & 0xFFFF != 0x8000)
     assert torch.equal(weight[rounded], whole.bfloat16()[rounded])
     plain, halves = trained(3), trained(3, optimizer=REMAINDERS)

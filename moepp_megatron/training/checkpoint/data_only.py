@@ -52,7 +52,7 @@ def load_data(state: dict[str, Any], checkpoint: Path) -> dict[str, Any]:
         OSError: It cannot be read.
     """
     metadata = read_metadata(checkpoint)
-    reader: Any = partial(CheckpointReader, metadata)
+    reader: Any = partial(_CheckpointReader, metadata)
     if isinstance(checkpoint, ObjectPath):
         reader = partial(_ObjectReader, metadata, checkpoint)
     # megatron-core has no argument for the reader of the common state.
@@ -62,7 +62,7 @@ def load_data(state: dict[str, Any], checkpoint: Path) -> dict[str, Any]:
         replaced(strategy, FileSystemReader=reader),
     ):
         made = strategy._get_filesystem_reader(folder)
-        assert isinstance(made, CheckpointReader), f"megatron-core reads with {type(made)}"
+        assert isinstance(made, _CheckpointReader), f"megatron-core reads with {type(made)}"
         loaded: dict[str, Any] = dist_checkpointing.load(
             state, str(folder), _each_byte_once(strategy.TorchDistLoadShardedStrategy())
         )
@@ -117,7 +117,7 @@ def refuse_packed(record: IO[bytes]) -> None:
         raise UnsafePickleError("is compressed, as no checkpoint's is")
 
 
-class CheckpointReader(FileSystemReader):
+class _CheckpointReader(FileSystemReader):
     """Reads the files of a checkpoint by an index that it is given."""
 
     def __init__(self, metadata: Metadata, path: str | os.PathLike[str]) -> None:
@@ -135,7 +135,7 @@ class CheckpointReader(FileSystemReader):
         return self._metadata
 
 
-class _ObjectReader(CheckpointReader):
+class _ObjectReader(_CheckpointReader):
     """Reads ranges of a checkpoint's objects: what this rank needs, and nothing else."""
 
     def __init__(
@@ -182,7 +182,7 @@ def unsafe_pickle(checkpoint: Path, part: int = 0, num_parts: int = 1) -> str | 
     try:
         metadata = read_metadata(checkpoint)
         _refuse_further_indexes(checkpoint)
-        reader = CheckpointReader(metadata, checkpoint)
+        reader = _CheckpointReader(metadata, checkpoint)
         # All places of a name: torch looks them up by name and offset, and any of them may be it.
         entries = [(index.fqn, info) for index, info in metadata.storage_data.items()]
         entries.sort(key=lambda entry: (entry[0], entry[1].relative_path, entry[1].offset))

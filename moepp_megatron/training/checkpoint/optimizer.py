@@ -110,7 +110,7 @@ def _is_emerging(inner: torch.optim.Optimizer) -> bool:
 
 
 @dataclass
-class ParameterShard:
+class _ParameterShard:
     """This rank's shard of one parameter's optimizer state.
 
     Attributes:
@@ -129,7 +129,7 @@ class ParameterShard:
     put_back: Callable[[], None] = lambda: None
 
 
-def join_halves(weight: Tensor, remainder: Tensor) -> Tensor:
+def _join_halves(weight: Tensor, remainder: Tensor) -> Tensor:
     """The fp32 weights of bf16 ones and the int16 remainders that FusedAdam keeps of them.
 
     A negative remainder says that the bf16 weight was rounded up (Transformer Engine,
@@ -139,14 +139,14 @@ def join_halves(weight: Tensor, remainder: Tensor) -> Tensor:
     return ((high << 16) | (remainder.int() & 0xFFFF)).view(torch.float32)
 
 
-def split_halves(whole: Tensor, weight: Tensor, remainder: Tensor) -> None:
-    """Put fp32 weights into bf16 ones and remainders, from which `join_halves` has every bit."""
+def _split_halves(whole: Tensor, weight: Tensor, remainder: Tensor) -> None:
+    """Put fp32 weights into bf16 ones and remainders, from which `_join_halves` has every bit."""
     bits = whole.view(torch.int32)
     remainder.copy_(((bits & 0xFFFF) ^ 0x8000) - 0x8000)
     weight.detach().view(torch.int16).copy_((bits >> 16) + (remainder < 0).int())
 
 
-def parameter_shards(optimizer: Any, model_state: dict[str, Any]) -> Iterator[ParameterShard]:
+def parameter_shards(optimizer: Any, model_state: dict[str, Any]) -> Iterator[_ParameterShard]:
     """Yield this rank's shard of each parameter of a distributed optimizer with state."""
     entries = {
         entry.data: entry
@@ -154,7 +154,7 @@ def parameter_shards(optimizer: Any, model_state: dict[str, Any]) -> Iterator[Pa
         if isinstance(entry, ShardedTensor | ShardedTensorFactory)
     }
     for parameter, begin in _held(optimizer):
-        yield ParameterShard(
+        yield _ParameterShard(
             parameter, entries[parameter], begin, *_own_tensors(optimizer, parameter)
         )
 
@@ -191,11 +191,11 @@ def _own_tensors(optimizer: Any, parameter: Tensor) -> tuple[dict[str, Tensor], 
     main = state.pop("master_param", key)
     if main.dtype is not torch.int16:
         return {"param": main, **state}, lambda: None
-    whole = join_halves(key, main)
-    return {"param": whole, **state}, partial(split_halves, whole, key, main)
+    whole = _join_halves(key, main)
+    return {"param": whole, **state}, partial(_split_halves, whole, key, main)
 
 
-def sharded_boxes(shard: ParameterShard, prefix: str, values: Tensor) -> list[ShardedTensor]:
+def sharded_boxes(shard: _ParameterShard, prefix: str, values: Tensor) -> list[ShardedTensor]:
     """Entries of a checkpoint, each named `prefix` and its parameter, as views of `values`.
 
     `values` is flat, with one value for each element of the shard.
@@ -208,7 +208,7 @@ def sharded_boxes(shard: ParameterShard, prefix: str, values: Tensor) -> list[Sh
         if first >= last:
             continue
         lead = piece.prepend_axis_num
-        for corner, sizes in boxes(piece.local_shape, first, last):
+        for corner, sizes in _boxes(piece.local_shape, first, last):
             start = first + offset - shard.begin
             first += math.prod(sizes)
             local_shape = (1,) * lead + sizes
@@ -234,7 +234,7 @@ def sharded_boxes(shard: ParameterShard, prefix: str, values: Tensor) -> list[Sh
     return tensors
 
 
-def boxes(
+def _boxes(
     shape: tuple[int, ...], first: int, last: int
 ) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
     """The boxes that hold elements `first` to `last` (excluded) of a tensor in memory order.
@@ -260,11 +260,11 @@ def _in_row(
     shape: tuple[int, ...], index: int, first: int, last: int
 ) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
     row = math.prod(shape[1:])
-    inner = boxes(shape[1:], first - index * row, last - index * row)
+    inner = _boxes(shape[1:], first - index * row, last - index * row)
     return [((index, *corner), (1, *sizes)) for corner, sizes in inner]
 
 
-def _pieces(shard: ParameterShard) -> list[tuple[ShardedTensor, int]]:
+def _pieces(shard: _ParameterShard) -> list[tuple[ShardedTensor, int]]:
     """The tensors of the checkpoint that a parameter is made of, and where in it each begins."""
     entry = shard.entry
     if isinstance(entry, ShardedTensor):

@@ -142,7 +142,7 @@ def apply_model_state(models: list[GPTModel], loaded: dict[str, Any]) -> None:
     """Put the state that was read into the model."""
     for index, model in enumerate(models):
         state = loaded[f"model{index}"]
-        with checked_fp8_state(state):
+        with _checked_fp8_state(state):
             model.load_state_dict(state)
 
 
@@ -216,7 +216,7 @@ def _is_needless(entry: ShardedBase, dtypes: dict[str, torch.dtype]) -> bool:
 
 
 @contextmanager
-def checked_fp8_state(state: dict[str, Any]) -> Iterator[None]:
+def _checked_fp8_state(state: dict[str, Any]) -> Iterator[None]:
     """Allow Transformer Engine to read the FP8 state of a model in the block.
 
     Transformer Engine refuses to read such a pickle unless a variable of the environment allows it

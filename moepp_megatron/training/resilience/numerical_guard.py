@@ -215,13 +215,13 @@ def _describe_non_finite(
             shown = ", ".join(map(str, ranks[:8])) + (", ..." if len(ranks) > 8 else "")
             parts.append(f"{name} is {values[ranks[0]]} on rank {shown}")
     names: list[str | None] = [None] * len(everyone)
-    dist.all_gather_object(names, first_non_finite(chunks))
+    dist.all_gather_object(names, _first_non_finite(chunks))
     # A parameter before a gradient that it has made so.
     parts += sorted(filter(None, names), key=lambda name: name.startswith("gradient"))[:1]
     return "; ".join(parts) or "loss is not finite"
 
 
-def first_non_finite(chunks: Sequence[torch.nn.Module]) -> str | None:
+def _first_non_finite(chunks: Sequence[torch.nn.Module]) -> str | None:
     """The first parameter of this rank that is not finite, or else has such a gradient."""
     named = [pair for chunk in chunks for pair in chunk.named_parameters()]
     for what, attribute in (("parameter", "data"), ("gradient of", "main_grad")):

@@ -110,7 +110,7 @@ def find_cause(
         return _Finding("not finite", numbers)
     groups = [[batch.selections_LE for batch in each] for each in (before, refused)]
     numbers += f"; {_moved_share(before, refused):.0%} of the selections are for other experts"
-    return _Finding("data" if has_moved(*groups) else "targets", numbers)
+    return _Finding("data" if _has_moved(*groups) else "targets", numbers)
 
 
 def _median(losses: Sequence[float]) -> float:
@@ -120,11 +120,11 @@ def _median(losses: Sequence[float]) -> float:
 
 
 def num_needed(num_refused: int) -> int:
-    """Batches from before the refused ones, for `has_moved` to decide."""
+    """Batches from before the refused ones, for `_has_moved` to decide."""
     return max(num_refused, math.ceil(1 / _SIGNIFICANCE / num_refused))
 
 
-def has_moved(before: Sequence[Tensor], refused: Sequence[Tensor]) -> bool:
+def _has_moved(before: Sequence[Tensor], refused: Sequence[Tensor]) -> bool:
     """True if two groups of batches differ significantly in their experts' shares.
 
     A permutational analysis of variance (Anderson 2001) of Hellinger distances, of all layers

@@ -34,7 +34,7 @@ _FUNCTIONS = (
 )
 
 
-class CollectiveClock:
+class _CollectiveClock:
     """Adds up the time that the training thread waits for other ranks.
 
     Neither gloo nor NCCL reports it. So while the clock runs, torch's collectives and the waits for
@@ -170,7 +170,7 @@ class StragglerDetector:
 
     def __init__(self, interval: int, threshold: float) -> None:
         self._interval, self._threshold = interval, threshold
-        self._clock = CollectiveClock()
+        self._clock = _CollectiveClock()
         self._steps, self._wall_s, self._waiting_s = 0, 0.0, 0.0
         self._began = 0.0
 

@@ -33,7 +33,7 @@ class SilentDivergenceError(RuntimeError):
     """Parameters that must be equal on several ranks are not."""
 
 
-def check_shared_parameters(models: Sequence[torch.nn.Module], step: int) -> None:
+def _check_shared_parameters(models: Sequence[torch.nn.Module], step: int) -> None:
     """Compare every parameter with its copies on other ranks, bit by bit; every rank must call.
 
     The copies compared are FFN experts over the expert-data-parallel ranks, everything else over
@@ -97,7 +97,7 @@ def _differences(parameters: Named, group: dist.ProcessGroup) -> list[str]:
     """A line per parameter that differs within the group."""
     if not parameters:
         return []
-    mine = torch.stack([checksum(plain_value(parameter)) for _, parameter in parameters])
+    mine = torch.stack([_checksum(plain_value(parameter)) for _, parameter in parameters])
     everyone = [torch.empty_like(mine) for _ in range(group.size())]
     dist.all_gather(everyone, mine, group=group)
     by_rank = torch.stack(everyone).tolist()
@@ -123,7 +123,7 @@ def _who(ranks: list[int], sums: list[int]) -> str:
 
 
 @torch.no_grad()
-def checksum(tensor: Tensor) -> Tensor:
+def _checksum(tensor: Tensor) -> Tensor:
     """Sum of the elements' bit patterns, each times a weight of its position, modulo 2^64.
 
     One changed bit always changes it; other differences are missed with a probability of about
@@ -217,7 +217,7 @@ class Supervisor:
         self._comparison = self._stragglers.end_step(step) if self._stragglers else None
         if self._divergence_interval > 0 and step % self._divergence_interval == 0:
             with self._model.gathered_parameters():
-                check_shared_parameters(self._model.models, step)
+                _check_shared_parameters(self._model.models, step)
 
     def metrics(self) -> dict[str, int | float]:
         """Optional fields of the step's record."""

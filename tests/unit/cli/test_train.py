@@ -23,7 +23,7 @@ from moepp_megatron.runtime import agent, launch
 from moepp_megatron.runtime.launch import LaunchOptions
 from moepp_megatron.runtime.rank import RankEnvironment
 from moepp_megatron.training.checkpoint import NoStartError
-from moepp_megatron.training.run import TrainResult, run_rank
+from moepp_megatron.training.run import TrainResult, _run_rank
 from moepp_megatron.training.run_folder import Start
 from moepp_megatron.training.train_request import RESOLVED, TrainRequest
 from tests.unit.cli.test_dry_run import MINIMAL
@@ -248,11 +248,11 @@ def test_what_a_run_says_at_its_start_is_printed(tmp_path: Path, monkeypatch, ca
         layout=Layout.from_config(config, 1),
         rank=RankEnvironment(),
     )
-    run_rank(request, print, ())
+    _run_rank(request, print, ())
     assert capsys.readouterr().out.splitlines()[:3] == [*trainer.start_lines, "trains"]
     assert bound == ["its GPU"]
     request.config = with_overrides(config, ["run.numa_binding=false"])
-    run_rank(request, print, ())
+    _run_rank(request, print, ())
     assert len(bound) == 1
 
 

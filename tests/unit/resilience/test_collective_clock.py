@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from moepp_megatron.training.resilience.stragglers import CollectiveClock
+from moepp_megatron.training.resilience.stragglers import _CollectiveClock
 from moepp_megatron.training.resilience.watchdog import _collective_of
 
 
@@ -38,7 +38,7 @@ def clock(monkeypatch):
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(dist, "all_reduce", lambda: "reduced")
     monkeypatch.setattr(Event, "recorded", 0)
-    clock = CollectiveClock()
+    clock = _CollectiveClock()
     clock.start()
     yield clock
     clock.stop()

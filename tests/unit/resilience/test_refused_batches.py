@@ -9,8 +9,8 @@ from torch import Tensor
 
 from moepp_megatron.training.resilience.refused_batches import (
     BatchEvidence,
+    _has_moved,
     find_cause,
-    has_moved,
     num_needed,
 )
 
@@ -57,8 +57,8 @@ def test_model_that_does_not_take_old_batches_is_damaged(losses: list[float]) ->
 def test_too_few_batches_never_count_as_moved() -> None:
     one, other = ([b.selections_LE for b in batches(s, [3.0], 1)] for s in (SHARES, OTHER_SHARES))
     assert [num_needed(count) for count in (1, 2, 3, 5, 9)] == [20, 10, 7, 5, 9]
-    assert has_moved(one * 20, other)
-    assert not has_moved(one * 19, other)
+    assert _has_moved(one * 20, other)
+    assert not _has_moved(one * 19, other)
 
 
 def test_state_is_restored_to_the_bit() -> None:

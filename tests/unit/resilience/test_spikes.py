@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from moepp_megatron.config.schema import ResilienceSection
-from moepp_megatron.training.resilience.numerical_guard import NumericalGuard, first_non_finite
+from moepp_megatron.training.resilience.numerical_guard import NumericalGuard, _first_non_finite
 from moepp_megatron.training.step_sums import StepSums
 
 SETTINGS = ResilienceSection(guard_max_consecutive_skips=3)
@@ -117,9 +117,9 @@ def test_batches_refused_in_a_row_are_no_batches_refused_now_and_then() -> None:
 def test_the_parameter_that_is_not_finite_is_named() -> None:
     """Or else the one whose gradient is not."""
     model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
-    assert first_non_finite([model]) is None
+    assert _first_non_finite([model]) is None
     model[1].weight.main_grad = torch.full((2, 2), math.inf)
-    assert first_non_finite([model]) == "gradient of 1.weight is not finite"
+    assert _first_non_finite([model]) == "gradient of 1.weight is not finite"
     with torch.no_grad():
         model[0].bias[1] = math.nan
-    assert first_non_finite([model]) == "parameter 0.bias is not finite"
+    assert _first_non_finite([model]) == "parameter 0.bias is not finite"

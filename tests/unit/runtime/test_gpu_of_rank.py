@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from moepp_megatron.config import UnfitError
 from moepp_megatron.runtime import distributed as module
-from moepp_megatron.runtime.distributed import gpu_of_rank
+from moepp_megatron.runtime.distributed import _gpu_of_rank
 from moepp_megatron.runtime.rank import RankEnvironment
 
 
@@ -26,7 +26,7 @@ def node(ranks: int, shown: list[list[str]], monkeypatch) -> list[torch.device |
         seen.uuids = shown[rank]
         environment = RankEnvironment(local_rank=rank, local_world_size=ranks, is_launched=True)
         try:
-            found[rank] = gpu_of_rank(environment, store)
+            found[rank] = _gpu_of_rank(environment, store)
         except UnfitError as error:
             found[rank] = str(error)
 
@@ -61,4 +61,4 @@ def test_a_group_that_exists_keeps_its_device(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     environment = RankEnvironment(local_rank=1, local_world_size=2, is_launched=True)
-    assert gpu_of_rank(environment, None) == torch.device("cuda", 0)
+    assert _gpu_of_rank(environment, None) == torch.device("cuda", 0)

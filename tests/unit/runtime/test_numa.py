@@ -28,7 +28,7 @@ def _write(path: Path, text: str) -> None:
 
 
 def test_cores_of_the_gpus_node_are_near(system: Path) -> None:
-    assert distributed.cores_near(ADDRESS, system) == {4, 5, 6, 7, 12, 14, 15}
+    assert distributed._cores_near(ADDRESS, system) == {4, 5, 6, 7, 12, 14, 15}
 
 
 @pytest.mark.parametrize("content", ["-1\n", "7\n", "", None])
@@ -38,7 +38,7 @@ def test_where_nothing_is_known_no_core_is_near(system: Path, content: str | Non
         path.unlink()
     else:
         path.write_text(content)
-    assert distributed.cores_near(ADDRESS, system) == set()
+    assert distributed._cores_near(ADDRESS, system) == set()
 
 
 @pytest.mark.parametrize(
@@ -55,7 +55,7 @@ def test_a_rank_keeps_to_cores_near_its_gpu_that_it_may_use(
     system, monkeypatch, device, allowed, bound
 ):
     calls: list[set[int]] = []
-    monkeypatch.setattr(distributed.cores_near, "__defaults__", (system,))
+    monkeypatch.setattr(distributed._cores_near, "__defaults__", (system,))
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: GPU)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: allowed)
     monkeypatch.setattr(os, "sched_setaffinity", lambda _, cores: calls.append(cores))

@@ -15,11 +15,11 @@ from moepp_megatron.config import Config, ConfigError, UnfitError, parse_config,
 from moepp_megatron.runtime import distributed, launch, nodes
 from moepp_megatron.runtime.launch import LaunchOptions, _torchrun, run_ranks
 from moepp_megatron.runtime.nodes import Nodes, interface_of_rank, parse_endpoint
-from moepp_megatron.runtime.rank import RankEnvironment, first_host
+from moepp_megatron.runtime.rank import RankEnvironment, _first_host
 from moepp_megatron.runtime.rank_environment import (
+    _rank_variables,
     check_rank_variables,
     contradiction,
-    rank_variables,
     set_rank_variables,
     with_rank_variables,
 )
@@ -27,7 +27,7 @@ from tests.parallel.training_runs import TP2, settings
 
 
 def test_nothing_that_the_user_has_set_is_changed():
-    names = [variable.name for variable in rank_variables(2, "eth0")]
+    names = [variable.name for variable in _rank_variables(2, "eth0")]
     assert len(set(names)) == len(names)
     user = dict.fromkeys(names, "the user's")
     assert with_rank_variables(user, 2, "eth0") == user
@@ -322,7 +322,7 @@ def test_ranks_without_a_place_on_their_machine_are_refused(monkeypatch, more):
     ],
 )
 def test_first_host(nodes, first):
-    assert first_host(nodes) == first
+    assert _first_host(nodes) == first
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import pytest
 import torch.distributed as dist
 
 from moepp_megatron.training.checkpoint import NoStartError
-from moepp_megatron.training.run import must_be_alike, refuse_unlike
+from moepp_megatron.training.run import _must_be_alike, _refuse_unlike
 from tests.unit.training.conftest import config_of
 
 
@@ -15,9 +15,9 @@ def said(*ranks: dict) -> set[str]:
     store = dist.HashStore()
 
     def meet(rank: int) -> str:
-        alike = must_be_alike(config_of(**ranks[rank]))
+        alike = _must_be_alike(config_of(**ranks[rank]))
         try:
-            refuse_unlike(store, rank, len(ranks), alike)
+            _refuse_unlike(store, rank, len(ranks), alike)
         except NoStartError as error:
             return str(error)
         return ""

@@ -8,8 +8,8 @@ import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 
 from moepp_megatron.training.checkpoint.optimizer import (
-    ParameterShard,
-    boxes,
+    _boxes,
+    _ParameterShard,
     parameter_shards,
     sharded_boxes,
 )
@@ -21,7 +21,7 @@ def test_boxes_hold_every_range_in_order_and_nothing_else(shape: tuple[int, ...]
     numbers = torch.arange(numel).reshape(shape)
     for first in range(numel + 1):
         for last in range(first, numel + 1):
-            found = boxes(shape, first, last)
+            found = _boxes(shape, first, last)
             held = [
                 numbers[tuple(slice(b, b + n) for b, n in zip(corner, sizes, strict=True))]
                 for corner, sizes in found
@@ -64,7 +64,7 @@ def test_ranks_shards_make_up_the_tensor(make, cuts: tuple[int, ...]) -> None:
         entry = make("w", parameter, rank, 2)
         values = torch.arange(24.0) + 100 * rank
         for first, last in zip(cuts, cuts[1:], strict=False):
-            shard = ParameterShard(parameter, entry, first, {})
+            shard = _ParameterShard(parameter, entry, first, {})
             for part in sharded_boxes(shard, "exp_avg.", values[first:last]):
                 assert part.key == "exp_avg.w"
                 assert part.replica_id == (0, 0, 0), "written by the rank that holds it"
