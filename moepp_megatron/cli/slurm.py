@@ -18,14 +18,6 @@ def slurm(
     nodes: Annotated[
         int | None, typer.Option(min=1, help="Ask for this many nodes; by default, slurm.nodes.")
     ] = None,
-    sweep: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Make a job array with one run for each value, or, where the option is given "
-            "several times, for each combination.",
-            metavar="section.key=[a,b]",
-        ),
-    ] = None,
     submit: Annotated[
         bool, typer.Option("--submit", help="Submit the job instead of printing its script.")
     ] = False,
@@ -34,31 +26,28 @@ def slurm(
 
     Examples:
         moepp slurm configs/models/moepp_7b_16_4.yaml data.path=data/mine --nodes 4
-        moepp slurm configs/models/moepp_0.6b_8_4.yaml --sweep "moe.tau=[0.25,0.75]"
+        moepp slurm configs/models/moepp_0.6b_8_4.yaml moe.tau=0.25 run.dir=runs/tau --submit
     """
-    from moepp_megatron.cluster.slurm_script import SlurmJob, sweep_variants
+    from moepp_megatron.cluster.slurm_script import SlurmJob
 
     settings = load_config(config, overrides or [])
     warn(*check_config(settings))
     if nodes is not None:
         settings = with_overrides(settings, [f"slurm.nodes={nodes}"])
-    variants = sweep_variants(settings, sweep or []) if sweep else []
-    job = SlurmJob(settings, config, overrides or [], Path.cwd(), variants)
-    _report_path_problems([with_overrides(settings, v) for v in variants] or [settings], submit)
+    job = SlurmJob(settings, config, overrides or [], Path.cwd())
+    _report_path_problems(settings, submit)
     if submit:
         echo(job.submit())
     else:
         typer.echo(job.script(), nl=False)
 
 
-def _report_path_problems(configs: list[Config], submit: bool) -> None:
+def _report_path_problems(config: Config, submit: bool) -> None:
     """Say what the job would miss here; a job that is submitted would fail hours later."""
     from moepp_megatron.cli.path_problems import path_problems
 
-    found = [path_problems(config) for config in configs]
-    problems = list(dict.fromkeys(line for refused, _ in found for line in refused))
-    warnings = dict.fromkeys(line for _, told in found for line in told)
+    problems, warnings = path_problems(config)
     # In a container paths can be others.
-    if problems and submit and configs[0].slurm.container == "none":
+    if problems and submit and config.slurm.container == "none":
         raise ConfigError("\n".join(problems))
     warn(*problems, *warnings)

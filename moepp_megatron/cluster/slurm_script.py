@@ -7,8 +7,6 @@ with unexpected characters is still a single value.
 
 from __future__ import annotations
 
-import itertools
-import json
 import shlex
 import subprocess
 import sys
@@ -20,8 +18,7 @@ from typing import Any
 
 import jinja2
 
-from moepp_megatron.config import Config, ConfigError, check_world_size, with_overrides
-from moepp_megatron.config.load import parse_override
+from moepp_megatron.config import Config, ConfigError, check_world_size
 from moepp_megatron.config.problem import show
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -38,28 +35,26 @@ class SlurmJob:
         config_file: Its file.
         overrides: The overrides, for the command line of `moepp train`.
         directory: Folder in which the job runs; relative paths of the configuration start here.
-        variants: One list of further overrides for each element of a job array; empty for one job.
     """
 
     config: Config
     config_file: Path
     overrides: Sequence[str]
     directory: Path
-    variants: Sequence[Sequence[str]] = ()
 
     @property
     def ranks_per_node(self) -> int:
         """Ranks per node: one per GPU."""
-        return _ranks_per_node(self.config)
+        return self.config.slurm.gpus_per_node or self.config.slurm.cpu_ranks_per_node
 
     @property
     def output_folder(self) -> Path:
         """The folder for the job's output by Slurm."""
         return self.directory / self.config.run.dir / "slurm"
 
-    def resume_command(self, variant: Sequence[str] = ()) -> str:
-        """The command that submits the job, or one element of an array, again from any folder."""
-        words = ["moepp", "slurm", str(self.config_file.absolute()), *self.overrides, *variant]
+    def resume_command(self) -> str:
+        """The command that submits the job again from any folder."""
+        words = ["moepp", "slurm", str(self.config_file.absolute()), *self.overrides]
         words += ["--nodes", str(self.config.slurm.nodes), "--submit"]
         return f"cd {shlex.quote(str(self.directory))} && {shlex.join(words)}"
 
@@ -119,10 +114,6 @@ class SlurmJob:
                 container_image=slurm.container_image or "",
                 container_mounts=slurm.container_mounts,
                 arguments=[str(self.config_file.absolute()), *self.overrides],
-                variants=[
-                    {"overrides": variant, "resume_command": self.resume_command(variant)}
-                    for variant in self.variants
-                ],
             )
         )
 
@@ -177,8 +168,7 @@ class SlurmJob:
 
     def _options(self) -> list[_Option]:
         slurm, shared = self.config.slurm, "slurm.exclusive false"
-        last, element = len(self.variants) - 1, "%A_%a" if self.variants else "%j"
-        output = f"{_no_pattern('run.dir', str(self.output_folder))}/{element}.out"
+        output = f"{_no_pattern('run.dir', str(self.output_folder))}/%j.out"
         # The value, True for a flag and None for what is left out; and what to use instead.
         own: dict[str, tuple[str | int | None, str]] = {
             "job-name": (self.config.run.name, "run.name"),
@@ -192,7 +182,7 @@ class SlurmJob:
             "gpus-per-node": (slurm.gpus_per_node or None, "slurm.gpus_per_node"),
             # Only to the batch script: it passes the request on.
             "signal": (f"B:USR1@{slurm.signal_before_s}", "slurm.signal_before_s"),
-            "array": (f"0-{last}" if self.variants else None, "--sweep"),
+            "array": (None, "a job for each run"),
             "requeue": (True, "slurm.max_requeues"),
             "no-requeue": (None, "slurm.max_requeues 0"),
         }
@@ -213,58 +203,6 @@ class SlurmJob:
         flags = [f"--{name}" for name, value in given.items() if value is True]
         valued = [f"--{name}={value}" for name, value in given.items() if value is not True]
         return [_Option(text) for text in [*valued, *flags, *slurm.options]]
-
-
-def sweep_variants(config: Config, sweeps: Sequence[str]) -> list[list[str]]:
-    """Every combination of the swept values, each with a run folder of its own.
-
-    Args:
-        config: The configuration without them.
-        sweeps: `section.key=[value, ...]`.
-
-    Raises:
-        ConfigError: If it is not a list, or the configuration refuses a combination, or several
-            would share a folder.
-    """
-    choices = []
-    for sweep in sweeps:
-        section, key, values = parse_override(sweep)
-        if not isinstance(values, list) or not values:
-            raise ConfigError(
-                f"--sweep {section}.{key} ({show(values)}) must be a list of values; write for "
-                "example moe.tau=[0.25,0.5]"
-            )
-        if (section, key) == ("run", "dir"):
-            raise ConfigError(
-                f"--sweep run.dir ({show(values)}) must be another setting, since each run of a "
-                "sweep gets a folder in run.dir; sweep run.name, or set run.dir once"
-            )
-        # JSON is YAML on one line.
-        choices.append([f"{section}.{key}={json.dumps(value)}" for value in values])
-    variants = []
-    for index, combination in enumerate(itertools.product(*choices)):
-        folder = json.dumps(str(Path(config.run.dir) / "sweep" / f"{index:03d}"))
-        variants.append([*combination, f"run.dir={folder}"])
-    _check_variants(config, variants)
-    return variants
-
-
-def _check_variants(config: Config, variants: Sequence[Sequence[str]]) -> None:
-    places: set[str] = set()
-    for variant in variants:
-        varied = with_overrides(config, variant)
-        check_world_size(varied, varied.slurm.nodes * _ranks_per_node(varied))
-        place = varied.checkpoint.folder(varied.run.dir)
-        if place in places:
-            raise ConfigError(
-                f"checkpoint.dir ({place}) must not be that of several runs of --sweep, which "
-                "would delete each other's checkpoints; leave it out, or sweep it too"
-            )
-        places.add(place)
-
-
-def _ranks_per_node(config: Config) -> int:
-    return config.slurm.gpus_per_node or config.slurm.cpu_ranks_per_node
 
 
 class _Option(str):

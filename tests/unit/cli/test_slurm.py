@@ -11,7 +11,7 @@ import yaml
 
 from moepp_megatron.cli.slurm import slurm
 from moepp_megatron.cluster import slurm_script
-from moepp_megatron.cluster.slurm_script import SlurmJob, sweep_variants
+from moepp_megatron.cluster.slurm_script import SlurmJob
 from moepp_megatron.config import Config, ConfigError, load_config, parse_config
 from tests.unit.data.letters import prepare_letters
 
@@ -56,10 +56,8 @@ def config(**sections: dict) -> Config:
     return parse_config(content)
 
 
-def job(
-    *, file: str = "/c.yaml", overrides=(), variants=(), folder="/shared/code", **sections
-) -> SlurmJob:
-    return SlurmJob(config(**sections), Path(file), overrides, Path(folder), variants)
+def job(*, file: str = "/c.yaml", overrides=(), folder="/shared/code", **sections) -> SlurmJob:
+    return SlurmJob(config(**sections), Path(file), overrides, Path(folder))
 
 
 def directives(script: str) -> dict[str, str]:
@@ -77,7 +75,7 @@ def directives(script: str) -> dict[str, str]:
 def bash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Runs a script in real bash, where a stand-in for common.sh prints what it was given."""
 
-    def run(make, folder_name: str = "repository", **environment: str) -> dict[str, list[str]]:
+    def run(make, folder_name: str = "repository") -> dict[str, list[str]]:
         root = tmp_path / folder_name
         (root / "slurm").mkdir(parents=True)
         (root / "slurm" / "common.sh").write_text(
@@ -92,7 +90,7 @@ def bash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         done = subprocess.run(
             [shutil.which("bash") or "bash"],
             input=script.encode(),
-            env={"PATH": "/usr/bin:/bin", "HOME": "/expanded", **environment},
+            env={"PATH": "/usr/bin:/bin", "HOME": "/expanded"},
             cwd=tmp_path,
             capture_output=True,
         )
@@ -197,7 +195,7 @@ def test_the_job_that_is_asked_for():
 @pytest.mark.parametrize(
     ("option", "instead"),
     [
-        ("--array=0-3", "--sweep"),
+        ("--array=0-3", "a job for each run"),
         ("--nodes=2", "slurm.nodes"),
         ("--ntasks=8", "slurm.gpus_per_node or slurm.cpu_ranks_per_node"),
         ("--signal=TERM@5", "slurm.signal_before_s"),
@@ -248,47 +246,6 @@ def test_output_path_is_no_pattern():
     assert output == "/shared/code/100%%j/x/slurm/%j.out"
     with pytest.raises(ConfigError, match="must not hold a backslash"):
         job(run={"dir": "a\\b"}).script()
-
-
-def test_sweep_gives_each_element_of_the_array_its_values_and_folder(bash):
-    settings = config(run={"dir": "it's/$(x)"})
-    variants = sweep_variants(settings, ["moe.tau=[0.25, 0.5]", "run.name=['a b', '$(y)']"])
-    assert len(variants) == 4
-    shown = bash(
-        lambda: SlurmJob(settings, Path("/c.yaml"), [], Path("/shared/code"), variants),
-        SLURM_ARRAY_TASK_ID="3",
-    )
-    path, *overrides = shown["arguments"]
-    assert overrides == variants[3]
-    # As `moepp train` reads them.
-    content = [yaml.safe_load(override.partition("=")[2]) for override in overrides]
-    assert content == [0.5, "$(y)", "it's/$(x)/sweep/003"]
-    # The element alone, where Slurm does not start it again.
-    again = shlex.split(shown["again"][0])
-    assert again[3:6] == ["moepp", "slurm", "/c.yaml"]
-    assert again[6:-3] == overrides
-
-
-@pytest.mark.parametrize(
-    ("sweep", "message"),
-    [
-        ("moe.tau=0.5", r"--sweep moe.tau \(0.5\) must be a list of values"),
-        ("moe.tau=[]", "must be a list of values"),
-        ("moe.tau=[0.5, -1]", r"moe.tau \(-1"),
-        ("run.dir=[a, b]", "--sweep run.dir .* must be another setting"),
-        ("checkpoint.dir=[a, b, a]", r"checkpoint.dir \(a\) must not be that of several runs"),
-    ],
-)
-def test_wrong_sweeps_are_refused(sweep, message):
-    with pytest.raises(ConfigError, match=message):
-        sweep_variants(config(), [sweep])
-
-
-def test_runs_of_a_sweep_share_no_checkpoints():
-    settings = config(checkpoint={"dir": "big disk"})
-    with pytest.raises(ConfigError, match=r"checkpoint.dir \(big disk\) .* leave it out"):
-        sweep_variants(settings, ["moe.tau=[0.25, 0.5]"])
-    assert len(sweep_variants(settings, ["checkpoint.dir=[a, b]"])) == 2
 
 
 @pytest.fixture
@@ -344,8 +301,6 @@ def test_a_path_that_the_job_would_miss_is_said_and_not_submitted(
     assert problem in capsys.readouterr().err
     with pytest.raises(ConfigError, match=re.escape(problem)):
         slurm(path, overrides, nodes=2, submit=True)
-    with pytest.raises(ConfigError, match=override.split("=")[0]):
-        slurm(path, [*overrides, "slurm.nodes=2"], sweep=["moe.tau=[0.5,1.0]"], submit=True)
     assert sorted(tmp_path.rglob("*")) == before
 
 
