@@ -40,6 +40,7 @@ from moepp_megatron.training.checkpoint.data_only import only_data
 from moepp_megatron.training.checkpoint.optimizer import (
     complete_state,
     is_distributed,
+    is_torch,
     optimizer_steps,
     parameter_shards,
     set_steps,
@@ -125,17 +126,26 @@ def state_to_load(model: TrainingModel) -> dict[str, Any]:
 def apply_state(model: TrainingModel, loaded: dict[str, Any]) -> None:
     """Put the state that was read into model, optimizer and schedule."""
     apply_model_state(model.models, loaded)
+    steps = loaded["optimizer_steps"]
     if _keeps_shards(model):
         # Their values are in place, but for those that the optimizer keeps in two halves.
         for put_back in loaded[_PUT_BACK]:
             put_back()
+        for chained in _chained(model):
+            set_steps(chained, steps)
     else:
-        model.optimizer.load_state_dict(loaded["optimizer"])
-    for chained in _chained(model):
-        set_steps(chained, loaded["optimizer_steps"])
+        _load_whole_optimizer(model, loaded["optimizer"], steps)
     # Its own load_state_dict would insist on the schedule that the checkpoint was written with.
     model.scheduler.num_steps = 0
     model.scheduler.step(increment=loaded["schedule_steps"])
+
+
+def _load_whole_optimizer(model: TrainingModel, optimizer: Any, steps: int) -> None:
+    optimizers = _chained(model)
+    parts = [optimizer] if len(optimizers) == 1 else [optimizer[i] for i in range(len(optimizers))]
+    for part, chained in zip(parts, optimizers, strict=True):
+        _set_steps(part, steps, chained.optimizer)
+    model.optimizer.load_state_dict(optimizer)
 
 
 def apply_model_state(models: list[GPTModel], loaded: dict[str, Any]) -> None:
@@ -213,6 +223,25 @@ def _is_needless(entry: ShardedBase, dtypes: dict[str, torch.dtype]) -> bool:
     if not entry.key.startswith(_STORED_COPY):
         return False
     return dtypes[entry.key.removeprefix(_STORED_COPY)] is torch.float32
+
+
+def _set_steps(optimizer: dict[str, Any], steps: int, inner: torch.optim.Optimizer) -> None:
+    """Set the step count in the state of one optimizer, where its class looks for it."""
+    for holder in _holders(optimizer):
+        if is_torch(inner) and "state" in holder:
+            holder["state"]["common_step"] = torch.tensor(float(steps))
+            continue
+        for group in holder["param_groups"]:
+            group["step"] = steps
+
+
+def _holders(optimizer: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The dictionaries with parameter groups: the optimizer's, or its inner one's."""
+    if "param_groups" in optimizer:
+        yield optimizer
+    inner = optimizer.get("optimizer")
+    if isinstance(inner, dict) and "param_groups" in inner:
+        yield inner
 
 
 @contextmanager
