@@ -131,7 +131,7 @@ class Workload:
                 matrix_moments_bytes=4 if config.optimizer.is_emerging else moments,
                 own_copy=2 if config.optimizer.store_param_remainders else None,
             ),
-            # What `runtime.kernel_choices` chooses on a GPU.
+            # What `runtime.backends` chooses on a GPU.
             loss_fused=precision.cross_entropy in ("auto", "fused"),
             local_fused=config.moe.fused is not False and config.moe.have_kernels,
             graphs=frozenset(config.training.cuda_graphs),
