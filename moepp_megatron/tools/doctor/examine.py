@@ -87,7 +87,8 @@ class NodeExaminer:
 
     def node_findings(self) -> list[Finding]:
         """All findings except those of speeds."""
-        return [*self._gpu(), *self._system(), *self._folders(), *self._packages()]
+        software = packages.check_packages(self.request.config)
+        return [*self._gpu(), *self._system(), *self._folders(), *software]
 
     def speed_findings(
         self, speeds: list[speed.DeviceSpeed], loaded: list[GPUState] | None = None
@@ -133,15 +134,9 @@ class NodeExaminer:
         config = self.request.config
         wanted = {"current": (Path.cwd(), 0)} if config is None else folders.config_folders(config)
         return [
-            finding
+            folders.check_folder(folders.probe_folder(name, path), self.judge.thresholds, needed)
             for name, (path, needed) in wanted.items()
-            for finding in folders.check_folder(
-                folders.probe_folder(name, path), self.judge.thresholds, needed
-            )
         ]
-
-    def _packages(self) -> list[Finding]:
-        return packages.check_packages(self.request.config)
 
 
 def _hardware(request: Request, cards: Cards) -> Hardware | None:

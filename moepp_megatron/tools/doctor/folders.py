@@ -11,7 +11,7 @@ from pathlib import Path
 from moepp_megatron.config import Config, checkpoint_bytes
 from moepp_megatron.config.hardware import Thresholds
 from moepp_megatron.runtime.disk import free_bytes
-from moepp_megatron.tools.doctor.finding import Finding, error, warning
+from moepp_megatron.tools.doctor.finding import Finding, Severity, error, judged
 from moepp_megatron.training.run_folder import RunFolder
 
 # Large enough for a rate, small enough for every preflight.
@@ -53,42 +53,35 @@ def probe_folder(name: str, path: Path, probe_bytes: int = PROBE_BYTES) -> Probe
         return ProbedFolder(name, path, None, None, error.strerror or str(error))
 
 
-def check_folder(folder: ProbedFolder, thresholds: Thresholds, needed: int = 0) -> list[Finding]:
-    """Findings of one folder, in which `needed` bytes must be free."""
+def check_folder(folder: ProbedFolder, thresholds: Thresholds, needed: int = 0) -> Finding:
+    """The finding of one folder, in which `needed` bytes must be free."""
     name, path = f"{folder.name} folder", folder.path
     if folder.error is not None:
-        return [
-            error(
-                name,
-                f"{path}: {folder.error}",
-                "must be writable",
-                "make it writable on this node, or set another run.dir or checkpoint.dir",
-            )
-        ]
-    free = folder.free or 0
+        return error(
+            name,
+            f"{path}: {folder.error}",
+            "must be writable",
+            "make it writable on this node, or set another run.dir or checkpoint.dir",
+        )
+    free, needed = folder.free or 0, max(needed, 2 * PROBE_BYTES)
     observation = f"{path}: {free / _GIB:.1f} GiB free"
-    if free < max(needed, 2 * PROBE_BYTES):
-        return [
-            error(
-                name,
-                observation,
-                f"must have {max(needed, 2 * PROBE_BYTES) / _GIB:.1f} GiB",
-                "free space, lower checkpoint.keep, or set another checkpoint.dir",
-            )
-        ]
+    if free < needed:
+        return error(
+            name,
+            observation,
+            f"must have {needed / _GIB:.1f} GiB",
+            "free space, lower checkpoint.keep, or set another checkpoint.dir",
+        )
     if folder.write_rate is None:
-        return [Finding(name, observation)]
-    observation += f", writes {folder.write_rate / _MB:.0f} MB/s"
-    if folder.write_rate < thresholds.disk_write_mb_s * _MB:
-        return [
-            warning(
-                name,
-                observation,
-                f"should write {thresholds.disk_write_mb_s:g} MB/s",
-                "use a faster file system, or checkpoint.async_save=true to hide slow saves",
-            )
-        ]
-    return [Finding(name, observation)]
+        return Finding(name, observation)
+    return judged(
+        folder.write_rate >= thresholds.disk_write_mb_s * _MB,
+        name,
+        f"{observation}, writes {folder.write_rate / _MB:.0f} MB/s",
+        f"should write {thresholds.disk_write_mb_s:g} MB/s",
+        "use a faster file system, or checkpoint.async_save=true to hide slow saves",
+        Severity.WARNING,
+    )
 
 
 def config_folders(config: Config) -> dict[str, tuple[Path, int]]:

@@ -6,7 +6,7 @@ import importlib.util
 import platform
 import sys
 
-from moepp_megatron.config import Config
+from moepp_megatron.config import Config, UnfitError
 from moepp_megatron.moe import upstream_versions
 from moepp_megatron.runtime.backends import (
     Backend,
@@ -15,12 +15,7 @@ from moepp_megatron.runtime.backends import (
     optional_backends,
     version_of,
 )
-from moepp_megatron.runtime.fit import (
-    compiler_obstacle,
-    extension_obstacle,
-    modules_with_extension,
-)
-from moepp_megatron.runtime.fp8 import FP8Machine, fp8_obstacle
+from moepp_megatron.runtime.fit import check_fit, compiler_obstacle
 from moepp_megatron.runtime.optional import OF_ALL, have_triton, how_to_install
 from moepp_megatron.tools.doctor.finding import Finding, Severity, error, judged, note, warning
 from moepp_megatron.tools.doctor.gpu_checks import TorchCuda
@@ -43,12 +38,8 @@ def check_packages(config: Config | None) -> list[Finding]:
     loss = "auto" if config is None else config.precision.cross_entropy
     if megatron is not None:
         findings += [_check_kernel(choice) for choice in kernel_choices(loss)]
-    if config is not None:
-        used = {backend.name for backend in backends if backend.used}
-        findings += check_needs(config, used)
-        findings.append(check_extension(config))
-        if "Transformer Engine" in used:
-            findings.append(check_fp8(config, FP8Machine.this()))
+        if config is not None:
+            findings.append(check_config(config))
     return [finding for finding in findings if finding is not None]
 
 
@@ -118,25 +109,10 @@ def _extra() -> Finding:
 def check_compiler() -> Finding:
     """Check that Triton can compile its kernels' launchers."""
     obstacle = compiler_obstacle()
-    if obstacle is None:
-        return Finding("Triton's compiler", "a C compiler and Python.h")
-    lacks, remedy = obstacle
+    lacks, remedy = obstacle or ("", "")
+    found = f"lacks {lacks}" if obstacle else "a C compiler and Python.h"
     rule = "Triton needs it to start a kernel"
-    return error("Triton's compiler", f"lacks {lacks}", rule, remedy)
-
-
-def check_extension(config: Config) -> Finding | None:
-    """Check that megatron-core's extension compiles; None where the run has no use for it."""
-    modules = ", ".join(modules_with_extension(config))
-    if not modules:
-        return None
-    obstacle = extension_obstacle()
-    if obstacle is None:
-        observation = "a C++ compiler, ninja and Python.h"
-        return Finding("training.recompute_modules", f"{modules}: {observation}")
-    lacks, remedy = obstacle
-    rule = f"megatron-core compiles an extension for {modules}"
-    return error("training.recompute_modules", f"lacks {lacks}", rule, remedy)
+    return judged(obstacle is None, "Triton's compiler", found, rule, remedy, Severity.ERROR)
 
 
 def _check_kernel(choice: KernelChoice) -> Finding:
@@ -145,34 +121,14 @@ def _check_kernel(choice: KernelChoice) -> Finding:
     return Finding(f"kernel: {choice.operation}", observation)
 
 
-def check_needs(config: Config, used: set[str]) -> list[Finding]:
-    """Check that the packages in use here, by name, include those that the run needs."""
-    fp8, loss = config.precision.fp8, config.precision.cross_entropy
-    flex = config.moe.dispatcher == "flex"
-    te, triton = "Transformer Engine on a GPU", "a GPU and the package triton"
-    rows = (
-        ("precision.fp8", fp8, fp8 is not None, "Transformer Engine", te, "set precision.fp8=null"),
-        ("moe.dispatcher", "flex", flex, "DeepEP", "a GPU and the package deep_ep", "use alltoall"),
-        ("moe.fused", "true", config.moe.fused is True, "Triton", triton, "use auto"),
-        ("precision.cross_entropy", loss, loss == "fused", "Triton", triton, "use auto"),
-    )
-    return [
-        error(name, str(value), f"needs {what}", f"install it, or {instead}")
-        for name, value, is_wanted, package, what, instead in rows
-        if is_wanted and package not in used
-    ]
-
-
-def check_fp8(config: Config, machine: FP8Machine) -> Finding | None:
-    """Check that GPU and versions run the configuration's FP8; None without FP8."""
-    recipe = config.precision.recipe
-    if recipe is None:
-        return None
-    obstacle = fp8_obstacle(config, machine)
-    if obstacle is None:
-        return Finding("precision.fp8", f"{config.precision.fp8}, {recipe}")
-    rule, _, remedy = obstacle.partition("; ")
-    return error("precision.fp8", config.precision.fp8 or "", rule, remedy)
+def check_config(config: Config) -> Finding:
+    """Check that this machine can run a configuration, as training does at its start."""
+    try:
+        check_fit(config)
+    except UnfitError as refusal:
+        rule, _, remedy = str(refusal).partition("; ")
+        return error("configuration", "cannot run here", rule, remedy)
+    return Finding("configuration", "can run with these packages")
 
 
 def _python() -> Finding:

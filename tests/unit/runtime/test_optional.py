@@ -185,11 +185,7 @@ def test_a_run_whose_extension_cannot_be_compiled_is_refused_at_once(monkeypatch
         "megatron-core compiles an extension for it; install ninja-build, or leave it out"
     )
     fit.check_fit(load_config(MODEL, [*RECOMPUTES, "training.recompute_modules=[moe]"]))
-    monkeypatch.setattr(packages, "extension_obstacle", lambda: lacks)
-    assert packages.check_extension(config).severity is Severity.ERROR
-    monkeypatch.setattr(packages, "extension_obstacle", lambda: None)
-    assert packages.check_extension(config).severity is Severity.OK
-    assert packages.check_extension(load_config(MODEL, [])) is None
+    assert packages.check_config(config).severity is Severity.ERROR
 
 
 def test_an_extension_that_does_not_compile_is_said_before_the_model_is_built(monkeypatch) -> None:

@@ -129,7 +129,7 @@ def test_clocks():
     ],
 )
 def test_folder(folder, needed, severity, found):
-    (finding,) = folders.check_folder(folder, THRESHOLDS, needed)
+    finding = folders.check_folder(folder, THRESHOLDS, needed)
     assert finding.severity == severity
     assert found in finding.found
 
@@ -177,25 +177,14 @@ def test_an_optional_package_says_what_is_used_instead():
     assert used.line() == "apex 0.1: fused Adam"
 
 
-def test_what_the_run_needs_is_an_error_where_it_is_missing():
-    config = load_config(
-        ROOT / "configs/quickstart.yaml",
-        [
-            "precision.dtype=bf16",
-            "precision.fp8=hybrid",
-            "precision.cross_entropy=fused",
-            "moe.dispatcher=flex",
-            "moe.fused=true",
-        ],
-    )
-    needs = packages.check_needs(config, used=set())
-    assert [(f.check, f.severity) for f in needs] == [
-        ("precision.fp8", ERROR),
-        ("moe.dispatcher", ERROR),
-        ("moe.fused", ERROR),
-        ("precision.cross_entropy", ERROR),
-    ]
-    assert packages.check_needs(config, {"Transformer Engine", "DeepEP", "Triton"}) == []
+def test_what_training_would_refuse_is_an_error_here(monkeypatch):
+    config = load_config(ROOT / "configs/quickstart.yaml")
+    assert packages.check_config(config).severity == OK
+    graphs = load_config(ROOT / "configs/quickstart.yaml", ["training.cuda_graphs=[attn]"])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    finding = packages.check_config(graphs)
+    assert (finding.severity, finding.remedy) == (ERROR, "use []")
+    assert finding.rule.startswith("training.cuda_graphs (['attn']) must be empty without a GPU")
 
 
 def test_a_slow_card_is_named():
