@@ -1,12 +1,10 @@
-"""Peak memory and kernels of shipped configurations, played: the tables of docs/gpu.md.
+"""Peak memory and kernels of shipped configurations, played: the numbers of docs/gpu.md.
 
-Usage: python -m tests.fake_gpu.peaks [NAME...] for memory, with --launches for kernels.
+The slow tests print them: `./launch/test.sh -s -m slow tests/fake_gpu`.
 """
 
 from __future__ import annotations
 
-import argparse
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,7 +27,6 @@ class Peak:
         rank: The one that was played.
         planned: Bytes by the planner's estimate.
         played: The most bytes of tensors in a step.
-        local: The same without Transformer Engine; None where it cannot run so.
     """
 
     name: str
@@ -37,7 +34,6 @@ class Peak:
     rank: int
     planned: float
     played: int
-    local: int | None
 
     @property
     def fits(self) -> bool:
@@ -53,27 +49,25 @@ class Peak:
 
     def row(self) -> str:
         """A row of the table."""
-        local = "-" if self.local is None else f"{self.local / GIB:.1f}"
         return (
             f"| {self.name} | {self.rank} of {self.ranks} | {self.played / GIB:.1f} | "
-            f"{self.planned / GIB:.1f} | {self.ratio:.2f} | {local} |"
+            f"{self.planned / GIB:.1f} | {self.ratio:.2f} |"
         )
 
 
 def peaks(folder: Path, paths: list[Path]) -> list[Peak]:
-    """Play each; with Transformer Engine, whose modules the planner knows, and without.
+    """Play each with Transformer Engine, whose modules the planner knows.
 
     Args:
         folder: Where `build.build` has put the libraries.
         paths: Files of configurations.
     """
     played = played_bytes(folder, paths, pinned_engine())
-    local = played_bytes(folder, [path for path in paths if not cases.needs_engine(path)], None)
     found = []
     for path in paths:
         case, memory = cases.whole(path)
         size, rank = case["world_size"], case["rank"]
-        found.append(Peak(path.stem, size, rank, memory.total, played[path], local.get(path)))
+        found.append(Peak(path.stem, size, rank, memory.total, played[path]))
     return found
 
 
@@ -118,46 +112,3 @@ def launches(folder: Path, path: Path, engine: Engine | None, *changes: str) -> 
         name: round((more["owners"].get(name, 0) - few["owners"].get(name, 0)) / layers)
         for name in OWNERS
     }
-
-
-def main():
-    """Print the tables."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("names", nargs="*")
-    parser.add_argument("--launches", action="store_true")
-    arguments = parser.parse_args()
-    every = cases.MODELS if arguments.launches else cases.PLANNED
-    paths = [path for path in every if not arguments.names or path.stem in arguments.names]
-    with tempfile.TemporaryDirectory() as folder:
-        build.build(Path(folder))
-        if arguments.launches:
-            _print_launches(Path(folder), paths)
-        else:
-            _print_peaks(Path(folder), paths)
-
-
-def _print_launches(folder: Path, paths: list[Path]):
-    print(f"| configuration | modules | kernels | {' | '.join(OWNERS)} |")
-    print("|---|---|---" + "|---" * len(OWNERS) + "|")
-    for path in paths:
-        for engine in (None, pinned_engine()):
-            if engine is None and cases.needs_engine(path):
-                continue
-            modules = "without TE" if engine is None else "TE"
-            for kind, changes in (("MoE++", ()), ("vanilla", cases.VANILLA)):
-                found = launches(folder, path, engine, *changes)
-                counts = " | ".join(str(found[name]) for name in OWNERS)
-                row = f"| {path.stem}, {kind} | {modules} | {sum(found.values())} | {counts} |"
-                print(row, flush=True)
-
-
-def _print_peaks(folder: Path, paths: list[Path]):
-    print("| configuration | rank | played | planned | ratio | played without TE |")
-    print("|---|---|---|---|---|---|")
-    for path in paths:
-        for peak in peaks(folder, [path]):
-            print(peak.row(), flush=True)
-
-
-if __name__ == "__main__":
-    main()

@@ -63,5 +63,6 @@ def test_two_layers_and_a_difference_are_the_whole(play, stub, transformer_engin
 def test_peak_memory_of_every_planned_configuration(stub, transformer_engine):
     """The table is in docs/gpu.md."""
     for peak in peaks(stub, cases.PLANNED):
+        print(peak.row())
         assert peak.ratio == pytest.approx(1.0, abs=TOLERANCE), peak
         assert peak.fits, peak

@@ -145,17 +145,6 @@ def test_auto_starts_from_scratch_where_there_is_nothing(ranks, corpus, tmp_path
     assert any("starts from scratch" in line for line in messages[0])
 
 
-def test_all_damaged_is_no_start_from_scratch(ranks, corpus, run):
-    # Beneath what is looked at before ranks start.
-    for step in (2, 4):
-        _flip(run / "checkpoints" / f"step_{step:08d}" / "__1_0.distcp")
-    records = (run / "metrics.jsonl").read_bytes()
-    why = r"none of 2 is: .*step_00000004: __1_0.distcp is damaged"
-    for line in ranks(2).run(refusal, _settings(corpus, run, 4, {"load": "auto"})):
-        assert re.search(why, line)
-    assert (run / "metrics.jsonl").read_bytes() == records
-
-
 @pytest.mark.parametrize("arguments", [["--nproc", "2"], []])
 def test_resume_without_a_sound_checkpoint_is_exit_code_2(corpus, run, tmp_path, arguments):
     config = tmp_path / "config.yaml"
@@ -224,11 +213,3 @@ def test_planted_pickle_is_not_executed(ranks, corpus, run, tmp_path, name, why)
     for line in ranks(2).run(refusal, _settings(corpus, run, 4, load)):
         assert re.search(f"must be a checkpoint folder .*{why}", line)
     assert not exploded.exists()
-
-
-def test_planted_legacy_file_is_refused(ranks, corpus, run):
-    newest = run / "checkpoints" / "step_00000004"
-    (newest / "common.pt").write_bytes(b"anything")
-    start, messages = ranks(2).run(found, _settings(corpus, run, 4, {"load": "auto"}))[0]
-    assert start != newest
-    assert any("common.pt does not belong" in line for line in messages)

@@ -1,72 +1,49 @@
 """Only a run of all long tests, all of them passed, is recorded as the last green one."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-CONFTEST = """
-from pathlib import Path
-import pytest
-from tests import last_green
+from tests.last_green import record
+
+Source = pytest.Config.ArgsSource
+LONG = {"quick": False, "keyword": "", "deselect": None, "markexpr": "matrix or slow"}
 
 
-def pytest_addoption(parser):
-    parser.addoption("--quick", action="store_true")
+def reports(outcome, mark):
+    return [
+        SimpleNamespace(nodeid=f"test_it.py::{outcome}", when=when, keywords={mark: 1}, duration=60)
+        for when in ("setup", "call")
+    ]
 
 
-@pytest.hookimpl(wrapper=True, tryfirst=True)
-def pytest_sessionfinish(session):
-    result = yield
-    terminal = session.config.pluginmanager.get_plugin("terminalreporter")
-    last_green.record(session.config, terminal.stats, Path("last_green.json"))
-    return result
-"""
-TESTS = """
-import os, pytest
-
-@pytest.mark.slow
-def test_a():
-    assert "FAILS" not in os.environ
-
-@pytest.mark.matrix
-def test_b():
-    pytest.skip("not here")
-
-def test_c():
-    pass
-"""
-LONG = ("-m", "matrix or slow")
+PASSED = {"passed": reports("passed", "slow"), "skipped": reports("skipped", "matrix")[:1]}
 
 
 @pytest.mark.parametrize(
-    ("options", "fails", "is_recorded"),
+    ("options", "source", "stats", "is_recorded"),
     [
-        (LONG, False, True),
-        ((), False, True),
-        (LONG, True, False),
-        (("-m", "matrix"), False, False),
-        ((*LONG, "-k", "test_a"), False, False),
-        ((*LONG, "."), False, False),
-        ((*LONG, "--quick"), False, False),
-        ((*LONG, "--collect-only"), False, False),
+        ({}, Source.TESTPATHS, PASSED, True),
+        ({"markexpr": ""}, Source.TESTPATHS, PASSED, True),
+        ({"markexpr": "matrix"}, Source.TESTPATHS, PASSED, False),
+        ({"keyword": "test_a"}, Source.TESTPATHS, PASSED, False),
+        ({"deselect": ["tests/slurm"]}, Source.TESTPATHS, PASSED, False),
+        ({"quick": True}, Source.TESTPATHS, PASSED, False),
+        ({}, Source.ARGS, PASSED, False),
+        ({}, Source.TESTPATHS, PASSED | {"failed": reports("failed", "other")}, False),
+        # As of --collect-only.
+        ({}, Source.TESTPATHS, {}, False),
     ],
 )
-def test_only_a_whole_green_run_is_recorded(tmp_path, options, fails, is_recorded):
-    (tmp_path / "conftest.py").write_text(CONFTEST)
-    (tmp_path / "test_it.py").write_text(TESTS)
-    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers =\n  matrix\n  slow\n")
-    root = str(Path(__file__).parents[2])
-    environment = {**os.environ, "PYTHONPATH": root} | ({"FAILS": "1"} if fails else {})
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *options]
-    subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, check=False)
+def test_only_a_whole_green_run_is_recorded(tmp_path, options, source, stats, is_recorded):
     path = tmp_path / "last_green.json"
+    record(
+        SimpleNamespace(args_source=source, option=SimpleNamespace(**LONG | options)), stats, path
+    )
     assert path.exists() == is_recorded
     if is_recorded:
         said = json.loads(path.read_text())
         assert said["passed"] == 1
-        assert said["skipped"] == ["test_it.py::test_b"]
+        assert said["skipped"] == ["test_it.py::skipped"]
         assert {"date", "commit", "minutes", "python", "torch", "megatron-core"} <= set(said)
