@@ -25,6 +25,7 @@ from tests.interop.checkpoints import (
     write_released,
 )
 from tests.interop.models import build, settings
+from tests.interop.transformers_models import load_model
 from tests.parallel.training_runs import VANILLA, begin_training
 
 MODELS: dict[str, dict[str, dict[str, Any]]] = {
@@ -150,8 +151,6 @@ GATES: dict[str, dict[str, Any]] = {
 def released_logits(source: Path, tokens: Path):
     """What our modelling file computes from the released format."""
     import torch
-
-    from tests.interop.transformers_models import load_model
 
     model = load_model(source, released=True)
     with torch.no_grad():

@@ -11,6 +11,7 @@ import pytest
 from moepp_megatron.config import ConfigError, parse_config
 from tests.interop.checkpoints import CASES, GOLDEN, hf_to_mcore, mcore_to_hf
 from tests.interop.models import build, settings
+from tests.interop.transformers_models import load_model
 from tests.parallel.checkpoint_runs import save_checkpoint
 
 # The issue's tolerance between our logits and transformers'.
@@ -124,9 +125,9 @@ def write_tokenizer(path: Path):
 def hf_logits(folder: Path, ids, layout: str):
     """Logits through AutoModelForCausalLM, and whether the key/value cache changes greedy text."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
-    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
+    model = load_model(folder)
     expected = "MoeForCausalLM" if layout == "released" else "MoEPPForCausalLM"
     assert type(model).__name__ == expected
     if (folder / "tokenizer.json").exists():

@@ -16,6 +16,7 @@ from moepp_megatron.training.checkpoint.write import tokenizer_files
 from tests.interop.checkpoints import GOLDEN, hf_to_mcore, load_tensors, mcore_to_hf, write_released
 from tests.interop.models import settings
 from tests.interop.test_export import TOKENS, save_and_compute, write_tokenizer
+from tests.interop.transformers_models import load_model
 from tests.unit.data.test_conversations import chat, prepared, tokenizer_folder, write  # noqa: F401
 
 RAW = settings(
@@ -107,9 +108,9 @@ def test_a_model_of_hugging_face_keeps_its_tokens(tmp_path):
 def loaded(folder: Path, ids):
     """What transformers makes of the folder, and how it ends and pads a batch of texts."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+    from transformers import AutoTokenizer, GenerationConfig
 
-    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
+    model = load_model(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     batch = tokenizer(["abcd", "ab"], padding=True, return_tensors="pt")
     biases = {buffer.dtype for name, buffer in model.named_buffers() if "correction" in name}

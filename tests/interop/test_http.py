@@ -13,6 +13,7 @@ import pytest
 
 from moepp_megatron.data.tokenizer import Tokenizer
 from tests.commands import TIMEOUT_S, moepp, slowdown
+from tests.interop.transformers_models import load_model
 from tests.ports import free_port
 
 ROOT = Path(__file__).parents[2]
@@ -74,10 +75,10 @@ def answered(folder) -> str:
 def by_transformers(folder: Path) -> dict[str, tuple[str, list[int], list[float]]]:
     """By implementation of experts the new text, all tokens and the log-probability of each."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
+    model = load_model(folder)
     ids = tokenizer(PROMPT, return_tensors="pt")
     answers = {}
     for experts in ("eager", "grouped_mm", "batched_mm"):

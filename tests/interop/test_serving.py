@@ -17,6 +17,7 @@ from tests.interop.conftest import RunPlain
 from tests.interop.models import settings
 from tests.interop.test_export import MODELS, save_and_compute, save_model
 from tests.interop.test_finetuning import FIELDS, batch, random_model
+from tests.interop.transformers_models import load_model
 from tests.parallel.training_runs import SyntheticDataset, begin_training, short, train
 
 VLLM = os.environ.get("MOEPP_VLLM_PYTHON")
@@ -188,9 +189,8 @@ def test_tensors_that_are_not_the_models_are_refused_or_named(plain, change, tol
 def routes(folder: Path, *prompts: list[int]):
     """The picks of transformers' model, [tokens of all prompts, MoE layers, K]."""
     import torch
-    from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
+    model = load_model(folder)
     picks = []
     with torch.no_grad():
         for prompt in prompts:
@@ -236,12 +236,12 @@ def test_training_repeats_the_routes_that_transformers_took(ranks, plain, tmp_pa
 def decoder_of(folder: Path, ids):
     """The decoder's hidden states of tokens without padding, as vLLM builds and calls it."""
     import torch
-    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModel
 
     config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
     assert list(config.auto_map) == ["AutoConfig", "AutoModel", "AutoModelForCausalLM"]
     decoder = AutoModel.from_config(config, trust_remote_code=True).eval()
-    whole = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
+    whole = load_model(folder)
     assert type(decoder).is_backend_compatible()
     decoder.load_state_dict(whole.model.state_dict())
     tokens = torch.from_numpy(ids)
@@ -268,9 +268,8 @@ def test_the_decoder_by_itself(plain, tmp_path, layout):
 def greedy(folder: Path, prompts: list[list[int]]):
     """Greedy answers of transformers, in the form of `vllm_answers.py`."""
     import torch
-    from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
+    model = load_model(folder)
     # Models of ours stop at the end of a document; here all answers have one length.
     model.generation_config.eos_token_id = None
     answers = []
