@@ -42,8 +42,8 @@ class RouterCopies:
             for layer, _, values in state
             if layer in self._routers
         }
-        self._taken: dict[int, list[Tensor]] = {}
-        self._taken_at: int | None = None
+        # Step and copies that no healthy step has confirmed yet.
+        self._taken: tuple[int, dict[int, list[Tensor]]] | None = None
 
     def state(self) -> list[list[Any]]:
         """The state for a checkpoint, the same on every rank; a collective."""
@@ -56,20 +56,20 @@ class RouterCopies:
 
     def take(self, step: int) -> None:
         """Copy the routers before `step` if a copy is due, or none is kept."""
-        self._taken, self._taken_at = {}, None
+        self._taken = None
         if step % COPY_INTERVAL == 0 or self.step is None:
-            self._taken_at = step
             with self._model.gathered_parameters():
-                self._taken = {
+                copies = {
                     layer: [value.detach().clone() for value in _weights(router)]
                     for layer, router in self._routers.items()
                 }
+            self._taken = step, copies
 
     def keep(self) -> None:
         """Keep the newest copies: their step was healthy."""
-        if self._taken_at is not None:
-            self.step, self._kept = self._taken_at, self._taken
-        self._taken, self._taken_at = {}, None
+        if self._taken is not None:
+            self.step, self._kept = self._taken
+        self._taken = None
 
     def put_back(self) -> bool:
         """Give all routers the weights that were kept; False without any."""

@@ -246,17 +246,16 @@ class RoutingGuardPart(Part):
         """Report the cause of a shift that was reported with another."""
         shift, before = self.monitor.event, self._reported
         self._reported = None if shift is None else shift.cause
-        rules = [rule for rule in self._rules if rule.name == _SHIFT]
-        is_news = not any(event.rule.name in (_SHIFT, _FAULT) for event in events)
-        if shift is not None and rules and is_news and shift.cause != before:
-            event = Event(rules[0], WHOLE_MODEL, True, cast(float, values["shift"]))
-            yield alert_of(event, step, "update", shift=shift)
+        if shift is None or shift.cause == before:
+            return
+        if not any(event.rule.name in (_SHIFT, _FAULT) for event in events):
+            for rule in (rule for rule in self._rules if rule.name == _SHIFT):
+                event = Event(rule, WHOLE_MODEL, True, cast(float, values["shift"]))
+                yield alert_of(event, step, "update", shift=shift)
 
     def _alert(self, event: Event, step: int, action: str, note: str = "") -> Alert:
-        monitor = self.monitor
-        shift = monitor.event if event.begins else monitor.ended
-        is_shift = self._is_of_shift(event.rule)
-        return alert_of(event, step, action, note, shift if is_shift else None)
+        shift = self.monitor.event if event.begins else self.monitor.ended
+        return alert_of(event, step, action, note, shift if self._is_of_shift(event.rule) else None)
 
     def reset_baseline(self, step: int) -> Iterable[Alert]:
         """Reset all rules; alerts of those that end."""
@@ -268,7 +267,7 @@ class RoutingGuardPart(Part):
         return [alert_of(event, step, f"end of {event.rule.action}", note) for event in ended]
 
     def _read(self, step: Step) -> Values:
-        """This step's values of the metrics that rules use, and what is suspect since when."""
+        """Read rank 0's values of the metrics that rules use, and what is suspect since when."""
         moe, monitor = self._config.moe, self.monitor
         selected_LE = self._counts.selections()
         values = dict(counted(selected_LE, moe.num_ffn_experts, self._wanted_share))
@@ -278,12 +277,11 @@ class RoutingGuardPart(Part):
         # Those of a refused batch are not the model's: the numerical guard has judged them.
         if step.updated:
             values |= {"grad_norm": step.result.grad_norm, "loss": self._batch_loss}
-        values |= monitor.metrics
-        values["calm"] = float(monitor.is_calm)
+        event = monitor.event
+        values |= {**monitor.metrics, "calm": float(monitor.is_calm), "router_fault": monitor.fault}
         values["loss_high"] = float(monitor.is_loss_high)
-        values["since"] = 0.0 if monitor.event is None else float(monitor.event.since)
-        values["shift"] = 0.0 if monitor.event is None else monitor.event.evidence
-        values["router_fault"] = monitor.fault
+        values["since"] = 0.0 if event is None else float(event.since)
+        values["shift"] = 0.0 if event is None else event.evidence
         found: Values = self._agreement.from_first(values)
         return found
 
