@@ -1,4 +1,4 @@
-"""Megatron-LM's command-line arguments and this project's settings: one table.
+"""Megatron-LM's command-line arguments and this project's settings (`Section.megatron_flags`).
 
 Source: `megatron/training/arguments.py` and `megatron/training/config/` of NVIDIA/Megatron-LM, and
 `TransformerConfig` of megatron-core 0.19; for zero experts scripts/ and zeda/Megatron-LM of
@@ -7,139 +7,25 @@ TsinghuaC3I/ZEDA.
 
 from __future__ import annotations
 
-from moepp_megatron.config.sections import declared
+from collections.abc import Iterator
 
-SETTINGS = {
-    "num-layers": "model.num_layers",
-    "hidden-size": "model.hidden_size",
-    "ffn-hidden-size": "model.ffn_hidden_size",
-    "num-attention-heads": "model.num_attention_heads",
-    "num-query-groups": "model.num_query_groups",
-    "kv-channels": "model.kv_channels",
-    "seq-length": "model.seq_length",
-    "vocab-size": "model.vocab_size",
-    "padded-vocab-size": "model.vocab_size",
-    "rotary-base": "model.rotary_base",
-    "norm-epsilon": "model.norm_epsilon",
-    "layernorm-epsilon": "model.norm_epsilon",
-    "init-method-std": "model.init_method_std",
-    "q-lora-rank": "model.latent_attention.q_lora_rank",
-    "kv-lora-rank": "model.latent_attention.kv_lora_rank",
-    "qk-head-dim": "model.latent_attention.qk_head_dim",
-    "qk-pos-emb-head-dim": "model.latent_attention.qk_pos_emb_head_dim",
-    "v-head-dim": "model.latent_attention.v_head_dim",
-    "rope-type": "model.latent_attention.rope_type",
-    "rotary-scaling-factor": "model.latent_attention.rotary_scaling_factor",
-    "original-max-position-embeddings": "model.latent_attention.original_max_position_embeddings",
-    "beta-fast": "model.latent_attention.beta_fast",
-    "beta-slow": "model.latent_attention.beta_slow",
-    "mscale": "model.latent_attention.mscale",
-    "mscale-all-dim": "model.latent_attention.mscale_all_dim",
-    "mtp-num-layers": "model.mtp_num_layers",
-    "mtp-loss-scaling-factor": "model.mtp_loss_scaling_factor",
-    "num-experts": "moe.num_ffn_experts",
-    "moe-router-topk": "moe.router_topk",
-    "moe-ffn-hidden-size": "moe.ffn_hidden_size",
-    "moe-shared-expert-intermediate-size": "moe.shared_expert_ffn_hidden_size",
-    "moe-router-score-function": "moe.score_function",
-    "moe-router-topk-scaling-factor": "moe.gate_scale",
-    "moe-router-num-groups": "moe.num_groups",
-    "moe-router-group-topk": "moe.group_topk",
-    "moe-router-bias-update-rate": "moe.bias_update_rate",
-    "moe-z-loss-coeff": "moe.z_loss_coeff",
-    "moe-input-jitter-eps": "moe.input_jitter_eps",
-    "moe-expert-capacity-factor": "moe.capacity_factor",
-    "moe-token-dispatcher-type": "moe.dispatcher",
-    "moe-flex-dispatcher-backend": "moe.flex_backend",
-    "tensor-model-parallel-size": "parallel.tensor_model_parallel_size",
-    "pipeline-model-parallel-size": "parallel.pipeline_model_parallel_size",
-    "num-virtual-stages-per-pipeline-rank": "parallel.virtual_pipeline_model_parallel_size",
-    "pipeline-model-parallel-layout": "parallel.pipeline_model_parallel_layout",
-    "expert-model-parallel-size": "parallel.expert_model_parallel_size",
-    "expert-tensor-parallel-size": "parallel.expert_tensor_parallel_size",
-    "context-parallel-size": "parallel.context_parallel_size",
-    "fp8-format": "precision.fp8",
-    "fp8-recipe": "precision.fp8_recipe",
-    "fp8-margin": "precision.fp8_margin",
-    "fp8-amax-history-len": "precision.fp8_amax_history_len",
-    "fp8-amax-compute-algo": "precision.fp8_amax_compute_algo",
-    "num-layers-at-start-in-bf16": "precision.num_layers_at_start_in_bf16",
-    "num-layers-at-end-in-bf16": "precision.num_layers_at_end_in_bf16",
-    "split": "data.split",
-    "num-workers": "data.num_workers",
-    "lr": "optimizer.lr",
-    "min-lr": "optimizer.min_lr",
-    "weight-decay": "optimizer.weight_decay",
-    "clip-grad": "optimizer.clip_grad",
-    "adam-beta1": "optimizer.adam_beta1",
-    "adam-beta2": "optimizer.adam_beta2",
-    "adam-eps": "optimizer.adam_eps",
-    "exp-avg-dtype": "optimizer.exp_avg_dtype",
-    "exp-avg-sq-dtype": "optimizer.exp_avg_sq_dtype",
-    "lr-warmup-iters": "optimizer.warmup_iters",
-    "lr-decay-iters": "optimizer.decay_iters",
-    "lr-decay-style": "optimizer.decay_style",
-    "lr-wsd-decay-iters": "optimizer.wsd_decay_iters",
-    "lr-wsd-decay-style": "optimizer.wsd_decay_style",
-    "optimizer": "optimizer.kind",
-    "muon-momentum": "optimizer.muon_momentum",
-    "muon-num-ns-steps": "optimizer.muon_num_ns_steps",
-    "muon-scale-mode": "optimizer.muon_scale_mode",
-    "muon-extra-scale-factor": "optimizer.muon_extra_scale_factor",
-    "muon-fp32-matmul-prec": "optimizer.muon_fp32_matmul_prec",
-    "muon-tp-mode": "optimizer.muon_tp_mode",
-    "lion-beta1": "optimizer.lion_beta1",
-    "lion-beta2": "optimizer.lion_beta2",
-    "train-iters": "training.train_iters",
-    "global-batch-size": "training.global_batch_size",
-    "micro-batch-size": "training.micro_batch_size",
-    "seed": "training.seed",
-    "recompute-granularity": "training.recompute_granularity",
-    "recompute-method": "training.recompute_method",
-    "recompute-num-layers": "training.recompute_num_layers",
-    "recompute-modules": "training.recompute_modules",
-    "log-interval": "training.log_interval",
-    "eval-interval": "training.eval_interval",
-    "eval-iters": "training.eval_iters",
-    "save": "checkpoint.dir",
-    "save-interval": "checkpoint.save_interval",
-    "wandb-project": "observe.wandb.project",
-    **dict(declared("megatron_flags")),
-    "offload-modules": "megatron.offload_modules",
-    "min-offloaded-tensor-size": "megatron.min_offloaded_tensor_size",
-}
+from moepp_megatron.config.sections import words
+from moepp_megatron.config.yaml_file import parse_yaml
+
+
+def _declared() -> Iterator[tuple[str, str, str]]:
+    """The arguments that sections declare, their settings, and the value of one without a value."""
+    for section, word in words("megatron_flags"):
+        names, _, value = word.partition(":")
+        name, _, key = names.partition("=")
+        yield name, f"{section}.{key or name.replace('-', '_')}", value
+
+
+_DECLARED = tuple(_declared())
+SETTINGS = {name: setting for name, setting, value in _DECLARED if not value}
 """The setting of each argument with a value that means the same."""
-
 SWITCHES = {
-    "qk-layernorm": ("model.qk_layernorm", True),
-    "add-qkv-bias": ("model.qkv_bias", True),
-    "untie-embeddings-and-output-weights": ("model.tie_embeddings", False),
-    "moe-shared-expert-gate": ("moe.shared_expert_gate", True),
-    "moe-router-enable-expert-bias": ("moe.selection_bias", True),
-    "sequence-parallel": ("parallel.sequence_parallel", True),
-    "use-distributed-optimizer": ("parallel.use_distributed_optimizer", True),
-    "overlap-grad-reduce": ("parallel.overlap_grad_reduce", True),
-    "overlap-param-gather": ("parallel.overlap_param_gather", True),
-    "overlap-moe-expert-parallel-comm": ("parallel.overlap_moe_expert_parallel_comm", True),
-    "delay-wgrad-compute": ("parallel.delay_wgrad_compute", True),
-    "bf16": ("precision.dtype", "bf16"),
-    "grad-reduce-in-bf16": ("precision.grad_reduce_in_fp32", False),
-    "fp8-param-gather": ("precision.fp8_param", True),
-    "first-last-layers-bf16": ("precision.first_last_layers_bf16", True),
-    "deterministic-mode": ("training.deterministic", True),
-    "reset-position-ids": ("data.reset_position_ids", True),
-    "reset-attention-mask": ("data.reset_attention_mask", True),
-    "eod-mask-loss": ("data.eod_mask_loss", True),
-    "async-save": ("checkpoint.async_save", True),
-    "recompute-activations": ("training.recompute_granularity", "selective"),
-    "moe-enable-deepep": ("moe.flex_backend", "deepep"),
-    "fine-grained-activation-offloading": ("megatron.fine_grained_activation_offloading", True),
-    "high-priority-a2a-comm-stream": ("megatron.high_priority_a2a_comm_stream", True),
-    "ep-overlap-early-attn-memory-release": ("megatron.ep_overlap_early_attn_memory_release", True),
-    "moe-permute-fusion-into-hybridep": ("megatron.moe_permute_fusion_into_hybridep", True),
-    "fused-residual-rmsnorm": ("megatron.fused_residual_rmsnorm", True),
-    "no-load-optim": ("checkpoint.load_optimizer", False),
-    "finetune": ("checkpoint.load_optimizer", False),
+    name: (setting, parse_yaml(value, f"--{name}")) for name, setting, value in _DECLARED if value
 }
 """The setting and its value of each argument without a value."""
 

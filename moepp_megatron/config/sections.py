@@ -54,20 +54,29 @@ def is_optional(model: type[Section], key: str) -> bool:
 
 def settings_of_one_run() -> tuple[str, ...]:
     """Overrides that switch off what is one run's, for others of the same configuration."""
-    overrides = []
-    for setting in declared("of_one_run"):
-        section, _, name = setting.partition(".")
-        default = section_models()[section].model_fields[name].get_default()
-        overrides.append(f"{setting}={show(default)}")
-    return tuple(overrides)
+    models = dict(all_sections())
+    return tuple(
+        f"{section}.{key}={show(models[section].model_fields[key].get_default())}"
+        for section, key in words("of_one_run")
+    )
 
 
 def used(config: Config, kind: Use) -> Iterator[tuple[str, Any]]:
     """The settings that name something of a kind, with their values; null ones left out."""
-    for name, its_kind in declared("uses"):
+    for section, word in words("uses"):
+        key, _, its_kind = word.partition("=")
+        name = f"{section}.{key}"
         value = attrgetter(name)(config)
         if its_kind == kind and value is not None:
             yield name, value
+
+
+def words(attribute: str) -> Iterator[tuple[str, str]]:
+    """The words of a text that sections, and the bases of these, declare, after their names."""
+    for section, model in all_sections():
+        for kind in model.__mro__:
+            for word in vars(kind).get(attribute, "").split():
+                yield section, word
 
 
 def declared(attribute: str) -> tuple[Any, ...]:

@@ -40,6 +40,10 @@ class CheckpointSection(Section):
         """Where files of a checkpoint are until they are uploaded to object storage."""
         return self.staging or run_dir / "staging"
 
+    megatron_flags = (
+        "save=dir save-interval async-save:true no-load-optim=load_optimizer:false "
+        "finetune=load_optimizer:false"
+    )
     own_rules = (
         refuse(
             "checkpoint.async_save",

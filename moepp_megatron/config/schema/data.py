@@ -97,6 +97,9 @@ class EngineDataSection(Section):
     """Data loader processes per rank; 0 loads in the training process"""
 
     engine_defaults = {"stages": (), "validation": {}}
+    megatron_flags: ClassVar[str] = (
+        "split num-workers reset-position-ids:true reset-attention-mask:true eod-mask-loss:true"
+    )
     own_rules: ClassVar[tuple[Rule, ...]] = (
         _split_has_three_parts,
         refuse(

@@ -65,6 +65,11 @@ class LatentAttentionSection(Section):
         """Width of a head's query and key, both parts."""
         return self.qk_head_dim + self.qk_pos_emb_head_dim
 
+    megatron_flags = (
+        "q-lora-rank kv-lora-rank qk-head-dim qk-pos-emb-head-dim v-head-dim rope-type "
+        "rotary-scaling-factor original-max-position-embeddings beta-fast beta-slow mscale "
+        "mscale-all-dim"
+    )
     own_rules = (
         group(
             lambda c: c.model.latent_attention is not None,

@@ -67,6 +67,11 @@ class MegatronSection(Section):
     min_offloaded_tensor_size: Annotated[int, Unit("elements"), Field(ge=0)] = 1024 * 1024
     """With fine_grained_activation_offloading: smaller tensors stay"""
 
+    megatron_flags = (
+        "offload-modules min-offloaded-tensor-size fine-grained-activation-offloading:true "
+        "high-priority-a2a-comm-stream:true ep-overlap-early-attn-memory-release:true "
+        "moe-permute-fusion-into-hybridep:true fused-residual-rmsnorm:true"
+    )
     own_rules = (
         refuse(
             "megatron.tp_comm_overlap",

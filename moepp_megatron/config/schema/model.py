@@ -75,6 +75,12 @@ class EngineModelSection(Section):
         return self.kv_channels or self.hidden_size // self.num_attention_heads
 
     engine_defaults = {"mtp_num_layers": 0}
+    megatron_flags: ClassVar[str] = (
+        "num-layers hidden-size ffn-hidden-size num-attention-heads num-query-groups "
+        "kv-channels seq-length vocab-size padded-vocab-size=vocab_size rotary-base "
+        "norm-epsilon layernorm-epsilon=norm_epsilon init-method-std qk-layernorm:true "
+        "add-qkv-bias=qkv_bias:true untie-embeddings-and-output-weights=tie_embeddings:false"
+    )
     own_rules: ClassVar[tuple[Rule, ...]] = (
         group(
             lambda c: c.model.latent_attention is None and c.model.kv_channels is None,

@@ -119,6 +119,19 @@ class EngineMoESection(Section, LayerSettings):  # type: ignore[misc]
             return [layer % self.layer_freq == 0 for layer in range(num_layers)]
         return [bool(flag) for flag in self.layer_freq]
 
+    megatron_flags: ClassVar[str] = (
+        "num-experts=num_ffn_experts moe-router-topk=router_topk "
+        "moe-ffn-hidden-size=ffn_hidden_size "
+        "moe-shared-expert-intermediate-size=shared_expert_ffn_hidden_size "
+        "moe-router-score-function=score_function moe-router-topk-scaling-factor=gate_scale "
+        "moe-router-num-groups=num_groups moe-router-group-topk=group_topk "
+        "moe-router-bias-update-rate=bias_update_rate moe-z-loss-coeff=z_loss_coeff "
+        "moe-input-jitter-eps=input_jitter_eps moe-expert-capacity-factor=capacity_factor "
+        "moe-token-dispatcher-type=dispatcher moe-flex-dispatcher-backend=flex_backend "
+        "moe-shared-expert-gate=shared_expert_gate:true "
+        "moe-router-enable-expert-bias=selection_bias:true "
+        "moe-enable-deepep=flex_backend:deepep"
+    )
     own_rules: ClassVar[tuple[Rule, ...]] = (
         refuse(
             "moe.router_topk",

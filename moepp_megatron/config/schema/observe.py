@@ -25,6 +25,8 @@ class WandbSection(Section):
     mode: Literal["online", "offline"] = "online"
     """Send at once, or write RUN/wandb for `wandb sync` later"""
 
+    megatron_flags = "wandb-project=project"
+
 
 def _is_no_name(config: Config) -> bool:
     name = config.observe.webhook_url_env

@@ -175,6 +175,14 @@ class OptimizerSection(Section):
         """True if it comes from the package emerging_optimizers."""
         return self.kind in ("muon", "lion")
 
+    megatron_flags = (
+        "lr min-lr weight-decay clip-grad adam-beta1 adam-beta2 adam-eps exp-avg-dtype "
+        "exp-avg-sq-dtype lr-warmup-iters=warmup_iters lr-decay-iters=decay_iters "
+        "lr-decay-style=decay_style lr-wsd-decay-iters=wsd_decay_iters "
+        "lr-wsd-decay-style=wsd_decay_style optimizer=kind muon-momentum muon-num-ns-steps "
+        "muon-scale-mode muon-extra-scale-factor muon-fp32-matmul-prec muon-tp-mode "
+        "lion-beta1 lion-beta2"
+    )
     own_rules = (
         refuse(
             "optimizer.min_lr",

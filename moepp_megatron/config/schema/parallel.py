@@ -232,6 +232,14 @@ class ParallelSection(Section):
         """
         return self.sequence_parallel and self.tensor_model_parallel_size > 1
 
+    megatron_flags = (
+        "tensor-model-parallel-size pipeline-model-parallel-size "
+        "num-virtual-stages-per-pipeline-rank=virtual_pipeline_model_parallel_size "
+        "pipeline-model-parallel-layout expert-model-parallel-size "
+        "expert-tensor-parallel-size context-parallel-size sequence-parallel:true "
+        "use-distributed-optimizer:true overlap-grad-reduce:true overlap-param-gather:true "
+        "overlap-moe-expert-parallel-comm:true delay-wgrad-compute:true"
+    )
     own_rules = (
         divisible(
             "moe.num_ffn_experts",

@@ -197,6 +197,12 @@ class PrecisionSection(Section):
         """The FP8 recipe, the default resolved; None without FP8."""
         return None if self.fp8 is None else self.fp8_recipe or "delayed"
 
+    megatron_flags = (
+        "fp8-format=fp8 fp8-recipe fp8-margin fp8-amax-history-len fp8-amax-compute-algo "
+        "num-layers-at-start-in-bf16 num-layers-at-end-in-bf16 bf16=dtype:bf16 "
+        "grad-reduce-in-bf16=grad_reduce_in_fp32:false fp8-param-gather=fp8_param:true "
+        "first-last-layers-bf16:true"
+    )
     own_rules = (
         # Its gradient is bf16, whatever the logits are (fused_cross_entropy.py).
         refuse(

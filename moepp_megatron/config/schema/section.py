@@ -118,14 +118,15 @@ class Section(BaseModel):
         excludes: Settings that exclude others: both names, the refused one first, and why.
         instead: Another way to what `excludes` refuses.
         no_effect: Warnings of settings that have none.
-        uses: Settings that name a second model, a GPU or a folder that is written, with the kind.
-        megatron_flags: Megatron-LM's arguments by name, and the settings that they are.
+        uses: Keys that name a second model, a GPU or a folder that is written: `key=kind`.
+        megatron_flags: Megatron-LM's arguments: `name` for the key of this name, `name=key`, and
+            `name=key:value` for one without a value.
         engine_defaults: Settings of features that the engine reads, with the value of a run without
             the feature.
         shorthand: Words that stand for the whole section, each with its keys.
         removed: Keys of earlier versions: the value that changes nothing, which resolved
             configurations still name, and what to do about another one.
-        of_one_run: Settings of one run alone, which others of its configuration do without, as do
+        of_one_run: Keys of one run alone, which others of its configuration do without, as do
             models that only run forward.
     """
 
@@ -134,12 +135,12 @@ class Section(BaseModel):
     excludes: ClassVar[tuple[tuple[str, str, str], ...]] = ()
     instead: ClassVar[str] = ""
     no_effect: ClassVar[tuple[Rule, ...]] = ()
-    uses: ClassVar[tuple[tuple[str, Use], ...]] = ()
-    megatron_flags: ClassVar[tuple[tuple[str, str], ...]] = ()
+    uses: ClassVar[str] = ""
+    megatron_flags: ClassVar[str] = ""
     engine_defaults: ClassVar[Mapping[str, Any]] = {}
     shorthand: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     removed: ClassVar[Mapping[str, tuple[Any, str]]] = {}
-    of_one_run: ClassVar[tuple[str, ...]] = ()
+    of_one_run: ClassVar[str] = ""
 
     model_config = ConfigDict(
         extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True

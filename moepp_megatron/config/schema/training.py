@@ -153,6 +153,12 @@ class EngineTrainingSection(Section):
         return [pair[1] for pair in self.batch_ramp if len(pair) == 2]
 
     engine_defaults = {"eval_iters": 0}
+    megatron_flags: ClassVar[str] = (
+        "train-iters global-batch-size micro-batch-size seed recompute-granularity "
+        "recompute-method recompute-num-layers recompute-modules log-interval "
+        "deterministic-mode=deterministic:true "
+        "recompute-activations=recompute_granularity:selective"
+    )
     own_rules: ClassVar[tuple[Rule, ...]] = (
         _batch_ramp_rises_to_the_batch,
         _micro_batches_divide_global_batch,

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
-from moepp_megatron.config.rows import Rule, no_effect_without, refuse
-from moepp_megatron.config.schema.section import PathText, Section, Unit, Use
+from moepp_megatron.config.rows import no_effect_without, refuse
+from moepp_megatron.config.schema.section import PathText, Section, Unit
 
 if TYPE_CHECKING:
     from moepp_megatron.config.schema import Config
@@ -36,7 +36,7 @@ class DistillationSection(Section):
     """Compare only this many likeliest tokens of the teacher, with probabilities that sum to 1 in
     both models; null compares all"""
 
-    own_rules: ClassVar[tuple[Rule, ...]] = (
+    own_rules = (
         refuse(
             "distillation.text_weight",
             _nothing_is_learnt,
@@ -50,7 +50,7 @@ class DistillationSection(Section):
             "use fewer, or null for all",
         ),
     )
-    excludes: ClassVar[tuple[tuple[str, str, str], ...]] = (
+    excludes = (
         (
             "model.mtp_num_layers",
             "distillation.teacher",
@@ -62,8 +62,8 @@ class DistillationSection(Section):
             "a teacher is given no mask of documents",
         ),
     )
-    uses: ClassVar[tuple[tuple[str, Use], ...]] = (("distillation.teacher", "checkpoint"),)
-    no_effect: ClassVar[tuple[Rule, ...]] = (
+    uses = "teacher=checkpoint"
+    no_effect = (
         no_effect_without(
             "distillation.teacher",
             "distillation.weight distillation.text_weight distillation.temperature "

@@ -33,6 +33,7 @@ class MultiTokenPredictionSettings(Section):
             "mtp_loss_scaling_factor": self.mtp_loss_scaling_factor,
         }
 
+    megatron_flags: ClassVar[str] = "mtp-num-layers mtp-loss-scaling-factor"
     own_rules: ClassVar[tuple[Rule, ...]] = (
         group(
             lambda c: c.model.mtp_num_layers > 0,

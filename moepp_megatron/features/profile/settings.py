@@ -50,7 +50,7 @@ class ProfileSettings(Section):
 
     own_rules: ClassVar[tuple[Rule, ...]] = (_profiled_steps_follow_each_other,)
     world_size_rules: ClassVar[tuple[WorldSizeRule, ...]] = (_profiled_ranks_exist,)
-    of_one_run: ClassVar[tuple[str, ...]] = ("training.profile_steps", "training.profile_ranks")
+    of_one_run: ClassVar[str] = "profile_steps profile_ranks"
     no_effect: ClassVar[tuple[Rule, ...]] = (
         no_effect_without("training.profile_steps", "training.profile_ranks", "name some steps"),
     )

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any
 
 from pydantic import Field
 
-from moepp_megatron.config.rows import Rule, group, no_effect_where, refuse
-from moepp_megatron.config.schema.section import PathText, Section, Unit, Use
+from moepp_megatron.config.rows import group, no_effect_where, refuse
+from moepp_megatron.config.schema.section import PathText, Section, Unit
 
 
 class RoutesSection(Section):
@@ -34,7 +34,8 @@ class RoutesSection(Section):
         """Switch on megatron-core's own place for given routes."""
         return {"moe_enable_routing_replay": self.enabled}
 
-    own_rules: ClassVar[tuple[Rule, ...]] = (
+    megatron_flags = "moe-routing-trace-path=trace moe-routing-trace-max-training-iters=steps"
+    own_rules = (
         group(
             lambda c: c.routes.replay is not None,
             refuse(
@@ -52,7 +53,7 @@ class RoutesSection(Section):
             ),
         ),
     )
-    excludes: ClassVar[tuple[tuple[str, str, str], ...]] = tuple(
+    excludes = tuple(
         (f"routes.{name}", other, reason)
         for other, reason in (
             ("training.cuda_graphs", "a graph would repeat the routes of its capture"),
@@ -65,7 +66,7 @@ class RoutesSection(Section):
         )
         for name in ("record", "replay", "trace")
     )
-    no_effect: ClassVar[tuple[Rule, ...]] = (
+    no_effect = (
         no_effect_where(
             lambda c: c.routes.record is None and c.routes.trace is None,
             "without routes.record or routes.trace",
@@ -73,14 +74,5 @@ class RoutesSection(Section):
             "set one of them",
         ),
     )
-    megatron_flags: ClassVar[tuple[tuple[str, str], ...]] = (
-        ("moe-routing-trace-path", "routes.trace"),
-        ("moe-routing-trace-max-training-iters", "routes.steps"),
-    )
-    uses: ClassVar[tuple[tuple[str, Use], ...]] = (
-        ("routes.record", "output"),
-        ("routes.trace", "output"),
-    )
-    of_one_run: ClassVar[tuple[str, ...]] = tuple(
-        f"routes.{name}" for name in ("record", "replay", "trace", "steps")
-    )
+    uses = "record=output trace=output"
+    of_one_run = "record replay trace steps"

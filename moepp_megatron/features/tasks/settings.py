@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar
+from typing import Annotated
 
 from pydantic import Field
 
-from moepp_megatron.config.rows import Rule, no_effect_without
+from moepp_megatron.config.rows import no_effect_without
 from moepp_megatron.config.schema.section import ConfigPath, Section, Unit
 
 
@@ -21,7 +21,7 @@ class EvaluationSection(Section):
     limit: Annotated[int | None, Unit("documents"), Field(ge=1)] = None
     """Documents of each task, from its first; null takes all"""
 
-    excludes: ClassVar[tuple[tuple[str, str, str], ...]] = (
+    excludes = (
         (
             "evaluation.tasks",
             "training.cuda_graphs",
@@ -38,7 +38,7 @@ class EvaluationSection(Section):
             "its schedule wants a loss",
         ),
     )
-    instead: ClassVar[str] = "evaluate the exported model with lm_eval run"
-    no_effect: ClassVar[tuple[Rule, ...]] = (
+    instead = "evaluate the exported model with lm_eval run"
+    no_effect = (
         no_effect_without("evaluation.tasks", "evaluation.interval evaluation.limit", "name some"),
     )

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar
+from typing import Annotated
 
 from pydantic import Field
 
-from moepp_megatron.config.schema.section import PathText, Section, Unit, Use
+from moepp_megatron.config.schema.section import PathText, Section, Unit
 
 
 class TelemetrySection(Section):
@@ -19,4 +19,4 @@ class TelemetrySection(Section):
     """GPU whose rated speed MFU is measured by: a name in configs/hardware or a YAML file; null
     takes the GPU that is here"""
 
-    uses: ClassVar[tuple[tuple[str, Use], ...]] = (("telemetry.hardware", "gpu"),)
+    uses = "hardware=gpu"

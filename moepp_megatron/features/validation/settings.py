@@ -18,6 +18,7 @@ class ValidationSettings(Section):
     eval_iters: Annotated[int, Unit("steps"), Field(ge=0)] = 4
     """Global batches per validation; 0 never validates"""
 
+    megatron_flags: ClassVar[str] = "eval-interval eval-iters"
     no_effect: ClassVar[tuple[Rule, ...]] = (
         no_effect_with(
             "training.eval_iters",
