@@ -2,12 +2,11 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 CASES = ("two_layer_gate", "mixtral_gate")
 
-RELEASED: dict[str, Any] = {
+RELEASED = {
     "model_type": "MoE++",
     "architectures": ["MoeForCausalLM"],
     "vocab_size": 64,
@@ -106,7 +105,7 @@ def load_tensors(folder: Path):
     """All tensors of a folder of safetensors shards, read by the safetensors library."""
     from safetensors.torch import load_file
 
-    tensors: dict[str, Any] = {}
+    tensors = {}
     for file in sorted(folder.glob("*.safetensors")):
         shard = load_file(file)
         assert not tensors.keys() & shard.keys(), "a tensor is in two shards"

@@ -9,7 +9,6 @@ import pickle
 import re
 import shutil
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -28,7 +27,7 @@ from tests.interop.models import build, settings
 from tests.interop.transformers_models import load_model
 from tests.parallel.training_runs import VANILLA, begin_training
 
-MODELS: dict[str, dict[str, dict[str, Any]]] = {
+MODELS = {
     "paper": {},
     "two-layer gate, GQA, dense layers, tied": {
         "model": {"num_layers": 4, "num_query_groups": 2, "tie_embeddings": True},
@@ -66,14 +65,14 @@ def names_of_model(raw):
     from moepp_megatron.model.initialize import sharded_tensors
 
     (model,) = build(raw)
-    real: dict[str, Any] = {}
+    real = {}
     for entry in nested_values(model.sharded_state_dict()):
         if isinstance(entry, ShardedObject):
             real[entry.unique_key] = None
         for tensor in sharded_tensors(entry):
             real[tensor.key] = tuple(tensor.global_shape)
     config = parse_config(raw)
-    ours: dict[str, Any] = {r.key: r.shape for r in moepp_rules(config) if not r.unused}
+    ours = {r.key: r.shape for r in moepp_rules(config) if not r.unused}
     for module, count in linear_modules(config):
         ours |= {f"{module}._extra_state/shard_{part}_{count}": None for part in range(count)}
     return real, ours
@@ -133,7 +132,7 @@ def test_released_layout_warns_of_what_the_released_code_cannot_run(tmp_path, in
     assert mcore_to_hf(tmp_path / "mcore", tmp_path / "ours", "moepp") == []
 
 
-GATES: dict[str, dict[str, Any]] = {
+GATES = {
     "plain": {},
     "two layers": {"moe_2layer_gate": True},
     "mixtral": {"moe_use_mixtral_gating": True},

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -17,8 +16,8 @@ from tests.parallel.checkpoint_runs import save_checkpoint
 # The issue's tolerance between our logits and transformers'.
 LOGITS = 1e-4
 
-PLAIN_MOE: dict[str, Any] = {"num_constant_experts": 0, "gating_residual": False}
-MODELS: dict[str, dict[str, dict[str, Any]]] = {
+PLAIN_MOE = {"num_constant_experts": 0, "gating_residual": False}
+MODELS = {
     "paper": {"moe": {"num_constant_experts": 3}},
     "everything else": {
         "model": {"num_query_groups": 2, "qk_layernorm": True, "kv_channels": 16, "num_layers": 3},

@@ -2,7 +2,6 @@
 
 import importlib.util
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -10,7 +9,7 @@ import pytest
 from moepp_megatron.layer_settings import BalanceLoss
 
 # Everything at once, small: two-layer gates, residuals, head norms, a shared and a dense layer.
-FIELDS: dict[str, Any] = {
+FIELDS = {
     "vocab_size": 64,
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -252,7 +251,7 @@ def half_precision_gates():
     model = random_model().to(torch.bfloat16).eval()
     inputs = batch() | {"labels": None}
     gate = model.model.layers[0].mlp.moe.gate
-    seen: list[Any] = []
+    seen = []
     gate.register_forward_hook(lambda module, args, output: seen.append((args[0], output[2])))
     with torch.no_grad():
         model(**inputs)

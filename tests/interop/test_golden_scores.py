@@ -1,7 +1,6 @@
 """The golden checkpoints of the released code, converted and scored in every kind of layout."""
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -54,7 +53,7 @@ def routing_of_golden(case: str, folder: Path):
     from tests.interop.checkpoints import hf_to_mcore, score
 
     hf_to_mcore(GOLDEN / case, folder)
-    routed: list[tuple[Any, ...]] = []
+    routed = []
     build = scoring.build_model
 
     def build_watched(config):

@@ -3,7 +3,6 @@
 import json
 import re
 from pathlib import Path
-from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -24,7 +23,7 @@ RAW = settings(
     moe={"selection_bias": True, "tau": 0.5, "balance_coeff": 0.02},
 )
 # Of a run's last step; what else a record holds does not matter here.
-RECORD: dict[str, Any] = {
+RECORD = {
     "lr": 0,
     "grad_norm": 0,
     "step_time_s": 0,
@@ -55,7 +54,7 @@ def run(tmp_path_factory, ranks) -> Path:
 
 def export(source: Path, target: Path, **options):
     mcore_to_hf(source, target, **options)
-    fields: dict[str, Any] = json.loads((target / "config.json").read_text())
+    fields = json.loads((target / "config.json").read_text())
     return fields
 
 
@@ -151,7 +150,7 @@ def test_bf16_export_loads_and_pads(run, plain, tmp_path):
 def follow_card(folder: Path) -> list[int]:
     """Run the card's Python, which may ask nothing; returns the ids of its message."""
     (code,) = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
-    scope: dict[str, Any] = {}
+    scope = {}
     with mock.patch("builtins.input") as asked:
         exec(code.replace("FOLDER", str(folder)), scope)
     assert not asked.called

@@ -1,7 +1,6 @@
 """From Megatron's arguments to the layer's settings."""
 
 import argparse
-from typing import Any
 
 import pytest
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -21,7 +20,7 @@ def parsed(*words: str) -> argparse.Namespace:
 
 def transformer(**changes) -> TransformerConfig:
     """What Megatron's arguments give: its own defaults, but for a coefficient of the loss."""
-    settings: dict[str, Any] = {
+    settings = {
         "num_layers": 2,
         "hidden_size": 32,
         "num_attention_heads": 4,

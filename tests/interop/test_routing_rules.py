@@ -1,7 +1,6 @@
 """Routing rules of other zero-computation models, as configurations of this layer."""
 
 import importlib.util
-from typing import Any
 
 import pytest
 
@@ -10,7 +9,7 @@ from tests.interop.models import build, layer_weights, settings
 # fp32, one layer of small sums in another order.
 FP32 = 1e-5
 
-LONGCAT: dict[str, Any] = {
+LONGCAT = {
     "num_ffn_experts": 6,
     "num_zero_experts": 0,
     "num_copy_experts": 3,

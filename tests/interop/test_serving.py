@@ -6,7 +6,6 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -154,7 +153,7 @@ def loaded_in_vllm(change: str, is_plugin: bool):
         with mock.patch.dict(sys.modules, modules):
             from moepp_megatron.interop.vllm import model as plugin
         plugin._LOGGER.reset_mock()
-        model: Any = object.__new__(plugin.MoEPPForCausalLM)
+        model = object.__new__(plugin.MoEPPForCausalLM)
         model.config = whole.config
         model.config.dtype = torch.float32
         model._init_model(vllm_config=mock.MagicMock())
@@ -194,7 +193,7 @@ def routes(folder: Path, *prompts: list[int]):
     picks = []
     with torch.no_grad():
         for prompt in prompts:
-            lane: dict[int, Any] = {}
+            lane = {}
             model.model(torch.tensor([prompt]), router_lane=lane)
             gates = {layer: model.model.layers[layer].mlp.moe.gate for layer in lane}
             picks.append(
@@ -216,7 +215,7 @@ def save_as_it_begins(raw, folder: Path) -> list[list[int]]:
 
 
 def test_training_repeats_the_routes_that_transformers_took(ranks, plain, tmp_path):
-    sections: dict[str, Any] = {"optimizer": {"weight_decay": 0.0}, "moe": {"layer_freq": [0, 1]}}
+    sections = {"optimizer": {"weight_decay": 0.0}, "moe": {"layer_freq": [0, 1]}}
     (tokens,) = ranks(1).run(save_as_it_begins, short(**sections), tmp_path / "checkpoints")
     mcore_to_hf(tmp_path / "checkpoints", tmp_path / "hf")
     picked = plain(routes, tmp_path / "hf", *tokens)

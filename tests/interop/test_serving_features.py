@@ -2,7 +2,6 @@
 
 import re
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -90,7 +89,7 @@ def generated() -> dict[str, list[int]]:
     draft = random_model(num_hidden_layers=2, moe_layers=None).eval()
     ids = batch()["input_ids"][:1, :5]
     settings = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 12, "do_sample": False}
-    ways: dict[str, dict[str, Any]] = {
+    ways = {
         "plain": {},
         "assisted": {"assistant_model": draft},
         "prompt lookup": {"prompt_lookup_num_tokens": 2},

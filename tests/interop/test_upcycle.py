@@ -2,7 +2,6 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +14,7 @@ from tests.parallel.training_runs import join
 # The tolerance for the function at step 0.
 SAME = 1e-5
 
-SHAPE: dict[str, Any] = {
+SHAPE = {
     "vocab_size": 64,
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -26,14 +25,14 @@ SHAPE: dict[str, Any] = {
     # Large: routing with clear margins, logits far from uniform.
     "initializer_range": 0.2,
 }
-QWEN2: dict[str, Any] = {
+QWEN2 = {
     "num_experts": 6,
     "num_experts_per_tok": 3,
     "moe_intermediate_size": 20,
     "shared_expert_intermediate_size": 28,
     "mlp_only_layers": [0],
 }
-DEEPSEEK: dict[str, Any] = {
+DEEPSEEK = {
     "num_key_value_heads": 4,
     "q_lora_rank": 16,
     "kv_lora_rank": 12,
@@ -50,7 +49,7 @@ DEEPSEEK: dict[str, Any] = {
     "routed_scaling_factor": 2.5,
     "num_mtp_layers": 0,
 }
-SOURCES: dict[str, tuple[str, dict[str, Any]]] = {
+SOURCES = {
     "mixtral": ("Mixtral", {"num_local_experts": 4}),
     "qwen3-moe": (
         "Qwen3Moe",
@@ -131,7 +130,7 @@ def upcycle_and_score(source: Path, target: Path, tokens: Path, changes):
     from moepp_megatron.moe.layer import MoEPPLayer
 
     upcycle(source, target, Additions(**changes))
-    maps: list[Any] = []
+    maps = []
     build = scoring.build_model
 
     def build_watched(config):

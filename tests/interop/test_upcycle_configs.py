@@ -1,7 +1,6 @@
 """`configs/upcycle/`: the shapes are those of what `moepp convert upcycle` makes."""
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -11,7 +10,7 @@ from moepp_megatron.training.checkpoint import check_compatible
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "upcycle"
 # config.json of mistralai/Mixtral-8x7B-v0.1 and Qwen/Qwen3-30B-A3B: what decides shapes.
-MIXTRAL: dict[str, Any] = {
+MIXTRAL = {
     "model_type": "mixtral",
     "vocab_size": 32000,
     "hidden_size": 4096,
@@ -26,7 +25,7 @@ MIXTRAL: dict[str, Any] = {
     "num_local_experts": 8,
     "num_experts_per_tok": 2,
 }
-QWEN3: dict[str, Any] = {
+QWEN3 = {
     "model_type": "qwen3_moe",
     "vocab_size": 151936,
     "hidden_size": 2048,

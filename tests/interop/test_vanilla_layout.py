@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -20,18 +19,18 @@ from tests.interop.test_serving import greedy
 from tests.parallel.ranks import RankPools
 
 # More ids than the tokenizer has tokens; ggml multiplies rows of 32 numbers and more.
-MODEL: dict[str, Any] = {"vocab_size": 640}
-MOE: dict[str, Any] = {
+MODEL = {"vocab_size": 640}
+MOE = {
     "gating_residual": False,
     "num_constant_experts": 0,
     "num_copy_experts": 0,
     "num_zero_experts": 2,
     "ffn_hidden_size": 32,
 }
-DIVIDED: dict[str, Any] = {"gate_normalization": "selected"}
-NORMS: dict[str, Any] = {"qk_layernorm": True, "kv_channels": 16, "num_query_groups": 2}
+DIVIDED = {"gate_normalization": "selected"}
+NORMS = {"qk_layernorm": True, "kv_channels": 16, "num_query_groups": 2}
 # The model that it is written as, settings of the model, settings of the layer.
-CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+CASES = {
     "raw gates": ("Deepseek", {"num_query_groups": 2}, {"router_topk": 3}),
     "shared": ("Deepseek", {"tie_embeddings": True}, {"shared_expert_ffn_hidden_size": 64}),
     "divided gates": ("Mixtral", {"kv_channels": 16}, DIVIDED),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +14,7 @@ from tests.interop.checkpoints import convert_and_score, hf_to_mcore, load_tenso
 from tests.interop.models import settings
 from tests.interop.test_export import LOGITS, TOKENS, save_and_compute
 
-QWEN: dict[str, dict[str, Any]] = {
+QWEN = {
     "model": {"qk_layernorm": True, "num_query_groups": 2, "rotary_base": 5e4},
     "moe": {
         "gating_residual": False,
@@ -36,7 +35,7 @@ CASES = {
 }
 
 # What of Qwen3-30B-A3B's config.json decides, and what ZEDA's recipe adds.
-PUBLISHED: dict[str, Any] = {
+PUBLISHED = {
     "architectures": ["Qwen3MoePlusPlusForCausalLM"],
     "model_type": "qwen3_moe",
     "attention_bias": False,

@@ -7,9 +7,8 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Any
 
-SETTINGS: dict[str, Any] = {
+SETTINGS = {
     "model_impl": "transformers",
     "trust_remote_code": True,
     "dtype": "float32",

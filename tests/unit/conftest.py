@@ -4,7 +4,6 @@ import contextlib
 import functools
 import shutil
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import pytest
 
@@ -23,7 +22,7 @@ def one_program() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
+def browser():
     """Chromium without a window, to look at pages with."""
     api = pytest.importorskip(
         "playwright.sync_api", reason="playwright is not installed (pip install playwright)"
@@ -42,7 +41,7 @@ def browser() -> Iterator[Any]:
 
 
 @contextlib.contextmanager
-def quiet_page(browser: Any, address: str) -> Iterator[Any]:
+def quiet_page(browser, address: str):
     """A page in a tab; fails at the end if it has complained or asked for another address."""
     complaints: list[str] = []
     page = browser.new_page(viewport={"width": 1440, "height": 1000})
@@ -56,7 +55,7 @@ def quiet_page(browser: Any, address: str) -> Iterator[Any]:
 
 
 @pytest.fixture
-def unrendered(monkeypatch: pytest.MonkeyPatch) -> None:
+def unrendered(monkeypatch) -> None:
     """Figures are made but not turned into SVG, which is most of the work of a page."""
     from tests.figures import save_empty
 
@@ -64,7 +63,7 @@ def unrendered(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def moepp(monkeypatch: pytest.MonkeyPatch, capsys) -> Callable[..., tuple[int, str, str]]:
+def moepp(monkeypatch, capsys) -> Callable[..., tuple[int, str, str]]:
     """Runs a command in this process: exit code, stdout and stderr."""
     from moepp_megatron.cli import main
 

@@ -2,7 +2,7 @@
 
 import math
 from types import NoneType
-from typing import Any, get_args, get_origin
+from typing import get_args, get_origin
 
 import pytest
 
@@ -29,7 +29,7 @@ def test_no_two_metrics_share_a_name_or_a_plot():
         assert len(set(of)) == len(of)
 
 
-def nesting(annotation: Any) -> list[type]:
+def nesting(annotation) -> list[type]:
     """The lists and objects of a field, the outermost first."""
     inner = [each for each in get_args(annotation) if each is not NoneType]
     origin = get_origin(annotation)

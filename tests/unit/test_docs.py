@@ -4,7 +4,6 @@ import re
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import typer
@@ -36,14 +35,14 @@ def _lines(text: str) -> Iterator[str]:
         yield " ".join(inline.split())
 
 
-def _is_placeholder(word: Any) -> bool:
+def _is_placeholder(word) -> bool:
     """CONFIG, N or $VARIABLE stand for any value."""
     return bool(re.fullmatch(r"[A-Z][A-Z0-9_/.:]*", str(word))) or "$" in str(word)
 
 
 def _check(line: str) -> None:
     """Follow the words through the commands, parse the rest, and check its settings."""
-    command: Any = typer.main.get_command(main.app)
+    command = typer.main.get_command(main.app)
     words = [word for word in shlex.split(line)[1:] if word != "..."]
     while hasattr(command, "commands"):
         if not words or words[0].startswith("-"):
@@ -69,7 +68,7 @@ def _check(line: str) -> None:
         load_config(ROOT / config, ["run.dir=RUN", "data.path=DIR", *own])
 
 
-def _merged(lower: dict[str, Any], *uppers: dict[str, Any]) -> dict[str, Any]:
+def _merged(lower, *uppers):
     for upper in uppers:
         both = {
             name: _merged(lower[name], value)

@@ -51,7 +51,7 @@ def test_the_notebook_reads_a_run(tmp_path, monkeypatch, capsys):
 
 
 @pytest.fixture
-def patched(tmp_path: Path) -> Path:
+def patched(tmp_path) -> Path:
     """A copy of the sources with the new kind of expert."""
     unneeded = shutil.ignore_patterns("__pycache__", "golden", "slurm", "fake_gpu", "te_stand_in")
     for name in ("moepp_megatron", "tests", "configs"):

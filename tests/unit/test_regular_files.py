@@ -18,13 +18,13 @@ from tests.unit.tools.report.conftest import synthetic_config, synthetic_records
 
 
 @pytest.fixture
-def pipe(tmp_path: Path) -> Path:
+def pipe(tmp_path) -> Path:
     os.mkfifo(tmp_path / "pipe")
     return tmp_path / "pipe"
 
 
 @pytest.fixture
-def run(tmp_path: Path) -> Path:
+def run(tmp_path) -> Path:
     config = synthetic_config()
     return write_run(tmp_path / "run", config, synthetic_records(config, steps=3))
 

@@ -2,7 +2,6 @@
 
 import re
 from pathlib import Path
-from typing import Any
 
 import pytest
 import typer
@@ -17,9 +16,9 @@ PROVEN, COMPARED = (
 
 
 @pytest.fixture(autouse=True)
-def _commands_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+def _commands_of_its_own(monkeypatch) -> None:
     """The page changes the commands that it is given; other tests share theirs (`one_program`)."""
-    build: Any = typer.main.get_command
+    build = typer.main.get_command
     monkeypatch.setattr(typer.main, "get_command", build.__wrapped__)
 
 

@@ -106,7 +106,7 @@ class Node:
 
 
 @pytest.fixture
-def node(tmp_path: Path) -> Node:
+def node(tmp_path) -> Node:
     return Node(tmp_path)
 
 

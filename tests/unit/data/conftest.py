@@ -2,7 +2,6 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pytest
@@ -22,7 +21,7 @@ def make_texts(count: int) -> list[str]:
     ]
 
 
-def write_arrow(path: Path, table: pa.Table, new: Any = pa.ipc.new_stream, **options: Any) -> None:
+def write_arrow(path: Path, table: pa.Table, new=pa.ipc.new_stream, **options) -> None:
     """An Arrow stream or file; `options` are those of `write_table`."""
     with new(str(path), table.schema) as writer:
         writer.write_table(table, **options)
@@ -39,14 +38,14 @@ def texts() -> list[str]:
 
 
 @pytest.fixture(scope="session")
-def corpus_file(texts: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def corpus_file(texts, tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("source") / "corpus.jsonl"
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     return path
 
 
 @pytest.fixture(scope="session")
-def prepared(corpus_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def prepared(corpus_file, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("prepared") / "dataset"
     settings = PrepareSettings(vocab_size=VOCAB_SIZE, workers=1)
     prepare([str(corpus_file)], out, settings, Console(quiet=True))
@@ -54,5 +53,5 @@ def prepared(corpus_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 
 @pytest.fixture(scope="session")
-def tokenizer(prepared: Path) -> Tokenizer:
+def tokenizer(prepared) -> Tokenizer:
     return Tokenizer.load(prepared)

@@ -23,7 +23,7 @@ SPLIT = "80,20,0"
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def folders(tmp_path_factory) -> dict[str, Path]:
     """By letters: two folders of one source, one of two."""
     folder = tmp_path_factory.mktemp("letters")
     return {

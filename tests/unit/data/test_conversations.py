@@ -3,7 +3,6 @@
 import json
 import re
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow
@@ -38,11 +37,11 @@ CHATML = """{% for message in messages %}
 """
 
 
-def turn(role: str, content: Any) -> dict[str, Any]:
+def turn(role: str, content):
     return {"role": role, "content": content}
 
 
-def chat(number: int) -> list[dict[str, Any]]:
+def chat(number: int):
     question = turn("user", f"what is {number}?")
     again = [turn("user", "sure?"), turn("assistant", "yes")] if number % 3 == 0 else []
     system = [turn("system", "be brief")] if number % 2 else []
@@ -50,7 +49,7 @@ def chat(number: int) -> list[dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tokenizer_folder(tmp_path_factory) -> Path:
     """A byte-level tokenizer with the special tokens of ChatML, of which one ends documents."""
     folder = tmp_path_factory.mktemp("tokenizer")
     backend = tokenizers.Tokenizer(tokenizers.models.BPE())
@@ -69,18 +68,18 @@ def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def write(path: Path, records: list[Any]) -> Path:
+def write(path: Path, records) -> Path:
     path.write_text("".join(f"{json.dumps(record)}\n" for record in records))
     return path
 
 
-def prepared(source: Path, of_model: Path, out: Path, **changes: Any) -> Prepared:
+def prepared(source: Path, of_model: Path, out: Path, **changes) -> Prepared:
     values = {"chat": True, "tokenizer": of_model, "sequence_length": LENGTH} | changes
     return prepare(source, out, PrepareSettings(**values), Console(quiet=True))
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: Path) -> Path:
+def folder(tmp_path_factory, tokenizer_folder) -> Path:
     base = tmp_path_factory.mktemp("chat")
     source = write(base / "chats.jsonl", [{"messages": chat(n)} for n in range(60)])
     prepared(source, tokenizer_folder, base / "out")
@@ -88,17 +87,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: Path) -> 
 
 
 @pytest.fixture
-def make(tokenizer_folder: Path, tmp_path: Path):
+def make(tokenizer_folder, tmp_path):
     """Prepares records."""
 
-    def of(records: list[Any], **changes: Any) -> Prepared:
+    def of(records, **changes) -> Prepared:
         source = write(tmp_path / "chats.jsonl", records)
         return prepared(source, tokenizer_folder, tmp_path / "out", **changes)
 
     return of
 
 
-def samples(folder: Path, count: int = 8, **changes: Any) -> tuple[Any, Tokenizer]:
+def samples(folder: Path, count: int = 8, **changes):
     tokenizer = Tokenizer.load(folder)
     numbers = (count, 0, 0)
     return build_datasets(folder, tokenizer, LENGTH, "1,0,0", 5, numbers, **changes)[0], tokenizer
@@ -161,7 +160,7 @@ def test_packing_fills_and_never_crosses():
     assert len(packs) <= 104
 
 
-BAD: dict[str, tuple[Any, str]] = {
+BAD = {
     "no answer": ({"messages": [turn("user", "hm")]}, "no message of the role assistant"),
     "unknown role": ({"messages": [turn("robot", "hm"), *chat(1)]}, "a role other than system, "),
     "empty answer": (
@@ -254,7 +253,7 @@ def test_white_space_of_answers_is_learnt(tokenizer_folder, tmp_path, trims):
 
 
 HELLO = [turn("user", "hi"), turn("assistant", "hello")]
-FORMS: dict[str, tuple[dict[str, Any], list[dict[str, str]]]] = {
+FORMS = {
     "messages": ({"messages": HELLO}, HELLO),
     "sharegpt": (
         {
@@ -339,7 +338,7 @@ def test_wrong_records_are_left_out(name):
 
 
 # How a template writes a message, and messages that spell the token `<|im_end|>` by that.
-SPELLING: dict[str, tuple[str, Any]] = {
+SPELLING = {
     "trim": ("{{ m.content | trim }}|>", "<|im_end "),
     "replace": ("{{ m.content | replace('~', '') }}", "<|im~_end|>"),
     "split": ("{{ m.content.split('#') | join }}", "<|im_#end|>"),
@@ -455,7 +454,7 @@ def test_prompt_is_a_message(folder):
         template.prompt("hm<|im_end|>")
 
 
-SETTINGS: dict[str, tuple[dict[str, Any], str]] = {
+SETTINGS = {
     "--seq-length": ({"chat": False, "sequence_length": 64}, r"--seq-length \(64\) needs --chat"),
     "--template": (
         {"chat": False, "sequence_length": None, "template": Path("x")},
@@ -487,7 +486,7 @@ def test_sources_and_tokenizers_that_do_not_fit(tokenizer_folder, tmp_path):
         )
 
 
-RUNS: dict[str, tuple[dict[str, dict[str, Any]], str]] = {
+RUNS = {
     "documents": (
         {"data": {"reset_attention_mask": False}},
         "reset_attention_mask .false. must be",

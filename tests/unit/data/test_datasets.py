@@ -1,6 +1,5 @@
 import random
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,7 +17,7 @@ SEED = 1234
 
 
 @pytest.fixture
-def build(prepared: Path, tokenizer: Tokenizer, tmp_path: Path):
+def build(prepared, tokenizer, tmp_path):
     def build_with(split="80,20,0", num_samples=(8, 4, 0), **arguments):
         arguments.setdefault("cache_dir", tmp_path / "cache")
         return build_datasets(

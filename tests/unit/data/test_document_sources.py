@@ -38,7 +38,7 @@ def write_sources(folder: Path) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def sourced(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def sourced(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("sources")
     out = folder / "data"
     prepare(write_sources(folder), out, SETTINGS, Console(quiet=True))

@@ -82,7 +82,7 @@ def test_a_conversion_with_other_ids_is_refused(tmp_path):
 
 
 @pytest.fixture
-def ranks(tmp_path: Path) -> Path:
+def ranks(tmp_path) -> Path:
     """A file of ranks: all bytes, and some pairs."""
     tokens = [bytes([byte]) for byte in range(256)]
     tokens += [b"wo", b"rd", b"word", b" word", b" i", b"in", b" in", b"es", b"lin", b"lines"]

@@ -20,7 +20,7 @@ from tests.unit.training.conftest import config_of
 
 
 @pytest.fixture
-def pair(prepared: Path, tmp_path: Path) -> Path:
+def pair(prepared, tmp_path) -> Path:
     """The files of a corpus under a name as Megatron's preprocessing gives."""
     prefix = tmp_path / "elsewhere" / "my_text_document"
     prefix.parent.mkdir()

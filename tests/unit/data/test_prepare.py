@@ -27,7 +27,7 @@ FORCE = PrepareSettings(vocab_size=VOCAB_SIZE, workers=1, force=True)
 
 
 @pytest.fixture
-def make(corpus_file: Path, console: Console):
+def make(corpus_file, console):
     """Prepares a folder."""
 
     def prepared(out: Path, settings: PrepareSettings = SMALL, source: Path = corpus_file):

@@ -14,7 +14,7 @@ REPOSITORY = Path(__file__).parents[3]
 
 
 @pytest.fixture
-def check(monkeypatch: pytest.MonkeyPatch):
+def check(monkeypatch):
     """The warnings for a configuration on data of a vocabulary."""
 
     def warnings(config: Config, vocabulary: int) -> list[str]:

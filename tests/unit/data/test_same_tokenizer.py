@@ -19,13 +19,13 @@ from tests.unit.training.conftest import config_of
 
 
 @pytest.fixture
-def folder(prepared: Path, tmp_path: Path) -> Path:
+def folder(prepared, tmp_path) -> Path:
     """A prepared folder to do harm to."""
     return shutil.copytree(prepared, tmp_path / "data")
 
 
 @pytest.fixture
-def other(prepared: Path, tmp_path: Path) -> Path:
+def other(prepared, tmp_path) -> Path:
     """Another tokenizer of the same size, with the same end-of-document token."""
     size = Tokenizer.load(prepared).vocab_size
     tokenizer = train_tokenizer(["quite other words " * 50 + "for other merges " * 50] * 9, size)

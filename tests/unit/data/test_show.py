@@ -17,7 +17,7 @@ from tests.unit.training.conftest import config_of
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+def folders(tmp_path_factory) -> list[Path]:
     folder = tmp_path_factory.mktemp("letters")
     return [prepare_letters(folder, "web", crawl="a"), prepare_letters(folder, "code", all="b")]
 

@@ -76,7 +76,7 @@ def fill(root: Path) -> None:
 
 
 @pytest.fixture
-def library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def library(tmp_path, monkeypatch) -> Path:
     root = tmp_path / "library"
     root.mkdir()
     fill(root)

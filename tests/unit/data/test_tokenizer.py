@@ -1,5 +1,4 @@
 import json
-from typing import Any
 
 import pytest
 import tokenizers
@@ -93,7 +92,7 @@ def test_end_of_document_is_the_one_named_beside_the_file(tmp_path, texts, entry
         assert Tokenizer.load(path).eod_token == EOD_TOKEN
 
 
-DAMAGED: dict[str, dict[str, Any]] = {
+DAMAGED = {
     "word level": {"model": {"type": "WordLevel", "vocab": {"<|endoftext|>": 0}, "unk_token": "u"}},
     # The library panics, which Python sees as no `Exception`.
     "panic": {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"}},

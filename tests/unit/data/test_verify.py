@@ -18,7 +18,7 @@ HEADER_BYTES = 34
 
 
 @pytest.fixture
-def folder(prepared: Path, tmp_path: Path) -> Path:
+def folder(prepared, tmp_path) -> Path:
     return Path(shutil.copytree(prepared, tmp_path / "dataset"))
 
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import pytest
 import torch
@@ -38,7 +37,7 @@ DEFINED_SCORES: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def of_kinds(experts: tuple[int, int, int, int], topk: int, **changes: Any) -> MoEPPConfig:
+def of_kinds(experts: tuple[int, int, int, int], topk: int, **changes) -> MoEPPConfig:
     """Settings with so many FFN, zero, copy and constant experts."""
     ffn, zero, copy, constant = experts
     return MoEPPConfig(
@@ -51,9 +50,9 @@ def of_kinds(experts: tuple[int, int, int, int], topk: int, **changes: Any) -> M
     )
 
 
-def megatron_config(moepp: MoEPPConfig, **changes: Any) -> TransformerConfig:
+def megatron_config(moepp: MoEPPConfig, **changes) -> TransformerConfig:
     """megatron-core's settings around `moepp`, smallest sizes, everything else as in training."""
-    settings: dict[str, Any] = {
+    settings = {
         "num_layers": 3,
         "hidden_size": HIDDEN,
         "num_attention_heads": 2,
@@ -87,7 +86,7 @@ def megatron_config(moepp: MoEPPConfig, **changes: Any) -> TransformerConfig:
 
 
 def build_transformer_layer(
-    moepp: MoEPPConfig, has_residual: bool = True, layer_number: int = 2, **changes: Any
+    moepp: MoEPPConfig, has_residual: bool = True, layer_number: int = 2, **changes
 ) -> MoEPPTransformerLayer:
     config = megatron_config(moepp, **changes)
     spec = get_moepp_layer_spec(
@@ -106,7 +105,7 @@ def build_layer(
     dispatcher: str = "alltoall",
     device: torch.device | None = None,
     use_transformer_engine: bool = False,
-    **changes: Any,
+    **changes,
 ) -> MoEPPLayer:
     """The MoE++ layer alone, from its spec, with random weights; `dispatcher` as `moe.dispatcher`.
 
@@ -135,7 +134,7 @@ def randomize(module: torch.nn.Module, std: float = 0.3) -> None:
         parameter.normal_(std=std)
 
 
-def build_model(moepp: MoEPPConfig, seed: int = 7, **changes: Any) -> MoEPPGPTModel:
+def build_model(moepp: MoEPPConfig, seed: int = 7, **changes) -> MoEPPGPTModel:
     config = megatron_config(moepp, **changes)
     spec = get_moepp_block_spec(
         config, moepp, use_transformer_engine=False, adapt=fit_local_modules
@@ -187,7 +186,7 @@ def gradient_pairs(
 def _pairs(
     layer: MoEPPLayer, reference: ReferenceMoEPP, gradients: bool
 ) -> Iterator[tuple[str, Tensor, Tensor]]:
-    def value(parameter: Any) -> Tensor:
+    def value(parameter) -> Tensor:
         if not gradients:
             return parameter
         assert parameter.grad is not None, "a parameter got no gradient"

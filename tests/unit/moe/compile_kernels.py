@@ -6,7 +6,6 @@ Run as a module, without a GPU. Registers that do not fit are on the stack.
 import re
 import subprocess
 import tempfile
-from typing import Any
 
 from triton import knobs, next_power_of_2
 from triton.backends.compiler import GPUTarget
@@ -33,7 +32,7 @@ BF16 |= {"grad_rows_ptr", "grad_x_ptr"}
 
 
 def compile_kernel(
-    name: str, constants: dict[str, Any], fp32: bool = False, logits: str = "*fp32", **options: int
+    name: str, constants, fp32: bool = False, logits: str = "*fp32", **options: int
 ) -> None:
     """Compile for arguments of the types that training has, in bf16; options as in a launch."""
     module, function = name.split(".")
@@ -70,7 +69,7 @@ def resources(cubin: bytes) -> tuple[int, int]:
     return int(found[1]), int(found[2])
 
 
-def kind(argument: str, constants: dict[str, Any], fp32: bool) -> str:
+def kind(argument: str, constants, fp32: bool) -> str:
     """Triton's name of an argument's type."""
     if argument in constants:
         return "constexpr"
@@ -81,7 +80,7 @@ def kind(argument: str, constants: dict[str, Any], fp32: bool) -> str:
     return POINTERS.get(argument, "*bf16" if argument in BF16 and not fp32 else "*fp32")
 
 
-def compile_combine(constants: int, copies: int, extra: dict[str, Any]) -> None:
+def compile_combine(constants: int, copies: int, extra) -> None:
     """The three kernels of the combine as `kernels.combine` launches them."""
     block = max(combine._LEAST, next_power_of_2(constants + copies))
     sizes = {"CONSTANTS": constants, "COPIES": copies, "BLOCK_C": block, "PARTS": 3}

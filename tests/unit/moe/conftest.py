@@ -31,7 +31,7 @@ def one_rank() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def megatron(one_rank: None) -> Iterator[None]:
+def megatron(one_rank) -> Iterator[None]:
     """Each test starts from the same random streams and auxiliary-loss scale, and leaves none."""
     import torch
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed

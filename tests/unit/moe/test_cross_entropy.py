@@ -1,7 +1,5 @@
 """The fused cross entropy against PyTorch in fp64, on one rank: compiled where there is a GPU."""
 
-from typing import Any
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -23,7 +21,7 @@ CASES = [
 
 
 @pytest.fixture(autouse=True)
-def small_blocks(compiled: Any, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+def small_blocks(compiled, monkeypatch) -> None:  # noqa: F811
     from moepp_megatron.moe.kernels import cross_entropy
 
     monkeypatch.setattr(cross_entropy, "_BLOCK", 16)

@@ -1,7 +1,5 @@
 """Attention and router as CUDA graphs: replayed, they train like the uncaptured model."""
 
-from typing import Any
-
 import pytest
 import torch
 from megatron.core import package_info
@@ -44,7 +42,7 @@ def batch(seed: int) -> Tensor:
     return torch.randint(VOCAB, (2, SEQUENCE + 1), generator=generator)
 
 
-def prepared(moepp: MoEPPConfig, **changes: Any) -> torch.nn.Module:
+def prepared(moepp: MoEPPConfig, **changes) -> torch.nn.Module:
     model = build_model(moepp, **changes)
     torch.manual_seed(3)
     randomize(model)
@@ -71,7 +69,7 @@ def step(model: torch.nn.Module, tokens: Tensor) -> tuple[Tensor, dict[str, Tens
     return losses.detach(), gradients(model)
 
 
-def assert_same_step(model: Any, plain: Any, tokens: Tensor, what: str) -> None:
+def assert_same_step(model, plain, tokens: Tensor, what: str) -> None:
     """The same operations on the same numbers: equal to rounding of sums in another order."""
     losses, found = step(model, tokens)
     expected_losses, expected = step(plain, tokens)

@@ -1,7 +1,6 @@
 """Group-limited routing: against all choices tried one by one, the reference and megatron-core."""
 
 import itertools
-from typing import Any
 
 import pytest
 import torch
@@ -25,7 +24,7 @@ from tests.unit.moe.builders import (
 
 LENGTH, BATCH = 8, 3
 # K, groups, groups kept, then what else differs.
-SETTINGS: list[tuple[int, int, int, dict[str, Any]]] = [
+SETTINGS = [
     (2, 4, 1, {}),
     (3, 4, 2, {"score_function": "sigmoid", "gate_normalization": "selected"}),
     (4, 4, 2, {"score_function": "sqrtsoftplus"}),
@@ -35,7 +34,7 @@ SETTINGS: list[tuple[int, int, int, dict[str, Any]]] = [
 ]
 
 
-def config_of(topk: int, groups: int, kept: int, changes: dict[str, Any]) -> MoEPPConfig:
+def config_of(topk: int, groups: int, kept: int, changes) -> MoEPPConfig:
     return of_kinds(
         (8, 2, 2, 1),
         topk,

@@ -1,7 +1,6 @@
 """Logits at the edges of fp32: gates, balance loss and gradients against the definition in fp64."""
 
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -20,7 +19,7 @@ GAPS = (0.0, 1.0, 20.0, 60.0, 82.0, 87.0, 95.0, 102.0, 104.0, 150.0, 200.0)
 TOLERANCE = 5e-5
 
 
-def edge_config(**changes: Any) -> MoEPPConfig:
+def edge_config(**changes) -> MoEPPConfig:
     return MoEPPConfig(**({"num_ffn_experts": 4, "router_topk": 3} | changes))
 
 
@@ -98,7 +97,7 @@ def test_gaps_of_logits(function, normalization, place):
     config = edge_config(score_function=function, gate_normalization=normalization)
     to_gates, to_shares = torch.randn(2, len(GAPS), config.num_experts)
 
-    def run(select: Any) -> list[Tensor]:
+    def run(select) -> list[Tensor]:
         leaf = gapped_logits(function).requires_grad_()
         gates, shares = select(leaf, config)
         loss = (gates * to_gates).sum()

@@ -1,7 +1,5 @@
 """The gate's logits and the constant experts' mixing logits are one product."""
 
-from typing import Any
-
 import pytest
 import torch
 from megatron.core.transformer.moe import moe_utils
@@ -23,7 +21,7 @@ class Passes(TorchDispatchMode):
         super().__init__()
         self.casts, self.products = 0, 0
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
         name = func.overloadpacket.__name__
         if name == "_to_copy" and result.shape == SHAPE and result.dtype == torch.float32:
@@ -84,7 +82,7 @@ def test_weights_of_one_product_are_neighbours():
     assert list(owners) == ["router", "zero_computation", "experts", "shared_experts"]
 
 
-def gemm(A: Any, B: Any, out_dtype: Any, layout: str, **unused: Any) -> list[torch.Tensor]:
+def gemm(A, B, out_dtype, layout: str, **unused) -> list[torch.Tensor]:
     """Transformer Engine's product, which takes factors of one type (cuBLASLt)."""
     assert A.dtype == B.dtype, f"{A.dtype} times {B.dtype}"
     left = B.float().T if layout[1] == "T" else B.float()
@@ -99,7 +97,7 @@ def test_transformer_engine_multiplies_what_it_can(monkeypatch, moe, jitter):
     layer = build_layer(moepp, **BF16, moe_input_jitter_eps=jitter)
     products = []
 
-    def counted(*args: Any, **kwargs: Any) -> list[torch.Tensor]:
+    def counted(*args, **kwargs) -> list[torch.Tensor]:
         products.append(kwargs["layout"])
         return gemm(*args, **kwargs)
 

@@ -7,7 +7,6 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -56,7 +55,7 @@ def compiled() -> Iterator[SimpleNamespace]:
         )
 
 
-def _forget_compiled_kernels(triton: Any) -> None:
+def _forget_compiled_kernels(triton) -> None:
     """Have all kernels' modules imported anew if another test's import has defined any for a GPU.
 
     All of them, for those that launch kernels keep the modules that define them.
@@ -436,7 +435,7 @@ def test_combine_with_long_sums(compiled, monkeypatch):
     check_combine(compiled.combine, make_parts(random_map(150, config), 20, config))
 
 
-def check_combine(combine: Any, parts: Parts) -> None:
+def check_combine(combine, parts: Parts) -> None:
     tolerance = FP32 if parts.rows.dtype == torch.float32 else BF16
     table = rows_of_tokens(parts.ffn_map, parts.config.router_topk)
     actual = combine(parts.rows, table, parts.zero, parts.addend, parts.config)

@@ -1,7 +1,5 @@
 """Latent attention in the model against plain PyTorch: logits and the gradient of every weight."""
 
-from typing import Any
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -34,7 +32,7 @@ YARN = {
     "mscale": 0.7,
     "mscale_all_dim": 1.3,
 }
-KINDS: dict[str, dict[str, Any]] = {
+KINDS = {
     "as DeepSeek-V3": {"qk_layernorm": True, "latent_attention": WIDTHS},
     "no norms": {"latent_attention": WIDTHS},
     "queries from the input": {"latent_attention": WIDTHS | {"q_lora_rank": None}},
@@ -42,7 +40,7 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 
-def config_of(model: dict[str, Any], **sections: dict[str, Any]):
+def config_of(model, **sections):
     return parse_config(
         {
             "run": {"dir": "runs/none"},

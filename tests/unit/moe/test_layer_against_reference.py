@@ -3,7 +3,6 @@
 import itertools
 import random
 from dataclasses import dataclass, field
-from typing import Any
 
 import pytest
 import torch
@@ -33,7 +32,7 @@ MIXTURES = {
     "none": (0, 0, 0),
 }
 DISPATCHERS = ("alltoall", "alltoall_dedup", "allgather")
-AXES: dict[str, tuple[Any, ...]] = {
+AXES = {
     "gate_normalization": ("none", "selected", "nonzero"),
     "score_function": ("softmax", "sigmoid", "sqrtsoftplus"),
     "mixture": tuple(MIXTURES),
@@ -73,7 +72,7 @@ class Run:
             assert_close(actual, expected, f"gradient of {name}")
 
 
-def case_settings() -> list[dict[str, Any]]:
+def case_settings():
     """Every combination of the crossed settings twice, with drawn values of the others."""
     cases = []
     others = [name for name in AXES if name not in CROSSED]
@@ -88,7 +87,7 @@ def case_settings() -> list[dict[str, Any]]:
 CASES = case_settings()
 
 
-def case_id(case: dict[str, Any]) -> str:
+def case_id(case) -> str:
     return "-".join(str(value).replace(" ", "_") for value in case.values())
 
 
@@ -98,7 +97,7 @@ def test_every_pair_of_settings_meets():
         assert met == set(itertools.product(values_a, values_b)), (name_a, name_b)
 
 
-def moepp_of(case: dict[str, Any], **changes: Any) -> MoEPPConfig:
+def moepp_of(case, **changes) -> MoEPPConfig:
     zero, copy, constant = MIXTURES[case["mixture"]]
     settings = {
         "num_ffn_experts": 4,
@@ -179,7 +178,7 @@ def test_every_setting(case):
     check_setting(case)
 
 
-def check_setting(case: dict[str, Any], device: torch.device | None = None) -> None:
+def check_setting(case, device: torch.device | None = None) -> None:
     moepp = moepp_of(case)
     layer = build_layer(
         moepp,
@@ -236,7 +235,7 @@ def test_one_token(dispatcher, normalization):
     run_both(layer, *inputs(moepp, length=1, batch=1)).check()
 
 
-def forced(moepp: MoEPPConfig, favoured: list[int], **changes: Any) -> tuple[MoEPPLayer, Tensor]:
+def forced(moepp: MoEPPConfig, favoured: list[int], **changes) -> tuple[MoEPPLayer, Tensor]:
     """A layer and previous logits with which every token selects only `favoured` experts."""
     layer = build_layer(moepp, **changes)
     with torch.no_grad():

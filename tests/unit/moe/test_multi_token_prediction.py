@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Iterator
-from typing import Any
 
 import pytest
 import torch
@@ -38,7 +37,7 @@ DEPTHS, WEIGHT, BATCH = 2, 0.3, 3
 MOEPP = MoEPPConfig(num_ffn_experts=4, balance_coeff=0.0)
 
 
-def build(moepp: MoEPPConfig = MOEPP, depths: int = DEPTHS, **changes: Any) -> MoEPPGPTModel:
+def build(moepp: MoEPPConfig = MOEPP, depths: int = DEPTHS, **changes) -> MoEPPGPTModel:
     config = megatron_config(
         moepp, mtp_num_layers=depths, mtp_loss_scaling_factor=WEIGHT, **changes
     )
@@ -193,7 +192,7 @@ def test_padding_moves_with_the_tokens(moepp, changes):
 def test_routers_of_further_tokens_are_the_reference_without_padding():
     """In fp64, over the tokens that are none: selections, limits, balance loss and z-loss."""
     model = build(LOSSES, moe_z_loss_coeff=0.1)
-    seen: dict[int, tuple[Any, Any]] = {}
+    seen = {}
     for layer in moepp_layers(model):
         layer.router.register_forward_hook(
             lambda _, given, routing, number=layer.layer_number: seen.update(

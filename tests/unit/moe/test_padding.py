@@ -1,7 +1,6 @@
 """Padding masks: a padded token is as if it were not there, but for a row of zeros."""
 
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -101,7 +100,7 @@ def check_layer(layer: MoEPPLayer, z_loss: float = 0.0) -> ReferenceOutput:
     return expected
 
 
-LAYERS: dict[str, tuple[dict[str, Any], str, dict[str, Any]]] = {
+LAYERS = {
     "paper": ({}, "alltoall", {}),
     "released": (
         {"gate_normalization": "nonzero", "expert_input_scale": 2.0},
@@ -181,7 +180,7 @@ def test_router_health_measures_tokens_alone():
     hidden, previous = (torch.randn(LENGTH, 1, n) for n in (HIDDEN, 8))
     padding = mask()[1:2]
 
-    def measured(*inputs: Tensor, **kwargs: Any) -> Tensor:
+    def measured(*inputs: Tensor, **kwargs) -> Tensor:
         health = layer.router.health
         health.reset()
         health.enabled = True
@@ -211,13 +210,13 @@ def test_counts_by_group():
     assert groups.tolist() == [[int(selected[:4].sum()), int((~padding).sum())]]
 
 
-RECOMPUTES: dict[str, dict[str, Any]] = {
+RECOMPUTES = {
     "moe": {"recompute_granularity": "selective", "recompute_modules": ["moe"]},
     "full": FULL,
 }
 
 
-def model_step(changes: dict[str, Any]) -> dict[str, Tensor]:
+def model_step(changes) -> dict[str, Tensor]:
     moepp = MoEPPConfig(num_ffn_experts=4, balance_coeff=0.1)
     model = build_model(moepp, **changes)
     torch.manual_seed(5)

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import pytest
@@ -23,7 +22,7 @@ from tests.unit.moe.builders import (
 )
 
 RECORD, FORWARD, BACKWARD = RouterReplayAction
-RECOMPUTES: dict[str, dict[str, Any]] = {
+RECOMPUTES = {
     "kept": {},
     "layers again": {
         "recompute_granularity": "full",
@@ -32,7 +31,7 @@ RECOMPUTES: dict[str, dict[str, Any]] = {
     },
     "moe again": {"recompute_granularity": "selective", "recompute_modules": ["moe"]},
 }
-SETTINGS: dict[str, dict[str, Any]] = {
+SETTINGS = {
     "plain": {},
     "no residual": {"gating_residual": False},
     "released code": {"gate_normalization": "nonzero", "two_layer_gate": True},
@@ -56,7 +55,7 @@ def batches() -> Tensor:
     return torch.randint(VOCAB, (BATCHES, 2, SEQUENCE + 1), generator=generator)
 
 
-def model_of(setting: str = "plain", recompute: str = "kept", seed: int = 5) -> Any:
+def model_of(setting: str = "plain", recompute: str = "kept", seed: int = 5):
     moepp = MoEPPConfig(num_ffn_experts=4, balance_coeff=0.1, **SETTINGS[setting])
     RouterReplay.clear_global_router_replay_instances()
     model = build_model(moepp, moe_enable_routing_replay=True, **RECOMPUTES[recompute])
@@ -65,7 +64,7 @@ def model_of(setting: str = "plain", recompute: str = "kept", seed: int = 5) -> 
     return model
 
 
-def train(model: Any, routes: list[list[Tensor]] | None) -> tuple[Tensor, dict[str, Any], Any]:
+def train(model, routes: list[list[Tensor]] | None):
     """Losses, gradients and routes of two micro-batches, as loops of reinforcement learning run.
 
     All forward passes come before all backward passes, as where a pipeline fills.
@@ -88,7 +87,7 @@ def train(model: Any, routes: list[list[Tensor]] | None) -> tuple[Tensor, dict[s
     return torch.stack(losses).detach(), gradients, recorded
 
 
-def assert_same(found: Any, expected: Any) -> None:
+def assert_same(found, expected) -> None:
     assert torch.equal(found[0], expected[0])
     for name, gradient in expected[1].items():
         assert torch.equal(found[1][name], gradient), name

@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Literal
 
 import pytest
 import torch
@@ -73,14 +73,14 @@ def fake(logits: Tensor) -> Tensor:
 
 
 @pytest.fixture
-def declared(monkeypatch: pytest.MonkeyPatch) -> None:
+def declared(monkeypatch) -> None:
     """A score function `fake` that configurations accept and nobody computes."""
     kind = Literal["softmax", "sigmoid", "sqrtsoftplus", "fake"]
     row = DECLARED["score_function"]._replace(type=kind)
     monkeypatch.setitem(DECLARED, "score_function", row)  # type: ignore[arg-type]
 
 
-def configured(**changes: Any) -> Config:
+def configured(**changes) -> Config:
     config = load_config("configs/quickstart.yaml")
     return config.model_copy(update={"moe": config.moe.model_copy(update=changes)})
 

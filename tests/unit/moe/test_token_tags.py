@@ -1,7 +1,5 @@
 """Tags of tokens, and that they stay with their micro-batch through recomputation."""
 
-from typing import Any
-
 import pytest
 import torch
 
@@ -11,7 +9,7 @@ from moepp_megatron.moe.token_tags import TokenTags, groups, sources
 from tests.unit.moe.builders import SEQUENCE, VOCAB, build_model, randomize, token_losses
 
 
-def tagged_model(recompute: dict[str, Any]) -> Any:
+def tagged_model(recompute):
     moepp = MoEPPConfig(num_ffn_experts=4, num_zero_experts=3, balance_coeff=0.1)
     model = build_model(moepp, **recompute)
     torch.manual_seed(5)
@@ -30,7 +28,7 @@ def layers_of(model: torch.nn.Module) -> list[MoEPPLayer]:
 @pytest.mark.parametrize("granularity", ["full", "selective"])
 def test_tags_stay_with_their_micro_batch(granularity):
     """As in a pipeline: the second micro-batch goes forward before the first goes backward."""
-    recompute: dict[str, Any] = {"recompute_granularity": granularity}
+    recompute = {"recompute_granularity": granularity}
     if granularity == "full":
         recompute |= {"recompute_method": "uniform", "recompute_num_layers": 1}
     else:

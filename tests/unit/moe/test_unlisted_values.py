@@ -1,8 +1,5 @@
 """A new value of a setting is refused by what does not compute it yet, not taken for another."""
 
-from collections.abc import Callable
-from typing import Any
-
 import pytest
 import torch
 
@@ -17,13 +14,13 @@ from tests.unit.moe.test_kernels import compiled  # noqa: F401
 REFUSED = (AssertionError, KeyError)
 
 
-def with_value(name: str, value: Any = "unlisted") -> MoEPPConfig:
+def with_value(name: str, value="unlisted") -> MoEPPConfig:
     config = MoEPPConfig(4, num_constant_experts=1)
     object.__setattr__(config, name, value)
     return config
 
 
-USES: dict[str, tuple[str, Callable[[MoEPPConfig, Any], object]]] = {
+USES = {
     "selection": (
         "gate_normalization",
         lambda config, _: select(torch.zeros(3, config.num_experts), None, config, None),

@@ -3,7 +3,6 @@
 import dataclasses
 import logging
 import re
-from typing import Any
 
 import pytest
 import torch
@@ -32,7 +31,7 @@ from tests.unit.moe.builders import HIDDEN, megatron_config, of_kinds, randomize
 MOEPP = MoEPPConfig(num_ffn_experts=4)
 FIELDS = {field.name: field for field in dataclasses.fields(MLATransformerConfig)}
 # A value of each refused setting that asks for something.
-WANTED: dict[str, Any] = {
+WANTED = {
     "moe_latent_size": 8,
     "moe_expert_capacity_factor": 1.5,
     "moe_token_drop_policy": "position",
@@ -49,7 +48,7 @@ WANTED: dict[str, Any] = {
 }
 
 
-def config_with(**changes: Any) -> TransformerConfig:
+def config_with(**changes) -> TransformerConfig:
     """Set afterwards: megatron-core's own checks demand GPUs or further settings for some."""
     config = megatron_config(MOEPP)
     for name, value in changes.items():
@@ -168,7 +167,7 @@ def test_megatrons_own_layer_keeps_its_settings():
 # ---- our dispatchers in megatron-core's own layer ------------------------------------------
 
 
-def megatrons_layer(monkeypatch: pytest.MonkeyPatch, dispatcher: type, **changes: Any) -> MoELayer:
+def megatrons_layer(monkeypatch: pytest.MonkeyPatch, dispatcher: type, **changes) -> MoELayer:
     monkeypatch.setattr(moe_layer, "MoEAlltoAllTokenDispatcher", dispatcher)
     config = megatron_config(MOEPP, **changes)
     spec = get_gpt_layer_local_spec(num_experts=4, moe_grouped_gemm=False)

@@ -1,7 +1,5 @@
 """Without zero-computation experts and residual: megatron-core's own MoE layer, bit for bit."""
 
-from typing import Any
-
 import pytest
 import torch
 from megatron.core.models.gpt import GPTModel
@@ -27,7 +25,7 @@ from tests.unit.moe.builders import (
     token_losses,
 )
 
-SETTINGS: dict[str, dict[str, Any]] = {
+SETTINGS = {
     "softmax over all": {},
     "softmax over selected": {"moe_router_pre_softmax": False},
     "sigmoid": {"moe_router_score_function": "sigmoid"},
@@ -51,7 +49,7 @@ def vanilla(topk: int = 2) -> MoEPPConfig:
     )
 
 
-def config_of(changes: dict[str, Any]):
+def config_of(changes):
     given = {
         "moe_router_load_balancing_type": "aux_loss",
         "moe_aux_loss_coeff": 0.1,
