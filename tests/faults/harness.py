@@ -11,16 +11,16 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import psutil
 import yaml
 
 from tests.commands import MODULE, Begun, moepp
+from tests.parallel.training_runs import merged
 
 Training = Begun | subprocess.Popen
 # A dead rank is noticed, all are started anew and import megatron-core: seconds, more when busy.
@@ -42,10 +42,20 @@ def prepare_data(folder: Path) -> Path:
 
 
 def write_config(
-    path: Path, data: Path, run: Path, num_ranks: int, save_interval: int = 5, **training
+    path: Path,
+    data: Path,
+    run: Path,
+    num_ranks: int,
+    save_interval: int = 5,
+    *,
+    sections=None,
+    **training,
 ) -> Path:
-    """A tiny expert-parallel model that takes some hundredths of a second a step."""
-    config: dict[str, Any] = {
+    """A tiny expert-parallel model that takes some hundredths of a second a step.
+
+    `sections` are merged into the configuration.
+    """
+    config = {
         "run": {"dir": str(run)},
         "model": {
             "num_layers": 2,
@@ -70,7 +80,7 @@ def write_config(
     if save_interval:
         saving = {"save_interval": save_interval, "async_save": True, "keep": 2}
         config["checkpoint"] = saving
-    path.write_text(yaml.safe_dump(config), encoding="ascii")
+    path.write_text(yaml.safe_dump(merged(config, sections or {})), encoding="ascii")
     return path
 
 
@@ -118,10 +128,28 @@ def _until_the_end(process: Training) -> Iterator[None]:
     try:
         yield
     finally:
-        for left in _descendants(process.pid):
+        for left in descendants(process.pid):
             left.kill()
         process.kill()
         process.wait()
+
+
+def wait_until(happened: Callable[[], object], said: Callable[[], str] = str):
+    """Ask again and again, on a busy machine for minutes; `said` is for the failure."""
+    deadline = time.monotonic() + _RESTART_TIMEOUT_S
+    while not happened():
+        assert time.monotonic() < deadline, said()
+        time.sleep(_POLL_S)
+
+
+def wait_for_step(process: Training, run: Path, step: int, log: Path):
+    """Until a run has logged a step; fails if it has ended before."""
+
+    def reached() -> bool:
+        assert process.poll() is None, log.read_text(errors="replace")[-5000:]
+        return max(losses(run), default=0) >= step
+
+    wait_until(reached, lambda: log.read_text(errors="replace")[-5000:])
 
 
 def losses(run: Path) -> dict[int, float]:
@@ -236,7 +264,7 @@ def _modified(run: Path) -> int:
         return 0
 
 
-def _descendants(pid: int) -> list[psutil.Process]:
+def descendants(pid: int) -> list[psutil.Process]:
     try:
         return psutil.Process(pid).children(recursive=True)
     except psutil.NoSuchProcess:

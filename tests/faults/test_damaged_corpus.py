@@ -6,14 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.harness import losses, prepare_data, training, write_config
+from tests.faults.harness import losses, training, write_config
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(240)]
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    return prepare_data(tmp_path_factory.mktemp("corpus"))
 
 
 def errors_of(folder: Path, data: Path, num_ranks: int) -> tuple[int, list[str], str]:

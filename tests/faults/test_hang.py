@@ -8,7 +8,7 @@ import psutil
 import pytest
 import yaml
 
-from tests.faults.harness import losses, prepare_data, training, write_config
+from tests.faults.harness import losses, training, wait_for_step, write_config
 
 pytestmark = [pytest.mark.faults, pytest.mark.slow]
 
@@ -20,32 +20,24 @@ SURE_TIMEOUT_S = 20.0
 END_TIMEOUT_S = SURE_TIMEOUT_S + 30.0 + 120.0
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    return prepare_data(tmp_path_factory.mktemp("corpus"))
-
-
 def start(folder: Path, data: Path, **settings) -> Path:
-    path = write_config(folder / "run.yaml", data, folder / "run", 2, train_iters=100000)
-    config = yaml.safe_load(path.read_text())
-    config["checkpoint"] = {}
-    config["resilience"] = {"hang_timeout_s": HANG_TIMEOUT_S, **settings}
-    path.write_text(yaml.safe_dump(config))
-    return path
-
-
-def wait_for_steps(run: Path, count: int):
-    deadline = time.monotonic() + 240
-    while len(losses(run)) < count:
-        assert time.monotonic() < deadline, "the run does not start"
-        time.sleep(0.1)
+    resilience = {"hang_timeout_s": HANG_TIMEOUT_S, **settings}
+    return write_config(
+        folder / "run.yaml",
+        data,
+        folder / "run",
+        2,
+        save_interval=0,
+        sections={"resilience": resilience},
+        train_iters=100000,
+    )
 
 
 def test_stopped_rank_is_named_and_the_run_ends(tmp_path, data):
     config = start(tmp_path, data, hang_timeout_s=SURE_TIMEOUT_S)
     run = tmp_path / "run"
     with training(config, 2, is_cold=True) as process:
-        wait_for_steps(run, 5)
+        wait_for_step(process, run, 5, config.with_suffix(".log"))
         beats = run / "heartbeats" / "rank_00001.json"
         while not beats.exists():
             # The first one comes a second after the start, which may be after five steps.

@@ -3,13 +3,12 @@
 import json
 import os
 import signal
-import time
 from pathlib import Path
 
 import pytest
 
 from tests.commands import MODULE, Begun
-from tests.faults.harness import losses, prepare_data, short_steps, write_config
+from tests.faults.harness import losses, short_steps, wait_for_step, write_config
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(300)]
 
@@ -38,11 +37,6 @@ for number in range(3):
 TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", MODULE]
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    return prepare_data(tmp_path_factory.mktemp("corpus"))
-
-
 class Hung:
     """A run in a session of its own, as a terminal's foreground is."""
 
@@ -64,11 +58,7 @@ class Hung:
         return self.process
 
     def wait_for_step(self, step: int):
-        deadline = time.monotonic() + 120
-        while max(losses(self.run), default=0) < step:
-            assert self.process.poll() is None, self.text()
-            assert time.monotonic() < deadline, self.text()
-            time.sleep(0.05)
+        wait_for_step(self.process, self.run, step, self.log)
 
     def text(self) -> str:
         return self.log.read_text(errors="replace")[-5000:] if self.log.exists() else ""

@@ -3,7 +3,6 @@
 import random
 import signal
 import statistics
-import time
 from pathlib import Path
 
 import pytest
@@ -14,19 +13,14 @@ from tests.faults.harness import (
     going_on,
     kill_some,
     losses,
-    prepare_data,
     ranks_of,
     short_steps,
     training,
+    wait_for_step,
     write_config,
 )
 
 STEPS = 40
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    return prepare_data(tmp_path_factory.mktemp("corpus"))
 
 
 def undisturbed(folder: Path, data: Path, num_ranks: int, steps: int) -> dict[int, float]:
@@ -118,9 +112,7 @@ def _stopped(
     """Asks a run to stop after three more steps: its last step, and what it has printed."""
     log = config.with_suffix(".log")
     before = max(losses(run), default=0)
-    while max(losses(run), default=0) < before + 3:
-        assert process.poll() is None, log.read_text()[-3000:]
-        time.sleep(0.05)
+    wait_for_step(process, run, before + 3, log)
     process.send_signal(number)
     assert process.wait(timeout=120) == 75, log.read_text()[-3000:]
     assert not ranks_of(process)

@@ -9,11 +9,9 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import psutil
 import pytest
-import yaml
 
-from tests.faults.harness import losses, prepare_data, training, write_config
+from tests.faults.harness import descendants, losses, training, write_config
 
 pytestmark = [pytest.mark.faults, pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -72,8 +70,9 @@ class Hosts:
 
     def remove(self):
         for process in self._started:
-            for each in _family(process.pid):
+            for each in descendants(process.pid):
                 each.kill()
+            process.kill()
             process.wait()
         for name in self.names:
             subprocess.run(["ip", "netns", "del", name], capture_output=True)
@@ -119,20 +118,19 @@ def hosts(tmp_path) -> Iterator[Hosts]:
         hosts.remove()
 
 
-def test_host_that_is_cut_off_and_comes_back(hosts, tmp_path, monkeypatch):
+def test_host_that_is_cut_off_and_comes_back(hosts, data, tmp_path, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", _THREADS)
-    data = prepare_data(tmp_path)
     alone = write_config(tmp_path / "alone.yaml", data, tmp_path / "alone", 2, train_iters=STEPS)
     with training(alone, 2) as process:
         assert process.wait() == 0, alone.with_suffix(".log").read_text()[-3000:]
     run = tmp_path / "run"
-    config = write_config(tmp_path / "run.yaml", data, run, 2, train_iters=STEPS)
-    content = yaml.safe_load(config.read_text())
-    content["resilience"] = {
+    resilience = {
         "hang_timeout_s": HANG_TIMEOUT_S,
         "hang_slow_phase_timeout_s": SLOW_PHASE_TIMEOUT_S,
     }
-    config.write_text(yaml.safe_dump(content))
+    config = write_config(
+        tmp_path / "run.yaml", data, run, 2, sections={"resilience": resilience}, train_iters=STEPS
+    )
 
     processes = [hosts.start(host, config) for host in range(2)]
 
@@ -162,11 +160,3 @@ def test_host_that_is_cut_off_and_comes_back(hosts, tmp_path, monkeypatch):
 
 def _ip(*arguments: str):
     subprocess.run(["ip", *arguments], check=True, capture_output=True)
-
-
-def _family(pid: int) -> list[psutil.Process]:
-    try:
-        process = psutil.Process(pid)
-        return [*process.children(recursive=True), process]
-    except psutil.NoSuchProcess:
-        return []

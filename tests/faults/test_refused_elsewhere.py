@@ -13,7 +13,7 @@ from moepp_megatron.config import load_config
 from moepp_megatron.observe.status import CLAIM
 from moepp_megatron.training.run_folder import RunFolder, Start
 from tests.commands import MODULE, Begun, program
-from tests.faults.harness import prepare_data, write_config
+from tests.faults.harness import write_config
 from tests.ports import free_port
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(600)]
@@ -58,11 +58,6 @@ os.environ[MACHINES] = json.dumps([nodes, {}])
 agent.main()
 os._exit(0)
 """
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    return prepare_data(tmp_path_factory.mktemp("corpus"))
 
 
 class Starts:

@@ -60,23 +60,19 @@ def plugins(tmp_path, monkeypatch) -> Path:
 @pytest.fixture
 def config(tmp_path, corpus) -> Path:
     """Four steps on two ranks with random noise, saved after the second and the fourth."""
-    path = write_config(
+    return write_config(
         tmp_path / "c.yaml",
         corpus,
         tmp_path / "run",
         2,
         save_interval=2,
+        sections={"moe": {"input_jitter_eps": 0.1}, "checkpoint": {"async_save": False}},
         train_iters=4,
         eval_interval=4,
         eval_iters=1,
         log_interval=2,
         **short_steps(2),
     )
-    content = yaml.safe_load(path.read_text())
-    content["moe"]["input_jitter_eps"] = 0.1
-    content["checkpoint"]["async_save"] = False
-    path.write_text(yaml.safe_dump(content))
-    return path
 
 
 def settings_of(config: Path, run: Path):

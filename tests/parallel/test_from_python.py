@@ -4,7 +4,6 @@ import re
 from pathlib import Path
 
 import pytest
-import yaml
 
 from moepp_megatron.file_names import is_of_run
 from tests.commands import module, program
@@ -16,13 +15,16 @@ REPOSITORY = Path(__file__).parents[2]
 @pytest.fixture
 def config(tmp_path, corpus) -> Path:
     """The smallest configuration, three steps of it; its run goes to `tmp_path / "run"`."""
-    path = write_config(
-        tmp_path / "c.yaml", corpus, tmp_path / "run", 1, train_iters=3, **short_steps(2)
+    saving = {"save_interval": 3, "async_save": False}
+    return write_config(
+        tmp_path / "c.yaml",
+        corpus,
+        tmp_path / "run",
+        1,
+        sections={"checkpoint": saving},
+        train_iters=3,
+        **short_steps(2),
     )
-    content = yaml.safe_load(path.read_text())
-    content["checkpoint"] = {"save_interval": 3}
-    path.write_text(yaml.safe_dump(content))
-    return path
 
 
 def written(code: str, folder: Path) -> Path:

@@ -7,10 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import psutil
-import yaml
 
 from tests.commands import MODULE, forked
 from tests.faults.harness import losses, write_config
+from tests.parallel.training_runs import merged
 from tests.slurm.cluster import Cluster
 
 # Enough to be disturbed thrice on the way; a tenth of a second each.
@@ -132,10 +132,7 @@ class Jobs:
     def config(self, sections) -> Path:
         """A configuration for two nodes with one CPU rank each; `sections` are merged into it."""
         path = self.folder / "run.yaml"
-        training = {"train_iters": STEPS, "micro_batch_size": 2}
-        write_config(path, self.data, self.folder / "run", 2, **training)
-        content = yaml.safe_load(path.read_text())
-        content["slurm"] = {
+        slurm = {
             # Doctor imports torch on every node; its own tests are in tests/unit/tools/doctor.
             "preflight": False,
             "nodes": 2,
@@ -143,10 +140,9 @@ class Jobs:
             "exclusive": False,
             "max_restarts": 0,
         }
-        for name, section in sections.items():
-            content.setdefault(name, {}).update(section)
-        path.write_text(yaml.safe_dump(content))
-        return path
+        steps = {"train_iters": STEPS, "micro_batch_size": 2}
+        more = merged({"slurm": slurm, "training": steps}, sections)
+        return write_config(path, self.data, self.folder / "run", 2, sections=more)
 
     @property
     def environment(self) -> dict[str, str]:
