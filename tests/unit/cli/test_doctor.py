@@ -67,12 +67,6 @@ def test_json_is_all_of_stdout(findings, tmp_path):
     }
 
 
-@pytest.mark.parametrize("words", [["--json"], ["--json", "-"], ["--json=-", "--preflight"]])
-def test_json_without_a_file_is_printed(findings, words):
-    content = json.loads(doctor(*words).stdout)
-    assert [found["severity"] for found in content["findings"]] == ["ok", "warning", "error"]
-
-
 @pytest.mark.parametrize("equals", [False, True])
 def test_json_with_a_file_is_written(findings, tmp_path, equals):
     file = tmp_path / ("doctor.text" if equals else "doctor.json")

@@ -24,7 +24,6 @@ from moepp_megatron.tools.profiling.summary import ProfileSummary, SummaryRow
 from moepp_megatron.tools.report.profile import print_summary
 from tests.unit.tools.report.conftest import synthetic_config, synthetic_records, write_run
 
-PACKAGE = Path(__file__).parents[3] / "moepp_megatron"
 # Sets the title, clears the screen, makes a link by rich's markup, ends markup that never began.
 HOSTILE = "x\x1b]0;t\x1b[2J\x9b31m\u202e[link=file:///x]y[/link][/red]z"
 SHOWN = r"x\x1b]0;t\x1b[2J\x9b31m\u202e[link=file:///x]y[/link][/red]z"
@@ -38,7 +37,7 @@ def harmless(text: str) -> str:
 
 
 @pytest.fixture
-def moepp(moepp, monkeypatch: pytest.MonkeyPatch):
+def moepp(moepp, monkeypatch):
     """Runs a command; returns its exit code, stdout and stderr, free of commands."""
     # Long lines, so that no text is cut before what it is looked at for.
     monkeypatch.setenv("COLUMNS", "400")
@@ -51,7 +50,7 @@ def moepp(moepp, monkeypatch: pytest.MonkeyPatch):
 
 
 @pytest.fixture
-def hostile_run(tmp_path: Path) -> Callable[[], Path]:
+def hostile_run(tmp_path) -> Callable[[], Path]:
     config = synthetic_config(run={"name": HOSTILE})
     run = write_run(tmp_path / "folder\x1b[2J", config, synthetic_records(config, 5))
     alert = dict.fromkeys(("rule", "metric", "condition", "action"), HOSTILE)
@@ -65,7 +64,7 @@ def hostile_run(tmp_path: Path) -> Callable[[], Path]:
 
 
 @pytest.mark.parametrize("colours", [False, True])
-def test_monitor(hostile_run, moepp, monkeypatch, colours: bool):
+def test_monitor(hostile_run, moepp, monkeypatch, colours):
     if colours:
         monkeypatch.setenv("FORCE_COLOR", "1")
         monkeypatch.setenv("TERM", "xterm-256color")
@@ -85,7 +84,7 @@ def test_report(hostile_run, moepp):
 
 
 @pytest.mark.parametrize("command", ["report", "monitor"])
-def test_errors_that_quote_a_configuration(hostile_run, moepp, command: str):
+def test_errors_that_quote_a_configuration(hostile_run, moepp, command):
     (hostile_run / "config.yaml").write_text(yaml.safe_dump({HOSTILE: 1, "run": {"name": []}}))
     code, _, err = moepp(command, hostile_run)
     assert code == 2
@@ -103,7 +102,7 @@ def test_profile_of_collectives(capsys, monkeypatch):
     assert printed.count(r"x\x1b]0;t") == 2, printed
 
 
-def test_pilot(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+def test_pilot(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "400")
     number = Interval(1.0)
     arm = ArmOutcome("moepp", HOSTILE, 1, number, None, number, None, number)
@@ -113,7 +112,7 @@ def test_pilot(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPat
     assert harmless(capsys.readouterr().out).count(SHOWN[:20]) >= 3
 
 
-def test_scaling(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+def test_scaling(capsys, monkeypatch):
     monkeypatch.setattr("moepp_megatron.tools.report.terminal.LOG_WIDTH", 400)
     # A layout is parts of a name and a number.
     layout = f"ep={HOSTILE.replace('=', '')}"
@@ -121,7 +120,7 @@ def test_scaling(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyP
     assert f"EP{SHOWN[:20]}" in harmless(capsys.readouterr().out)
 
 
-def test_inspection(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+def test_inspection(capsys, monkeypatch):
     for name, stand_in in {
         "runtime.distributed.initialized": lambda rank: contextlib.nullcontext(),
         "tools.inspection.record.trace_model": lambda request: object(),
@@ -138,7 +137,7 @@ def test_inspection(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Monk
     assert f"note: {SHOWN}\n" in harmless(printed.err)
 
 
-def test_lines(capsys: pytest.CaptureFixture[str]):
+def test_lines(capsys):
     echo(f"a\t{HOSTILE}\nb")
     echo(HOSTILE, err=True)
     printed = capsys.readouterr()
@@ -146,7 +145,7 @@ def test_lines(capsys: pytest.CaptureFixture[str]):
     assert printed.err == f"{SHOWN}\n"
 
 
-def test_log_messages(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+def test_log_messages(capsys, monkeypatch):
     before = logging.getLogRecordFactory()
     make_logs_printable()
     try:

@@ -49,13 +49,13 @@ def line(package: str) -> str:
 
 
 @pytest.mark.parametrize("package", ALWAYS)
-def test_what_every_command_needs(package: str, tmp_path: Path) -> None:
+def test_what_every_command_needs(package, tmp_path):
     done = forked([str(WITHOUT), package, "--version"], tmp_path)
     assert (done.returncode, done.stdout, done.stderr) == (3, "", line(package))
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_what_a_command_needs(command: str, tmp_path: Path) -> None:
+def test_what_a_command_needs(command, tmp_path):
     (tmp_path / "c.yaml").write_text(MINIMAL)
     done = forked([str(WITHOUT), ",".join(SOMETIMES), *command.split()], tmp_path)
     assert done.returncode == COMMANDS[command], done.stderr

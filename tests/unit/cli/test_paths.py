@@ -4,9 +4,7 @@ import enum
 import inspect
 import os
 import typing
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import typer
@@ -19,7 +17,7 @@ ADDRESS = "s3://bucket/x"
 HELD = "s3:/bucket/x"
 
 
-def _commands(command: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+def _commands(command, path: tuple[str, ...] = ()):
     inner = getattr(command, "commands", None)
     if inner is None:
         yield path, command
@@ -27,17 +25,17 @@ def _commands(command: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[
         yield from _commands(one, (*path, name))
 
 
-def _types(command: Any, parameter: Any) -> set[Any]:
+def _types(command, parameter):
     """What a parameter may be: of `Path | None`, or `list[Path]`, Path and the rest."""
     hint = typing.get_type_hints(inspect.unwrap(command.callback))[parameter.name]
     return {hint, *typing.get_args(hint)}
 
 
-def _is_path(command: Any, parameter: Any) -> bool:
+def _is_path(command, parameter) -> bool:
     return Path in _types(command, parameter)
 
 
-def _may_be_far(command: Any, parameter: Any) -> bool:
+def _may_be_far(command, parameter) -> bool:
     """Whether it is a checkpoint's place, which may be in object storage."""
     function = inspect.unwrap(command.callback)
     hint = typing.get_type_hints(function, include_extras=True)[parameter.name]
@@ -55,7 +53,7 @@ PLACES = [
 ]
 
 
-def _value(command: Any, parameter: Any, folder: Path) -> str:
+def _value(command, parameter, folder: Path) -> str:
     """Some value that the command line takes."""
     if _is_path(command, parameter):
         return str(folder / "x")
@@ -65,7 +63,7 @@ def _value(command: Any, parameter: Any, folder: Path) -> str:
     return "1"
 
 
-def _words(place: Any, command: Any, value: str, folder: Path) -> list[str]:
+def _words(place, command, value: str, folder: Path) -> list[str]:
     """A command line with `value` at a place, and what the command cannot do without."""
     options: list[str] = []
     arguments: list[str] = []

@@ -1,7 +1,6 @@
 """`moepp pilot` before its first run, as a user calls it."""
 
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -12,7 +11,7 @@ from tests.unit.tools.experiments.pilot.synthetic import config_of
 
 
 @pytest.fixture
-def pilot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def pilot(tmp_path, monkeypatch):
     """Runs `moepp pilot` on a tiny configuration in this process; returns the exit code."""
     config = tmp_path / "tiny.yaml"
     config.write_text(config_of().to_yaml())
@@ -48,7 +47,7 @@ def test_everything_is_refused_before_the_first_run(pilot, tmp_path, capsys, opt
     assert not (tmp_path / "out").exists()
 
 
-def test_folder_of_a_training_run_is_refused(pilot, tmp_path, capsys) -> None:
+def test_folder_of_a_training_run_is_refused(pilot, tmp_path, capsys):
     out = tmp_path / "out"
     out.mkdir()
     (out / "metrics.jsonl").write_text("records")
@@ -60,7 +59,7 @@ def test_folder_of_a_training_run_is_refused(pilot, tmp_path, capsys) -> None:
     assert [path.name for path in out.iterdir()] == ["metrics.jsonl"]
 
 
-def test_collect_leaves_a_configuration_for_every_run(pilot, tmp_path, capsys) -> None:
+def test_collect_leaves_a_configuration_for_every_run(pilot, tmp_path, capsys):
     assert pilot("--collect", "--seeds", "2") == 0
     names = sorted(file.stem for file in (tmp_path / "out" / "configs").iterdir())
     # Vanilla, MoE++ and the short one.
@@ -74,7 +73,7 @@ def test_collect_leaves_a_configuration_for_every_run(pilot, tmp_path, capsys) -
 
 
 @pytest.mark.parametrize(("error", "status"), [(Interrupted(), 75), (RunFailed("run x failed"), 1)])
-def test_exit_codes(pilot, monkeypatch, capsys, error: Exception, status: int) -> None:
+def test_exit_codes(pilot, monkeypatch, capsys, error, status):
     def ends(*_: object, **__: object) -> None:
         raise error
 

@@ -16,7 +16,7 @@ Command = Callable[..., str]
 
 
 @pytest.fixture
-def read_only(small_disk: Path) -> Path:
+def read_only(small_disk) -> Path:
     """A file system that holds a run and is mounted read-only, which root heeds too."""
     config = synthetic_config()
     write_run(small_disk / "old", config, synthetic_records(config, 5))
@@ -25,7 +25,7 @@ def read_only(small_disk: Path) -> Path:
 
 
 @pytest.fixture
-def refused(moepp, monkeypatch: pytest.MonkeyPatch) -> Command:
+def refused(moepp, monkeypatch) -> Command:
     """Runs a command that is to end with status 2 and a line; returns the line."""
     monkeypatch.setattr(launch, "run_ranks", lambda *args: pytest.fail("ranks were started"))
     monkeypatch.setattr(prepared_data, "check_data", lambda config, whole_index: [])
@@ -40,7 +40,7 @@ def refused(moepp, monkeypatch: pytest.MonkeyPatch) -> Command:
 
 
 @pytest.fixture
-def config(tmp_path: Path) -> Path:
+def config(tmp_path) -> Path:
     path = tmp_path / "config.yaml"
     path.write_text(MINIMAL)
     return path
@@ -50,7 +50,7 @@ def config(tmp_path: Path) -> Path:
     ("name", "option"),
     [(".", []), ("run", []), ("a/run", []), ("old", ["--resume"]), ("old", ["--overwrite"])],
 )
-def test_run_dir(read_only: Path, refused: Command, config: Path, name: str, option: list[str]):
+def test_run_dir(read_only, refused, config, name, option):
     run = read_only / name
     said = refused("train", config, f"run.dir={run}", "--nproc", "2", *option)
     assert said.startswith(
@@ -58,7 +58,7 @@ def test_run_dir(read_only: Path, refused: Command, config: Path, name: str, opt
     )
 
 
-def test_checkpoint_dir(read_only: Path, refused: Command, config: Path, tmp_path: Path) -> None:
+def test_checkpoint_dir(read_only, refused, config, tmp_path):
     words = [f"run.dir={tmp_path / 'run'}", f"checkpoint.dir={read_only / 'c'}"]
     assert refused("train", config, *words, "--nproc", "2") == (
         f"error: checkpoint.dir ({read_only / 'c'}) must be a folder that can be written (Read-only"
@@ -66,13 +66,13 @@ def test_checkpoint_dir(read_only: Path, refused: Command, config: Path, tmp_pat
     )
 
 
-def test_report(read_only: Path, refused: Command) -> None:
+def test_report(read_only, refused):
     page = read_only / "old" / "report.html"
     said = refused("report", read_only / "old")
     assert said.startswith(f"error: {page}: cannot be written (Read-only file system)")
 
 
-def test_data_is_not_read(read_only: Path, refused: Command, tmp_path: Path, monkeypatch) -> None:
+def test_data_is_not_read(read_only, refused, tmp_path, monkeypatch):
     (tmp_path / "a.txt").write_text("some text " * 100)
     monkeypatch.setattr(
         "moepp_megatron.data.prepare.content_fingerprint", lambda *_: pytest.fail("was read")
@@ -98,7 +98,7 @@ def test_files_to_write_are_looked_at_first(read_only, refused, config, option, 
     assert f"{reason}); name another one" in said
 
 
-def test_folders_of_a_file_are_made(config: Path, tmp_path: Path, moepp) -> None:
+def test_folders_of_a_file_are_made(config, tmp_path, moepp):
     files = {option: tmp_path / "new" / option / "x.yaml" for option in ("--json", "--out")}
     words = [word for pair in files.items() for word in pair]
     assert moepp("plan", config, "--gpus", "1", *words)[0] == 0

@@ -72,7 +72,7 @@ def directives(script: str) -> dict[str, str]:
 
 
 @pytest.fixture
-def bash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def bash(tmp_path, monkeypatch):
     """Runs a script in real bash, where a stand-in for common.sh prints what it was given."""
 
     def run(make, folder_name: str = "repository") -> dict[str, list[str]]:
@@ -249,7 +249,7 @@ def test_output_path_is_no_pattern():
 
 
 @pytest.fixture
-def path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def path(tmp_path, monkeypatch) -> Path:
     """A configuration in the working directory."""
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "c.yaml"

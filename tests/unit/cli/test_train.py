@@ -87,11 +87,11 @@ class Command:
 
 
 @pytest.fixture
-def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Command:
+def command(tmp_path, monkeypatch) -> Command:
     return Command(tmp_path, monkeypatch)
 
 
-def test_an_occupied_folder_is_refused_before_ranks_start(command, capsys) -> None:
+def test_an_occupied_folder_is_refused_before_ranks_start(command, capsys):
     command.make_run()
     assert command() == 2
     error = capsys.readouterr().err
@@ -103,7 +103,7 @@ def test_an_occupied_folder_is_refused_before_ranks_start(command, capsys) -> No
     assert (command.run_dir / "metrics.jsonl").read_text() == "records\n"
 
 
-def test_a_folder_that_cannot_be_written_is_refused_before_ranks_start(command, capsys) -> None:
+def test_a_folder_that_cannot_be_written_is_refused_before_ranks_start(command, capsys):
     command.run_dir.parent.write_text("a file")
     assert command() == 2
     assert capsys.readouterr().err == (
@@ -113,7 +113,7 @@ def test_a_folder_that_cannot_be_written_is_refused_before_ranks_start(command, 
     assert command.starts == []
 
 
-def test_the_launcher_claims_the_folder_while_ranks_run(command) -> None:
+def test_the_launcher_claims_the_folder_while_ranks_run(command):
     assert command("--max-restarts", "2") == 0
     (claim,) = command.claims
     assert claim.pid == os.getpid()
@@ -123,20 +123,20 @@ def test_the_launcher_claims_the_folder_while_ranks_run(command) -> None:
     assert not command.run_dir.exists(), "no rank has written anything"
 
 
-def test_ranks_take_what_the_launcher_has_resolved(command) -> None:
+def test_ranks_take_what_the_launcher_has_resolved(command):
     assert command("moe.tau=0.5") == 0
     read = [(each.optimizer.lr, each.moe.tau) for each in command.read]
     assert read == [(1e-3, 0.5), (5e-4, 0.5)], "the file was edited when ranks started"
     assert RESOLVED not in os.environ
 
 
-def test_a_number_of_hardware_queues_against_the_layout_is_reported_once(command, capsys) -> None:
+def test_a_number_of_hardware_queues_against_the_layout_is_reported_once(command, capsys):
     os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"
     assert command() == 0
     assert capsys.readouterr().err.count("warning: CUDA_DEVICE_MAX_CONNECTIONS (1) should") == 1
 
 
-def test_overwrite_moves_the_old_run_and_is_the_launchers_business(command, capsys) -> None:
+def test_overwrite_moves_the_old_run_and_is_the_launchers_business(command, capsys):
     command.make_run()
     assert command("--overwrite") == 0
     assert "--overwrite" not in command.starts[0]
@@ -167,7 +167,7 @@ def test_a_run_that_does_not_fit_the_gpu_is_refused_before_it_starts(command, ca
     assert command(*large) == 0, "it runs on CPUs"
 
 
-def test_a_configuration_that_goes_on_by_itself_is_let_in(command, capsys) -> None:
+def test_a_configuration_that_goes_on_by_itself_is_let_in(command, capsys):
     command.make_run()
     assert command("checkpoint.load=auto") == 0
     # Its weights alone, from step 0, would write over its records.
@@ -176,7 +176,7 @@ def test_a_configuration_that_goes_on_by_itself_is_let_in(command, capsys) -> No
     assert "moved the run" in capsys.readouterr().out
 
 
-def test_the_last_line_of_a_stopped_run_is_the_command(command, capsys) -> None:
+def test_the_last_line_of_a_stopped_run_is_the_command(command, capsys):
     command.status = STOPPED
     assert command() == STOPPED
     assert capsys.readouterr().out == f"to resume:\n{command.resume_command()}\n"
@@ -215,7 +215,7 @@ def test_a_process_that_trains_alone_says_it_itself(
     assert capsys.readouterr().out == said
 
 
-def test_what_a_run_says_at_its_start_is_printed(tmp_path: Path, monkeypatch, capsys) -> None:
+def test_what_a_run_says_at_its_start_is_printed(tmp_path, monkeypatch, capsys):
     """Where it goes on and what differs, before the first step."""
 
     def train() -> None:
@@ -256,7 +256,7 @@ def test_what_a_run_says_at_its_start_is_printed(tmp_path: Path, monkeypatch, ca
     assert len(bound) == 1
 
 
-def test_resume_is_passed_on(command) -> None:
+def test_resume_is_passed_on(command):
     command.make_run()
     assert command("--resume") == 0
     assert command.starts[0][:3] == ["train", "--resume", "--"]
@@ -266,7 +266,7 @@ def test_resume_is_passed_on(command) -> None:
 
 
 @pytest.mark.parametrize("began", [True, False], ids=["trained", "never trained"])
-def test_a_requeued_job_goes_on_with_what_it_began_with(command, began: bool, capsys) -> None:
+def test_a_requeued_job_goes_on_with_what_it_began_with(command, began, capsys):
     command.make_run()
     job = {"job": "17", "is_configured": began}
     write_status(command.run_dir, RunStatus.own().model_copy(update=job))
@@ -284,7 +284,7 @@ NODES = ("--nnodes", "2", "--rdzv-endpoint", "127.0.0.1:29400", "--rdzv-id", "se
 
 
 @pytest.mark.parametrize("node", ["0", "1", None])
-def test_of_several_machines_the_first_decides(command, node: str | None, capsys) -> None:
+def test_of_several_machines_the_first_decides(command, node, capsys):
     options = (*NODES, "--node-rank", node) if node is not None else NODES
     command.make_run()
     assert command(*options) == 2
@@ -298,26 +298,26 @@ def test_of_several_machines_the_first_decides(command, node: str | None, capsys
 
 
 @pytest.mark.parametrize("options", [(), (*NODES, "--node-rank", "0")])
-def test_a_full_disk_is_no_wrong_usage(command, options: Sequence[str]) -> None:
+def test_a_full_disk_is_no_wrong_usage(command, options):
     command.raises = ConfigError("run.dir must be a folder that can be written")
     command.raises.__cause__ = OSError(errno.ENOSPC, "No space left on device")
     assert command(*options) == UnfitError.exit_code
 
 
-def test_what_machines_may_differ_in(command) -> None:
+def test_what_machines_may_differ_in(command):
     assert command(*NODES, "--node-rank", "0", "checkpoint.staging=/local/of_this_one") == 0
     assert {"checkpoint.dir", "training.seed", "torch"} < set(command.alike)
     assert command.alike.keys().isdisjoint({"python", "checkpoint.staging"})
 
 
-def test_the_reason_of_ranks_that_cannot_start_reaches_the_launcher(command, tmp_path) -> None:
+def test_the_reason_of_ranks_that_cannot_start_reaches_the_launcher(command, tmp_path):
     command.raises = NoStartError("no checkpoint")
     os.environ["MOEPP_STATUS_FILE"] = str(tmp_path / "status")
     assert command() == 0
     assert launch.refusal() == (ConfigError.exit_code, "no checkpoint")
 
 
-def test_the_other_machines_find_the_claim_of_the_first(command) -> None:
+def test_the_other_machines_find_the_claim_of_the_first(command):
     command.make_run()
     status = RunStatus.own(start="seven").model_copy(update={"host": "first"})
     write_status(command.run_dir, status)
@@ -326,13 +326,13 @@ def test_the_other_machines_find_the_claim_of_the_first(command) -> None:
     assert command(*NODES[:-1], "eight", "--node-rank", "1") == 2
 
 
-def test_ctrl_c_outside_of_training_prints_no_traceback(command, capsys) -> None:
+def test_ctrl_c_outside_of_training_prints_no_traceback(command, capsys):
     command.raises = KeyboardInterrupt()
     assert command() == 130
     assert capsys.readouterr().err == "interrupted before training or after its end\n"
 
 
-def test_the_command_that_resumes(command, monkeypatch, tmp_path: Path) -> None:
+def test_the_command_that_resumes(command, monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "argv", ["/venv/bin/moepp"])
     words = ["it's.yaml", "run.name=a b"]
     plain = "/venv/bin/moepp train 'it'\"'\"'s.yaml' 'run.name=a b' --resume"
@@ -369,7 +369,7 @@ def test_the_command_that_resumes(command, monkeypatch, tmp_path: Path) -> None:
     assert resume_command(["c"]) == "sbatch job.sh"
 
 
-def test_a_page_that_cannot_be_made_ends_no_run(tmp_path: Path) -> None:
+def test_a_page_that_cannot_be_made_ends_no_run(tmp_path):
     run = tmp_path / "my run"
     run.mkdir()
     (run / "config.yaml").write_text(MINIMAL)
@@ -381,7 +381,7 @@ def test_a_page_that_cannot_be_made_ends_no_run(tmp_path: Path) -> None:
 @pytest.mark.skipif(
     find_spec("transformer_engine") is not None, reason="torch is asked whether it can be used"
 )
-def test_a_mistake_is_told_before_torch_is_imported(tmp_path: Path) -> None:
+def test_a_mistake_is_told_before_torch_is_imported(tmp_path):
     config = tmp_path / "c.yaml"
     config.write_text(MINIMAL)
     code = (

@@ -6,9 +6,7 @@ import shlex
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import typer
@@ -24,9 +22,9 @@ ROOT = Path(__file__).parents[3]
 QUICKSTART = ROOT / "configs" / "quickstart.yaml"
 
 
-def _commands() -> Iterator[tuple[list[str], Any]]:
+def _commands():
     """Every command and what leads to it, `["bench", "layer"]`."""
-    waiting: list[tuple[list[str], Any]] = [([], typer.main.get_command(main.app))]
+    waiting = [([], typer.main.get_command(main.app))]
     while waiting:
         path, command = waiting.pop()
         yield path, command
@@ -53,7 +51,7 @@ each_command = pytest.mark.parametrize(
 
 
 @each_command
-def test_help_shows_every_word_that_was_written(path: list[str], command: Any) -> None:
+def test_help_shows_every_word_that_was_written(path, command):
     """Brackets too, as in `input_ids [b, s]`, and also where the terminal is narrow."""
     shown = CliRunner().invoke(main.app, [*path, "--help"], env={"COLUMNS": "60"})
     assert shown.exit_code == 0
@@ -67,7 +65,7 @@ def test_help_shows_every_word_that_was_written(path: list[str], command: Any) -
 
 
 @each_command
-def test_examples_parse(path: list[str], command: Any) -> None:
+def test_examples_parse(path, command):
     """Each with the command itself; a configuration is there, and takes as many ranks."""
     examples = [line.strip() for line in command.epilog.splitlines()[2:]]
     assert 1 <= len(examples) <= 2
@@ -85,7 +83,7 @@ def test_examples_parse(path: list[str], command: Any) -> None:
                 Layout.from_config(settings, given["nproc"])
 
 
-def test_json_to_stdout_is_all_of_it(tmp_path: Path) -> None:
+def test_json_to_stdout_is_all_of_it(tmp_path):
     file = tmp_path / "keys.json"
     written = CliRunner().invoke(main.app, ["config", "keys", "moe.tau", "--json", str(file)])
     printed = CliRunner().invoke(main.app, ["config", "keys", "moe.tau", "--json", "-"])
@@ -94,7 +92,7 @@ def test_json_to_stdout_is_all_of_it(tmp_path: Path) -> None:
     assert '"moe.tau"' in printed.stdout
 
 
-def test_what_ranks_print_is_not_beside_it(capfd: pytest.CaptureFixture[str]) -> None:
+def test_what_ranks_print_is_not_beside_it(capfd):
     """A rank has the file descriptor; what was written before a failure is printed too."""
 
     def fail() -> None:
@@ -112,7 +110,7 @@ def test_what_ranks_print_is_not_beside_it(capfd: pytest.CaptureFixture[str]) ->
     assert capfd.readouterr().out == "{}\ngoes on\n"
 
 
-def test_the_walk_has_found_the_commands() -> None:
+def test_the_walk_has_found_the_commands():
     names = {" ".join(path) for path, _ in COMMANDS}
     assert {"", "score", "train", "data prepare", "bench layer", "convert upcycle"} <= names
 
@@ -149,7 +147,7 @@ def test_the_walk_has_found_the_commands() -> None:
         (["monitor", "no-such-run", "--once"], "no-such-run: is not a folder"),
     ],
 )
-def test_wrong_usage_is_one_line_of_one_form(arguments: list[str], words: str, moepp):
+def test_wrong_usage_is_one_line_of_one_form(arguments, words, moepp):
     code, out, err = moepp(*arguments)
     assert (code, out) == (2, "")
     assert err.startswith("error: ")
@@ -157,7 +155,7 @@ def test_wrong_usage_is_one_line_of_one_form(arguments: list[str], words: str, m
     assert words in err
 
 
-def test_ctrl_c_while_the_program_is_imported_prints_nothing() -> None:
+def test_ctrl_c_while_the_program_is_imported_prints_nothing():
     code = (
         "import os, signal, sys\n"
         "class CtrlC:\n"
@@ -170,7 +168,7 @@ def test_ctrl_c_while_the_program_is_imported_prints_nothing() -> None:
     assert (ended.returncode, ended.stdout, ended.stderr) == (-signal.SIGINT, "", "")
 
 
-def test_ctrl_c_before_there_is_a_command_is_one_line(monkeypatch, moepp) -> None:
+def test_ctrl_c_before_there_is_a_command_is_one_line(monkeypatch, moepp):
     def interrupted(**_: object) -> None:
         raise KeyboardInterrupt
 
@@ -179,7 +177,7 @@ def test_ctrl_c_before_there_is_a_command_is_one_line(monkeypatch, moepp) -> Non
 
 
 @pytest.mark.parametrize("before", ["default_int_handler", "SIG_IGN"])
-def test_the_import_leaves_ctrl_c_as_it_was(before: str) -> None:
+def test_the_import_leaves_ctrl_c_as_it_was(before):
     code = (
         f"import signal; signal.signal(signal.SIGINT, signal.{before})\n"
         "import moepp_megatron.cli.main\n"
@@ -194,7 +192,7 @@ def _lose_the_peer(**_: object) -> None:
 
 
 @pytest.mark.parametrize("written", ["2", "0", ""])
-def test_a_rank_whose_peer_has_refused_says_nothing(written: str, tmp_path, monkeypatch, moepp):
+def test_a_rank_whose_peer_has_refused_says_nothing(written, tmp_path, monkeypatch, moepp):
     (tmp_path / "status").write_text(written or "75")
     if written:
         monkeypatch.setenv("MOEPP_STATUS_FILE", str(tmp_path / "status"))
@@ -223,7 +221,7 @@ def test_json_that_is_printed_needs_a_folder(monkeypatch, moepp):
         OSError(errno.ENOMEM, "Cannot allocate memory"),
     ],
 )
-def test_no_memory_is_one_line(error: Exception, tmp_path, monkeypatch, moepp) -> None:
+def test_no_memory_is_one_line(error, tmp_path, monkeypatch, moepp):
     from moepp_megatron.data import sources
 
     def without_memory(*_: object) -> None:
@@ -297,7 +295,7 @@ def test_a_working_folder_that_is_gone_is_one_line(tmp_path, monkeypatch, moepp)
 @pytest.mark.parametrize(
     "words", [["config", "keys", "moe.tau"], ["plan", MODEL, "--gpus", "8", "--gpu", "h100_sxm"]]
 )
-def test_a_full_disk_behind_stdout_is_one_line(words: list[str]):
+def test_a_full_disk_behind_stdout_is_one_line(words):
     words = [sys.executable, "-m", "moepp_megatron", *words]
     with open("/dev/full", "w") as stdout:
         done = subprocess.run(words, stdout=stdout, stderr=subprocess.PIPE, text=True)
@@ -329,7 +327,7 @@ def test_a_relative_path_is_said_in_full_and_quoted_where_it_is_suggested(
     assert "--out" not in err or "--out 'n \u00f6'" in err
 
 
-def test_a_target_that_is_taken_is_refused_before_torch_is_imported(tmp_path: Path) -> None:
+def test_a_target_that_is_taken_is_refused_before_torch_is_imported(tmp_path):
     (tmp_path / "dst").mkdir()
     (tmp_path / "dst" / "file").touch()
     code = (
@@ -351,7 +349,7 @@ def test_a_target_that_is_taken_is_refused_before_torch_is_imported(tmp_path: Pa
 
 
 @pytest.mark.parametrize("command", [["report"], ["monitor", "--once"]], ids=lambda c: c[0])
-def test_runs_inside_a_folder_are_named(command: list[str], tmp_path, monkeypatch, moepp):
+def test_runs_inside_a_folder_are_named(command, tmp_path, monkeypatch, moepp):
     monkeypatch.chdir(tmp_path)
     for number in range(7):
         (tmp_path / "runs" / f"r {number}").mkdir(parents=True)

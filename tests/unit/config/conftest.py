@@ -19,7 +19,7 @@ training: {train_iters: 100, global_batch_size: 16, micro_batch_size: 2}
 
 
 @pytest.fixture
-def minimal(tmp_path: Path) -> Path:
+def minimal(tmp_path) -> Path:
     """Path of a file with the minimal configuration."""
     path = tmp_path / "minimal.yaml"
     path.write_text(MINIMAL)

@@ -23,7 +23,7 @@ from moepp_megatron.experts import Setting
 CONFIGS = Path(__file__).parents[3] / "configs"
 
 
-def test_defaults_are_valid_and_silent(minimal: Path) -> None:
+def test_defaults_are_valid_and_silent(minimal):
     config = load_config(minimal)
     assert config.model.query_groups == 8
     assert config.model.head_dim == 8
@@ -54,7 +54,7 @@ def test_base_is_merged_key_by_key_and_relative_to_the_file_naming_it(
     assert config.moe.moe_layer_pattern(4) == [True, True, False, False]
 
 
-def test_section_inside_a_section_is_merged_key_by_key(minimal: Path, tmp_path: Path) -> None:
+def test_section_inside_a_section_is_merged_key_by_key(minimal, tmp_path):
     (tmp_path / "middle.yaml").write_text(
         "base: minimal.yaml\nmoe: {budget: {target_ffn_per_token: 1.0, decay: 0.5}}\n"
     )
@@ -69,7 +69,7 @@ def test_section_inside_a_section_is_merged_key_by_key(minimal: Path, tmp_path: 
     assert (again.moe.budget.controller, again.moe.budget.decay) == ("none", 0.25)
 
 
-def test_a_target_is_held_by_a_selection_bias_unless_told_otherwise(minimal: Path) -> None:
+def test_a_target_is_held_by_a_selection_bias_unless_told_otherwise(minimal):
     plain = load_config(minimal, [])
     assert (plain.moe.budget.held_by, plain.moe.selection_bias) == ("none", False)
     held = with_overrides(plain, ["moe.budget.target_ffn_per_token=1.0"])
@@ -83,7 +83,7 @@ def test_a_target_is_held_by_a_selection_bias_unless_told_otherwise(minimal: Pat
     assert load_config(minimal, ["moe.selection_bias=false", "moe.budget.controller=bias"])
 
 
-def test_base_cycle_is_refused_with_its_chain(tmp_path: Path) -> None:
+def test_base_cycle_is_refused_with_its_chain(tmp_path):
     (tmp_path / "a.yaml").write_text("base: b.yaml\n")
     (tmp_path / "b.yaml").write_text("base: c.yaml\n")
     (tmp_path / "c.yaml").write_text("base: b.yaml\n")
@@ -93,7 +93,7 @@ def test_base_cycle_is_refused_with_its_chain(tmp_path: Path) -> None:
     assert f"{b} -> {c} -> {b}" in str(caught.value)
 
 
-def test_unknown_key_names_its_file(minimal: Path, tmp_path: Path) -> None:
+def test_unknown_key_names_its_file(minimal, tmp_path):
     top = tmp_path / "top.yaml"
     top.write_text("base: middle.yaml\n")
     middle = tmp_path / "middle.yaml"
@@ -106,7 +106,7 @@ def test_unknown_key_names_its_file(minimal: Path, tmp_path: Path) -> None:
     )
 
 
-def test_a_resolved_configuration_of_an_older_version_loads(minimal: Path, tmp_path: Path) -> None:
+def test_a_resolved_configuration_of_an_older_version_loads(minimal, tmp_path):
     """It names every setting, so those that are gone too."""
     resolved = load_config(minimal).model_dump(mode="json")
     current = parse_config(resolved)
@@ -145,9 +145,7 @@ def test_a_resolved_configuration_of_an_older_version_loads(minimal: Path, tmp_p
         ),
     ],
 )
-def test_changes_of_default_rules_that_are_gone(
-    minimal: Path, own: dict[str, object], rules: list[tuple[object, ...]]
-) -> None:
+def test_changes_of_default_rules_that_are_gone(minimal, own, rules):
     """Checkpoints have them, and mean what they meant."""
     resolved = load_config(minimal).model_dump(mode="json")
     resolved["routing_guard"]["rules"] = [own]
@@ -167,11 +165,11 @@ def test_changes_of_default_rules_that_are_gone(
         ("0.01", 0.01),
     ],
 )
-def test_numbers_as_people_write_them(minimal: Path, text: str, value: float) -> None:
+def test_numbers_as_people_write_them(minimal, text, value):
     assert load_config(minimal, [f"optimizer.lr={text}"]).optimizer.lr == value
 
 
-def test_overrides_are_yaml_and_the_last_one_wins(minimal: Path) -> None:
+def test_overrides_are_yaml_and_the_last_one_wins(minimal):
     config = load_config(
         minimal,
         [
@@ -192,7 +190,7 @@ def test_overrides_are_yaml_and_the_last_one_wins(minimal: Path) -> None:
     assert config.checkpoint.load == "auto"
 
 
-def test_home_is_expanded(minimal: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_home_is_expanded(minimal, monkeypatch):
     monkeypatch.setenv("HOME", "/home/somebody")
     names = ("run.dir", "checkpoint.load", "checkpoint.dir", "data.cache", "routes.record")
     config = load_config(minimal, [f"{name}=~/it" for name in names])
@@ -201,7 +199,7 @@ def test_home_is_expanded(minimal: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         assert sections[section][key] == "/home/somebody/it"
 
 
-def test_round_trip(minimal: Path, tmp_path: Path) -> None:
+def test_round_trip(minimal, tmp_path):
     config = load_config(
         minimal,
         ["moe.layer_freq=[1, 0, 1, 1]", "optimizer.adam_eps=1e-12", "data.path=d", "run.name='1'"],
@@ -214,7 +212,7 @@ def test_round_trip(minimal: Path, tmp_path: Path) -> None:
     assert again.to_yaml() == config.to_yaml()
 
 
-def test_resolved_configuration_does_not_count_defaults_as_set(minimal: Path, tmp_path) -> None:
+def test_resolved_configuration_does_not_count_defaults_as_set(minimal, tmp_path):
     vanilla = [f"moe.num_{kind}_experts=0" for kind in ("zero", "copy", "constant")]
     config = load_config(minimal, [*vanilla, "moe.gating_residual=false"])
     written = tmp_path / "written.yaml"
@@ -223,7 +221,7 @@ def test_resolved_configuration_does_not_count_defaults_as_set(minimal: Path, tm
     assert check_config(load_config(written)) == []
 
 
-def test_with_overrides_checks_and_leaves_the_original(minimal: Path) -> None:
+def test_with_overrides_checks_and_leaves_the_original(minimal):
     config = load_config(minimal)
     assert with_overrides(config, ["moe.tau=0.5"]).moe.tau == 0.5
     assert config.moe.tau == 0.75
@@ -248,7 +246,7 @@ FITS = {
 
 
 @pytest.mark.parametrize(("name", "world_sizes"), FITS.items())
-def test_shipped_configuration_fits(name: str, world_sizes: tuple[int, ...]) -> None:
+def test_shipped_configuration_fits(name, world_sizes):
     config = load_config(CONFIGS / name)
     assert check_config(config) == []
     for world_size in world_sizes:
@@ -256,7 +254,7 @@ def test_shipped_configuration_fits(name: str, world_sizes: tuple[int, ...]) -> 
         assert bool(check_world_size(config, world_size)) == overlaps_nothing
 
 
-def test_every_shipped_configuration_is_tested() -> None:
+def test_every_shipped_configuration_is_tested():
     # test_hardware.py reads descriptions of cards; planned layouts have dry runs.
     paths = (p for p in CONFIGS.rglob("*.yaml") if p.parent.name not in ("hardware", "h100"))
     bases = {"models/_paper.yaml", "upcycle/_recipe.yaml"}
@@ -277,7 +275,7 @@ def described_settings(path: str, model: type[Section]) -> int:
     return count
 
 
-def test_every_setting_is_described_with_its_unit() -> None:
+def test_every_setting_is_described_with_its_unit():
     sections = list(Config.model_fields.items())
     for name, field in sections:
         assert isinstance(field.annotation, type)
@@ -285,7 +283,7 @@ def test_every_setting_is_described_with_its_unit() -> None:
     assert described_settings("config", Config) > 100
 
 
-def test_a_section_that_may_be_left_out(minimal: Path, tmp_path: Path) -> None:
+def test_a_section_that_may_be_left_out(minimal, tmp_path):
     assert load_config(minimal).model.latent_attention is None
     name = "model.latent_attention"
     config = load_config(minimal, [f"{name}.kv_lora_rank=32", f"{name}.v_head_dim=16"])
@@ -329,7 +327,7 @@ def test_one_word_stands_for_a_section(tmp_path, minimal, text, enabled, dry_run
     assert load_config(again) == found[0]
 
 
-def test_the_guard_only_tells_unless_it_is_told_to_act(minimal: Path) -> None:
+def test_the_guard_only_tells_unless_it_is_told_to_act(minimal):
     assert load_config(minimal).routing_guard.enabled is None
     assert not load_config(minimal).routing_guard.acts
     assert load_config(minimal, ["routing_guard=safe"]).routing_guard.acts

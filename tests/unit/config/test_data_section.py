@@ -2,8 +2,6 @@
 
 from pathlib import Path
 
-import pytest
-
 from moepp_megatron.config import check_config, load_config
 from moepp_megatron.config.blends import blend_at, blends_of, labels, with_whole_paths
 
@@ -12,7 +10,7 @@ BLEND = f"data.blend=[{A}, {B}]"
 STAGE = f"blend: [{B}]"
 
 
-def test_stages_begin_at_whole_steps(minimal: Path) -> None:
+def test_stages_begin_at_whole_steps(minimal):
     stages = f"data.stages=[{{from_tokens: 20481, {STAGE}}}, {{from_step: 12, {STAGE}}}]"
     config = load_config(minimal, [BLEND, stages])
     blends = blends_of(config)
@@ -25,23 +23,23 @@ def test_stages_begin_at_whole_steps(minimal: Path) -> None:
     assert blends_of(type(config).model_validate(config.model_dump())) == blends
 
 
-def test_a_folder_without_weight_is_left_out(minimal: Path) -> None:
+def test_a_folder_without_weight_is_left_out(minimal):
     config = load_config(minimal, [f"data.blend=[{A}, {{path: data/c, weight: 0}}]"])
     assert [str(folder.path) for folder in blends_of(config)[0].folders] == ["data/a"]
 
 
-def test_validation_sets_need_no_validation_part(minimal: Path) -> None:
+def test_validation_sets_need_no_validation_part(minimal):
     config = load_config(minimal, [BLEND, "data.split='1,0,0'", "data.validation={web: data/v}"])
     check_config(config)
     assert config.data.validation == {"web": Path("data/v")}
 
 
-def test_labels() -> None:
+def test_labels():
     assert labels([Path("x/web"), Path("x/code")]) == ["web", "code"]
     assert labels([Path("x/web"), Path("y/web"), Path("c")]) == ["x/web", "y/web", "c"]
 
 
-def test_whole_paths(minimal: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_whole_paths(minimal, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     stages = f"data.stages=[{{from_step: 5, {STAGE}}}]"
     config = load_config(minimal, [BLEND, stages, "data.validation={v: data/v}"])

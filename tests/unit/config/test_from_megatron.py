@@ -58,7 +58,7 @@ def _translated(text: str, tmp_path: Path, name: str = "train.sh") -> Translatio
     return translate(path, {"TP": "2"})
 
 
-def test_a_script_becomes_a_configuration(tmp_path: Path) -> None:
+def test_a_script_becomes_a_configuration(tmp_path):
     found = _translated(SCRIPT, tmp_path)
     config = parse_config(found.content)
     assert (config.model.num_layers, config.model.num_query_groups) == (8, 2)
@@ -77,7 +77,7 @@ def test_a_script_becomes_a_configuration(tmp_path: Path) -> None:
     assert str(config.checkpoint.dir) == "/checkpoints"
 
 
-def test_what_has_no_counterpart_is_listed(tmp_path: Path) -> None:
+def test_what_has_no_counterpart_is_listed(tmp_path):
     notes = "\n".join(_translated(SCRIPT, tmp_path).notes)
     assert "--fancy-thing 3 has no counterpart" in notes
     assert "--no-load-rng has no counterpart" in notes
@@ -85,21 +85,21 @@ def test_what_has_no_counterpart_is_listed(tmp_path: Path) -> None:
     assert "nproc" not in notes
 
 
-def test_a_model_of_another_kind_is_reported(tmp_path: Path) -> None:
+def test_a_model_of_another_kind_is_reported(tmp_path):
     script = SCRIPT.replace("--swiglu", "").replace("RMSNorm", "LayerNorm")
     notes = "\n".join(_translated(script, tmp_path).notes)
     assert "--swiglu is not given: this project's model has --swiglu" in notes
     assert "--normalization is LayerNorm: this project's model has --normalization" in notes
 
 
-def test_a_variable_without_a_value_is_reported(tmp_path: Path) -> None:
+def test_a_variable_without_a_value_is_reported(tmp_path):
     path = tmp_path / "train.sh"
     path.write_text(SCRIPT)
     notes = "\n".join(translate(path, {}).notes)
     assert "--tensor-model-parallel-size $TP has a variable without a value" in notes
 
 
-def test_schedules_and_optimizers_of_later_megatrons(tmp_path: Path) -> None:
+def test_schedules_and_optimizers_of_later_megatrons(tmp_path):
     path = tmp_path / "train.sh"
     more = (
         "--optimizer muon --muon-tp-mode duplicated --lr-decay-style WSD --lr-wsd-decay-iters 50 "
@@ -114,7 +114,7 @@ def test_schedules_and_optimizers_of_later_megatrons(tmp_path: Path) -> None:
     assert "--step-batch-size-schedule is not taken over" in "\n".join(translated.notes)
 
 
-def test_blends(tmp_path: Path) -> None:
+def test_blends(tmp_path):
     path = "--data-path /data/c4"
     assert _translated(SCRIPT, tmp_path).content["data"]["path"] == "/data/c4"
     text = SCRIPT.replace(path, "--data-path 0.3 /data/c4_text_document 7e-1 /data/wiki")
@@ -165,7 +165,7 @@ def test_lists_of_balance_losses(kinds, coefficients, taken, told, tmp_path):
         ("aux_loss --zero-experts-type zero", (4, 0), ("heterogeneous", 1e-2 * 12 / 2, 1.0)),
     ],
 )
-def test_zero_experts_of_zedas_fork(more, experts, balance, tmp_path: Path) -> None:
+def test_zero_experts_of_zedas_fork(more, experts, balance, tmp_path):
     found = _translated(SCRIPT.replace("seq_aux_loss", f"{more} --num-zero-experts 4"), tmp_path)
     moe = parse_config(found.content).moe
     assert (moe.num_zero_experts, moe.num_copy_experts, moe.num_constant_experts) == (*experts, 0)
@@ -202,7 +202,7 @@ CALLS = [
 
 
 @pytest.mark.parametrize("call", CALLS)
-def test_a_script_is_read_as_bash_would(call: str, tmp_path: Path) -> None:
+def test_a_script_is_read_as_bash_would(call, tmp_path):
     found = _translated(f"{BRANCHES}{call}\nMOE=--lr python other.py --vocab-size 9", tmp_path)
     model = found.content["model"]
     assert (model["num_layers"], model["seq_length"], model["num_attention_heads"]) == (32, 4096, 1)
@@ -228,14 +228,14 @@ def test_a_script_is_read_as_bash_would(call: str, tmp_path: Path) -> None:
     assert ("FILE has several commands with pretrain*.py" in notes) == (call == CALLS[1])
 
 
-def test_of_an_option_that_is_given_twice_the_last_is_taken(tmp_path: Path) -> None:
+def test_of_an_option_that_is_given_twice_the_last_is_taken(tmp_path):
     found = _translated("pretrain_gpt.py --num-experts 4 --lr 1 --num-experts 8 --lr=1", tmp_path)
     assert found.content["moe"]["num_ffn_experts"] == 8
     assert "--num-experts has several values (4; 8): the last is taken" in found.notes
     assert "--lr has" not in "\n".join(found.notes)
 
 
-def test_a_file_without_the_command_is_read_whole(tmp_path: Path) -> None:
+def test_a_file_without_the_command_is_read_whole(tmp_path):
     text = 'MOE="--num-experts 4"\nA=(--num-layers 2 --hiden-size 8)\npython train.py --lr 8 $X'
     found = _translated(text, tmp_path)
     assert found.content["moe"]["num_ffn_experts"] == 4
@@ -245,13 +245,13 @@ def test_a_file_without_the_command_is_read_whole(tmp_path: Path) -> None:
     assert "--hiden-size 8 has no counterpart; did you mean --hidden-size?" in notes
 
 
-def test_a_script_that_doubles_a_value_many_times_is_refused(tmp_path: Path) -> None:
+def test_a_script_that_doubles_a_value_many_times_is_refused(tmp_path):
     text = "A=12345678\n" + "A=$A$A\n" * 40 + "pretrain_gpt.py --num-experts $A"
     with pytest.raises(ConfigError, match="its values have more than 1000000 characters"):
         _translated(text, tmp_path)
 
 
-def test_rules_are_listed_where_the_vocabulary_is_missing(tmp_path: Path) -> None:
+def test_rules_are_listed_where_the_vocabulary_is_missing(tmp_path):
     script = SCRIPT.replace("--vocab-size 1024", "").replace("--sequence-parallel", "")
     notes = "\n".join(_translated(script, tmp_path).notes)
     assert "model.vocab_size (missing) must be given" in notes
@@ -298,7 +298,7 @@ def test_rules_are_listed_where_the_vocabulary_is_missing(tmp_path: Path) -> Non
         ("--multi-latent-attention --hybrid-layer-pattern +E", "model.num_layers", 1),
     ],
 )
-def test_arguments_and_absent_arguments(more: str, setting: str, value, tmp_path: Path) -> None:
+def test_arguments_and_absent_arguments(more, setting, value, tmp_path):
     text = f"pretrain_gpt.py --num-experts 4 --swiglu --hidden-size 256 {more}"
     found = _translated(text, tmp_path).content
     for name in setting.split("."):
@@ -313,7 +313,7 @@ DEEPSEEK_V3 = """\
 --moe-router-num-groups 4 --moe-router-group-topk 2 --moe-router-pre-softmax"""
 
 
-def test_the_recipe_of_deepseek_v3(tmp_path: Path) -> None:
+def test_the_recipe_of_deepseek_v3(tmp_path):
     script = SCRIPT.replace("--no-load-rng", DEEPSEEK_V3)
     found = _translated(script, tmp_path)
     moe = parse_config(found.content).moe
@@ -330,7 +330,7 @@ def test_the_recipe_of_deepseek_v3(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("value", ["", "abc", "1 2", "$NOWHERE", "-1", "0", "nan", "1e999", "[1"])
-def test_no_value_of_any_argument_is_a_traceback(value: str, tmp_path, monkeypatch) -> None:
+def test_no_value_of_any_argument_is_a_traceback(value, tmp_path, monkeypatch):
     # What a configuration is refused for is a note; asking takes most of the time.
     monkeypatch.setattr("moepp_megatron.config.from_megatron.parse_config", lambda content: None)
     for name in sorted({*SETTINGS, *SWITCHES, *DERIVED, *ALWAYS}):
@@ -340,7 +340,7 @@ def test_no_value_of_any_argument_is_a_traceback(value: str, tmp_path, monkeypat
             to_yaml(found, tmp_path)
 
 
-def test_yaml_of_arguments(tmp_path: Path) -> None:
+def test_yaml_of_arguments(tmp_path):
     text = """\
 ENV_VARS:
   CUDA_DEVICE_MAX_CONNECTIONS: 1
@@ -367,7 +367,7 @@ MODEL_ARGS:
     assert config.optimizer.lr == 1.2e-4
 
 
-def test_what_is_written_is_read_back(tmp_path: Path) -> None:
+def test_what_is_written_is_read_back(tmp_path):
     found = _translated(SCRIPT, tmp_path)
     out = tmp_path / "mine.yaml"
     out.write_text(to_yaml(found, Path("train.sh")))
@@ -392,18 +392,18 @@ def test_what_is_written_is_read_back(tmp_path: Path) -> None:
         ("--num-experts 4 --hybrid-layer-pattern +E", "no Mamba or other layers here"),
     ],
 )
-def test_what_is_no_such_file_is_refused(text: str, part: str, tmp_path: Path) -> None:
+def test_what_is_no_such_file_is_refused(text, part, tmp_path):
     with pytest.raises(ConfigError, match=part):
         _translated(text, tmp_path)
 
 
-def test_every_setting_of_the_table_exists() -> None:
+def test_every_setting_of_the_table_exists():
     known = {setting.name for section in section_references() for setting in section.settings}
     named = {*SETTINGS.values(), *(key for key, _ in SWITCHES.values()), *ABSENT}
     assert named <= known
 
 
-def test_an_option_typed_by_habit_is_known() -> None:
+def test_an_option_typed_by_habit_is_known():
     assert setting_of("--micro-batch-size") == "training.micro_batch_size"
     assert setting_of("--sequence_parallel") == "parallel.sequence_parallel"
     assert setting_of("--nproc") is None

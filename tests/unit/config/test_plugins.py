@@ -2,7 +2,6 @@
 
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
@@ -21,7 +20,7 @@ SETTINGS = {
 }
 
 
-def config(changes: dict[str, dict[str, Any]]) -> Any:
+def config(changes):
     raw = yaml.safe_load(MINIMAL.replace("1e-3", "0.001"))
     for section, values in changes.items():
         raw.setdefault(section, {}).update(values)
@@ -29,13 +28,13 @@ def config(changes: dict[str, dict[str, Any]]) -> Any:
 
 
 @pytest.fixture
-def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def installed(tmp_path, monkeypatch) -> Path:
     monkeypatch.syspath_prepend(install(tmp_path))
     yield tmp_path
     sys.modules.pop("moepp_example_plugins", None)
 
 
-def test_a_bare_name_is_written_with_its_prefix(installed: Path) -> None:
+def test_a_bare_name_is_written_with_its_prefix(installed):
     settings = config(SETTINGS)
     named = {
         settings.optimizer.kind,
@@ -53,7 +52,7 @@ def test_a_bare_name_is_written_with_its_prefix(installed: Path) -> None:
     assert "moepp_example_plugins" not in sys.modules
 
 
-def test_a_configuration_can_be_read_where_the_package_is_not(tmp_path: Path) -> None:
+def test_a_configuration_can_be_read_where_the_package_is_not(tmp_path):
     settings = config({"optimizer": {"kind": "plugin:adam_l2"}})
     with pytest.raises(ConfigError) as refused:
         check_plugins(settings)
@@ -94,19 +93,19 @@ def test_a_configuration_can_be_read_where_the_package_is_not(tmp_path: Path) ->
         ),
     ],
 )
-def test_unknown_names(installed: Path, changes: dict[str, dict[str, Any]], message: str) -> None:
+def test_unknown_names(installed, changes, message):
     with pytest.raises(ConfigError) as refused:
         config(changes)
     assert str(refused.value) == message
 
 
-def test_what_a_name_stands_for(installed: Path) -> None:
+def test_what_a_name_stands_for(installed):
     assert pick({"gpt": 1}, "data.dataset", "gpt", "datasets") == 1
     found = pick({"gpt": 1}, "data.dataset", "plugin:one_batch", "datasets")
     assert found.__name__ == "one_batch"
 
 
-def test_a_name_of_two_packages_is_refused(installed: Path) -> None:
+def test_a_name_of_two_packages_is_refused(installed):
     groups = {"moepp_megatron.sinks": {"csv": "other:Sink"}}
     write_entry_points(installed, groups, "other")
     with pytest.raises(ConfigError, match="must be of one package, and is of several") as refused:
@@ -114,7 +113,7 @@ def test_a_name_of_two_packages_is_refused(installed: Path) -> None:
     assert "moepp_example_plugins:CsvSink" in str(refused.value)
 
 
-def test_a_package_that_fails_to_import(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_package_that_fails_to_import(tmp_path, monkeypatch):
     write_entry_points(tmp_path, {"moepp_megatron.sinks": {"broken": "moepp_broken:Sink"}})
     (tmp_path / "moepp_broken.py").write_text("raise OSError('no\\nlicence')\n")
     monkeypatch.syspath_prepend(tmp_path)
@@ -126,6 +125,6 @@ def test_a_package_that_fails_to_import(tmp_path: Path, monkeypatch: pytest.Monk
     )
 
 
-def test_the_same_package_twice_on_the_path_is_one(installed: Path, tmp_path_factory, monkeypatch):
+def test_the_same_package_twice_on_the_path_is_one(installed, tmp_path_factory, monkeypatch):
     monkeypatch.syspath_prepend(install(tmp_path_factory.mktemp("again")))
     check_plugins(config({"observe": {"sinks": ["csv"]}}))
