@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import ValidationError
 
 from moepp_megatron.config.errors import ConfigError
 from moepp_megatron.config.schema.section import Section, Unit
@@ -22,26 +22,26 @@ HARDWARE_FOLDER = Path(__file__).resolve().parents[2] / "configs" / "hardware"
 class Thresholds(Section):
     """The limits beyond which a measurement is a finding."""
 
-    matmul_fraction: Annotated[float, Unit("1"), Field(gt=0.0, le=1.0)] = 0.6
+    matmul_fraction: Annotated[float, Unit("1", gt=0.0, le=1.0)] = 0.6
     """Least share of the rated bf16 rate in a large matrix product; healthy GPUs reach 0.7 to 0.85
     """
-    collective_fraction: Annotated[float, Unit("1"), Field(gt=0.0, le=1.0)] = 0.5
+    collective_fraction: Annotated[float, Unit("1", gt=0.0, le=1.0)] = 0.5
     """Least share of the rated link bandwidth in a large collective"""
-    slowest_ratio: Annotated[float, Unit("1"), Field(gt=1.0)] = 1.15
+    slowest_ratio: Annotated[float, Unit("1", gt=1.0)] = 1.15
     """Time of the slowest rank over the ranks' median from which it is a finding"""
-    power_limit_fraction: Annotated[float, Unit("1"), Field(gt=0.0, le=1.0)] = 0.95
+    power_limit_fraction: Annotated[float, Unit("1", gt=0.0, le=1.0)] = 0.95
     """Least share of the rated power that the power cap may allow"""
-    temperature_margin_c: Annotated[float, Unit("degrees Celsius"), Field(ge=0.0)] = 5.0
+    temperature_margin_c: Annotated[float, Unit("degrees Celsius", ge=0.0)] = 5.0
     """Distance from the slowdown temperature from which a GPU is too warm"""
-    foreign_memory_gib: Annotated[float, Unit("GiB"), Field(ge=0.0)] = 1.0
+    foreign_memory_gib: Annotated[float, Unit("GiB", ge=0.0)] = 1.0
     """GPU memory of other processes from which a GPU is taken"""
-    shared_memory_gib: Annotated[float, Unit("GiB"), Field(ge=0.0)] = 1.0
+    shared_memory_gib: Annotated[float, Unit("GiB", ge=0.0)] = 1.0
     """Least size of /dev/shm; containers start with 64 MiB, on which NCCL fails"""
-    open_files: Annotated[int, Unit("files"), Field(ge=1)] = 4096
+    open_files: Annotated[int, Unit("files", ge=1)] = 4096
     """Least soft limit of open files; each rank holds a socket a peer and channel"""
-    disk_write_mb_s: Annotated[float, Unit("MB/s"), Field(ge=0.0)] = 100.0
+    disk_write_mb_s: Annotated[float, Unit("MB/s", ge=0.0)] = 100.0
     """Least write speed of the run and checkpoint folders"""
-    clock_skew_s: Annotated[float, Unit("s"), Field(gt=0.0)] = 1.0
+    clock_skew_s: Annotated[float, Unit("s", gt=0.0)] = 1.0
     """Largest difference between the clocks of two nodes; logs cannot be put in order beyond it"""
 
 
@@ -54,35 +54,35 @@ class Hardware(Section):
     """Device type"""
     device_names: list[str] = []
     """Names under which NVML knows the GPU"""
-    memory_gb: Annotated[float | None, Unit("GB"), Field(gt=0.0)] = None
+    memory_gb: Annotated[float | None, Unit("GB", gt=0.0)] = None
     """Device memory"""
-    memory_mib: Annotated[float | None, Unit("MiB"), Field(gt=0.0)] = None
+    memory_mib: Annotated[float | None, Unit("MiB", gt=0.0)] = None
     """Device memory as the driver reports it; what the name rounds"""
-    memory_bandwidth_gb_s: Annotated[float | None, Unit("GB/s"), Field(gt=0.0)] = None
+    memory_bandwidth_gb_s: Annotated[float | None, Unit("GB/s", gt=0.0)] = None
     """Device memory bandwidth"""
-    fp32_tflops: Annotated[float | None, Unit("TF"), Field(gt=0.0)] = None
+    fp32_tflops: Annotated[float | None, Unit("TF", gt=0.0)] = None
     """fp32 without tensor cores"""
-    bf16_tflops: Annotated[float | None, Unit("TF"), Field(gt=0.0)] = None
+    bf16_tflops: Annotated[float | None, Unit("TF", gt=0.0)] = None
     """bf16 tensor cores, dense"""
-    fp8_tflops: Annotated[float | None, Unit("TF"), Field(gt=0.0)] = None
+    fp8_tflops: Annotated[float | None, Unit("TF", gt=0.0)] = None
     """fp8 tensor cores, dense"""
-    multiprocessors: Annotated[int | None, Unit("-"), Field(ge=1)] = None
+    multiprocessors: Annotated[int | None, Unit("-", ge=1)] = None
     """Streaming multiprocessors"""
-    nvlink_gb_s: Annotated[float | None, Unit("GB/s"), Field(gt=0.0)] = None
+    nvlink_gb_s: Annotated[float | None, Unit("GB/s", gt=0.0)] = None
     """NVLink bandwidth of a GPU, both directions added"""
-    nvlink_links: Annotated[int, Unit("links"), Field(ge=0)] = 0
+    nvlink_links: Annotated[int, Unit("links", ge=0)] = 0
     """NVLink links of a GPU"""
-    pcie_generation: Annotated[int | None, Unit("-"), Field(ge=1)] = None
+    pcie_generation: Annotated[int | None, Unit("-", ge=1)] = None
     """PCIe generation"""
-    pcie_width: Annotated[int | None, Unit("lanes"), Field(ge=1)] = None
+    pcie_width: Annotated[int | None, Unit("lanes", ge=1)] = None
     """PCIe lanes"""
-    power_watts: Annotated[float | None, Unit("W"), Field(gt=0.0)] = None
+    power_watts: Annotated[float | None, Unit("W", gt=0.0)] = None
     """Rated board power"""
-    network_gbit_s_per_gpu: Annotated[float | None, Unit("Gbit/s"), Field(gt=0.0)] = None
+    network_gbit_s_per_gpu: Annotated[float | None, Unit("Gbit/s", gt=0.0)] = None
     """Network port of a GPU in the vendor's reference server, one direction"""
-    gpus_per_node: Annotated[int | None, Unit("-"), Field(ge=1)] = None
+    gpus_per_node: Annotated[int | None, Unit("-", ge=1)] = None
     """GPUs of the reference server"""
-    price_per_hour: Annotated[float | None, Unit("money/h"), Field(gt=0.0)] = None
+    price_per_hour: Annotated[float | None, Unit("money/h", gt=0.0)] = None
     """Price of a GPU per hour, in your currency; none is set here"""
     reached: Annotated[dict[str, float], Unit("-")] = {}
     """Efficiencies of this GPU that differ from an H100's (tools/planning/machine.py)"""

@@ -5,8 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import Field
-
 from moepp_megatron.config.paths import is_address
 from moepp_megatron.config.rows import no_effect_where, no_effect_with, refuse
 from moepp_megatron.config.schema.section import ConfigPath, Place, PlaceText, Section, Unit
@@ -15,19 +13,19 @@ from moepp_megatron.config.schema.section import ConfigPath, Place, PlaceText, S
 class CheckpointSection(Section):
     """Settings of saving and loading checkpoints."""
 
-    dir: Annotated[Place | None, Field(min_length=1)] = None
+    dir: Place | None = None
     """Folder of the checkpoints, or s3://bucket/prefix or msc://profile/path; null means
     RUN/checkpoints"""
     staging: ConfigPath | None = None
     """Where checkpoint.dir is an address: folder of this machine in which a rank's files are until
     they are uploaded; null means RUN/staging"""
-    save_interval: Annotated[int, Unit("steps"), Field(ge=0)] = 0
+    save_interval: Annotated[int, Unit("steps", ge=0)] = 0
     """Steps between checkpoints; 0 saves none on the way"""
     async_save: bool = False
     """Write checkpoints in the background while training continues"""
-    keep: Annotated[int | None, Unit("checkpoints"), Field(ge=1)] = None
+    keep: Annotated[int | None, Unit("checkpoints", ge=1)] = None
     """Newest checkpoints to keep; null keeps all"""
-    load: Annotated[PlaceText | None, Field(min_length=1)] = None
+    load: PlaceText | None = None
     """Checkpoint folder, its address, or a run to start from, or auto for this run's newest"""
     load_optimizer: bool = True
     """Go on where the checkpoint was; false takes its weights and starts at step 0"""

@@ -6,8 +6,6 @@ import os
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
-from pydantic import Field
-
 from moepp_megatron.config.plugins import Plugin
 from moepp_megatron.config.problem import Problem
 from moepp_megatron.config.rows import Rule, each, no_effect_where, refuse
@@ -23,7 +21,7 @@ class BlendPart(Section):
 
     path: ConfigPath
     """Folder or prefix, as data.path"""
-    weight: Annotated[float, Unit("1"), Field(ge=0)]
+    weight: Annotated[float, Unit("1", ge=0)]
     """Share of the samples, before division by the sum of the blend's weights"""
 
 
@@ -93,7 +91,7 @@ class EngineDataSection(Section):
     embeddings depend on distances"""
     eod_mask_loss: bool = False
     """No loss where the input is the end-of-document token"""
-    num_workers: Annotated[int, Unit("processes"), Field(ge=0)] = 0
+    num_workers: Annotated[int, Unit("processes", ge=0)] = 0
     """Data loader processes per rank; 0 loads in the training process"""
 
     engine_defaults = {"stages": (), "validation": {}}

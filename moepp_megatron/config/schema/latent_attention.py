@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from pydantic import Field
-
 from moepp_megatron.config.rows import each, group, refuse, values
 from moepp_megatron.config.schema.section import Section, Unit
 
@@ -35,29 +33,29 @@ class LatentAttentionSection(Section):
     Names follow megatron-core's MLATransformerConfig.
     """
 
-    q_lora_rank: Annotated[int | None, Unit("channels"), Field(ge=1)] = None
+    q_lora_rank: Annotated[int | None, Unit("channels", ge=1)] = None
     """Width of the compressed query; null makes queries from the layer's input"""
-    kv_lora_rank: Annotated[int, Unit("channels"), Field(ge=1)]
+    kv_lora_rank: Annotated[int, Unit("channels", ge=1)]
     """Width of the compressed vector that keys and values are made of"""
-    qk_head_dim: Annotated[int, Unit("channels"), Field(ge=1)] = 128
+    qk_head_dim: Annotated[int, Unit("channels", ge=1)] = 128
     """Width of a head's query and key without position"""
-    qk_pos_emb_head_dim: Annotated[int, Unit("channels"), Field(ge=1)] = 64
+    qk_pos_emb_head_dim: Annotated[int, Unit("channels", ge=1)] = 64
     """Width of their part with position, whose key all heads share"""
-    v_head_dim: Annotated[int, Unit("channels"), Field(ge=1)] = 128
+    v_head_dim: Annotated[int, Unit("channels", ge=1)] = 128
     """Width of a head's value"""
     rope_type: Literal["rope", "yarn"] = "rope"
     """Rotary embedding as it is, or stretched to longer sequences (YaRN)"""
-    rotary_scaling_factor: Annotated[float, Unit("1"), Field(ge=1.0)] = 40.0
+    rotary_scaling_factor: Annotated[float, Unit("1", ge=1.0)] = 40.0
     """With yarn: how many times longer sequences are than those trained on before"""
-    original_max_position_embeddings: Annotated[int, Unit("tokens"), Field(ge=1)] = 4096
+    original_max_position_embeddings: Annotated[int, Unit("tokens", ge=1)] = 4096
     """With yarn: the sequence length trained on before"""
-    beta_fast: Annotated[float, Unit("turns"), Field(gt=0.0)] = 32.0
+    beta_fast: Annotated[float, Unit("turns", gt=0.0)] = 32.0
     """With yarn: turns in that length from which on channels keep their speed"""
-    beta_slow: Annotated[float, Unit("turns"), Field(gt=0.0)] = 1.0
+    beta_slow: Annotated[float, Unit("turns", gt=0.0)] = 1.0
     """With yarn: turns in that length up to which channels slow down fully"""
-    mscale: Annotated[float, Unit("1"), Field(ge=0.0)] = 1.0
+    mscale: Annotated[float, Unit("1", ge=0.0)] = 1.0
     """With yarn: growth of the rotated channels with the logarithm of the factor"""
-    mscale_all_dim: Annotated[float, Unit("1"), Field(ge=0.0)] = 0.0
+    mscale_all_dim: Annotated[float, Unit("1", ge=0.0)] = 0.0
     """With yarn: the same of all scores instead of only the rotated channels"""
 
     @property

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from pydantic import Field
-
 from moepp_megatron.config.rows import (
     Condition,
     Rule,
@@ -64,7 +62,7 @@ class MegatronSection(Section):
     """Keep inputs of offload_modules in host memory until the backward pass"""
     offload_modules: list[OffloadModule] = []
     """With fine_grained_activation_offloading: of which modules"""
-    min_offloaded_tensor_size: Annotated[int, Unit("elements"), Field(ge=0)] = 1024 * 1024
+    min_offloaded_tensor_size: Annotated[int, Unit("elements", ge=0)] = 1024 * 1024
     """With fine_grained_activation_offloading: smaller tensors stay"""
 
     megatron_flags = (

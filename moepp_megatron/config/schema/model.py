@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
-from pydantic import Field
-
 from moepp_megatron.config.divisibility import divisible
 from moepp_megatron.config.rows import Rule, first, group, refuse
 from moepp_megatron.config.schema.latent_attention import LatentAttentionSection
@@ -30,17 +28,17 @@ def _wider_heads(config: Config) -> str:
 class EngineModelSection(Section):
     """Shape of the transformer; names follow megatron-core's TransformerConfig."""
 
-    num_layers: Annotated[int, Unit("layers"), Field(ge=1)]
+    num_layers: Annotated[int, Unit("layers", ge=1)]
     """Transformer layers"""
-    hidden_size: Annotated[int, Unit("channels"), Field(ge=1)]
+    hidden_size: Annotated[int, Unit("channels", ge=1)]
     """Width D of the residual stream"""
-    ffn_hidden_size: Annotated[int, Unit("channels"), Field(ge=1)]
+    ffn_hidden_size: Annotated[int, Unit("channels", ge=1)]
     """Inner width of an FFN (of an FFN expert too, unless moe.ffn_hidden_size)"""
-    num_attention_heads: Annotated[int, Unit("heads"), Field(ge=1)]
+    num_attention_heads: Annotated[int, Unit("heads", ge=1)]
     """Query heads"""
-    num_query_groups: Annotated[int | None, Unit("heads"), Field(ge=1)] = None
+    num_query_groups: Annotated[int | None, Unit("heads", ge=1)] = None
     """Key/value heads (grouped-query attention); null means one per query head"""
-    kv_channels: Annotated[int | None, Unit("channels"), Field(ge=1)] = None
+    kv_channels: Annotated[int | None, Unit("channels", ge=1)] = None
     """Width of one head; null means hidden_size / num_attention_heads"""
     qk_layernorm: bool = False
     """Normalise queries and keys; with latent_attention the compressed vectors that they are made
@@ -51,17 +49,17 @@ class EngineModelSection(Section):
     """Add learned biases to queries, keys and values (Qwen2)"""
     latent_attention: LatentAttentionSection | None = None
     """Multi-head latent attention; null is multi-head or grouped-query attention"""
-    seq_length: Annotated[int, Unit("tokens"), Field(ge=1)]
+    seq_length: Annotated[int, Unit("tokens", ge=1)]
     """Sequence length"""
-    vocab_size: Annotated[int, Unit("tokens"), Field(ge=2)]
+    vocab_size: Annotated[int, Unit("tokens", ge=2)]
     """Rows of the embedding table"""
-    rotary_base: Annotated[float, Unit("1"), Field(gt=1.0)] = 10000.0
+    rotary_base: Annotated[float, Unit("1", gt=1.0)] = 10000.0
     """Base of the rotary position embedding"""
-    norm_epsilon: Annotated[float, Unit("1"), Field(gt=0.0, le=0.1)] = 1e-5
+    norm_epsilon: Annotated[float, Unit("1", gt=0.0, le=0.1)] = 1e-5
     """Added to the mean square inside RMSNorm"""
     tie_embeddings: bool = False
     """Share the weights of the embedding and the output layer"""
-    init_method_std: Annotated[float, Unit("1"), Field(gt=0.0, le=1.0)] = 0.02
+    init_method_std: Annotated[float, Unit("1", gt=0.0, le=1.0)] = 0.02
     """Standard deviation of the initial weights"""
 
     @property

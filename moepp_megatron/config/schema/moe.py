@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
-from pydantic import Field
-
 from moepp_megatron.config.divisibility import divisible
 from moepp_megatron.config.problem import Problem
 from moepp_megatron.config.rows import Rule, first, group, no_effect_where, no_effect_with, refuse
@@ -63,11 +61,11 @@ def _of_kind(kind: ExpertKind) -> str:
 class EngineMoESection(Section, LayerSettings):  # type: ignore[misc]
     """Experts, router, balance: the layer's settings, and what surrounds the layer."""
 
-    z_loss_coeff: Annotated[float | None, Unit("1"), Field(ge=0.0)] = None
+    z_loss_coeff: Annotated[float | None, Unit("1", ge=0.0)] = None
     """Coefficient of the router z-loss; null: off"""
-    input_jitter_eps: Annotated[float | None, Unit("1"), Field(ge=0.0, lt=1.0)] = None
+    input_jitter_eps: Annotated[float | None, Unit("1", ge=0.0, lt=1.0)] = None
     """Half width of the uniform noise factor on the router's input; null: off"""
-    bias_update_rate: Annotated[float, Unit("1"), Field(ge=0.0)] = 0.0
+    bias_update_rate: Annotated[float, Unit("1", ge=0.0)] = 0.0
     """Step by which the selection bias of each expert moves after every batch, up where its load is
     below the mean and down where it is above (aux-loss-free balancing, DeepSeek-V3: 0.001); 0: it
     stays. Needs scores other than softmax, as in megatron-core"""
@@ -76,7 +74,7 @@ class EngineMoESection(Section, LayerSettings):  # type: ignore[misc]
     or HybridEP)"""
     flex_backend: Literal["auto", "deepep", "hybridep"] = "auto"
     """Library of the flex dispatcher; auto takes DeepEP, or else HybridEP"""
-    flex_num_sms: Annotated[int | None, Unit("multiprocessors"), Field(ge=2)] = None
+    flex_num_sms: Annotated[int | None, Unit("multiprocessors", ge=2)] = None
     """Multiprocessors that the flex dispatcher's kernels occupy; null: 20 with DeepEP, HybridEP's
     own choice"""
     cutlass_grouped_gemm: bool = False
@@ -84,9 +82,9 @@ class EngineMoESection(Section, LayerSettings):  # type: ignore[misc]
     Engine; the weights' gradients stay with cuBLAS), in place of a cuBLAS product each"""
     layer_freq: Annotated[int | list[int], Unit("layers")] = 1
     """MoE layers: every n-th layer from the first, or one 0 or 1 per layer"""
-    ffn_hidden_size: Annotated[int | None, Unit("channels"), Field(ge=1)] = None
+    ffn_hidden_size: Annotated[int | None, Unit("channels", ge=1)] = None
     """Inner width of an FFN expert; null means model.ffn_hidden_size"""
-    shared_expert_ffn_hidden_size: Annotated[int | None, Unit("channels"), Field(ge=1)] = None
+    shared_expert_ffn_hidden_size: Annotated[int | None, Unit("channels", ge=1)] = None
     """Inner width of an expert that every token takes; null: none"""
     shared_expert_gate: bool = False
     """Weigh what the shared expert returns by sigmoid(w x) with a learned w (Qwen2)"""

@@ -5,11 +5,9 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
-from pydantic import Field
-
 from moepp_megatron.config.plugins import Plugin
 from moepp_megatron.config.rows import Rule, no_effect_where, refuse
-from moepp_megatron.config.schema.section import Section
+from moepp_megatron.config.schema.section import FilledText, Section
 
 if TYPE_CHECKING:
     from moepp_megatron.config.schema import Config
@@ -18,9 +16,9 @@ if TYPE_CHECKING:
 class WandbSection(Section):
     """Weights & Biases. Access is granted by `wandb login`, not here."""
 
-    project: Annotated[str | None, Field(min_length=1)] = None
+    project: FilledText | None = None
     """Project that records are sent to; null is off"""
-    entity: Annotated[str | None, Field(min_length=1)] = None
+    entity: FilledText | None = None
     """User or team that the project belongs to; null takes the user's own"""
     mode: Literal["online", "offline"] = "online"
     """Send at once, or write RUN/wandb for `wandb sync` later"""
@@ -40,7 +38,7 @@ class EngineObserveSection(Section):
     """Sinks of installed packages that get every record too"""
     wandb: WandbSection = WandbSection()
     """Weights & Biases"""
-    webhook_url_env: Annotated[str | None, Field(min_length=1)] = None
+    webhook_url_env: FilledText | None = None
     """Environment variable that holds the address alerts are posted to (https, or localhost), so
     that the address is in no file; null is off"""
 

@@ -27,9 +27,9 @@ if TYPE_CHECKING:
 class ParameterGroup(Section):
     """Optimizer settings of one kind of parameters."""
 
-    lr_mult: Annotated[float, Unit("1"), Field(gt=0.0)] = 1.0
+    lr_mult: Annotated[float, Unit("1", gt=0.0)] = 1.0
     """Factor of the learning rate, of lr and of min_lr"""
-    weight_decay: Annotated[float | None, Unit("1"), Field(ge=0.0)] = None
+    weight_decay: Annotated[float | None, Unit("1", ge=0.0)] = None
     """Weight decay; null is optimizer.weight_decay for matrices and 0 for vectors"""
 
 
@@ -96,19 +96,19 @@ def _wsd_decay_comes_after_warmup(config: Config) -> Iterator[Problem]:
 class OptimizerSection(Section):
     """The optimizer and its learning-rate schedule."""
 
-    lr: Annotated[float, Unit("1"), Field(gt=0.0)]
+    lr: Annotated[float, Unit("1", gt=0.0)]
     """Peak learning rate"""
-    min_lr: Annotated[float, Unit("1"), Field(ge=0.0)] = 0.0
+    min_lr: Annotated[float, Unit("1", ge=0.0)] = 0.0
     """Final learning rate"""
-    weight_decay: Annotated[float, Unit("1"), Field(ge=0.0)] = 0.1
+    weight_decay: Annotated[float, Unit("1", ge=0.0)] = 0.1
     """Decoupled weight decay"""
-    clip_grad: Annotated[float, Unit("1"), Field(ge=0.0)] = 1.0
+    clip_grad: Annotated[float, Unit("1", ge=0.0)] = 1.0
     """Largest global gradient norm; 0 does not clip"""
-    adam_beta1: Annotated[float, Unit("1"), Field(ge=0.0, lt=1.0)] = 0.9
+    adam_beta1: Annotated[float, Unit("1", ge=0.0, lt=1.0)] = 0.9
     """Adam beta 1"""
-    adam_beta2: Annotated[float, Unit("1"), Field(ge=0.0, lt=1.0)] = 0.95
+    adam_beta2: Annotated[float, Unit("1", ge=0.0, lt=1.0)] = 0.95
     """Adam beta 2"""
-    adam_eps: Annotated[float, Unit("1"), Field(gt=0.0)] = 1e-8
+    adam_eps: Annotated[float, Unit("1", gt=0.0)] = 1e-8
     """Adam epsilon"""
     exp_avg_dtype: Literal["fp32", "bf16"] = "fp32"
     """Type of Adam's first moment between steps; bf16 takes half of its memory and needs
@@ -118,40 +118,40 @@ class OptimizerSection(Section):
     store_param_remainders: bool = False
     """Keep of each fp32 weight the 16 bits that its bf16 weight lacks, exactly, in place of all 32;
     needs Transformer Engine"""
-    warmup_iters: Annotated[int, Unit("steps"), Field(ge=0)] = 0
+    warmup_iters: Annotated[int, Unit("steps", ge=0)] = 0
     """Steps in which the rate rises from 0 to lr"""
     decay_style: (
         Literal["cosine", "linear", "constant", "inverse-square-root", "WSD"]
         | Annotated[str, Plugin("schedules")]
     ) = "cosine"
     """Learning-rate decay from lr to min_lr; WSD keeps lr until its last steps"""
-    wsd_decay_iters: Annotated[int | None, Unit("steps"), Field(ge=1)] = None
+    wsd_decay_iters: Annotated[int | None, Unit("steps", ge=1)] = None
     """With WSD: the steps before decay_iters in which the rate falls"""
     wsd_decay_style: Literal["exponential", "linear", "cosine", "minus_sqrt"] = "exponential"
     """With WSD: how it falls in these steps"""
-    decay_iters: Annotated[int | None, Unit("steps"), Field(ge=1)] = None
+    decay_iters: Annotated[int | None, Unit("steps", ge=1)] = None
     """Step at which min_lr is reached; null means training.train_iters"""
     kind: Literal["adam", "muon", "lion"] | Annotated[str, Plugin("optimizers")] = "adam"
     """The optimizer; adam is AdamW; the others train the matrices, and AdamW the router, constants,
     embeddings, output layer, norms and biases"""
-    muon_momentum: Annotated[float, Unit("1"), Field(ge=0.0, lt=1.0)] = 0.95
+    muon_momentum: Annotated[float, Unit("1", ge=0.0, lt=1.0)] = 0.95
     """Share of the average gradient that a step keeps"""
     muon_nesterov: bool = False
     """Look ahead by the step's own gradient"""
-    muon_num_ns_steps: Annotated[int, Unit("1"), Field(ge=1)] = 5
+    muon_num_ns_steps: Annotated[int, Unit("1", ge=1)] = 5
     """Newton-Schulz iterations"""
     muon_scale_mode: Literal["spectral", "unit_rms_norm", "shape_scaling"] = "spectral"
     """Scaling of an update by the shape of its matrix (emerging_optimizers)"""
-    muon_extra_scale_factor: Annotated[float, Unit("1"), Field(gt=0.0)] = 1.0
+    muon_extra_scale_factor: Annotated[float, Unit("1", gt=0.0)] = 1.0
     """Factor of every update; 0.2 gives those of spectral the size of AdamW's"""
     muon_fp32_matmul_prec: Literal["highest", "high", "medium"] = "medium"
     """Precision of the iterations' products; medium is bf16"""
     muon_tp_mode: Literal["duplicated", "distributed"] = "duplicated"
     """With tensor parallelism: gather each matrix, or share out its products; both orthogonalize it
     whole"""
-    lion_beta1: Annotated[float, Unit("1"), Field(ge=0.0, lt=1.0)] = 0.95
+    lion_beta1: Annotated[float, Unit("1", ge=0.0, lt=1.0)] = 0.95
     """Lion beta 1"""
-    lion_beta2: Annotated[float, Unit("1"), Field(ge=0.0, lt=1.0)] = 0.98
+    lion_beta2: Annotated[float, Unit("1", ge=0.0, lt=1.0)] = 0.98
     """Lion beta 2"""
     groups: ParameterGroups = ParameterGroups()
     """Learning rate and weight decay of some kinds of parameters"""

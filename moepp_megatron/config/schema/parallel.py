@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from pydantic import Field
-
 from moepp_megatron.config.divisibility import divisible, must_divide
 from moepp_megatron.config.problem import Problem, show
 from moepp_megatron.config.rows import Condition, Rule, Text, group, no_effect_where, refuse
@@ -186,19 +184,19 @@ def _priority_of_groups_of_one(config: Config) -> Iterator[Problem]:
 class ParallelSection(Section):
     """Degrees of parallelism; names follow megatron-core's ModelParallelConfig."""
 
-    tensor_model_parallel_size: Annotated[int, Unit("ranks"), Field(ge=1)] = 1
+    tensor_model_parallel_size: Annotated[int, Unit("ranks", ge=1)] = 1
     """Ranks that split each layer"""
-    pipeline_model_parallel_size: Annotated[int, Unit("ranks"), Field(ge=1)] = 1
+    pipeline_model_parallel_size: Annotated[int, Unit("ranks", ge=1)] = 1
     """Pipeline stages"""
-    virtual_pipeline_model_parallel_size: Annotated[int | None, Unit("chunks"), Field(ge=2)] = None
+    virtual_pipeline_model_parallel_size: Annotated[int | None, Unit("chunks", ge=2)] = None
     """Model chunks per pipeline rank (interleaved schedule); null: one"""
     pipeline_model_parallel_layout: str | None = None
     """Layers per stage, such as Ett|tt|ttL (E embedding, t layer, L loss)"""
-    expert_model_parallel_size: Annotated[int, Unit("ranks"), Field(ge=1)] = 1
+    expert_model_parallel_size: Annotated[int, Unit("ranks", ge=1)] = 1
     """Ranks that share out the FFN experts"""
-    expert_tensor_parallel_size: Annotated[int | None, Unit("ranks"), Field(ge=1)] = None
+    expert_tensor_parallel_size: Annotated[int | None, Unit("ranks", ge=1)] = None
     """Ranks that split each FFN expert; null means 1"""
-    context_parallel_size: Annotated[int, Unit("ranks"), Field(ge=1)] = 1
+    context_parallel_size: Annotated[int, Unit("ranks", ge=1)] = 1
     """Ranks that split the sequence"""
     sequence_parallel: bool = False
     """Split norms and the residual stream over the tensor-parallel ranks"""

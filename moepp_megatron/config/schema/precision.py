@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from pydantic import Field
-
 from moepp_megatron.config.divisibility import must_divide
 from moepp_megatron.config.problem import Problem
 from moepp_megatron.config.rows import (
@@ -172,9 +170,9 @@ class PrecisionSection(Section):
     """FP8 format of the GEMMs (Transformer Engine, GPU); null: off"""
     fp8_recipe: Literal["delayed", "tensorwise", "blockwise", "mxfp8"] | None = None
     """FP8 scaling; null with fp8 means delayed; mxfp8 needs a Blackwell GPU"""
-    fp8_margin: Annotated[int, Unit("bits"), Field(ge=0, le=8)] = 0
+    fp8_margin: Annotated[int, Unit("bits", ge=0, le=8)] = 0
     """Powers of two that delayed scaling leaves free above the largest value seen"""
-    fp8_amax_history_len: Annotated[int, Unit("steps"), Field(ge=1)] = 1024
+    fp8_amax_history_len: Annotated[int, Unit("steps", ge=1)] = 1024
     """Steps whose largest values delayed scaling remembers"""
     fp8_amax_compute_algo: Literal["max", "most_recent"] = "max"
     """Value of these to use"""
@@ -182,9 +180,9 @@ class PrecisionSection(Section):
     """Keep the GEMM weights only in FP8, with the optimizer's fp32 copy"""
     first_last_layers_bf16: bool = False
     """Run the first and last layers in bf16"""
-    num_layers_at_start_in_bf16: Annotated[int, Unit("layers"), Field(ge=0)] = 1
+    num_layers_at_start_in_bf16: Annotated[int, Unit("layers", ge=0)] = 1
     """With first_last_layers_bf16: first layers in bf16"""
-    num_layers_at_end_in_bf16: Annotated[int, Unit("layers"), Field(ge=0)] = 1
+    num_layers_at_end_in_bf16: Annotated[int, Unit("layers", ge=0)] = 1
     """With first_last_layers_bf16: last layers in bf16"""
 
     @property

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import Field
-
 from moepp_megatron.config.plugins import Plugin
-from moepp_megatron.config.schema.section import ConfigPath, Section
+from moepp_megatron.config.schema.section import ConfigPath, FilledText, Section
 
 
 class EngineRunSection(Section):
@@ -15,7 +13,7 @@ class EngineRunSection(Section):
 
     dir: ConfigPath
     """Folder of the run: config.yaml, metrics.jsonl, checkpoints, report"""
-    name: Annotated[str, Field(min_length=1)] = "moepp"
+    name: FilledText = "moepp"
     """Name shown in reports and logs"""
     parts: list[Annotated[str, Plugin("parts")]] = []
     """Parts of installed packages, called after the package's own"""

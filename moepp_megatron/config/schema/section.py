@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
+from annotated_types import GroupedMetadata, Interval
 from pydantic import (
     AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
+    Field,
     Strict,
     ValidationInfo,
     field_validator,
@@ -45,10 +47,18 @@ Use = Literal["output", "checkpoint", "gpu"]
 
 
 @dataclass(frozen=True)
-class Unit:
-    """The unit of a setting, in its annotation; "1" is a pure number."""
+class Unit(GroupedMetadata):
+    """The unit of a setting and its bounds, in its annotation; "1" is a pure number."""
 
     name: str
+    gt: float | None = None
+    ge: float | None = None
+    lt: float | None = None
+    le: float | None = None
+
+    def __iter__(self) -> Iterator[Any]:
+        """Yield the bounds, for pydantic."""
+        return iter(Interval(gt=self.gt, ge=self.ge, lt=self.lt, le=self.le))
 
 
 def unit_of(field: FieldInfo) -> str:
@@ -84,6 +94,7 @@ def _expanded(value: str) -> str:
     return value if is_address(value) else os.path.expanduser(value)
 
 
+FilledText = Annotated[str, Field(min_length=1)]
 # One rule for all of them: the shell does not expand "~" inside a YAML file, and a folder of that
 # name is never meant, so it is expanded here; a variable is refused (`config.paths`).
 # Strict everywhere except here: YAML has no path type, so a string is right.
@@ -94,12 +105,14 @@ ConfigPath = Annotated[
     BeforeValidator(_without(path_problem)),
 ]
 # What names either a path or something else.
-PathText = Annotated[str, AfterValidator(_without(path_problem)), AfterValidator(_expanded)]
+PathText = Annotated[FilledText, AfterValidator(_without(path_problem)), AfterValidator(_expanded)]
 # A path, an address of object storage, or another word, such as checkpoint.load: auto.
-PlaceText = Annotated[str, AfterValidator(_without(place_problem)), AfterValidator(_expanded)]
+PlaceText = Annotated[
+    FilledText, AfterValidator(_without(place_problem)), AfterValidator(_expanded)
+]
 # A folder, or an address of one.
 Place = Annotated[
-    str,
+    FilledText,
     BeforeValidator(lambda value: str(value) if isinstance(value, Path) else value),
     AfterValidator(_without(place_problem)),
     AfterValidator(_expanded),

@@ -5,10 +5,8 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from pydantic import Field
-
 from moepp_megatron.config.rows import each, entries, refuse, values
-from moepp_megatron.config.schema.section import Section, Unit
+from moepp_megatron.config.schema.section import FilledText, Section, Unit
 
 if TYPE_CHECKING:
     from moepp_megatron.config.schema import Config
@@ -37,19 +35,19 @@ def _limit(config: Config) -> int:
 class SlurmSection(Section):
     """A job of this run on a Slurm cluster; has no effect on training itself."""
 
-    nodes: Annotated[int, Unit("nodes"), Field(ge=1)] = 1
+    nodes: Annotated[int, Unit("nodes", ge=1)] = 1
     """Nodes of the job"""
-    min_nodes: Annotated[int | None, Unit("nodes"), Field(ge=1)] = None
+    min_nodes: Annotated[int | None, Unit("nodes", ge=1)] = None
     """Fewest nodes that the job continues with when some are lost; null waits for all"""
-    gpus_per_node: Annotated[int, Unit("GPUs"), Field(ge=0)] = 8
+    gpus_per_node: Annotated[int, Unit("GPUs", ge=0)] = 8
     """GPUs, and so ranks, a node; 0 trains on CPUs with cpu_ranks_per_node"""
-    cpu_ranks_per_node: Annotated[int, Unit("ranks"), Field(ge=1)] = 1
+    cpu_ranks_per_node: Annotated[int, Unit("ranks", ge=1)] = 1
     """Ranks a node where gpus_per_node is 0"""
     exclusive: bool = True
     """Share the nodes with no other job; false leaves it to options, such as --exclusive=user"""
     time: str | None = None
     """Time limit, such as 4:00:00 or 2-00:00:00; null takes the partition's"""
-    signal_before_s: Annotated[int, Unit("s"), Field(ge=1, le=65535)] = 600
+    signal_before_s: Annotated[int, Unit("s", ge=1, le=65535)] = 600
     """Time before the limit at which the run is asked to save and stop; longer than a step and a
     save. Slurm may be a minute early"""
     partition: str | None = None
@@ -64,12 +62,12 @@ class SlurmSection(Section):
     """Nodes not to use"""
     options: list[str] = []
     """Further options of sbatch, such as --reservation=NAME"""
-    max_requeues: Annotated[int, Unit("requeues"), Field(ge=0)] = 20
+    max_requeues: Annotated[int, Unit("requeues", ge=0)] = 20
     """Maximum requeues of the job; enough for weeks of time limits"""
-    max_restarts: Annotated[int, Unit("restarts"), Field(ge=0)] = 3
+    max_restarts: Annotated[int, Unit("restarts", ge=0)] = 3
     """Maximum restarts of all ranks inside the job after one of a node has died; each node counts
     its own"""
-    restart_timeout_s: Annotated[int, Unit("s"), Field(ge=1)] = 120
+    restart_timeout_s: Annotated[int, Unit("s", ge=1)] = 120
     """Time that nodes wait inside the job for one whose ranks have died; then the job is
     requeued"""
     requeue_on_failure: bool = False
@@ -82,7 +80,7 @@ class SlurmSection(Section):
     doctor --preflight"""
     container: Literal["none", "pyxis", "apptainer"] = "none"
     """Container runtime"""
-    container_image: Annotated[str | None, Field(min_length=1)] = None
+    container_image: FilledText | None = None
     """Image, in which the command moepp is installed"""
     container_mounts: list[str] = []
     """Folders to mount as SOURCE:TARGET; the working folder is mounted anyway"""

@@ -6,8 +6,6 @@ from collections.abc import Iterator
 from itertools import pairwise
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
-from pydantic import Field
-
 from moepp_megatron.config.divisibility import batch_sizes, must_divide
 from moepp_megatron.config.problem import Problem
 from moepp_megatron.config.rows import (
@@ -118,28 +116,28 @@ def _recomputes_absent_shared_experts(config: Config) -> bool:
 class EngineTrainingSection(Section):
     """Settings of batches, length, recomputation and logging."""
 
-    train_iters: Annotated[int, Unit("steps"), Field(ge=1)]
+    train_iters: Annotated[int, Unit("steps", ge=1)]
     """Optimizer steps"""
-    global_batch_size: Annotated[int, Unit("sequences"), Field(ge=1)]
+    global_batch_size: Annotated[int, Unit("sequences", ge=1)]
     """Sequences per step, all ranks"""
-    micro_batch_size: Annotated[int, Unit("sequences"), Field(ge=1)]
+    micro_batch_size: Annotated[int, Unit("sequences", ge=1)]
     """Sequences per forward pass and data-parallel rank"""
     batch_ramp: Annotated[list[list[int]] | None, Unit("tokens, sequences")] = None
     """Smaller steps at first: pairs of tokens trained on and sequences per step from then on, the
     last with global_batch_size; null: all steps are alike"""
-    seed: Annotated[int, Unit("-"), Field(ge=0, lt=2**31)] = 1234
+    seed: Annotated[int, Unit("-", ge=0, lt=2**31)] = 1234
     """Seed of initialisation, data order and noise"""
     recompute_granularity: Literal["full", "selective"] | None = None
     """Activations to recompute in the backward pass; null: none"""
     recompute_method: Literal["uniform", "block"] | None = None
     """With full: equal groups of layers, or the first layers of each stage"""
-    recompute_num_layers: Annotated[int | None, Unit("layers"), Field(ge=1)] = None
+    recompute_num_layers: Annotated[int | None, Unit("layers", ge=1)] = None
     """With full: layers per group (uniform) or per stage (block)"""
     recompute_modules: list[str] = ["moe"]
     """With selective: the modules to recompute"""
     cuda_graphs: list[str] = []
     """Parts of each layer that run as CUDA graphs: attn, moe_router"""
-    log_interval: Annotated[int, Unit("steps"), Field(ge=1)] = 1
+    log_interval: Annotated[int, Unit("steps", ge=1)] = 1
     """Steps between log lines"""
     deterministic: bool = False
     """Only deterministic kernels, at some cost in speed"""

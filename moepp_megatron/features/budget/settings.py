@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import model_validator
 
 from moepp_megatron.config.problem import Problem
 from moepp_megatron.config.rows import Rule, first, group, no_effect_where, refuse
@@ -19,28 +19,28 @@ if TYPE_CHECKING:
 class BudgetSection(Section):
     """The budget of FFN experts per token, its controller and its schedule."""
 
-    target_ffn_per_token: Annotated[float | None, Unit("experts"), Field(gt=0.0)] = None
+    target_ffn_per_token: Annotated[float | None, Unit("experts", gt=0.0)] = None
     """FFN experts a token takes on average, of the moe.router_topk selected; takes the place of
     moe.tau. null: what moe.tau gives under perfect balance"""
     controller: Controller | None = None
     """Controller of the measured share: a bias on the selection of FFN experts, tau in the balance
     loss, or none. null: bias where there is a target, else none"""
-    response: Annotated[float, Unit("1"), Field(gt=0.0, le=1.0)] = 0.7
+    response: Annotated[float, Unit("1", gt=0.0, le=1.0)] = 0.7
     """Part of the bias that was missing in a step that is added after it, as measured; with
     controller bias and gain null"""
-    gain: Annotated[float | None, Unit("1"), Field(gt=0.0)] = None
+    gain: Annotated[float | None, Unit("1", gt=0.0)] = None
     """A fixed gain: step of the bias for each share that is missing (LongCat-Flash; null: the bias
     follows moe.budget.response), or of log tau for each unit of log odds (null: 1)"""
-    decay: Annotated[float, Unit("1"), Field(ge=0.0, lt=1.0)] = 0.9
+    decay: Annotated[float, Unit("1", ge=0.0, lt=1.0)] = 0.9
     """Weight of the past in the measured share's moving average; 0 takes each step as it is. Of tau
     and of a fixed gain"""
     scope: Literal["layer", "model"] = "layer"
     """Hold each MoE layer to the target, or only their mean"""
-    start_ffn_per_token: Annotated[float | None, Unit("experts"), Field(gt=0.0)] = None
+    start_ffn_per_token: Annotated[float | None, Unit("experts", gt=0.0)] = None
     """Where the target starts; null: at target_ffn_per_token"""
-    ramp_begin: Annotated[int, Unit("steps"), Field(ge=0)] = 0
+    ramp_begin: Annotated[int, Unit("steps", ge=0)] = 0
     """Steps that the target stays at its start"""
-    ramp_steps: Annotated[int, Unit("steps"), Field(ge=0)] = 0
+    ramp_steps: Annotated[int, Unit("steps", ge=0)] = 0
     """Steps in which it then moves to the target, on a straight line"""
 
     @property

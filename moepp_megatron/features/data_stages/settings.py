@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, ClassVar
 
-from pydantic import Field
-
 from moepp_megatron.config.blends import first_step
 from moepp_megatron.config.problem import Problem
 from moepp_megatron.config.rows import Rule, each, group, refuse
@@ -20,9 +18,9 @@ if TYPE_CHECKING:
 class DataStage(Section):
     """One stage: a blend, and where it begins. A folder continues where it was left."""
 
-    from_step: Annotated[int | None, Unit("steps"), Field(ge=1)] = None
+    from_step: Annotated[int | None, Unit("steps", ge=1)] = None
     """Steps that the run has taken when the stage begins, refused batches included"""
-    from_tokens: Annotated[float | None, Unit("tokens"), Field(gt=0)] = None
+    from_tokens: Annotated[float | None, Unit("tokens", gt=0)] = None
     """The same in tokens, rounded up to a whole step; instead of from_step"""
     blend: list[BlendPart]
     """Folders that are trained on together"""

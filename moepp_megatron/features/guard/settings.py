@@ -7,12 +7,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field
-
 from moepp_megatron.catalogue import METRICS
 from moepp_megatron.config.problem import Problem
 from moepp_megatron.config.rows import no_effect_where, refuse
-from moepp_megatron.config.schema.section import Section, Unit
+from moepp_megatron.config.schema.section import FilledText, Section, Unit
 
 if TYPE_CHECKING:
     from moepp_megatron.config.schema import Config
@@ -34,7 +32,7 @@ GUARD_METRICS = {**COUNTED, **MEASURED, **_judged("whole")}
 class GuardRule(Section):
     """One rule. If `name` is that of a default rule, missing settings are taken from it."""
 
-    name: Annotated[str, Field(min_length=1)]
+    name: FilledText
     """Name in alerts; that of a default rule changes that rule"""
     metric: str | None = None
     """Metric to watch (docs/metrics.md)"""
@@ -42,7 +40,7 @@ class GuardRule(Section):
     """The rule holds while the metric is above this"""
     below: Annotated[float | None, Unit("the metric's")] = None
     """The rule holds while the metric is below this"""
-    for_steps: Annotated[int | None, Unit("steps"), Field(ge=1)] = None
+    for_steps: Annotated[int | None, Unit("steps", ge=1)] = None
     """Steps in a row that it must hold before the action is taken, and must be healthy before the
     next time; null: 1"""
     clear: Annotated[float | None, Unit("the metric's")] = None
@@ -228,9 +226,9 @@ class RoutingGuardSection(Section):
     """Begin with the default rules (docs/guard.md)"""
     rules: list[GuardRule] = []
     """Further rules, or changes of default rules by their name"""
-    warmup: Annotated[int, Unit("steps"), Field(ge=0)] = 0
+    warmup: Annotated[int, Unit("steps", ge=0)] = 0
     """First steps of the run that are not judged"""
-    false_alarm_steps: Annotated[float, Unit("steps"), Field(ge=100.0)] = 10_000.0
+    false_alarm_steps: Annotated[float, Unit("steps", ge=100.0)] = 10_000.0
     """Steps in which chance may raise one alarm of a series (loss, routing, token ids, sources)"""
 
     @property

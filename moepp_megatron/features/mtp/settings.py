@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
-from pydantic import Field
-
 from moepp_megatron.config.rows import Rule, group, no_effect_with, refuse
 from moepp_megatron.config.schema.section import Section, Unit
 
@@ -21,9 +19,9 @@ def _recomputes_several(config: Config) -> bool:
 class MultiTokenPredictionSettings(Section):
     """Layers of multi-token prediction, and the weight of their loss."""
 
-    mtp_num_layers: Annotated[int, Unit("layers"), Field(ge=0, le=16)] = 0
+    mtp_num_layers: Annotated[int, Unit("layers", ge=0, le=16)] = 0
     """Layers of multi-token prediction, each of which predicts one token further; 0: off"""
-    mtp_loss_scaling_factor: Annotated[float, Unit("1"), Field(gt=0.0, le=10.0)] = 0.1
+    mtp_loss_scaling_factor: Annotated[float, Unit("1", gt=0.0, le=10.0)] = 0.1
     """Weight of the loss of these layers, of all together"""
 
     def transformer_fields(self) -> dict[str, Any]:

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import Field
-
 from moepp_megatron.config.schema.section import Section, Unit
 
 
 class RouterHealthSettings(Section):
     """Interval of router health."""
 
-    health_interval: Annotated[int, Unit("steps"), Field(ge=0)] = 10
+    health_interval: Annotated[int, Unit("steps", ge=0)] = 10
     """Steps from one measurement of router health to the next; it costs a few percent of a measured
     step; 0 is off"""

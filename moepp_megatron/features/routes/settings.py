@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import Field
-
 from moepp_megatron.config.rows import group, no_effect_where, refuse
 from moepp_megatron.config.schema.section import PathText, Section, Unit
 
@@ -13,16 +11,16 @@ from moepp_megatron.config.schema.section import PathText, Section, Unit
 class RoutesSection(Section):
     """Router replay, and traces of routing."""
 
-    record: Annotated[PathText | None, Field(min_length=1)] = None
+    record: PathText | None = None
     """Folder for the experts that each token of a batch selects: from_sample_00000000.npz and so
     on, by the batch's first sample; null is off"""
-    replay: Annotated[PathText | None, Field(min_length=1)] = None
+    replay: PathText | None = None
     """Folder with such files, one for every batch, whose experts the routers select, with gates
     from their own logits; null lets them select"""
-    trace: Annotated[PathText | None, Field(min_length=1)] = None
+    trace: PathText | None = None
     """Folder for router_trace_rankN.jsonl, the file of Megatron's `--moe-routing-trace-path`; null
     is off"""
-    steps: Annotated[int | None, Unit("steps"), Field(ge=1)] = None
+    steps: Annotated[int | None, Unit("steps", ge=1)] = None
     """Record and trace this many steps, from the first one of this start; null: all"""
 
     @property

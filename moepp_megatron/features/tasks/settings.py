@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import Field
-
 from moepp_megatron.config.rows import no_effect_without
 from moepp_megatron.config.schema.section import ConfigPath, Section, Unit
 
@@ -16,9 +14,9 @@ class EvaluationSection(Section):
     tasks: list[ConfigPath] = []
     """YAML files of tasks, or folders of them (names that begin with _ are left out); their
     documents are local JSONL files"""
-    interval: Annotated[int, Unit("steps"), Field(ge=0)] = 0
+    interval: Annotated[int, Unit("steps", ge=0)] = 0
     """Steps between evaluations; 0 evaluates only at the end"""
-    limit: Annotated[int | None, Unit("documents"), Field(ge=1)] = None
+    limit: Annotated[int | None, Unit("documents", ge=1)] = None
     """Documents of each task, from its first; null takes all"""
 
     excludes = (

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Annotated, ClassVar
 
-from pydantic import Field
-
 from moepp_megatron.config.rows import Rule, each, entries, no_effect_with
 from moepp_megatron.config.schema.section import ConfigPath, Section, Unit
 
@@ -13,9 +11,9 @@ from moepp_megatron.config.schema.section import ConfigPath, Section, Unit
 class ValidationSettings(Section):
     """Interval and length of validations."""
 
-    eval_interval: Annotated[int, Unit("steps"), Field(ge=0)] = 0
+    eval_interval: Annotated[int, Unit("steps", ge=0)] = 0
     """Steps between validations; 0 validates only at the end"""
-    eval_iters: Annotated[int, Unit("steps"), Field(ge=0)] = 4
+    eval_iters: Annotated[int, Unit("steps", ge=0)] = 4
     """Global batches per validation; 0 never validates"""
 
     megatron_flags: ClassVar[str] = "eval-interval eval-iters"
