@@ -8,7 +8,7 @@ import time
 import pytest
 import torch
 
-from moepp_megatron.features.telemetry.sources import GpuSource
+from moepp_megatron.features.telemetry.sampler import GpuSource
 from moepp_megatron.runtime.nvml import Nvml
 from tests.unit.tools.doctor.fake_nvml import FakeNvml, answers
 
@@ -77,7 +77,7 @@ def test_telemetry_reads_the_card(library, uuid):
     try:
         assert source.devices == 1
         (sample,) = source.sample()
-        assert sample.power_w > 10
+        assert sample["gpu_power_w"] > 10
         assert sample.memory_bytes > 2**20
         assert source.faults() == []
     finally:

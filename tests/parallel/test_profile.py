@@ -38,7 +38,7 @@ def record(raw, prepare=None) -> tuple[list[float], bool]:
     import torch.distributed as dist
     from megatron.core.transformer.moe.moe_layer import MoELayer
 
-    from moepp_megatron.features.profile.recorder import StepRecorder
+    from moepp_megatron.features.profile.part import ProfilePart
     from moepp_megatron.training.batches import rank_batches
     from moepp_megatron.training.collect import mean_loss
     from moepp_megatron.training.setup import build_training_model
@@ -64,16 +64,16 @@ def record(raw, prepare=None) -> tuple[list[float], bool]:
         ]
 
     before = methods()
-    recorder = StepRecorder(config, layout, model)
+    recorder = ProfilePart(config, layout, model)
     steps = config.training.train_iters
     batches = rank_batches(SyntheticDataset(config, steps), 0, config, len(model.chunks))
     losses = []
     for step in range(1, steps + 1):
-        recorder.begin_step(step)
+        recorder.begin_step(step, layout)
         result = training_step(model, batches, config, layout)
-        recorder.end_step()
+        recorder.end_step(None)
         losses.append(mean_loss(result.losses))
-    recorder.close()
+    recorder.end()
     return losses, methods() == before
 
 

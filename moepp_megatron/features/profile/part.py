@@ -1,37 +1,218 @@
-"""Profiles of single steps (`training.profile_steps`) as a part of the run."""
+"""Records `training.profile_steps` of `training.profile_ranks` to `RUN/profile`.
+
+`rank<k>.pt.trace.json.gz` is torch's chrome trace, `rank<k>.meta.json` what it does not say:
+groups, layout, node, clock, and the routing of each step. A rank
+that is not recorded counts nothing; it only meets the others at the barriers.
+"""
 
 from __future__ import annotations
 
+import json
+import logging
+import os
+import socket
+import time
 from collections.abc import Iterable
+from contextlib import AbstractContextManager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
 
-from moepp_megatron.config import Layout
-from moepp_megatron.features.profile.recorder import StepRecorder
+import torch
+import torch.distributed as dist
+from torch.profiler import ProfilerActivity, profile
+
+from moepp_megatron.config import Config, Layout
+from moepp_megatron.features.profile.ranges import Ranges, name_collectives, name_layers, range_
+from moepp_megatron.features.profile.traffic import TrafficCounter
 from moepp_megatron.observe.alerts import Alert
+from moepp_megatron.runtime.atomic import whole_file, write_atomic
+from moepp_megatron.training import step as step_module
 from moepp_megatron.training.part import Part, PartContext, Step
+from moepp_megatron.training.setup import TrainingModel
+
+_FORMAT = 1
+
+logger = logging.getLogger(__name__)
 
 
 class ProfilePart(Part):
-    """Records the steps that the configuration names."""
+    """Records the steps that the configuration names.
 
-    def __init__(self, recorder: StepRecorder) -> None:
-        self._recorder = recorder
+    Args:
+        config: The run's configuration.
+        layout: The rank grid; process groups exist.
+        model: The wrapped model.
+    """
+
+    def __init__(self, config: Config, layout: Layout, model: TrainingModel) -> None:
+        self._config, self._layout, self._model = config, layout, model
+        self._steps = frozenset(config.training.profile_steps)
+        ranks = config.training.profile_ranks
+        self._records_here = ranks is None or dist.get_rank() in ranks
+        self._ranges, self._traffic = Ranges(), TrafficCounter()
+        self._profile: profile | None = None
+        self._step: AbstractContextManager[None] | None = None
+        self._about: dict[str, Any] = {}
+        self._done = False
 
     @classmethod
     def of(cls, run: PartContext) -> ProfilePart | None:
         """The part of a run; None where no step is recorded."""
-        if not run.config.training.profile_steps:
-            return None
-        return cls(StepRecorder(run.config, run.layout, run.model))
+        is_wanted = bool(run.config.training.profile_steps)
+        return cls(run.config, run.layout, run.model) if is_wanted else None
 
     def begin_step(self, step: int, layout: Layout) -> None:
-        """Start or end the recording if it is due before `step`."""
-        self._recorder.begin_step(step)
+        """Start or end the recording if it is due before `step`; a collective."""
+        if self._done:
+            return
+        if step not in self._steps:
+            if step > max(self._steps):
+                self.end()
+            return
+        if not self._about:
+            self._start()
+        if self._profile is not None:
+            self._traffic.take()
+            self._about["steps"].append({"step": step})
+            self._step = range_(f"step/{step}")
+            self._step.__enter__()
 
     def end_step(self, step: Step) -> Iterable[Alert]:
-        """End the step in the recording."""
-        self._recorder.end_step()
+        """End the step; what follows (metrics, validation, saving) is not part of it."""
+        self._end_step()
         return ()
 
+    def _end_step(self) -> None:
+        if self._step is None:
+            return
+        if torch.cuda.is_available():
+            # The kernels of the step belong into it.
+            torch.cuda.synchronize()
+        self._step.__exit__(None, None, None)
+        self._step = None
+        self._about["steps"][-1]["passes"] = self._traffic.take()
+
     def end(self) -> None:
-        """End the recording and write it."""
-        self._recorder.close()
+        """End the recording, if there is one, and write it."""
+        if self._profile is None or self._done:
+            return
+        self._done = True
+        self._end_step()
+        self._ranges.undo()
+        self._profile.__exit__(None, None, None)
+        try:
+            self._write(self._profile)
+        except OSError as error:
+            # A full disk must not end a run that only wanted to be looked at.
+            logger.error("%s: the profile is not written (%s)", self._folder, error)
+        self._profile = None
+
+    @property
+    def _folder(self) -> Path:
+        return Path(self._config.run.dir) / "profile"
+
+    def _start(self) -> None:
+        self._about = _describe(self._config, self._layout)
+        if self._records_here:
+            # Its library announces every start, and on a CPU that there is no GPU.
+            os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+            with profile(activities=_activities()):
+                pass  # The first one takes time to start, which is no step's.
+        self._about["clock"] = {"barrier_unix_ns": _clock_at_barriers()}
+        if not self._records_here:
+            return
+        self._put_ranges()
+        # Stacks and memory would cost more than the steps themselves.
+        self._profile = profile(activities=_activities(), record_shapes=True)
+        self._profile.__enter__()
+
+    def _put_ranges(self) -> None:
+        ranges, model = self._ranges, self._model
+        for chunk in model.models:
+            name_layers(ranges, chunk)
+            self._traffic.watch(ranges, chunk)
+        for chunk in model.chunks:
+            ranges.around(chunk, "forward", "forward")
+            ranges.around(chunk, "start_param_sync", "parameter_gather")
+            ranges.around(chunk, "finish_grad_sync", "gradient_reduce")
+        config = model.chunks[0].config
+        if config.finalize_model_grads_func is not None:
+            ranges.around(config, "finalize_model_grads_func", "gradients")
+        # Functions of a module are its attributes too.
+        ranges.around(step_module, "prepare_gradients", "optimizer")
+        ranges.around(model.optimizer, "step", "optimizer")
+        name_collectives(ranges)
+
+    def _write(self, recorded: profile) -> None:
+        rank = dist.get_rank()
+        self._folder.mkdir(parents=True, exist_ok=True)
+        trace = self._folder / f"rank{rank}.pt.trace.json.gz"
+        with whole_file(trace) as temporary:
+            recorded.export_chrome_trace(str(temporary))
+        about = json.dumps(self._about).encode("ascii")
+        write_atomic(self._folder / f"rank{rank}.meta.json", about)
+        if rank == 0:
+            logger.info("profile of steps %s: %s", sorted(self._steps), self._folder)
+
+
+def _activities() -> list[ProfilerActivity]:
+    activities = [ProfilerActivity.CPU]
+    return [*activities, ProfilerActivity.CUDA] if torch.cuda.is_available() else activities
+
+
+def _describe(config: Config, layout: Layout) -> dict[str, Any]:
+    """This rank's place in the run, for JSON; a collective."""
+    rank = dist.get_rank()
+    return {
+        "format": _FORMAT,
+        "name": config.run.name,
+        "rank": rank,
+        "world_size": dist.get_world_size(),
+        "node": socket.gethostname(),
+        "backend": dist.get_backend(),
+        "device": _device(),
+        "dtype": config.precision.dtype,
+        "layout": asdict(layout),
+        "place": asdict(layout.coordinates(rank)),
+        "dispatcher": config.moe.dispatcher,
+        "recompute": config.training.recompute_granularity,
+        "router_topk": config.moe.router_topk,
+        "num_ffn_experts": config.moe.num_ffn_experts,
+        "hidden_size": config.model.hidden_size,
+        "nodes": _nodes(),
+        "groups": _groups(),
+        "steps": [],
+    }
+
+
+def _clock_at_barriers() -> list[int]:
+    """Unix time [ns] on this node when ranks leave a barrier together; all ranks must call."""
+    times = []
+    for _ in range(5):
+        dist.barrier()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        times.append(time.time_ns())
+    return times
+
+
+def _groups() -> dict[str, dict[str, Any]]:
+    """Name of each process group of this rank to its ranks and its description in megatron-core."""
+    names = dist.distributed_c10d._world.pg_names
+    return {
+        name: {"ranks": dist.get_process_group_ranks(group), "description": group.group_desc}
+        for group, name in names.items()
+        if isinstance(group, dist.ProcessGroup)
+    }
+
+
+def _nodes() -> list[str]:
+    """Host name of each rank."""
+    names: list[str] = [""] * dist.get_world_size()
+    dist.all_gather_object(names, socket.gethostname())
+    return names
+
+
+def _device() -> str:
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"

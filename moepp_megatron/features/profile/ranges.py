@@ -1,8 +1,14 @@
-"""Names for the parts of a model in profiler traces: `moepp/layer3/dispatch`.
+"""Names for parts of a model and collectives in profiler traces: `moepp/layer3/dispatch`.
 
 A range is put around a method by replacing it on the object while a profile is recorded, and taken
 away afterwards. So ranges cost nothing when they are off: there is no switch to ask, and no line of
 the layer knows of them.
+
+NCCL's kernels name their group in a trace. gloo's do not, and neither says which call on one rank
+belongs to which on another. So every collective is in a range `moepp/comm/GROUP/NUMBER/METHOD`:
+NUMBER counts the calls of a group, which are in the same order on all of its ranks. Sends and
+receives are counted by direction, with ranks in the group: `moepp/comm/GROUP/FROM>TO.NUMBER/send`.
+On a CPU the thread that trains waits in `Work.wait`: it is in a range `moepp/wait`.
 
 Names are of the forward pass. A trace links every operation with its derivative, so it tells the
 backward pass of a part; and a recomputed forward pass by the derivative that it runs in
@@ -12,25 +18,54 @@ backward pass of a part; and a recomputed forward pass by the derivative that it
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from torch.profiler import record_function
 
 from moepp_megatron.runtime.patches import Replacements
 
-PREFIX = "moepp/"
+_PREFIX = "moepp/"
 
-Wrapper = Callable[[Callable[..., Any]], Callable[..., Any]]
+_Wrapper = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+# The doors of c10d, whatever function they are called by. Names differ between torch versions.
+_METHODS = (
+    "_allgather_base",
+    "_reduce_scatter_base",
+    "all_gather_single",
+    "all_gather_single_coalesced",
+    "all_to_all_single",
+    "allgather",
+    "allgather_coalesced",
+    "allgather_into_tensor_coalesced",
+    "allreduce",
+    "allreduce_coalesced",
+    "alltoall",
+    "alltoall_base",
+    "barrier",
+    "broadcast",
+    "gather",
+    "gather_single",
+    "reduce",
+    "reduce_scatter",
+    "reduce_scatter_single",
+    "reduce_scatter_single_coalesced",
+    "reduce_scatter_tensor_coalesced",
+    "scatter",
+)
+_TO_ONE = ("send", "recv")
 
 
 class Ranges(Replacements):
     """Methods wrapped for a while; `undo` removes the wrappers."""
 
-    def replace(self, owner: Any, method: str, wrapper: Wrapper) -> None:
+    def replace(self, owner: Any, method: str, wrapper: _Wrapper) -> None:
         """Put `wrapper(method)` in the place of a method, of a class or of one object."""
         self.put(owner, method, wrapper(getattr(owner, method)))
 
@@ -42,7 +77,7 @@ class Ranges(Replacements):
 @contextmanager
 def range_(name: str) -> Iterator[None]:
     """A range `moepp/NAME` for torch's profiler and, on a GPU, for Nsight (NVTX)."""
-    name = PREFIX + name
+    name = _PREFIX + name
     with record_function(name):
         if not torch.cuda.is_available():
             yield
@@ -106,3 +141,30 @@ def _name_moe(ranges: Ranges, layer: MoELayer) -> None:
         for method in methods:
             if owner is not None and hasattr(owner, method):
                 ranges.around(owner, method, f"layer{layer.layer_number}/{part}")
+
+
+def name_collectives(ranges: Ranges) -> None:
+    """Put ranges around every collective from now on, numbered from 0."""
+    calls: Counter[tuple[str, str]] = Counter()
+
+    def numbered(method: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def inner(group: dist.ProcessGroup, *args: Any, **kwargs: Any) -> Any:
+            ends = ""
+            if method in _TO_ONE:
+                # After the tensors comes the other rank.
+                pair = (group.rank(), args[1]) if method == "send" else (args[1], group.rank())
+                ends = f"{pair[0]}>{pair[1]}."
+            key = group.group_name, ends
+            number = calls[key]
+            calls[key] += 1
+            with record_function(f"{_PREFIX}comm/{group.group_name}/{ends}{number}/{method}"):
+                return function(group, *args, **kwargs)
+
+        return inner
+
+    for method in (*_METHODS, *_TO_ONE):
+        if hasattr(dist.ProcessGroup, method):
+            ranges.replace(dist.ProcessGroup, method, functools.partial(numbered, method))
+    if dist.get_backend() == "gloo":
+        ranges.around(dist.Work, "wait", "wait")

@@ -8,8 +8,7 @@ duplicates, a token crosses once to each rank with an expert of it.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,42 +16,6 @@ from megatron.core.transformer.moe.moe_layer import MoELayer
 from torch import Tensor
 
 from moepp_megatron.features.profile.ranges import Ranges
-
-
-@dataclass(frozen=True)
-class _DispatchTraffic:
-    """One forward pass of one layer on one rank. Sums over passes add every field but names.
-
-    Attributes:
-        layer: Global layer number.
-        recomputed: Whether the backward pass ran it again.
-        dispatcher: Class of the dispatcher.
-        tokens: T, local tokens, padding included: in a routing map it looks like tokens that need
-            no FFN expert. Training by this package has no padding.
-        topk: K, selections of a token.
-        selections: FFN selections that are carried out; `phi = selections / (T K)`.
-        row_bytes: D * b, bytes of a hidden vector.
-        ranks: EP.
-        to_ranks: [EP] selections whose expert lives on each rank.
-        copies_to_ranks: [EP] tokens with at least one expert on each rank.
-        own: Rank within the expert-parallel group.
-    """
-
-    layer: int
-    recomputed: bool
-    dispatcher: str
-    tokens: int
-    topk: int
-    selections: int
-    row_bytes: int
-    ranks: int
-    to_ranks: list[int]
-    copies_to_ranks: list[int]
-    own: int
-
-    def as_dict(self) -> dict[str, Any]:
-        """The fields as a dictionary for JSON."""
-        return asdict(self)
 
 
 class TrafficCounter:
@@ -63,18 +26,16 @@ class TrafficCounter:
     """
 
     def __init__(self) -> None:
-        self.passes: list[_DispatchTraffic] = []
+        self.passes: list[dict[str, Any]] = []
 
     def watch(self, ranges: Ranges, model: torch.nn.Module) -> None:
         """Count every pass through the MoE layers of a model."""
-        for layer in _moe_layers(model):
-            ranges.replace(
-                layer.token_dispatcher,
-                "dispatch_preprocess",
-                functools.partial(self._counted, layer),
-            )
+        for layer in model.modules():
+            if isinstance(layer, MoELayer):
+                wrapper = functools.partial(self._counted, layer)
+                ranges.replace(layer.token_dispatcher, "dispatch_preprocess", wrapper)
 
-    def take(self) -> list[_DispatchTraffic]:
+    def take(self) -> list[dict[str, Any]]:
         """Return the counts and reset them."""
         passes, self.passes = self.passes, []
         return passes
@@ -89,28 +50,25 @@ class TrafficCounter:
 
 
 @torch.no_grad()
-def _traffic(layer: MoELayer, hidden: Tensor, routing_map: Tensor) -> _DispatchTraffic:
-    """Counts of one pass."""
+def _traffic(layer: MoELayer, hidden: Tensor, routing_map: Tensor) -> dict[str, Any]:
+    """Counts of one forward pass of a layer on one rank (`tools.profiling.trace.Pass`)."""
     # hidden: [s, b, D] local tokens.
-    # routing_map: [T, F] bool.
+    # routing_map: [T, F] bool. Padding looks like tokens that need no FFN expert; training by this
+    # package has none.
     ranks = layer.ep_group.size()
     by_rank = routing_map.view(routing_map.shape[0], ranks, -1)
     to_ranks = by_rank.sum(dim=(0, 2)).tolist()
-    return _DispatchTraffic(
-        layer=int(layer.layer_number or 0),
+    return {
+        "layer": int(layer.layer_number or 0),
         # Autograd runs a recomputed forward pass inside of a node of its graph.
-        recomputed=torch._C._current_autograd_node() is not None,
-        dispatcher=type(layer.token_dispatcher).__name__,
-        tokens=routing_map.shape[0],
-        topk=int(layer.config.moe_router_topk),
-        selections=int(sum(to_ranks)),
-        row_bytes=hidden.shape[-1] * hidden.element_size(),
-        ranks=ranks,
-        to_ranks=to_ranks,
-        copies_to_ranks=by_rank.any(dim=2).sum(dim=0).tolist(),
-        own=layer.ep_group.rank(),
-    )
-
-
-def _moe_layers(model: torch.nn.Module) -> Iterator[MoELayer]:
-    return (module for module in model.modules() if isinstance(module, MoELayer))
+        "recomputed": torch._C._current_autograd_node() is not None,
+        "dispatcher": type(layer.token_dispatcher).__name__,
+        "tokens": routing_map.shape[0],
+        "topk": int(layer.config.moe_router_topk),
+        "selections": int(sum(to_ranks)),
+        "row_bytes": hidden.shape[-1] * hidden.element_size(),
+        "ranks": ranks,
+        "to_ranks": to_ranks,
+        "copies_to_ranks": by_rank.any(dim=2).sum(dim=0).tolist(),
+        "own": layer.ep_group.rank(),
+    }

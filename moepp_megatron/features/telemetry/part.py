@@ -13,9 +13,14 @@ import torch.distributed as dist
 from moepp_megatron.config import Config
 from moepp_megatron.config.flops import training_flops_per_token
 from moepp_megatron.config.hardware import Hardware, find_hardware, load_hardware
-from moepp_megatron.features.telemetry.sampler import Sampler
-from moepp_megatron.features.telemetry.sources import CpuSource, GpuSource, TelemetrySource
-from moepp_megatron.features.telemetry.usage import NOTHING, Usage
+from moepp_megatron.features.telemetry.sampler import (
+    NOTHING,
+    CpuSource,
+    GpuSource,
+    Sampler,
+    Source,
+    Usage,
+)
 from moepp_megatron.runtime.nvml import Nvml, NvmlUnavailableError
 from moepp_megatron.training.checkpoint.files import Progress
 from moepp_megatron.training.collect import sum_over_ranks
@@ -23,18 +28,6 @@ from moepp_megatron.training.part import Part, PartContext, Step
 from moepp_megatron.training.signals import StopRequest
 
 logger = logging.getLogger(__name__)
-
-# Metric of a record, and quantity of a sample.
-_GPU_METRICS = {
-    "gpu_power_w": "power_w",
-    "gpu_utilization": "utilization",
-    "gpu_clock_mhz": "clock_mhz",
-    "gpu_memory_bytes": "memory_bytes",
-    "gpu_temperature_c": "temperature_c",
-    "nvlink_bytes_per_s": "nvlink_bytes_per_s",
-    "pcie_bytes_per_s": "pcie_bytes_per_s",
-}
-_CPU_METRICS = {"cpu_utilization": "utilization", "host_memory_bytes": "memory_bytes"}
 
 
 class TelemetryPart(Part):
@@ -76,7 +69,7 @@ class TelemetryPart(Part):
         usage = _over_ranks(NOTHING if self._sampler is None else self._sampler.take())
         new_tokens, self._tokens = tokens - self._tokens, tokens
         # After a rollback there may be fewer tokens than before.
-        metrics = usage_metrics(usage, max(new_tokens, 0))
+        metrics = usage.metrics(max(new_tokens, 0))
         return metrics | self._efficiency(fields["tokens_per_s"], fields["ffn_fraction"])
 
     def _efficiency(self, tokens_per_s: float, ffn_fraction: float) -> dict[str, float]:
@@ -91,37 +84,14 @@ class TelemetryPart(Part):
 
 def _over_ranks(usage: Usage) -> Usage:
     """The devices of all nodes; two all-reduces of a dozen numbers."""
-    summands = sum_over_ranks(torch.tensor(usage.summands(), dtype=torch.float64))
-    tops = torch.tensor(usage.tops(), dtype=torch.float64, device=torch.cuda.current_device())
-    dist.all_reduce(tops, op=dist.ReduceOp.MAX)
-    return Usage.from_vectors(summands.tolist(), tops.tolist())
+    sums = sum_over_ranks(torch.tensor(usage.sums, dtype=torch.float64))
+    device = torch.cuda.current_device()
+    highest = torch.tensor(usage.highest, dtype=torch.float64, device=device)
+    dist.all_reduce(highest, op=dist.ReduceOp.MAX)
+    return Usage(sums.tolist(), highest.tolist())
 
 
-def usage_metrics(usage: Usage, tokens: int) -> dict[str, Any]:
-    """Fields of a record from the devices of all nodes.
-
-    Args:
-        usage: Usage since the record before.
-        tokens: Tokens trained on since then.
-    """
-    names = _GPU_METRICS if usage.devices else _CPU_METRICS
-    metrics: dict[str, Any] = {
-        metric: value
-        for metric, quantity in names.items()
-        if (value := usage.value(quantity)) is not None
-    }
-    for metric in metrics.keys() & {"gpu_memory_bytes", "host_memory_bytes"}:
-        metrics[metric] = int(metrics[metric])
-    if usage.devices:
-        metrics["gpu_hours"] = usage.seconds * usage.devices / 3600
-    if usage.energy_j is not None:
-        metrics["energy_j"] = usage.energy_j
-        if tokens > 0:
-            metrics["energy_per_token_j"] = usage.energy_j / tokens
-    return metrics
-
-
-def first_of_each_node(nodes: Sequence[str]) -> dict[str, int]:
+def _first_of_each_node(nodes: Sequence[str]) -> dict[str, int]:
     """The lowest rank of every node, from each rank's node."""
     return {node: nodes.index(node) for node in dict.fromkeys(nodes)}
 
@@ -134,12 +104,12 @@ def _cards_of_this_node(on_gpu: bool) -> list[str] | None:
     node = socket.gethostname()
     ranks: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(ranks, (node, uuid))
-    if first_of_each_node([there for there, _ in ranks])[node] != dist.get_rank():
+    if _first_of_each_node([there for there, _ in ranks])[node] != dist.get_rank():
         return None
     return list(dict.fromkeys(card for there, card in ranks if there == node and card))
 
 
-def _source(uuids: list[str]) -> TelemetrySource:
+def _source(uuids: list[str]) -> Source:
     if uuids:
         try:
             return GpuSource(uuids, Nvml())

@@ -1,16 +1,201 @@
-"""One background thread per node that samples its devices."""
+"""Samples the devices of one node from a background thread.
+
+A sample is of one device, a GPU through NVML or the node's CPU through psutil: its values by the
+metric of a record that they become (`catalogue.py` says what each means); unknown ones are left
+out.
+"""
 
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
+from itertools import batched
+from typing import Any, NamedTuple
 
-from moepp_megatron.features.telemetry.sources import TelemetrySource
-from moepp_megatron.features.telemetry.usage import DeviceSample, Usage
+import psutil
+
+from moepp_megatron.runtime.nvml import Nvml
 
 logger = logging.getLogger(__name__)
+
+Sample = dict[str, float]
+# Of these metrics the highest value counts, of the others the mean over devices and samples.
+_HIGHEST = ("gpu_memory_bytes", "gpu_temperature_c", "host_memory_bytes")
+_MEANS = (
+    "gpu_power_w",
+    "gpu_utilization",
+    "gpu_clock_mhz",
+    "nvlink_bytes_per_s",
+    "pcie_bytes_per_s",
+    "cpu_utilization",
+)
+
+
+class Usage(NamedTuple):
+    """Usage of devices over a time, as vectors to be reduced over nodes.
+
+    Attributes:
+        sums: To be summed: sum and number of values of each mean, energy of the GPUs in J, number
+            of nodes that do not report it, number of GPUs.
+        highest: Of which the largest counts: the highest values, -inf for unknown ones, and the
+            length of the time in seconds.
+    """
+
+    sums: list[float]
+    highest: list[float]
+
+    @classmethod
+    def of(
+        cls,
+        samples: Iterable[Sequence[Sample]],
+        energy_j: float | None,
+        devices: int,
+        seconds: float,
+    ) -> Usage:
+        """Sum up samples of one node, each of all devices."""
+        known = [device for sample in samples for device in sample]
+        values = {
+            name: [device[name] for device in known if name in device]
+            for name in (*_MEANS, *_HIGHEST)
+        }
+        sums = [float(of(values[name])) for name in _MEANS for of in (sum, len)]
+        highest = [max(values[name], default=-math.inf) for name in _HIGHEST]
+        energy = [energy_j or 0.0, float(energy_j is None), float(devices)]
+        return cls([*sums, *energy], [*highest, seconds])
+
+    def metrics(self, tokens: int) -> dict[str, Any]:
+        """Fields of a record; `tokens` were trained on in the time."""
+        *means, energy_j, unknown, devices = self.sums
+        *highest, seconds = self.highest
+        found: dict[str, Any] = {
+            name: total / count
+            for name, (total, count) in zip(_MEANS, batched(means, 2), strict=True)
+            if count
+        }
+        for name, value in zip(_HIGHEST, highest, strict=True):
+            if math.isfinite(value):
+                found[name] = int(value) if name.endswith("_bytes") else value
+        if devices:
+            found["gpu_hours"] = seconds * devices / 3600
+        # A sum without some of the GPUs would look like a saving.
+        if not unknown:
+            found["energy_j"] = energy_j
+            if tokens > 0:
+                found["energy_per_token_j"] = energy_j / tokens
+        return found
+
+
+# What a rank without a sampler has to say.
+NOTHING = Usage.of((), 0.0, 0, 0.0)
+
+
+class Source:
+    """The devices of one node; a source of which only samples are known, such as a CPU's."""
+
+    @property
+    def devices(self) -> int:
+        """Number of GPUs; 0 if the devices are not GPUs."""
+        return 0
+
+    def sample(self) -> list[Sample]:
+        """Take one sample of every device."""
+        raise NotImplementedError
+
+    def energy_j(self) -> float | None:
+        """Energy of all devices since some start, J; None if any does not report it."""
+        return None
+
+    def faults(self) -> list[str]:
+        """Faults since the last call, as text."""
+        return []
+
+    def close(self) -> None:
+        """Close the source; no more calls follow."""
+
+
+class GpuSource(Source):
+    """GPUs of this node.
+
+    Args:
+        uuids: The GPUs that the run uses, "GPU-...".
+        nvml: An open NVML, which is closed with this.
+    """
+
+    def __init__(
+        self, uuids: Sequence[str], nvml: Nvml, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._nvml, self._clock = nvml, clock
+        self._indices = nvml.index_of(uuids)
+        nvml.watch_faults(self._indices)
+        self._traffic: dict[int, tuple[float, int]] = {}
+
+    @property
+    def devices(self) -> int:
+        """Number of GPUs."""
+        return len(self._indices)
+
+    def sample(self) -> list[Sample]:
+        """Take one sample of every GPU; takes about 40 ms per GPU, mostly waiting for PCIe."""
+        return [self._sample(index) for index in self._indices]
+
+    def _sample(self, index: int) -> Sample:
+        seen = self._nvml.sample(index)
+        pcie = [rate for rate in (seen.pcie_tx, seen.pcie_rx) if rate is not None]
+        found = {
+            "gpu_power_w": seen.power,
+            "gpu_utilization": seen.utilization,
+            "gpu_clock_mhz": seen.sm_clock,
+            "gpu_memory_bytes": seen.memory_used,
+            "gpu_temperature_c": seen.temperature,
+            "nvlink_bytes_per_s": self._nvlink_rate(index, seen.nvlink_tx, seen.nvlink_rx),
+            "pcie_bytes_per_s": sum(pcie) if len(pcie) == 2 else None,
+        }
+        return {name: value for name, value in found.items() if value is not None}
+
+    def _nvlink_rate(self, index: int, sent: int | None, received: int | None) -> float | None:
+        if sent is None or received is None:
+            return None
+        now, total = self._clock(), sent + received
+        before, self._traffic[index] = self._traffic.get(index), (now, total)
+        # The counter starts at 0 when the driver is loaded again.
+        if before is None or total < before[1] or now <= before[0]:
+            return None
+        return (total - before[1]) / (now - before[0])
+
+    def energy_j(self) -> float | None:
+        """Energy of all GPUs since the driver was loaded."""
+        energies = self._nvml.energies(self._indices)
+        known = [energy for energy in energies if energy is not None]
+        return sum(known) if known and len(known) == len(energies) else None
+
+    def faults(self) -> list[str]:
+        """Xid errors that the driver has reported."""
+        return [
+            f"GPU {index if index is not None else '?'}: Xid {xid}; look for NVRM Xid lines in "
+            "dmesg and at moepp doctor on this node"
+            for index, xid in self._nvml.new_faults()
+        ]
+
+    def close(self) -> None:
+        """Shut NVML down."""
+        self._nvml.close()
+
+
+class CpuSource(Source):
+    """All cores and the memory of this node; only the administrator may read a CPU's energy."""
+
+    def __init__(self) -> None:
+        # The first call only marks the start of what the next one measures.
+        psutil.cpu_percent()
+
+    def sample(self) -> list[Sample]:
+        """Take one sample: use of the cores since the one before, and present use of memory."""
+        memory = psutil.virtual_memory()
+        used = memory.total - memory.available
+        return [{"cpu_utilization": psutil.cpu_percent() / 100.0, "host_memory_bytes": used}]
 
 
 class Sampler:
@@ -21,14 +206,14 @@ class Sampler:
 
     def __init__(
         self,
-        source: TelemetrySource,
+        source: Source,
         interval_s: float,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._source, self._interval_s, self._clock = source, interval_s, clock
         self._lock = threading.Lock()
-        self._samples: list[list[DeviceSample]] = []
-        self._last: list[DeviceSample] = []
+        self._samples: list[list[Sample]] = []
+        self._last: list[Sample] = []
         self._stop = threading.Event()
         self._failed = False
         self._thread = threading.Thread(target=self._run, name="moepp-telemetry", daemon=True)

@@ -7,9 +7,15 @@ from types import SimpleNamespace
 import pynvml
 import pytest
 
-from moepp_megatron.features.telemetry.sampler import Sampler
-from moepp_megatron.features.telemetry.sources import CpuSource, GpuSource
-from moepp_megatron.features.telemetry.usage import NOTHING, DeviceSample, Usage
+from moepp_megatron.features.telemetry.part import _first_of_each_node
+from moepp_megatron.features.telemetry.sampler import (
+    NOTHING,
+    CpuSource,
+    GpuSource,
+    Sample,
+    Sampler,
+    Usage,
+)
 from moepp_megatron.runtime.nvml import Nvml
 from tests.unit.tools.doctor.fake_nvml import FakeNvml, answers
 
@@ -48,29 +54,29 @@ def test_a_card_is_sampled_in_the_units_of_the_record():
     source = gpu_source(FakeNvml(*cards), cards, clock)
     assert source.devices == 2
     first = source.sample()[1]
-    assert first == DeviceSample(
-        power_w=600.0,
-        utilization=0.9,
-        clock_mhz=1500,
-        memory_bytes=41 * 10**9,
-        temperature_c=61,
-        nvlink_bytes_per_s=None,  # a rate needs two looks
-        pcie_bytes_per_s=2 * 1000 * 1024,
-    )
+    # No rate of NVLink, which needs two looks.
+    assert first == {
+        "gpu_power_w": 600.0,
+        "gpu_utilization": 0.9,
+        "gpu_clock_mhz": 1500,
+        "gpu_memory_bytes": 41 * 10**9,
+        "gpu_temperature_c": 61,
+        "pcie_bytes_per_s": 2 * 1000 * 1024,
+    }
     cards[1]["fields"] |= {TX: 1_500, RX: 2_700}
     clock.now += 2.0
     # 500 + 700 KiB in two seconds.
-    assert source.sample()[1].nvlink_bytes_per_s == 1200 * 1024 / 2
+    assert source.sample()[1]["nvlink_bytes_per_s"] == 1200 * 1024 / 2
     cards[1]["fields"] |= {TX: 0, RX: 0}
     clock.now += 2.0
-    assert source.sample()[1].nvlink_bytes_per_s is None
+    assert "nvlink_bytes_per_s" not in source.sample()[1]
 
 
 def test_only_the_cards_of_the_run_are_sampled():
     cards = [busy(0), busy(1), busy(2)]
     source = gpu_source(FakeNvml(*cards), cards[2:], Clock())
     (sample,) = source.sample()
-    assert sample.temperature_c == 62
+    assert sample["gpu_temperature_c"] == 62
 
 
 def test_xid_errors_are_told_once():
@@ -104,10 +110,10 @@ class Script:
         self.reported: list[str] = []
         self.is_closed = False
 
-    def sample(self) -> list[DeviceSample]:
+    def sample(self) -> list[Sample]:
         if self.error is not None:
             raise self.error
-        return [DeviceSample(power_w=self.power, temperature_c=50.0 + self.power / 100)] * 2
+        return [{"gpu_power_w": self.power, "gpu_temperature_c": 50.0 + self.power / 100}] * 2
 
     def energy_j(self) -> float | None:
         return self.energy
@@ -128,25 +134,27 @@ def test_samples_are_those_since_the_last_take():
         sampler.look()
     clock.now += 7.0
     source.energy = 1500.0
-    usage = sampler.take()
-    assert usage.value("power_w") == 200.0
-    assert usage.value("temperature_c") == 53.0
-    assert usage.value("utilization") is None
-    assert (usage.energy_j, usage.devices, usage.seconds) == (500.0, 2, 7.0)
+    assert sampler.take().metrics(0) == {
+        "gpu_power_w": 200.0,
+        "gpu_temperature_c": 53.0,
+        "gpu_hours": 2 * 7.0 / 3600,
+        "energy_j": 500.0,
+    }
     # No look since then: the newest one counts, the energy is that of the time.
     clock.now += 1.0
     source.energy = 1510.0
-    usage = sampler.take()
-    assert (usage.value("power_w"), usage.energy_j, usage.seconds) == (300.0, 10.0, 1.0)
+    found = sampler.take().metrics(0)
+    assert (found["gpu_power_w"], found["energy_j"]) == (300.0, 10.0)
+    assert found["gpu_hours"] == 2 * 1.0 / 3600
 
 
 def test_a_counter_that_starts_anew_gives_no_energy():
     source = Script()
     sampler = Sampler(source, 1.0, Clock())
     source.energy = 3.0
-    assert sampler.take().energy_j is None
+    assert "energy_j" not in sampler.take().metrics(0)
     source.energy = 5.0
-    assert sampler.take().energy_j == 2.0
+    assert sampler.take().metrics(0)["energy_j"] == 2.0
 
 
 def test_a_source_that_fails_is_given_up_and_the_run_goes_on(caplog):
@@ -158,7 +166,7 @@ def test_a_source_that_fails_is_given_up_and_the_run_goes_on(caplog):
         sampler.look()
         sampler.look()
     assert caplog.text.count("telemetry is off from here on: GPU is lost") == 1
-    assert sampler.take().energy_j is None
+    assert "energy_j" not in sampler.take().metrics(0)
 
 
 def test_faults_are_logged_as_errors(caplog):
@@ -173,7 +181,7 @@ def test_the_thread_samples_until_it_is_stopped():
         looks = 0
         enough = threading.Event()
 
-        def sample(self) -> list[DeviceSample]:
+        def sample(self) -> list[Sample]:
             self.looks += 1
             if self.looks == 3:
                 self.enough.set()
@@ -186,35 +194,48 @@ def test_the_thread_samples_until_it_is_stopped():
     sampler.stop()
     seen = source.looks
     assert source.is_closed
-    assert sampler.take().counts["power_w"] == 2 * seen
+    # Sum and number of the first mean, which is the power.
+    assert sampler.take().sums[:2] == [100.0 * 2 * seen, 2 * seen]
 
 
 def test_cpu_source():
     (sample,) = CpuSource().sample()
-    assert 0.0 <= sample.utilization <= 1.0
-    assert sample.memory_bytes > 0
+    assert 0.0 <= sample["cpu_utilization"] <= 1.0
+    assert sample["host_memory_bytes"] > 0
     assert CpuSource().energy_j() is None
 
 
 def reduced(*usages: Usage) -> Usage:
     """What the all-reduces over ranks give."""
-    summands = [sum(column) for column in zip(*(u.summands() for u in usages), strict=True)]
-    tops = [max(column) for column in zip(*(u.tops() for u in usages), strict=True)]
-    return Usage.from_vectors(summands, tops)
+    sums = [sum(column) for column in zip(*(u.sums for u in usages), strict=True)]
+    return Usage(sums, [max(column) for column in zip(*(u.highest for u in usages), strict=True)])
 
 
 def test_nodes_add_up_and_ranks_without_sampler_change_nothing():
-    one = Usage.of([[DeviceSample(power_w=100.0, memory_bytes=5)]] * 3, 10.0, 1, 2.0)
-    two = Usage.of([[DeviceSample(power_w=500.0, memory_bytes=4)]], 30.0, 8, 2.5)
-    both = reduced(NOTHING, one, NOTHING, two)
-    assert both.value("power_w") == 200.0
-    assert both.value("memory_bytes") == 5
-    assert both.value("clock_mhz") is None
-    assert both.value("temperature_c") is None
-    assert (both.energy_j, both.devices, both.seconds) == (40.0, 9, 2.5)
+    one = Usage.of([[{"gpu_power_w": 100.0, "gpu_memory_bytes": 5}]] * 3, 10.0, 1, 2.0)
+    two = Usage.of([[{"gpu_power_w": 500.0, "gpu_memory_bytes": 4}]], 30.0, 8, 2.5)
+    assert reduced(NOTHING, one, NOTHING, two).metrics(tokens=20) == {
+        "gpu_power_w": 200.0,
+        "gpu_memory_bytes": 5,
+        "gpu_hours": pytest.approx(9 * 2.5 / 3600),
+        "energy_j": 40.0,
+        "energy_per_token_j": 2.0,
+    }
 
 
 def test_energy_is_unknown_if_one_node_does_not_tell():
     known, unknown = Usage.of([], 10.0, 1, 1.0), Usage.of([], None, 1, 1.0)
-    assert reduced(known, NOTHING).energy_j == 10.0
-    assert reduced(known, unknown).energy_j is None
+    assert reduced(known, NOTHING).metrics(0)["energy_j"] == 10.0
+    assert "energy_j" not in reduced(known, unknown).metrics(0)
+
+
+def test_fields_of_a_cpu():
+    sample = {"cpu_utilization": 0.5, "host_memory_bytes": 9.0}
+    found = Usage.of([[sample]], None, 0, 6.0).metrics(tokens=1)
+    assert found == sample
+    assert type(found["host_memory_bytes"]) is int
+
+
+def test_the_first_rank_of_every_node():
+    assert _first_of_each_node(["a", "a", "b", "b"]) == {"a": 0, "b": 2}
+    assert _first_of_each_node(["b", "a", "b", "a"]) == {"b": 0, "a": 1}
