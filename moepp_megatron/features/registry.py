@@ -88,7 +88,7 @@ PARTS = (
     "features.data_stages.part:DataStagesPart",
     "training.parts.routing_counts:RoutingCounts",
     "features.router_health.part:RouterHealthPart",
-    "features.tokens.sources:SourcesPart",
+    "features.tokens.part:SourcesPart",
     "features.tokens.part:TokenClassesPart",
     "features.budget.part:BudgetPart",
     "features.guard.part:RoutingGuardPart",

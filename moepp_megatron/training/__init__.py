@@ -14,7 +14,6 @@ setup.py               wraps the model: precision, data parallelism, optimizer, 
 signals.py             stopping on request: finish the step, save, leave
 step.py                one training step
 step_sums.py           a step's reductions: summed over all ranks and read once
-tagging.py             token tags: support in the layout, and setup
 token_scores.py        log-probabilities of given tokens from a built model
 train_request.py       a request of `moepp train`, checked before anything heavy is imported
 trainer.py             the run from start to end

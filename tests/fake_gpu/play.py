@@ -270,7 +270,7 @@ class _Run:
 
         config, parts = self.config, self.case.parts
         # There is no training set to count.
-        token_groups.counts_on_ranks = lambda dataset, size: np.arange(size, 0, -1)
+        token_groups._counts_on_ranks = lambda dataset, size: np.arange(size, 0, -1)
         # Nor are there other ranks' processes, for gloo to find.
         routing_guard.Agreement = lambda: None
         watching = counting_parts(config, self.layout, self.model, None, guarded="guard" in parts)

@@ -78,7 +78,7 @@ def test_telemetry_reads_the_card(library, uuid):
         assert source.devices == 1
         (sample,) = source.sample()
         assert sample["gpu_power_w"] > 10
-        assert sample.memory_bytes > 2**20
+        assert sample["gpu_memory_bytes"] > 2**20
         assert source.faults() == []
     finally:
         source.close()

@@ -1,15 +1,18 @@
-"""FFN experts of each class of tokens, in one step."""
+"""Measurements by data source and by class of token ids, of one step."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
+from torch import Tensor
 
+from moepp_megatron.config import Config, Layout
+from moepp_megatron.data.document_sources import SOURCES, source_names
 from moepp_megatron.data.token_frequency import frequency_bands, token_counts
 from moepp_megatron.data.token_groups import (
     BAND_EDGES,
@@ -19,9 +22,104 @@ from moepp_megatron.data.token_groups import (
     token_groups,
 )
 from moepp_megatron.data.tokenizer import Tokenizer
+from moepp_megatron.model.gpt import MoEPPGPTModel
+from moepp_megatron.moe.layer import moe_statistics
+from moepp_megatron.moe.statistics import RoutingStatistics
+from moepp_megatron.moe.token_tags import TokenTags
 from moepp_megatron.observe.alerts import Alert
+from moepp_megatron.training.collect import sum_over_ranks
 from moepp_megatron.training.part import Part, PartContext, State, Step, Why
-from moepp_megatron.training.tagging import layers_know_tokens, tag_tokens
+from moepp_megatron.training.setup import TrainingModel
+from moepp_megatron.training.step import Batch
+from moepp_megatron.training.step_sums import StepCounts, Summand, first_of_tensor_ranks
+
+
+class SourcesPart(Part):
+    """Counts by data source.
+
+    Its construction makes the model's layers count, if they know their tokens. A loss is of the
+    source of the token that it was made after.
+
+    Args:
+        config: The run's configuration.
+        model: The wrapped model.
+        dataset: The training set.
+
+    Attributes:
+        names: Names of the sources; none where they are not known.
+        losses: [sources, 2] sum of token losses in nats, and tokens, of the step.
+    """
+
+    key: ClassVar[str] = "sources"
+
+    def __init__(self, config: Config, model: TrainingModel, dataset: Any) -> None:
+        self.names = source_names(dataset) if config.observe.token_groups else ()
+        self._num_ffn, self._num_experts = config.moe.num_ffn_experts, config.moe.num_experts
+        # On every rank alike, whether or not its pipeline stage has layers that count.
+        self._counts_experts = bool(self.names) and _layers_know_tokens(config)
+        self._statistics = _tag_tokens(model.models if self._counts_experts else ())
+        for statistics in self._statistics:
+            statistics.num_sources = len(self.names)
+        self.losses = StepCounts(len(self.names), 2)
+
+    @classmethod
+    def of(cls, run: PartContext) -> SourcesPart | None:
+        """The part of a run; None where sources are not known."""
+        part = cls(run.config, run.model, run.train_set)
+        return part if part.names else None
+
+    def begin_step(self, step: int, layout: Layout) -> None:
+        """Forget the losses before."""
+        self.losses.reset()
+
+    def arguments(self, batch: Batch) -> dict[str, Any]:
+        """The sources, for layers that count experts by them."""
+        return {SOURCES: batch[SOURCES]} if self._counts_experts else {}
+
+    @torch.no_grad()
+    def see(self, chunk: torch.nn.Module, batch: Batch, token_losses: Tensor) -> None:
+        """Record a micro-batch of the step, on the last pipeline stage.
+
+        Args:
+            chunk: The model chunk that has made the losses.
+            batch: `loss_mask` [b, s], 0 for tokens that do not count, and `SOURCES`.
+            token_losses: [b, s].
+        """
+        # Tensor-parallel ranks hold the same tokens: only the first of each group counts.
+        if not first_of_tensor_ranks():
+            return
+        mask = batch["loss_mask"].reshape(-1).double()
+        pairs = torch.stack([token_losses.detach().reshape(-1).double() * mask, mask], dim=-1)
+        self.losses.own.index_add_(0, batch[SOURCES].reshape(-1).long(), pairs)
+
+    def summands(self) -> Sequence[Summand]:
+        """The losses."""
+        return (self.losses,)
+
+    def record(self, step: Step, fields: Mapping[str, Any]) -> dict[str, Any]:
+        """Metrics by source; a collective. A source without a token is left out."""
+        losses = self.losses.total()
+        tokens = losses[:, 1]
+        seen = [index for index in range(len(self.names)) if tokens[index] > 0]
+
+        def named(values: Any) -> dict[str, Any]:
+            return {self.names[index]: values[index].tolist() for index in seen}
+
+        sources = {
+            "source_tokens": named(tokens / tokens.sum()),
+            "source_loss": named(losses[:, 0] / np.where(tokens > 0, tokens, 1.0)),
+        }
+        if self._counts_experts:
+            shape = len(self.names), self._num_experts
+            local = torch.zeros(shape, dtype=torch.float64, device=torch.cuda.current_device())
+            for statistics in self._statistics:
+                if statistics.sources is not None:
+                    local += statistics.sources
+            selected = sum_over_ranks(local)
+            shares = selected / selected.sum(dim=1, keepdim=True)
+            sources["source_ffn_share"] = named(shares[:, : self._num_ffn].sum(dim=1))
+            sources["source_expert_share"] = named(shares)
+        return sources
 
 
 class TokenClassesPart(Part):
@@ -43,7 +141,7 @@ class TokenClassesPart(Part):
     @classmethod
     def of(cls, run: PartContext) -> TokenClassesPart | None:
         """The part of a run; None where no classes are measured."""
-        is_measured = run.config.observe.token_groups and layers_know_tokens(run.config)
+        is_measured = run.config.observe.token_groups and _layers_know_tokens(run.config)
         return cls(run) if is_measured else None
 
     def state(self) -> State:
@@ -63,14 +161,14 @@ class TokenClassesPart(Part):
         if len(bands) == size:
             of_ids = np.array([int(digit) for digit in bands], dtype=np.int64)
         else:
-            of_ids = frequency_bands(counts_on_ranks(self._run.train_set, size), BAND_EDGES)
+            of_ids = frequency_bands(_counts_on_ranks(self._run.train_set, size), BAND_EDGES)
         tokenizer = getattr(getattr(self._run.train_set, "config", None), "tokenizer", None)
         classes = None
         if isinstance(tokenizer, Tokenizer):
             classes = classes_of_vocabulary(tokenizer, size)
         self.groups = token_groups(of_ids, classes)
         on_device = torch.from_numpy(self.groups.of_ids).to(torch.cuda.current_device())
-        self._statistics = tag_tokens(self._run.model.models, on_device)
+        self._statistics = _tag_tokens(self._run.model.models, on_device)
         for statistics in self._statistics:
             statistics.num_groups = self.groups.size
         return ()
@@ -95,7 +193,7 @@ class TokenClassesPart(Part):
         }
 
 
-def counts_on_ranks(dataset: Any, vocab_size: int) -> NDArray[np.int64]:
+def _counts_on_ranks(dataset: Any, vocab_size: int) -> NDArray[np.int64]:
     """[V] int64 `token_counts` of the training set: rank 0 reads, and every rank must call."""
     counts = torch.zeros(vocab_size, dtype=torch.int64, device=torch.cuda.current_device())
     if dist.get_rank() == 0:
@@ -103,3 +201,33 @@ def counts_on_ranks(dataset: Any, vocab_size: int) -> NDArray[np.int64]:
     dist.broadcast(counts, 0)
     shared: NDArray[np.int64] = counts.cpu().numpy()
     return shared
+
+
+def _layers_know_tokens(config: Config) -> bool:
+    """True if the layers receive token tags.
+
+    They do not with the combined schedule or a router in a CUDA graph.
+    """
+    return not (
+        config.parallel.overlap_moe_expert_parallel_comm
+        or "moe_router" in config.training.cuda_graphs
+        or config.moe.is_vanilla
+    )
+
+
+def _tag_tokens(
+    chunks: Iterable[torch.nn.Module], groups: Tensor | None = None
+) -> list[RoutingStatistics]:
+    """Let the layers of model chunks know their tokens; the layers' statistics.
+
+    `groups` are [vocabulary] int64 groups of token ids, on the device; None leaves them as they
+    are.
+    """
+    found: list[RoutingStatistics] = []
+    for chunk in chunks:
+        assert isinstance(chunk, MoEPPGPTModel), "layers of other models know nothing"
+        chunk.token_tags = chunk.token_tags or TokenTags()
+        if groups is not None:
+            chunk.token_tags.groups = groups
+        found += moe_statistics(chunk).values()
+    return found
