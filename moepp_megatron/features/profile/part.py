@@ -54,7 +54,7 @@ class ProfilePart(Part):
         self._profile: profile | None = None
         self._step: AbstractContextManager[None] | None = None
         self._about: dict[str, Any] = {}
-        self._done = False
+        self._done = not self._steps
 
     @classmethod
     def of(cls, run: PartContext) -> ProfilePart | None:
