@@ -91,11 +91,6 @@ class Grid:
         """Whole layers are recomputed."""
         return self.recompute == FULL
 
-    def recompute_of(self, place: int) -> Recompute:
-        """Return the recomputation at this layer of its model chunk."""
-        is_beyond = self.recomputed_layers is not None and place >= self.recomputed_layers
-        return () if is_beyond else self.recompute
-
     @property
     def apart(self) -> Grid:
         """The same layout in the unpaired passes of the combined schedule."""
@@ -108,6 +103,22 @@ class Grid:
     def tokens(self, seq: int) -> int:
         """Tokens of a micro-batch that a rank routes, T."""
         return seq * self.micro_batch // (self.cp * self.tp)
+
+
+def layer_key(grid: Grid) -> Grid:
+    """The grid without what a layer's time and bytes do not depend on: the key of caches."""
+    return Grid(
+        grid.tp * grid.cp * grid.ep * grid.etp,
+        grid.tp,
+        grid.cp,
+        ep=grid.ep,
+        etp=grid.etp,
+        micro_batch=grid.micro_batch,
+        recompute=grid.recompute,
+        expert_overlap=grid.expert_overlap,
+        recomputed_layers=grid.recomputed_layers,
+        unpaired=grid.unpaired,
+    )
 
 
 GroupName = Literal["tp", "cp", "dp", "pp", "etp", "ep", "edp", "dp_cp"]

@@ -72,7 +72,7 @@ def sum_passes(parts: Sequence[tuple[PassTime, float]]) -> PassTime:
 def layer_time(
     load: Workload, grid: Grid, machine: Machine, is_moe: bool, rows: float, skew: float
 ) -> PassTime:
-    """Time of a layer; `grid` need not be whole, see `layer_key`."""
+    """Time of a layer; `grid` need not be whole, see `grid.layer_key`."""
     parts = list(layer_parts(load, grid, Layer(is_moe, rows, has_residual=True)))
     traffic = layer_traffic(load, grid, machine, is_moe, skew)
     overlaps = grid.expert_overlap and traffic.experts > 0
@@ -110,14 +110,6 @@ def edge_time(load: Workload, grid: Grid, machine: Machine, is_last: bool) -> Pa
     clock = _LayerClock(machine, 1.0, load.graphs)
     clock.add(output_part(load, grid) if is_last else embedding_part(load, grid))
     return clock.time()
-
-
-def layer_key(grid: Grid) -> Grid:
-    """The grid without what a layer's time does not depend on, so that layers are timed once."""
-    world = grid.tp * grid.cp * grid.ep * grid.etp
-    layout = (grid.ep, grid.etp, grid.micro_batch, grid.recompute, grid.expert_overlap)
-    key = Grid(world, grid.tp, grid.cp, 1, 1, *layout)
-    return replace(key, recomputed_layers=grid.recomputed_layers, unpaired=grid.unpaired)
 
 
 def _core_seconds(work: Work, machine: Machine) -> float:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from math import prod
 
 from moepp_megatron.config import Config, Layout, stage_layers
@@ -12,10 +13,12 @@ from moepp_megatron.config.stages import Stages
 from moepp_megatron.experts import FFN
 from moepp_megatron.features.registry import OTHER_MODELS, named
 from moepp_megatron.tools.planning import activations
-from moepp_megatron.tools.planning.grid import Grid, Recompute
+from moepp_megatron.tools.planning.grid import Grid, layer_key
 from moepp_megatron.tools.planning.parts import Layer
 from moepp_megatron.tools.planning.pipeline import chunks_in_flight
 from moepp_megatron.tools.planning.workload import Workload
+
+GIB = 2**30
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,8 +30,19 @@ class RankParameters:
     of_adam: int = 0  # dense parameters that AdamW trains whatever `optimizer.kind` is
 
 
-def rank_parameters(load: Workload, grid: Grid, stages: Stages, pp_rank: int) -> RankParameters:
-    """Parameters of each rank of a pipeline stage."""
+def rank_parameters(load: Workload, grid: Grid, stages: Stages) -> tuple[RankParameters, ...]:
+    """Parameters of each rank, by pipeline stage."""
+    return _rank_parameters(
+        load, Grid(grid.world, grid.tp, 1, grid.pp, 1, grid.ep, grid.etp), stages
+    )
+
+
+@lru_cache(maxsize=50_000)
+def _rank_parameters(load: Workload, grid: Grid, stages: Stages) -> tuple[RankParameters, ...]:
+    return tuple(_of_stage(load, grid, stages, rank) for rank in range(grid.pp))
+
+
+def _of_stage(load: Workload, grid: Grid, stages: Stages, pp_rank: int) -> RankParameters:
     dense = of_adam = _outside_layers(load, grid, pp_rank)
     layers = [layer for chunk in stages[pp_rank] for layer in chunk]
     kinds = Counter((load.is_moe[layer], layer == load.first_moe_layer) for layer in layers)
@@ -136,51 +150,16 @@ def memory_of(
     load: Workload, grid: Grid, stages: Stages, pp_rank: int, skew: float = 1.0
 ) -> RankMemory:
     """Memory of each rank of a pipeline stage; `skew`: rows of the fullest rank over the mean."""
-    counts = layer_counts(load, grid, stages[pp_rank])
-    if pp_rank == grid.pp - 1:
-        counts[load.is_moe[-1], grid.recompute] += load.extra_layers
-    layers = [
-        (count, layer_bytes(load, replace(grid, recompute=recompute), is_moe, skew))
-        for (is_moe, recompute), count in counts.items()
-    ]
-    parameters = rank_parameters(load, grid, stages, pp_rank)
-    return assemble(load, grid, pp_rank, parameters, layers)
-
-
-def layer_counts(
-    load: Workload, grid: Grid, chunks: Sequence[Sequence[int]]
-) -> Counter[tuple[bool, Recompute]]:
-    """Layers of a rank by whether they are MoE layers and by what they recompute."""
-    return Counter(
-        (load.is_moe[layer], grid.recompute_of(place))
-        for chunk in chunks
-        for place, layer in enumerate(chunk)
-    )
-
-
-# Bytes of one layer and micro-batch: kept from the forward to the backward pass, and needed
-# temporarily beside them.
-LayerBytes = tuple[float, float]
-
-
-def layer_bytes(load: Workload, grid: Grid, is_moe: bool, skew: float) -> LayerBytes:
-    """Activations of an MoE layer or of a dense one."""
-    layer = Layer(is_moe, fullest_rows(load, grid, skew))
-    return activations.kept_bytes(load, grid, layer), activations.peak_bytes(load, grid, layer)
-
-
-def assemble(
-    load: Workload,
-    grid: Grid,
-    pp_rank: int,
-    parameters: RankParameters,
-    layers: Sequence[tuple[int, LayerBytes]],
-) -> RankMemory:
-    """Memory of a rank from its parameters, its layers of each kind and the activations of one."""
+    some, key = grid.recomputed_layers, layer_key(grid)
+    kept = buffers = 0.0
+    for (is_moe, repeats), number in layer_counts(load, stages, pp_rank, some).items():
+        kind = key if repeats else replace(key, recompute=())
+        kept_by_one, peak = _layer_bytes(load, kind, is_moe, skew)
+        kept += number * kept_by_one
+        buffers = max(buffers, peak)
+    parameters = rank_parameters(load, grid, stages)[pp_rank]
     count = parameters.dense + parameters.experts
     flying = chunks_in_flight(grid.pp, grid.vpp, pp_rank, grid.micro_batches(load.batch))
-    kept = sum(number * kept for number, (kept, _) in layers)
-    buffers = max((peak for number, (_, peak) in layers if number), default=0.0)
     if pp_rank == grid.pp - 1:
         buffers = max(buffers, (1 + load.extra_layers) * activations.output_bytes(load, grid))
     return RankMemory(
@@ -193,6 +172,32 @@ def assemble(
         activations=kept / grid.vpp * flying,
         buffers=buffers + activations.resident_bytes(load, grid),
     )
+
+
+@lru_cache(maxsize=50_000)
+def layer_counts(
+    load: Workload, stages: Stages, pp_rank: int, recomputed: int | None
+) -> Mapping[tuple[bool, bool], int]:
+    """Layers of a rank by whether they are MoE layers, and whether recomputation reaches them.
+
+    Those of multi-token prediction are included; it reaches the first `recomputed` layers of a
+    chunk, None for all.
+    """
+    counts = Counter(
+        (load.is_moe[layer], recomputed is None or place < recomputed)
+        for chunk in stages[pp_rank]
+        for place, layer in enumerate(chunk)
+    )
+    if pp_rank == len(stages) - 1 and load.extra_layers:
+        counts[load.is_moe[-1], True] += load.extra_layers
+    return counts
+
+
+@lru_cache(maxsize=100_000)
+def _layer_bytes(load: Workload, grid: Grid, is_moe: bool, skew: float) -> tuple[float, float]:
+    """Activations of a layer and micro-batch: kept for the backward pass, needed beside them."""
+    layer = Layer(is_moe, fullest_rows(load, grid, skew))
+    return activations.kept_bytes(load, grid, layer), activations.peak_bytes(load, grid, layer)
 
 
 def _optimizer_bytes(load: Workload, grid: Grid, parameters: RankParameters) -> int:
@@ -211,6 +216,7 @@ def fullest_rows(load: Workload, grid: Grid, skew: float = 1.0) -> float:
     return grid.tokens(load.seq) * load.experts.ffn_per_token * skew
 
 
+@lru_cache(maxsize=4096)
 def _candidate_ranks(load: Workload, stages: Stages) -> tuple[int, ...]:
     """Pipeline ranks among which is the fullest: the first with the same kinds of layers."""
     # Earlier ranks hold more micro-batches; the first has the embedding, the last the output layer.
@@ -249,7 +255,7 @@ def _forward_bytes(theirs: Config, layout: Layout, pp_rank: int) -> float:
     """Bytes of a model that only runs forward, and of the comparison with it."""
     stages = stage_layers(theirs)
     load, grid = Workload.from_config(theirs), Grid.from_config(theirs, layout.world_size)
-    parameters = rank_parameters(load, grid, stages, pp_rank)
+    parameters = rank_parameters(load, grid, stages)[pp_rank]
     weights = float(load.numbers.weight_bytes * (parameters.dense + parameters.experts))
     if pp_rank < layout.pp - 1:
         return weights

@@ -207,14 +207,14 @@ def _best_again(
     """The best layout of the same model with another tau, among the first of `search`."""
     # tau changes how many rows experts compute, not what is legal and little of what fits: the best
     # layout is among the first hundred.
-    coster = Space.of(config, world, machine.per_node).coster(machine, routing)
+    costs = Space.of(config, world, machine.per_node).costs(machine, routing)
     again = Search()
     for _, grid, _, _ in search.best[:_FIRST]:
-        held = coster.memory(grid)
+        held = costs.memory(grid)
         if held <= machine.usable_bytes:
-            cost = coster.cost(grid)
-            again.best.append((cost.total, coster.named(grid), cost, held))
+            cost = costs.cost(grid)
+            again.best.append((cost.total, costs.named(grid), cost, held))
         else:
-            again.misses.append((held, coster.named(grid)))
+            again.misses.append((held, costs.named(grid)))
     again.best.sort(key=lambda entry: entry[0])
     return _accepted(config, again, machine, routing, top=1)

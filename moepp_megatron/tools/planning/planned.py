@@ -9,10 +9,10 @@ from typing import Any, Literal
 
 from moepp_megatron.config import Config
 from moepp_megatron.config.flops import training_flops_per_token
-from moepp_megatron.tools.planning.coster import GIB
 from moepp_megatron.tools.planning.grid import Grid
 from moepp_megatron.tools.planning.imbalance import AssumedRouting
 from moepp_megatron.tools.planning.machine import Machine
+from moepp_megatron.tools.planning.memory import GIB
 from moepp_megatron.tools.planning.overlay import settings_of
 from moepp_megatron.tools.planning.step import StepTime, step_time
 from moepp_megatron.tools.planning.workload import Workload

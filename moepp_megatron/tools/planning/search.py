@@ -16,11 +16,12 @@ from itertools import product
 from moepp_megatron.config import Config, ConfigError
 from moepp_megatron.config.schema.moe import HIDDEN_ALIGNMENT
 from moepp_megatron.tools.planning.attention import LatentAttention
-from moepp_megatron.tools.planning.coster import Cost, Coster
 from moepp_megatron.tools.planning.grid import FULL, Dispatcher, Grid, Recompute, States
 from moepp_megatron.tools.planning.imbalance import AssumedRouting
+from moepp_megatron.tools.planning.layout_costs import LayoutCosts
 from moepp_megatron.tools.planning.machine import Machine
 from moepp_megatron.tools.planning.overlay import with_states
+from moepp_megatron.tools.planning.step import Cost
 from moepp_megatron.tools.planning.workload import NumberFormats, Workload
 
 # arXiv 2603.07685, section 9.1: below this, context parallelism costs more than it gives.
@@ -80,9 +81,9 @@ class Space:
             states=_states(config),
         )
 
-    def coster(self, machine: Machine, routing: AssumedRouting) -> Coster:
+    def costs(self, machine: Machine, routing: AssumedRouting) -> LayoutCosts:
         """Costs of these layouts."""
-        return Coster(self.load, machine, routing, self.dispatchers, self.states)
+        return LayoutCosts(self.load, machine, routing, self.dispatchers, self.states)
 
     def grids(self) -> Iterator[Grid]:
         """All layouts, each once."""
@@ -235,7 +236,7 @@ class Search:
 def search_layouts(config: Config, world: int, machine: Machine, routing: AssumedRouting) -> Search:
     """Cost and memory of every legal layout."""
     space = Space.of(config, world, machine.per_node)
-    coster = space.coster(machine, routing)
+    costs = space.costs(machine, routing)
     search = Search()
     fitting: list[tuple[float, int, Grid, Cost, float]] = []
     missing: list[tuple[float, int, Grid]] = []
@@ -248,34 +249,34 @@ def search_layouts(config: Config, world: int, machine: Machine, routing: Assume
         elif not roomy.isdisjoint((grid.expert_overlap, done) for done in {(), grid.recompute}):
             search.spared += 1
             continue
-        held = coster.memory(grid)
+        held = costs.memory(grid)
         if held > machine.usable_bytes:
             missing.append((held, number, grid))
             continue
         roomy.add((grid.expert_overlap, grid.recompute))
-        cost = coster.cost(grid)
+        cost = costs.cost(grid)
         fitting.append((cost.total, number, grid, cost, held))
     search.legal = len(fitting) + len(missing) + search.spared
     search.over = [held - machine.usable_bytes for held, *_ in missing]
     search.misses = [
-        (held, coster.named(grid)) for held, _, grid in heapq.nsmallest(_NEAREST_MISSES, missing)
+        (held, costs.named(grid)) for held, _, grid in heapq.nsmallest(_NEAREST_MISSES, missing)
     ]
     fitting.sort(key=lambda entry: entry[:2])
     chosen, exact = fitting, [entry for entry in fitting if not entry[2].states]
     if exact and fitting[0][0] > exact[0][0] * (1.0 - _LEAST_GAIN):
         chosen = exact
     search.best = [
-        (total, coster.named(grid), cost, held) for total, _, grid, cost, held in chosen[:_KEPT]
+        (total, costs.named(grid), cost, held) for total, _, grid, cost, held in chosen[:_KEPT]
     ]
     if fitting:
         _count_losses(search, chosen[0][3], [cost for *_, cost, _ in fitting])
     return search
 
 
-def _count_losses(search: Search, best: Cost, costs: Sequence[Cost]) -> None:
+def _count_losses(search: Search, best: Cost, found: Sequence[Cost]) -> None:
     """Count by which cost each layout loses most, against the best."""
     gaps: dict[str, list[float]] = {name: [] for name in _LOSSES}
-    for cost in costs:
+    for cost in found:
         if cost.total > best.total:
             excess = {name: getattr(cost, name) - getattr(best, name) for name in _LOSSES}
             gaps[max(excess, key=lambda name: excess[name])].append(cost.total / best.total - 1)

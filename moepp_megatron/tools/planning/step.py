@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from moepp_megatron.config.stages import Stages
 from moepp_megatron.tools.planning import pipeline
-from moepp_megatron.tools.planning.grid import Grid, Recompute
+from moepp_megatron.tools.planning.grid import Grid, layer_key
 from moepp_megatron.tools.planning.imbalance import AssumedRouting, Load, rank_load
 from moepp_megatron.tools.planning.layer_time import (
     PassTime,
     edge_time,
-    layer_key,
     layer_time,
     sum_passes,
 )
@@ -47,9 +46,14 @@ class StepEnd:
         return reduce + max(self.gather - (forward_s if grid.param_overlap else 0.0), 0.0)
 
 
-def _step_end(load: Workload, grid: Grid, machine: Machine, parameters: RankParameters) -> StepEnd:
-    """The end of a step of a rank with these parameters."""
-    numbers = load.numbers
+def _step_end(load: Workload, grid: Grid, machine: Machine, stages: Stages) -> StepEnd:
+    """The end of a step.
+
+    The first stage starts first and ends last, so that its transfers count; the slowest optimizer
+    does, because all wait for the gradients' norm.
+    """
+    numbers, ranks = load.numbers, rank_parameters(load, grid, stages)
+    parameters = ranks[0]
     dense = placement(grid, "dp_cp", machine.per_node)
     experts = placement(grid, "edp", machine.per_node)
     reduce = gather_seconds(dense, parameters.dense * numbers.gradient_bytes, machine)
@@ -60,19 +64,8 @@ def _step_end(load: Workload, grid: Grid, machine: Machine, parameters: RankPara
         gather += gather_seconds(experts, parameters.experts * numbers.weight_bytes, machine)
     else:
         reduce *= 2  # an all-reduce is a reduce-scatter and an all-gather
-    return StepEnd(reduce, gather, _optimizer(load, grid, machine, parameters))
-
-
-def pipeline_end(
-    load: Workload, grid: Grid, machine: Machine, stages: Sequence[RankParameters]
-) -> StepEnd:
-    """The end of a step of all stages, by ranks of each kind of stage, the first stage's first.
-
-    The first stage starts first and ends last, so that its transfers count; the slowest optimizer
-    does, because all wait for the gradients' norm.
-    """
-    ends = [_step_end(load, grid, machine, parameters) for parameters in stages]
-    return replace(ends[0], optimizer=max(end.optimizer for end in ends))
+    optimizers = [_optimizer(load, grid, machine, of_rank) for of_rank in dict.fromkeys(ranks)]
+    return StepEnd(reduce, gather, max(optimizers))
 
 
 def _optimizer(load: Workload, grid: Grid, machine: Machine, parameters: RankParameters) -> float:
@@ -109,6 +102,89 @@ def expert_load(load: Workload, grid: Grid, routing: AssumedRouting) -> Load:
     return rank_load(routing, load.experts.num_ffn_experts, grid.ep, selections)
 
 
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """A step in five sums, seconds."""
+
+    work: float  # computation that every layout does
+    recompute: float  # computation repeated in the backward pass
+    network: float  # exposed communication of layers and stages
+    bubble: float  # idle time of the pipeline
+    end: float  # exposed data-parallel communication and the optimizer
+
+    @property
+    def total(self) -> float:
+        """The step, seconds."""
+        return self.work + self.recompute + self.network + self.bubble + self.end
+
+
+@dataclass(frozen=True, slots=True)
+class CriticalPath:
+    """What a step's time is made of: the slowest rank's passes, what comes between and after."""
+
+    alone: PassTime  # of the slowest rank, a micro-batch
+    paired: PassTime  # the same beside the opposite pass of another micro-batch
+    passes: tuple[float, float]  # number of both
+    sending: float  # seconds in which the slowest rank is held up by its messages
+    bubble: float  # idle time of the slowest rank
+    end: StepEnd
+    data: float  # seconds of the end's communication that nothing hides
+
+    def cost(self) -> Cost:
+        """The step in five sums."""
+        apart, together = self.passes
+        recompute = apart * self.alone.recompute + together * self.paired.recompute
+        network = apart * self.alone.network + together * self.paired.network
+        busy = apart * self.alone.total + together * self.paired.total
+        return Cost(
+            work=busy - recompute - network,
+            recompute=recompute,
+            network=network + self.sending,
+            bubble=self.bubble,
+            end=self.data + self.end.optimizer,
+        )
+
+
+def critical_path(
+    load: Workload, grid: Grid, machine: Machine, skew: float, stages: Stages
+) -> CriticalPath:
+    """The critical path of a step in a legal layout; `skew`: rows of the fullest rank over mean."""
+    alone = _stage_passes(load, layer_key(grid.apart), machine, skew, stages)
+    paired = alone
+    if grid.expert_overlap:
+        paired = _stage_passes(load, layer_key(grid), machine, skew, stages)
+    transfer = stage_transfers(load, grid, machine)
+    micro_batches = grid.micro_batches(load.batch)
+    apart, together = pipeline.split_passes(grid.pp, grid.vpp, micro_batches, grid.expert_overlap)
+    sending = [
+        pipeline.messages_sent(grid.pp, grid.vpp, rank) * transfer.blocking
+        for rank in range(grid.pp)
+    ]
+    busy = [
+        apart * one.total + together * other.total + micro_batches * sent
+        for one, other, sent in zip(alone, paired, sending, strict=True)
+    ]
+    slowest = busy.index(max(busy))
+    bubble = 0.0
+    if grid.pp > 1:
+        passes = [one.total + sent for one, sent in zip(alone, sending, strict=True)]
+        late = pipeline.late_messages(grid.pp, grid.vpp, together) * transfer.overlapped
+        others = sum(passes) - passes[slowest]
+        bubble = pipeline.bubble_seconds(others, grid.vpp, grid.is_dualpipe) + late
+    # A step begins and ends with passes of the first stage, which run alone: beside them its
+    # parameters and gradients travel.
+    end = _step_end(load, grid, machine, stages)
+    return CriticalPath(
+        alone[slowest],
+        paired[slowest],
+        (apart, together),
+        micro_batches * sending[slowest],
+        bubble,
+        end,
+        end.exposed(grid, alone[0].forward, alone[0].backward),
+    )
+
+
 def step_time(
     load: Workload,
     grid: Grid,
@@ -119,37 +195,15 @@ def step_time(
     """Time of one training step in a legal layout; stages are as even as they divide, or these."""
     stages = stages or pipeline.even_stages(load.layers, grid.pp, grid.vpp)
     fullness = expert_load(load, grid, routing)
-    unpaired = _stage_passes(load, layer_key(grid.apart), machine, fullness.mean, stages)
-    paired = _stage_passes(load, layer_key(grid), machine, fullness.mean, stages)
-    transfer = stage_transfers(load, grid, machine)
-    micro_batches = grid.micro_batches(load.batch)
-    apart, together = pipeline.split_passes(grid.pp, grid.vpp, micro_batches, grid.expert_overlap)
-    sending = [
-        pipeline.messages_sent(grid.pp, grid.vpp, rank) * transfer.blocking
-        for rank in range(grid.pp)
-    ]
-    busy = [
-        apart * one.total + together * other.total + micro_batches * sent
-        for one, other, sent in zip(unpaired, paired, sending, strict=True)
-    ]
-    slowest = max(range(grid.pp), key=lambda rank: busy[rank])
-    work = sum_passes([(unpaired[slowest], apart), (paired[slowest], together)])
+    path = critical_path(load, grid, machine, fullness.mean, stages)
+    work = sum_passes([(path.alone, path.passes[0]), (path.paired, path.passes[1])])
     seconds, hidden = dict(work.seconds), dict(work.hidden)
     if grid.pp > 1:
-        passes = [one.total + sent for one, sent in zip(unpaired, sending, strict=True)]
-        late = pipeline.late_messages(grid.pp, grid.vpp, together) * transfer.overlapped
-        others = sum(passes) - passes[slowest]
-        seconds[BUBBLE] = pipeline.bubble_seconds(others, grid.vpp, grid.is_dualpipe) + late
-        seconds[POINT_TO_POINT] = micro_batches * sending[slowest]
-    # A step begins and ends with passes of the first stage, which run alone: beside them its
-    # parameters and gradients travel.
-    parameters = [rank_parameters(load, grid, stages, rank) for rank in range(grid.pp)]
-    end = pipeline_end(load, grid, machine, parameters)
-    seconds[DATA] = end.exposed(grid, unpaired[0].forward, unpaired[0].backward)
-    seconds[OPTIMIZER] = end.optimizer
-    hidden[DATA] = end.reduce + end.gather - seconds[DATA]
+        seconds |= {BUBBLE: path.bubble, POINT_TO_POINT: path.sending}
+    seconds |= {DATA: path.data, OPTIMIZER: path.end.optimizer}
+    hidden[DATA] = path.end.reduce + path.end.gather - path.data
     sent = exchanged_bytes(load, grid) * (sum(load.is_moe) + load.extra_layers * load.is_moe[-1])
-    sent *= grid.world / grid.pp * micro_batches
+    sent *= grid.world / grid.pp * grid.micro_batches(load.batch)
     return StepTime(sum(seconds.values()), seconds, hidden, fullness, sent)
 
 
@@ -158,22 +212,25 @@ def _stage_passes(
     load: Workload, grid: Grid, machine: Machine, skew: float, stages: Stages
 ) -> tuple[PassTime, ...]:
     """Passes of one micro-batch through each pipeline rank's layers."""
-    rows = fullest_rows(load, grid, skew)
-
-    def time_of(is_moe: bool, recompute: Recompute) -> PassTime:
-        return layer_time(load, replace(grid, recompute=recompute), machine, is_moe, rows, skew)
-
+    rows, last = fullest_rows(load, grid, skew), len(stages) - 1
+    kinds = {True: grid, False: replace(grid, recompute=())}
+    # Ranks with the same layers take the same time.
+    known: dict[object, PassTime] = {}
     passes = []
-    for rank, chunks in enumerate(stages):
-        counts = layer_counts(load, grid, chunks).items()
-        parts = [(time_of(*kind), count) for kind, count in counts]
-        if rank == 0:
-            parts.append((edge_time(load, grid, machine, False), 1))
-        if rank == len(stages) - 1:
-            parts.append((edge_time(load, grid, machine, True), 1 + load.extra_layers))
-            if load.extra_layers:
-                parts.append((time_of(load.is_moe[-1], grid.recompute), load.extra_layers))
-        passes.append(sum_passes(parts))
+    for rank in range(len(stages)):
+        counts = layer_counts(load, stages, rank, grid.recomputed_layers)
+        key = (tuple(counts.items()), rank == 0, rank == last)
+        if key not in known:
+            parts = [
+                (layer_time(load, kinds[repeats], machine, is_moe, rows, skew), count)
+                for (is_moe, repeats), count in counts.items()
+            ]
+            if rank == 0:
+                parts.append((edge_time(load, grid, machine, False), 1))
+            if rank == last:
+                parts.append((edge_time(load, grid, machine, True), 1 + load.extra_layers))
+            known[key] = sum_passes(parts)
+        passes.append(known[key])
     return tuple(passes)
 
 

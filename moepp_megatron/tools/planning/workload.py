@@ -77,7 +77,8 @@ class NumberFormats:
         return {"fp32": 0, "bf16": 4}[self.dtype] if self.own_copy is None else self.own_copy
 
 
-@dataclass(frozen=True)
+# Compared by identity: it is the key of caches.
+@dataclass(frozen=True, eq=False)
 class Workload:
     """A model and its batch."""
 

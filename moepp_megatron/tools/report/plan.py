@@ -10,8 +10,8 @@ from statistics import median
 from rich.table import Table
 
 from moepp_megatron.runtime.atomic import write_result
-from moepp_megatron.tools.planning.coster import GIB
 from moepp_megatron.tools.planning.measured.compare import Range, error_range, published
+from moepp_megatron.tools.planning.memory import GIB
 from moepp_megatron.tools.planning.plan import Plan
 from moepp_megatron.tools.planning.planned import Planned
 from moepp_megatron.tools.planning.traffic import placement

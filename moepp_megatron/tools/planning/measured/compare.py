@@ -13,10 +13,9 @@ from statistics import median
 import numpy as np
 
 from moepp_megatron.config import Config
-from moepp_megatron.tools.planning.coster import GIB
 from moepp_megatron.tools.planning.machine import Machine, machine_of
 from moepp_megatron.tools.planning.measured.rows import Run, read_runs
-from moepp_megatron.tools.planning.memory import fullest_rank
+from moepp_megatron.tools.planning.memory import GIB, fullest_rank
 from moepp_megatron.tools.planning.step import StepTime, step_time
 from moepp_megatron.tools.planning.workload import Workload
 

@@ -1,6 +1,5 @@
 """Parts, rates, schedules and their sum."""
 
-import itertools
 import random
 from dataclasses import replace
 from pathlib import Path
@@ -12,10 +11,10 @@ from moepp_megatron.config.flops import forward_flops_per_token
 from moepp_megatron.config.hardware import load_hardware
 from moepp_megatron.tools.planning.activations import kept_bytes, output_bytes
 from moepp_megatron.tools.planning.attention import GroupedQuery
-from moepp_megatron.tools.planning.coster import GIB, Coster
 from moepp_megatron.tools.planning.grid import FULL, Grid
 from moepp_megatron.tools.planning.imbalance import FORCED_BALANCE, LEARNED
 from moepp_megatron.tools.planning.layer_time import HOST, METADATA, PassTime, layer_time
+from moepp_megatron.tools.planning.layout_costs import LayoutCosts
 from moepp_megatron.tools.planning.machine import Efficiencies, Machine, machine_of
 from moepp_megatron.tools.planning.memory import fullest_rank, fullest_rows, memory_of
 from moepp_megatron.tools.planning.parts import Layer, LayerPart, layer_parts, output_part
@@ -214,24 +213,15 @@ def test_a_fused_loss_needs_the_logits_alone() -> None:
     assert plain.backward.moved - fused.backward.moved == (10 - 4) * logits
 
 
-@pytest.mark.parametrize("further", [0, 2])
-def test_the_fast_way_gives_what_the_slow_one_does(h100: Machine, further: int) -> None:
-    load = replace(LOAD, is_moe=(False, False, *(True,) * 6), extra_layers=further)
-    coster = Coster(load, h100, LEARNED)
-    tried = itertools.product(
-        (1, 2), (1, 2), (1, 4), (1, 2), (1, 8), ((), ("moe_act",), FULL), (False, True)
-    )
-    for tp, cp, pp, vpp, ep, recompute, overlap in tried:
-        if pp == 1 and vpp > 1:
-            continue
-        grid = Grid(64, tp, cp, pp, vpp, ep, 1, 1, recompute, overlap and recompute != FULL)
-        cost, step = coster.cost(grid), step_time(load, grid, h100, LEARNED)
-        assert cost.total == pytest.approx(step.total, rel=1e-9)
-        assert cost.bubble == pytest.approx(step.seconds.get(BUBBLE, 0.0), rel=1e-9)
-        stages = even_stages(load.layers, pp, vpp)
-        held = fullest_rank(load, grid, stages, coster.fullness(grid).p99).total
-        reserved = h100.reached.reserved_gib * GIB
-        assert coster.memory(grid) == pytest.approx(held + reserved, rel=1e-9)
+@pytest.mark.parametrize("overlap", [False, True])
+def test_costs_are_the_step_in_five_sums_and_the_fullest_rank(h100: Machine, overlap: bool) -> None:
+    load = replace(LOAD, is_moe=(False, False, *(True,) * 6), extra_layers=2)
+    costs, grid = LayoutCosts(load, h100, LEARNED), Grid(64, 2, 1, 4, 2, 8, expert_overlap=overlap)
+    cost, step = costs.cost(grid), step_time(load, grid, h100, LEARNED)
+    assert cost.total == pytest.approx(step.total, rel=1e-9)
+    assert cost.bubble == step.seconds[BUBBLE]
+    held = fullest_rank(load, grid, even_stages(load.layers, 4, 2), step.load.p99).total
+    assert costs.memory(grid) == held + h100.reached.reserved_gib * 2**30
 
 
 def test_planning_imports_no_torch() -> None:

@@ -8,9 +8,9 @@ import pytest
 
 from moepp_megatron.config import Config, ConfigError, Layout, parse_config
 from moepp_megatron.config.hardware import load_hardware
-from moepp_megatron.tools.planning.coster import Coster
 from moepp_megatron.tools.planning.grid import FULL, Grid
 from moepp_megatron.tools.planning.imbalance import FORCED_BALANCE, LEARNED
+from moepp_megatron.tools.planning.layout_costs import LayoutCosts
 from moepp_megatron.tools.planning.machine import Machine, machine_of
 from moepp_megatron.tools.planning.overlay import config_of
 from moepp_megatron.tools.planning.plan import TIE, complexity, make_plan
@@ -127,11 +127,11 @@ def test_the_plan_is_the_best_of_all_layouts(h100: Machine) -> None:
     config = configured(batch=96)
     plan = make_plan(config, WORLD, h100, LEARNED, taus=(0.25,), top=3)
     space = Space.of(config, WORLD, 8)
-    coster = space.coster(h100, LEARNED)
+    costs = space.costs(h100, LEARNED)
     fitting = {
-        grid: coster.cost(grid).total
+        grid: costs.cost(grid).total
         for grid in space.grids()
-        if not grid.states and coster.memory(grid) <= h100.usable_bytes
+        if not grid.states and costs.memory(grid) <= h100.usable_bytes
     }
     fastest = min(fitting.values())
     assert plan.best is not None
@@ -139,7 +139,7 @@ def test_the_plan_is_the_best_of_all_layouts(h100: Machine) -> None:
     # The plan is a tie with it, and none of the ties is simpler.
     assert plan.best.step.total <= fastest * (1 + TIE)
     ties = [grid for grid, total in fitting.items() if total <= fastest * (1 + TIE)]
-    least = min(complexity(coster.named(grid), config) for grid in ties)
+    least = min(complexity(costs.named(grid), config) for grid in ties)
     assert complexity(plan.best.grid, config) == least
     times = [planned.step.total for planned in plan.layouts[1:]]
     assert times == sorted(times)
@@ -175,10 +175,10 @@ def test_a_model_that_does_not_fit_names_what_comes_closest(h100: Machine) -> No
 def test_states_are_kept_in_bf16_only_for_room(h100: Machine) -> None:
     config, states = configured(batch=8), ("moments", "gradients")
     space = Space.of(config, 4, 8)
-    coster = space.coster(h100, LEARNED)
+    costs = space.costs(h100, LEARNED)
     assert set(space.states) == {(), ("moments",), states}
     least = {
-        kept: min(coster.memory(grid) for grid in space.grids() if grid.states == kept)
+        kept: min(costs.memory(grid) for grid in space.grids() if grid.states == kept)
         for kept in space.states
     }
     assert sorted(least.values(), reverse=True) == list(least.values())
@@ -191,7 +191,7 @@ def test_states_are_kept_in_bf16_only_for_room(h100: Machine) -> None:
     changed = config_of(config, best.grid)
     assert changed.optimizer.bf16_moments == ("exp_avg_dtype", "exp_avg_sq_dtype")
     assert not changed.precision.grad_reduce_in_fp32
-    assert best.step.total == pytest.approx(coster.cost(best.grid).total)
+    assert best.step.total == pytest.approx(costs.cost(best.grid).total)
     # They are no states of optimizers whose rules refuse them.
     for other in ({"optimizer": {"lr": 1e-3, "adam_beta2": 0.999}}, {"precision": {}}):
         assert set(Space.of(configured(**other), WORLD, 8).states) == {()}
@@ -216,9 +216,9 @@ def test_the_fastest_dispatcher_is_taken_where_tokens_travel(h100: Machine) -> N
     )
     space = Space.of(config, WORLD, 8)
     assert space.dispatchers == ("flex", "alltoall", "alltoall_dedup")
-    free = space.coster(h100, LEARNED)
+    free = space.costs(h100, LEARNED)
     each = {
-        name: replace(space, load=space.load.with_dispatcher(name), dispatchers=()).coster(
+        name: replace(space, load=space.load.with_dispatcher(name), dispatchers=()).costs(
             h100, LEARNED
         )
         for name in space.dispatchers
@@ -256,9 +256,9 @@ def test_latent_attention_may_repeat_its_expansions() -> None:
 
 def test_a_margin_of_memory_stays_free(h100: Machine) -> None:
     config = configured(model={"num_layers": 2})
-    coster = Coster(Workload.from_config(config), h100, FORCED_BALANCE)
+    costs = LayoutCosts(Workload.from_config(config), h100, FORCED_BALANCE)
     grid = Grid(WORLD, tp=2, ep=2)
-    held = coster.memory(grid)
+    held = costs.memory(grid)
     full = replace(h100, memory_bytes=held * 1.005)
     assert full.usable_bytes < held < full.memory_bytes
     plan = make_plan(config, WORLD, full, FORCED_BALANCE, top=3)
