@@ -6,6 +6,7 @@ import contextlib
 import functools
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
     from torch.distributed import Store
 
     from moepp_megatron.observe.metrics import StepMetrics
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -98,7 +101,9 @@ def train(
         options = LaunchOptions(nproc, stoppable=True)
         start = Start(resume=resume, overwrite=overwrite)
         given = config if isinstance(config, Config) else Path(config)
-        request = TrainRequest.read(given, overrides, options, start, _warn).admitted(_warn)
+        request = TrainRequest.read(given, overrides, options, start, logger.warning).admitted(
+            logger.warning
+        )
         if callbacks and request.starts_ranks:
             raise ConfigError(
                 f"nproc ({nproc}) must be 1 with callbacks, which are objects of this process; "
@@ -231,12 +236,6 @@ def _as_written(result: TrainResult, config: Config) -> TrainResult:
         # Stopped before the first step, or a full disk has cost the run its records.
         return replace(result, step=max(newest, default=0))
     return replace(result, step=max([*newest, last.step]), metrics=last)
-
-
-def _warn(text: str) -> None:
-    import logging
-
-    logging.getLogger(__name__).warning("%s", text)
 
 
 def _must_be_alike(config: Config) -> dict[str, str]:

@@ -198,14 +198,14 @@ def damage(
     these files; presence and sizes are always checked for all.
     """
     try:
-        if (reason := _structure(checkpoint)) is not None:
-            return reason
-        digests: dict[str, str] = _read_manifest(checkpoint)["files"]
+        digests = _checked_digests(checkpoint)
         for name in sorted(names or digests)[part::num_parts]:
             if file_digest(checkpoint / name) != digests[name]:
                 return f"{name} is damaged: its SHA-256 is not that of {MANIFEST_FILE}"
     except OSError as error:
         return f"{error.filename or checkpoint}: {error.strerror}"
+    except ValueError as error:
+        return str(error)
     return None
 
 
@@ -226,33 +226,31 @@ def manifest(digests: dict[str, str], sizes: dict[str, int]) -> bytes:
     return (json.dumps(content, indent=2, sort_keys=True) + "\n").encode()
 
 
-def _structure(checkpoint: Path) -> str | None:
+def _checked_digests(checkpoint: Path) -> dict[str, str]:
+    """SHA-256 of each file by the manifest, once all but the contents is checked (ValueError)."""
     if not checkpoint.is_dir():
-        return "is not a folder"
+        raise ValueError("is not a folder")
     there = {path.name: path.stat().st_size for path in checkpoint.iterdir() if path.is_file()}
     for name in (FORMAT_FILE, MANIFEST_FILE, CONFIG_FILE):
         if name not in there:
-            return f"{name} is missing: the save did not finish"
+            raise ValueError(f"{name} is missing: the save did not finish")
     if _LEGACY_FILE in there:
-        return f"{_LEGACY_FILE} does not belong into this format"
-    try:
-        content = _read_manifest(checkpoint)
-        read_record(checkpoint)
-    except ValueError as error:
-        return str(error)
+        raise ValueError(f"{_LEGACY_FILE} does not belong into this format")
+    content = _read_manifest(checkpoint)
+    read_record(checkpoint)
     files: dict[str, str] = content["files"]
     sizes: dict[str, int] = content.get("sizes", {})
     for name in (TENSORS_FILE, FORMAT_FILE, CONFIG_FILE):
         if name not in files:
-            return f"{MANIFEST_FILE} does not vouch for {name}"
+            raise ValueError(f"{MANIFEST_FILE} does not vouch for {name}")
     for name in files:
         if Path(name).name != name:
-            return f"{MANIFEST_FILE} names {name!r}, which is not a file of this folder"
+            raise ValueError(f"{MANIFEST_FILE} names {name!r}, which is not a file of this folder")
         if name not in there:
-            return f"{name} is missing"
+            raise ValueError(f"{name} is missing")
         if name in sizes and there[name] != sizes[name]:
-            return f"{name} has {there[name]} bytes instead of {sizes[name]}"
-    return None
+            raise ValueError(f"{name} has {there[name]} bytes instead of {sizes[name]}")
+    return files
 
 
 def _read_manifest(checkpoint: Path) -> dict[str, Any]:

@@ -34,23 +34,22 @@ def complete_state(optimizer: Any) -> None:
     inner = optimizer.optimizer
     if inner is None:  # a rank without parameters of this optimizer
         return
+    parameters = [each for group in inner.param_groups for each in group["params"]]
+    # Looking one up would make an empty entry.
+    without = [each for each in parameters if not inner.state.get(each)]
     if is_torch(inner):
-        for group in inner.param_groups:
-            for parameter in group["params"]:
-                if not inner.state[parameter]:
-                    inner.state[parameter] = {
-                        "step": torch.tensor(0.0),
-                        "exp_avg": torch.zeros_like(parameter),
-                        "exp_avg_sq": torch.zeros_like(parameter),
-                    }
+        for parameter in without:
+            inner.state[parameter] = {
+                "step": torch.tensor(0.0),
+                "exp_avg": torch.zeros_like(parameter),
+                "exp_avg_sq": torch.zeros_like(parameter),
+            }
     elif _is_emerging(inner):
         optimizer.init_state_fn(inner, optimizer.config)
     elif optimizer.config.use_precision_aware_optimizer:
-        for group in inner.param_groups:
-            for parameter in group["params"]:
-                if not inner.state[parameter]:
-                    halves = optimizer.config.store_param_remainders
-                    inner.initialize_state(parameter, halves and parameter.dtype is torch.bfloat16)
+        for parameter in without:
+            halves = optimizer.config.store_param_remainders
+            inner.initialize_state(parameter, halves and parameter.dtype is torch.bfloat16)
     elif not inner.state and is_distributed(optimizer):
         # It makes room for the state that it is to load, and leaves the values open.
         optimizer.load_state_dict(optimizer.state_dict())

@@ -160,7 +160,7 @@ class RankTimes:
         return 1.0 - sum(self.busy_s) / max(sum(self.wall_s), 1e-9)
 
 
-class StragglerDetector:
+class StragglerDetector(_CollectiveClock):
     """Measures this rank's steps and compares them with the others' at an interval.
 
     Args:
@@ -169,23 +169,16 @@ class StragglerDetector:
     """
 
     def __init__(self, interval: int, threshold: float) -> None:
+        super().__init__()
+        # Only in steps.
+        self.counting = False
         self._interval, self._threshold = interval, threshold
-        self._clock = _CollectiveClock()
         self._steps, self._wall_s, self._waiting_s = 0, 0.0, 0.0
         self._began = 0.0
 
-    def start(self) -> None:
-        """Start measuring collectives, in steps."""
-        self._clock.counting = False
-        self._clock.start()
-
-    def stop(self) -> None:
-        """Stop measuring collectives."""
-        self._clock.stop()
-
     def begin_step(self) -> None:
         """Begin a step; the time since the last one (evaluation, saving) does not count."""
-        self._clock.counting = True
+        self.counting = True
         self._began = time.perf_counter()
 
     def end_step(self, step: int) -> RankTimes | None:
@@ -196,8 +189,8 @@ class StragglerDetector:
             beyond the threshold.
         """
         self._wall_s += time.perf_counter() - self._began
-        self._clock.counting = False
-        self._waiting_s += self._clock.read()
+        self.counting = False
+        self._waiting_s += self.read()
         self._steps += 1
         if step % self._interval != 0:
             return None

@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
 import torch
@@ -176,21 +175,12 @@ class Supervisor:
     def __enter__(self) -> Self:
         """Begin; every rank must enter."""
         if self._watchdog is not None:
-            if dist.get_rank() == 0:
-                self._watchdog.clear()
-            # A rank that saw an earlier attempt's alarm would end at once.
-            dist.barrier()
             self._watchdog.start()
         if self._stragglers is not None:
             self._stragglers.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         """End, whatever happened."""
         if self._stragglers is not None:
             self._stragglers.stop()

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
+import torch.distributed as dist
+
 from moepp_megatron.config.exit_codes import HUNG
 from moepp_megatron.config.schema import ResilienceSection
 from moepp_megatron.runtime.atomic import write_atomic
@@ -113,12 +115,12 @@ class Watchdog:
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
-    def clear(self) -> None:
-        """Remove what earlier attempts left; one rank calls it before any rank starts."""
-        self._folder.clear()
-
     def start(self) -> None:
-        """Start watching."""
+        """Start watching; every rank must call."""
+        if self._rank == 0:
+            self._folder.clear()
+        # A rank that saw an earlier attempt's alarm would end at once.
+        dist.barrier()
         self._thread.start()
 
     def stop(self) -> None:
@@ -267,8 +269,6 @@ def _main_thread_frame() -> FrameType | None:
 
 def _group_of(frame: FrameType) -> str:
     """` over the N ranks of GROUP`, from the call's arguments."""
-    import torch.distributed as dist
-
     group = frame.f_locals.get("group") or dist.group.WORLD
     if group is None:
         return ""
