@@ -124,13 +124,8 @@ def train(
 def run(request: TrainRequest, say: Say, callbacks: Sequence[object] = ()) -> TrainResult:
     """Train as an admitted request says: be one rank, or start this machine's ranks.
 
-    Args:
-        request: The result of `TrainRequest.admitted`.
-        say: Called with messages before the first step, on rank 0.
-        callbacks: Objects that get the events of the run, as for `train`.
-
-    Returns:
-        Of ranks that were started only what their exit status means.
+    `say` is called with messages before the first step, on rank 0; `callbacks` as for `train`. The
+    result of ranks that were started is only what their exit status means.
 
     Raises:
         ConfigError: The run may not start in its folder, or has nothing to start from
@@ -256,10 +251,8 @@ def _must_be_alike(config: Config) -> dict[str, str]:
 def _refuse_unlike(store: Store, rank: int, world_size: int, alike: Mapping[str, str]) -> None:
     """Refuse ranks whose settings differ, through the store where they meet; every rank calls.
 
-    Without it ranks train with each their own, or wait for each other in collectives.
-
-    Raises:
-        NoStartError: On all ranks; names the first setting of the first rank that differs.
+    Else ranks would train with each their own, or wait for each other in collectives. NoStartError
+    on all ranks names the first setting of the first rank that differs.
     """
     if rank == 0:
         store.set("settings", json.dumps(alike))

@@ -31,14 +31,7 @@ class BackgroundError(RuntimeError):
 
 
 class Background:
-    """Runs `function` in a forked process.
-
-    Args:
-        function: Called without arguments; what it returns is pickled.
-
-    Raises:
-        OSError: There is no memory or no process left.
-    """
+    """Runs `function` in a forked process, which pickles the result; OSError if none can start."""
 
     def __init__(self, function: Callable[[], Any]) -> None:
         reader, writer = os.pipe()
@@ -66,11 +59,7 @@ class Background:
         return self._status is not None
 
     def result(self) -> Any:
-        """Wait for the function and return its result.
-
-        Raises:
-            BackgroundError: It raised, or its process died.
-        """
+        """Wait for the function and return its result; BackgroundError if it failed."""
         while self._status is None:
             self._receive()
         if self._status != 0:
@@ -123,12 +112,7 @@ class BackgroundUpload:
         return self._uploaded.done()
 
     def result(self) -> Any:
-        """Wait for the upload and return the result.
-
-        Raises:
-            BackgroundError: The process has failed.
-            StoreError: The upload has failed.
-        """
+        """Wait for the upload; BackgroundError or StoreError if the process or it failed."""
         return self._uploaded.result()
 
     def kill(self) -> None:

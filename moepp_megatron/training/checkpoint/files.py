@@ -132,9 +132,7 @@ def grid(layout: Layout) -> dict[str, int]:
 def read_record(checkpoint: Path) -> SavedRecord | None:
     """A checkpoint's record; None if it has none, as weights from `moepp convert`.
 
-    Raises:
-        NewerFormatError: It has a newer format.
-        ValueError: The file is there but cannot be read.
+    NewerFormatError if it has a newer format, ValueError if the file cannot be read.
     """
     path = checkpoint / STATE_FILE
     try:

@@ -86,8 +86,8 @@ def newest_again[**P, T](
 ) -> Callable[Concatenate[str | Path, P], T]:
     """Retry `act` with the newest checkpoint if its run deletes the one in use.
 
-    The function that is returned takes what `find_checkpoint` takes. Not among ranks, of which
-    others would go on with the checkpoint that is gone.
+    The result takes what `find_checkpoint` takes. It does not retry among ranks, of which others
+    would continue with the checkpoint that is gone.
     """
 
     @functools.wraps(act)
@@ -128,11 +128,10 @@ def checkpoints_of(name: str, run: Path) -> list[Path]:
 
 
 def check_start(config: Config, folder: Path) -> None:
-    """Refuse, before any rank starts, a `checkpoint.load` that does not fit; hashes no tensors.
+    """Refuse (ConfigError), before any rank starts, a `checkpoint.load` that does not fit.
 
-    Raises:
-        ConfigError: There is no checkpoint of that name, all are damaged, one has a newer format,
-            or its model has other shapes or other tokens.
+    There is none of that name, all are damaged, one has a newer format, or its model has other
+    shapes or other tokens. Hashes no tensors.
     """
     name = config.checkpoint.load
     if name is None:
@@ -146,13 +145,10 @@ def check_start(config: Config, folder: Path) -> None:
 
 
 def refuse_no_start(name: str, skipped: list[str]) -> None:
-    """Refuse to start if `checkpoint.load` names nothing that can be read.
+    """Raise NoStartError if `checkpoint.load` names nothing that can be read.
 
     `auto` starts from scratch where there is no checkpoint at all; `skipped` has a line for each
     that is damaged.
-
-    Raises:
-        NoStartError: Training must not start.
     """
     if name != "auto":
         why = f" ({'; '.join(skipped)})" if skipped else ""
@@ -217,8 +213,7 @@ def first_valid(
 ) -> tuple[Path | None, list[str]]:
     """The first valid checkpoint, and a line for every one before it.
 
-    Raises:
-        NewerFormatError: One of them has a newer format: it is not damaged, and may be the newest.
+    NewerFormatError if one has a newer format: it is not damaged, and may be the newest.
     """
     checkpoints = list(checkpoints)
     skipped: list[str] = []

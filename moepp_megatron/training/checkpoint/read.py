@@ -48,12 +48,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class Loaded:
-    """A checkpoint's progress and extra state, besides what has been loaded in place.
-
-    Attributes:
-        progress: The progress from which the run continues.
-        extra: The `extra` that `CheckpointWriter.save` received.
-    """
+    """Progress from which the run continues, and the `extra` that was saved with it."""
 
     progress: Progress = field(default_factory=Progress)
     extra: dict[str, Any] = field(default_factory=dict)
@@ -62,11 +57,8 @@ class Loaded:
 def find_start(config: Config, folder: Path) -> Path | None:
     """The checkpoint that `checkpoint.load` means, verified; every rank must call.
 
-    None where training starts from scratch; `auto` looks into `folder`, the run's own.
-
-    Raises:
-        NoStartError: The checkpoint or run that was named has no valid checkpoint, or this run has
-            checkpoints, all of them damaged.
+    None where training starts from scratch; `auto` looks into `folder`, the run's own. NoStartError
+    if there are only damaged ones, or none of the name that was given.
     """
     name = config.checkpoint.load
     if name is None:
@@ -101,12 +93,10 @@ def _first_agreed(candidates: list[Path]) -> tuple[Path | None, list[str]]:
 def read_checkpoint(
     checkpoint: Path, model: TrainingModel, config: Config, weights_only: bool = False
 ) -> Loaded:
-    """Put a checkpoint that `find_start` verified in place; every rank must call.
+    """Load a checkpoint that `find_start` verified, in place; every rank must call.
 
     With `weights_only` the run begins at step 0 with a fresh optimizer, as of a pretrained model.
-
-    Raises:
-        ConfigError: The model has other shapes.
+    ConfigError if the model has other shapes.
     """
     saved = check_compatible(checkpoint, config)
     has_biases = saved.moe.selection_bias or not config.moe.selection_bias
@@ -131,10 +121,9 @@ def read_checkpoint(
 
 
 def load_weights(checkpoint: Path, models: list[GPTModel]) -> None:
-    """Read only the model's weights, in place, whatever layout wrote them; every rank must call.
+    """Load only the model's weights, in place, whatever layout wrote them; every rank must call.
 
-    Raises:
-        ConfigError: The checkpoint is damaged or unsafe.
+    ConfigError if the checkpoint is damaged or unsafe.
     """
     reason = agreed_reason(checkpoint, Agreement())
     if reason is not None:
@@ -184,11 +173,7 @@ def start_lines(
 ) -> list[str]:
     """A line that names the checkpoint, and a line for each difference from it.
 
-    Args:
-        checkpoint: The checkpoint that was loaded.
-        record: Its record; None where only its weights were loaded.
-        config: The configuration of this run.
-        layout: Its rank grid.
+    `record` is None where only its weights were loaded; `layout` is this run's rank grid.
     """
     if record is None:
         return [f"started from the weights of {checkpoint}"]

@@ -70,14 +70,10 @@ _DISCARDED = "discarded"
 
 
 class Pruner:
-    """Keeps the newest valid checkpoints of a folder.
+    """Keeps the `keep` newest valid checkpoints of a folder, all of them for None.
 
     A checkpoint that cannot be read is neither counted nor deleted: it may be all that is left of
     something. What killed runs left half written is removed.
-
-    Args:
-        folder: The run's checkpoint folder.
-        keep: Valid checkpoints to keep; None keeps all.
     """
 
     def __init__(self, folder: Path, keep: int | None) -> None:

@@ -28,17 +28,14 @@ class Heartbeat:
     """Last status report of a rank.
 
     Attributes:
-        rank: The rank.
-        host: Its machine.
-        pid: Its process there.
+        host, pid: The rank's machine, and its process there.
         beat: Counts up as long as the process runs at all.
-        step: Optimizer step in work.
-        phase: Its current phase.
+        step, phase: Optimizer step and phase in work.
         count: Phases entered so far.
         stalled_s: Seconds without progress.
-        collective: The collective its main thread is in, or None.
+        collective: The collective that its main thread is in, or None.
         place: Where its main thread is, or None if it has not been looked at.
-        has_dumped: Whether its stacks are written.
+        has_dumped: True if its stacks are written.
     """
 
     rank: int
@@ -55,17 +52,13 @@ class Heartbeat:
 
 
 class HeartbeatFolder:
-    """The folder RUN/heartbeats.
-
-    Args:
-        path: The folder, shared by all ranks.
-    """
+    """The folder RUN/heartbeats, shared by all ranks."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def clear(self) -> None:
-        """Delete files of earlier attempts; called by one rank before any rank beats.
+        """Delete files of earlier attempts; one rank calls it before any rank beats.
 
         Where the disk refuses there are no heartbeats, as in `write`.
         """
@@ -90,14 +83,7 @@ class HeartbeatFolder:
         return heartbeats
 
     def raise_alarm(self, name: str) -> str:
-        """Tell all ranks to write their stacks.
-
-        Args:
-            name: Name of the folder for the stacks.
-
-        Returns:
-            The name that is used: that of the first rank to raise the alarm.
-        """
+        """Tell all ranks to write their stacks into folder `name`, or the one named before."""
         with contextlib.suppress(OSError), open(self.path / _ALARM, "x", encoding="utf-8") as file:
             file.write(name)
         return self.alarm() or name
@@ -122,13 +108,13 @@ def hang_report(
     world_size: int,
     pending: Mapping[int, str],
 ) -> str:
-    """Name the rank that is behind, and what the others wait in.
+    """Name the rank that is behind, and the collectives that the others wait in.
 
     Args:
-        beats: Last heartbeat of each rank, including the place of its stacks.
+        beats: Last heartbeat of each rank.
         silent: Ranks whose heartbeat has stopped or is missing.
         world_size: Ranks of the run.
-        pending: Collective that a rank has not completed, from its flight recorder.
+        pending: By rank, a collective that it has not completed, from its flight recorder.
     """
     held_up = [rank for rank in range(world_size) if rank not in silent and rank in beats]
     lines = []
@@ -204,8 +190,7 @@ _PREFIX = "trace_rank_"
 def enable_flight_recorder(dump_folder: Path) -> None:
     """Switch torch's flight recorder on, before the process group exists; the user's settings win.
 
-    Args:
-        dump_folder: Where NCCL's own watchdog writes its dump when a collective times out.
+    NCCL's own watchdog writes into `dump_folder` when a collective times out.
     """
     defaults = {
         "TORCH_FR_BUFFER_SIZE": ("TORCH_NCCL_TRACE_BUFFER_SIZE", _ENTRIES),

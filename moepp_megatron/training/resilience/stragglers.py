@@ -131,12 +131,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class RankTimes:
-    """Time of the ranks in an interval.
-
-    Attributes:
-        busy_s: [ranks] mean seconds per step of each rank, without waiting for others.
-        wall_s: [ranks] mean seconds per step.
-    """
+    """Mean seconds per step in an interval, [ranks]: `busy_s` leaves out waiting for others."""
 
     busy_s: list[float]
     wall_s: list[float]
@@ -161,11 +156,9 @@ class RankTimes:
 
 
 class StragglerDetector(_CollectiveClock):
-    """Measures this rank's steps and compares them with the others' at an interval.
+    """Measures this rank's steps, and compares them with the others' every `interval` steps.
 
-    Args:
-        interval: Steps between comparisons.
-        threshold: Ratio of `RankTimes` from which the slowest rank is named in the log.
+    From the ratio `threshold` on the log names the slowest rank.
     """
 
     def __init__(self, interval: int, threshold: float) -> None:
@@ -182,12 +175,7 @@ class StragglerDetector(_CollectiveClock):
         self._began = time.perf_counter()
 
     def end_step(self, step: int) -> RankTimes | None:
-        """End a step; every rank must call.
-
-        Returns:
-            The comparison, in steps that have one; the log names the slowest rank if it is
-            beyond the threshold.
-        """
+        """End a step; every rank must call. The comparison, in steps that have one."""
         self._wall_s += time.perf_counter() - self._began
         self.counting = False
         self._waiting_s += self.read()

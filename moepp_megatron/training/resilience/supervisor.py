@@ -35,17 +35,10 @@ class SilentDivergenceError(RuntimeError):
 def _check_shared_parameters(models: Sequence[torch.nn.Module], step: int) -> None:
     """Compare every parameter with its copies on other ranks, bit by bit; every rank must call.
 
-    The copies compared are FFN experts over the expert-data-parallel ranks, everything else over
-    the data- and context-parallel ranks; norms, routers, zero-computation experts and whatever else
-    tensor parallelism does not split over the tensor-parallel ranks too; tied embeddings over the
-    first and last pipeline stage.
-
-    Args:
-        models: This rank's model chunks, not wrapped.
-        step: Step number for the message.
-
-    Raises:
-        SilentDivergenceError: If copies differ, on every rank; names parameter, ranks and step.
+    The copies are those of FFN experts on the expert-data-parallel ranks, of everything else on the
+    data- and context-parallel ranks, of whatever tensor parallelism does not split (norms, routers,
+    zero-computation experts) on the tensor-parallel ranks too, of tied embeddings on the first and
+    last pipeline stage. SilentDivergenceError, on every rank, names parameter, ranks and step.
     """
     problems: list[str] = []
     for parameters, group in _shared(models):
@@ -126,13 +119,8 @@ def _checksum(tensor: Tensor) -> Tensor:
     """Sum of the elements' bit patterns, each times a weight of its position, modulo 2^64.
 
     One changed bit always changes it; other differences are missed with a probability of about
-    2^-32 or less. Unlike a SHA it needs no copy to the host: a GPU reads the tensor once.
-
-    Args:
-        tensor: Any dtype of 1, 2, 4 or 8 bytes.
-
-    Returns:
-        Scalar int64 on the tensor's device.
+    2^-32 or less. Unlike a SHA it needs no copy to the host: a GPU reads the tensor once. Scalar
+    int64 on the device of `tensor`, whose elements have 1, 2, 4 or 8 bytes.
     """
     words = tensor.detach().contiguous().view(-1).view(_WORDS[tensor.element_size()])
     total = torch.zeros((), dtype=torch.int64, device=words.device)
@@ -144,12 +132,7 @@ def _checksum(tensor: Tensor) -> Tensor:
 
 
 class Supervisor:
-    """Used as a context around the training loop; what is switched off is never built.
-
-    Args:
-        config: The run's configuration.
-        model: The wrapped model.
-    """
+    """The monitors of a run, a context around the loop; those switched off are not built."""
 
     def __init__(self, config: Config, model: TrainingModel) -> None:
         settings = config.resilience
@@ -199,11 +182,7 @@ class Supervisor:
         return self.activity.during(phase)
 
     def end_step(self, step: int) -> None:
-        """The optimizer has taken step `step`; every rank must call.
-
-        Raises:
-            SilentDivergenceError: Ranks hold different copies of the same parameters.
-        """
+        """End step `step`; every rank must call. SilentDivergenceError if copies differ."""
         self._comparison = self._stragglers.end_step(step) if self._stragglers else None
         if self._divergence_interval > 0 and step % self._divergence_interval == 0:
             with self._model.gathered_parameters():

@@ -82,18 +82,12 @@ _GRACE_TICKS = 10
 
 
 class Watchdog:
-    """Detects that this rank makes no progress, names the rank that blocks it, ends the process.
+    """Ends a process that makes no progress, and names the rank that blocks it.
 
-    Every rank has one. A rank in a collective may be stopped by another rank, so all ranks
-    find out at about the same time; the first one raises an alarm, all write their stacks, and the
-    lowest rank that still runs writes the report.
-
-    Args:
-        run_dir: The run's folder; writes `heartbeats/` and, after a hang, `hangs/`.
-        rank: This rank.
-        world_size: Ranks of the run.
-        activity: The phase of the training thread.
-        settings: Section `resilience`; `hang_timeout_s` is above 0.
+    Every rank has one. A rank in a collective may be stopped by another rank, so all ranks notice
+    at about the same time; the first one raises an alarm, all write their stacks, and the lowest
+    rank that still runs writes the report. It writes `heartbeats/` in the run's folder and, after a
+    hang, `hangs/`; `settings.hang_timeout_s` is above 0.
     """
 
     def __init__(

@@ -45,12 +45,10 @@ class Start:
     """Options of starting a run.
 
     Attributes:
-        resume: Continue what is there.
-        overwrite: Move aside what is there.
+        resume, overwrite: Continue the run that is there, or move it aside.
         restarted: The same run starts again: ranks after a death, a requeued job.
         name: Name of this start, the same for all its ranks; None if no other rank reads it.
-        config_file: The configuration file; one that is in the run's folder does not count as part
-            of a run.
+        config_file: The configuration file, which in the run's folder is no trace of a run.
         resume_command: The command that continues the run.
     """
 
@@ -68,12 +66,7 @@ def checkpoint_folder(config: Config) -> Path:
 
 
 class RunFolder:
-    """The folder of a run, with that of its checkpoints where it lies elsewhere.
-
-    Attributes:
-        path: The run's folder.
-        checkpoints: Where its checkpoints are, which may be in object storage.
-    """
+    """The folder of a run, `path`, with that of its checkpoints, maybe in object storage."""
 
     def __init__(self, config: Config) -> None:
         self.path, self.checkpoints = Path(config.run.dir), checkpoint_folder(config)
@@ -90,15 +83,11 @@ class RunFolder:
     def claim(self, start: Start, say: Callable[[str], object] = print) -> Iterator[None]:
         """Claim the folder for this process in the block; only the deciding process enters.
 
-        If no run has begun inside, nothing is left behind.
-
-        Args:
-            start: How the user wants to start.
-            say: Called with what was moved where.
+        If no run has begun inside, nothing is left behind. `say` is told what was moved where.
 
         Raises:
-            ConfigError: The folder holds a run and neither way is chosen, a run is being trained in
-                it, its checkpoints are another run's, or it cannot be written.
+            ConfigError: The folder holds a run and `start` says neither what to do, a run is being
+                trained in it, its checkpoints are another run's, or it cannot be written.
         """
         self.refuse_occupied(start)
         folders = self._folders()
@@ -126,11 +115,7 @@ class RunFolder:
             yield
 
     def check_without_claim(self, start: Start) -> None:
-        """Refuse what the deciding process will refuse; for the other ranks and machines.
-
-        Raises:
-            ConfigError: Same as for `claim`.
-        """
+        """Raise the ConfigError that `claim` will raise in the deciding process; for all others."""
         if start.restarted:
             return
         try:
@@ -142,14 +127,13 @@ class RunFolder:
                 raise
 
     def refuse_occupied(self, start: Start) -> list[str]:
-        """Refuse a folder with a run for which neither way is chosen; looks at names only.
+        """Refuse a folder with a run that `start` neither continues nor moves; looks at names only.
 
-        Returns:
-            What of a run is there, as `traces` does.
+        Returns what of a run is there, as `traces` does.
 
         Raises:
-            ConfigError: If there is one; says what is there and both ways. Or the folder has a use
-                of its own: a repository, the place of configurations.
+            ConfigError: There is a run, or the folder is a repository's or that of
+                configurations.
         """
         if start.resume and start.overwrite:
             raise ConfigError(
@@ -201,11 +185,7 @@ class RunFolder:
         return names
 
     def is_requeued(self, name: str | None) -> bool:
-        """True if this is a requeued Slurm job, and the run in the folder is its own.
-
-        Args:
-            name: Name of this start, as in `Start`.
-        """
+        """True if this is a requeued Slurm job whose run is in the folder; `name` as in `Start`."""
         if int(os.environ.get("SLURM_RESTART_COUNT") or 0) == 0 or inherited_claim() is not None:
             return False
         status = read_status(self.path)
@@ -229,11 +209,7 @@ class RunFolder:
         write_atomic(self.path / CONFIG_FILE, self._config.to_yaml(comment).encode())
 
     def refuse_unwritable(self) -> None:
-        """Refuse folders of run and checkpoints that cannot be written; makes none.
-
-        Raises:
-            ConfigError: If it cannot be written; names path and cause.
-        """
+        """Refuse (ConfigError) folders that cannot be written, with path and cause; makes none."""
         with refusing_unwritable(self.path):
             if not (nearest := existing(self.path)).is_dir():
                 raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(nearest))

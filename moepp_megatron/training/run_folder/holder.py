@@ -58,11 +58,7 @@ def outside_of(run: Path, checkpoints: Path) -> Path | None:
 
 
 def refuse_running(folder: Path) -> None:
-    """Refuse a folder in which a run is being trained.
-
-    Raises:
-        ConfigError: If one is; names process and machine.
-    """
+    """Refuse (ConfigError) a folder in which a run is being trained; names process and machine."""
     status = read_status(folder)
     if status is None or status.state == "ended":
         return
@@ -139,12 +135,9 @@ def _touched(path: Path) -> int | None:
 
 
 class OwnerMark:
-    """The mark of a run in a checkpoint folder outside of its own.
+    """The mark of a run in its checkpoint folder, where that is outside of the run's own.
 
-    Args:
-        run: The run's folder.
-        checkpoints: Its checkpoint folder. Inside of the run's there is no mark, and in object
-            storage neither.
+    There is none inside of the run's folder, nor in object storage.
     """
 
     def __init__(self, run: Path, checkpoints: Path) -> None:
@@ -157,11 +150,7 @@ class OwnerMark:
         return marked is not None and is_same(marked, self._run)
 
     def refuse_other(self) -> None:
-        """Refuse a checkpoint folder that is another run's.
-
-        Raises:
-            ConfigError: If it is; names that run's folder.
-        """
+        """Refuse (ConfigError) a checkpoint folder of another run, whose folder it names."""
         owner = self._owner()
         if owner is not None and not is_same(owner, self._run):
             raise ConfigError(
@@ -170,11 +159,9 @@ class OwnerMark:
             )
 
     def set(self) -> None:
-        """Mark the folder; the run's own must have its `status.json` by now.
+        """Mark the folder, once the run's own has its `status.json`.
 
-        Raises:
-            FileExistsError: Another run has marked it.
-            OSError: The folder cannot be written.
+        FileExistsError if another run has marked it, OSError if it cannot be written.
         """
         if self._outside is None or self.is_set():
             return
@@ -234,11 +221,7 @@ def _content(run: Path) -> bytes:
 
 @contextmanager
 def refusing_unwritable(run: Path) -> Iterator[None]:
-    """Turn an OSError in the block into the refusal of the run's folder.
-
-    Raises:
-        ConfigError: Names path and cause.
-    """
+    """Turn an OSError in the block into a ConfigError that names the run's folder and the cause."""
     try:
         yield
     except OSError as error:
@@ -254,10 +237,7 @@ def refusing_unwritable(run: Path) -> Iterator[None]:
 def refuse_unshared(setting: str, folder: Path, looks: bool = True) -> None:
     """Refuse a folder in which another machine does not see what rank 0 writes.
 
-    Every rank calls it; one of each machine `looks`.
-
-    Raises:
-        NoStartError: On all ranks alike; names the first such machine.
+    Every rank calls it; one of each machine `looks`. NoStartError on all ranks alike.
     """
     import torch.distributed as dist
 
@@ -288,14 +268,8 @@ def existing(path: Path) -> Path:
 def check_kinds(run: Path, checkpoints: Path, setting: str) -> None:
     """Refuse what is of another kind than a run writes, cannot be made there, or is read-only.
 
-    Args:
-        run: The run's folder.
-        checkpoints: The folder of this machine that checkpoints are written to.
-        setting: The setting that places it.
-
-    Raises:
-        ConfigError: Something is of another kind, or the checkpoint folder cannot be written.
-        OSError: The run's folder cannot be written.
+    `setting` places the local folder `checkpoints`. ConfigError, but OSError where the run's folder
+    cannot be written.
     """
     for name in RUN_FILES:
         check_kind(run / name, "file")
@@ -305,11 +279,9 @@ def check_kinds(run: Path, checkpoints: Path, setting: str) -> None:
 
 
 def check_kind(path: Path, kind: str, setting: str = "run.dir") -> None:
-    """Refuse a path that is of another kind than `kind`, or whose folder cannot be written.
+    """Refuse (ConfigError) a path of another kind than `kind`, or in a folder that is read-only.
 
-    Raises:
-        ConfigError: Names the setting that places it.
-        OSError: A path within the run's folder cannot be written.
+    OSError if it is in the run's folder and cannot be written.
     """
     place = existing(path)
     kind = kind if place == path else "folder"

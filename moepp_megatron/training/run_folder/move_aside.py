@@ -23,14 +23,9 @@ def move_aside(config: Config, checkpoints: Path, config_file: Path | None = Non
     """Move the files of a run to a new folder next to its own, named by date and time.
 
     Files that no run writes and folders with other runs are left, as is Slurm's output, which the
-    new run may be writing. A checkpoint folder in none of what is moved, such as one outside of
-    the run's, gets a neighbour of its own, so that nothing is copied.
-
-    Args:
-        config: Configuration of the new run.
-        checkpoints: Its checkpoint folder.
-        config_file: Its file. It and its bases are left; of config.yaml, a record of the run
-            too, a copy is moved.
+    new run may be writing, and `config_file` with its bases; of config.yaml, a record of the run
+    too, a copy is moved. Checkpoints outside of the run's folder get a neighbour of their own, so
+    that nothing is copied.
 
     Returns:
         One line per moved folder: from where to where.
