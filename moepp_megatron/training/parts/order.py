@@ -65,6 +65,6 @@ def states_of(extra: Mapping[str, Any]) -> dict[str, State]:
         if entry in _EARLIER:
             key, name = _EARLIER[entry]
             states.setdefault(key, {})[name] = value
-        elif value is not None:
+        elif isinstance(value, Mapping):
             states[entry] = {**value, **states.get(entry, {})}
     return dict(states)

@@ -22,6 +22,8 @@ EARLIER = [
     ({"guard": GUARD, "shift": SHIFT}, {"guard": {**GUARD, "shift": SHIFT}}),
     ({"shift": SHIFT, "guard": GUARD}, {"guard": {**GUARD, "shift": SHIFT}}),
     ({"guard": None}, {}),
+    # Of a version that kept a list, which nobody reads any more.
+    ({"recent_losses": [4.5, 4.4]}, {}),
     ({"teacher": "ab" * 32}, {"distillation": {"teacher": "ab" * 32}}),
     (
         {
