@@ -32,8 +32,7 @@ class SlurmJob:
 
     Attributes:
         config: The run's configuration, overrides applied.
-        config_file: Its file.
-        overrides: The overrides, for the command line of `moepp train`.
+        config_file, overrides: Its file, and the overrides for the command line of `moepp train`.
         directory: Folder in which the job runs; relative paths of the configuration start here.
     """
 
@@ -61,8 +60,7 @@ class SlurmJob:
     def node_counts(self) -> list[int]:
         """Numbers of nodes that the job may run on, fewest first.
 
-        Raises:
-            ConfigError: If the layout fits neither `slurm.nodes` nor, if set, `slurm.min_nodes`.
+        ConfigError if the layout fits neither `slurm.nodes` nor, if set, `slurm.min_nodes`.
         """
         slurm = self.config.slurm
         fewest = slurm.min_nodes or slurm.nodes
@@ -79,11 +77,7 @@ class SlurmJob:
         return counts
 
     def script(self) -> str:
-        """The batch script.
-
-        Raises:
-            ConfigError: If the layout does not fit the nodes, or the script cannot hold a value.
-        """
+        """The batch script; ConfigError if layout and nodes, or a value and bash, do not fit."""
         if not (REPOSITORY / "slurm" / "common.sh").is_file():
             raise ConfigError(
                 f"the installation ({REPOSITORY}) must be a clone of the repository with its "
@@ -118,13 +112,9 @@ class SlurmJob:
         )
 
     def submit(self) -> str:
-        """Hand the script to sbatch.
+        """Hand the script to sbatch and return what it prints.
 
-        Returns:
-            The output of sbatch.
-
-        Raises:
-            ConfigError: If there is no sbatch, or it refuses; no folder is made then.
+        ConfigError if there is no sbatch, or it refuses; no folder is made then.
         """
         output = self.output_folder
         made = [folder for folder in (output, *output.parents) if not folder.exists()]

@@ -52,13 +52,9 @@ def write_result(path: Path, content: bytes) -> None:
 def whole_file(path: Path, *, is_synced: bool = True) -> Iterator[Path]:
     """A hidden name in the same folder to write to; at the end the file gets the name `path`.
 
-    Args:
-        path: The file; its folder must exist.
-        is_synced: Wait until the content is on disk, so that a power cut leaves no empty file.
-            A file that is written every second and read at once does without.
-
-    Raises:
-        OSError: The folder is missing, full or not writable; `path` is then as before.
+    `is_synced` waits until the content is on disk, so that a power cut leaves no empty file; a file
+    that is written every second and read at once does without. OSError if the folder is missing,
+    full or not writable; `path` is then as before.
     """
     # Some writers go by the suffix.
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}{path.suffix}")
@@ -95,12 +91,8 @@ def sync(path: Path) -> None:
 def partial_folder(out: Path, name: str = "--out") -> Iterator[Path]:
     """An empty, locked sibling of `out` to write into; what is left of it at the end is removed.
 
-    The next run removes the remains of a killed one; the lock distinguishes these from a
-    run that is still writing.
-
-    Args:
-        out: The folder that `publish` will make of it; an absolute path.
-        name: The user's name of it.
+    The next run removes the remains of a killed one, which the lock distinguishes from a run that
+    still writes. `publish` makes an absolute path `out` of it; the user knows that as `name`.
 
     Raises:
         ConfigError: Another process is writing `out`, or its parent cannot be written.
@@ -202,8 +194,7 @@ def _remove(path: Path) -> None:
 def exchange(first: Path, second: Path) -> bool:
     """Swap two names in one step (Linux `renameat2`); False where that is not possible.
 
-    Raises:
-        OSError: Either name does not exist, or the folder cannot be written.
+    OSError if either name does not exist, or the folder cannot be written.
     """
     renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     if renameat2 is None:

@@ -58,11 +58,7 @@ def write_error(error: BaseException, path: Path) -> OSError:
 
 
 def free_bytes(folder: Path) -> int:
-    """Bytes that this user may still write where `folder` is, or where it would be made.
-
-    Raises:
-        OSError: The file system does not say.
-    """
+    """Bytes that this user may still write where `folder` is or would be; OSError if unknown."""
     place = folder.absolute()
     while not place.exists():
         place = place.parent

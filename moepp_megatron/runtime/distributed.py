@@ -251,10 +251,8 @@ def _gpu_of_rank(environment: RankEnvironment, store: dist.Store | None) -> torc
 
     A scheduler may show each rank only its own GPUs (`srun --gpus-per-task=1`). All of them are
     then number 0, so ranks of a node that see fewer GPUs than they are exchange which they have,
-    through `store`; it is None where they have met already, and each has chosen.
-
-    Raises:
-        UnfitError: More ranks than GPUs, on every rank of the node.
+    through `store`; it is None where they have met already, and each has chosen. UnfitError, on
+    every rank of the node, if there are more ranks than GPUs.
     """
     if environment.local_world_size <= torch.cuda.device_count():
         return torch.device("cuda", environment.local_rank)

@@ -60,8 +60,7 @@ class LaunchOptions:
         num_local_ranks: Ranks on this machine.
         nodes: The machines; None for this one only.
         max_restarts: Maximum restarts of all ranks after one has died.
-        log_dir: Folder of this machine for each rank's output, which is shown as well; None for
-            no files.
+        log_dir: Folder of this machine for each rank's output, which is shown as well; or None.
         stoppable: True if ranks finish a step and save when asked to stop
             (`training.signals.StopRequest`); others are ended.
         output: File for all that torchrun and the ranks print; None for this process's output.

@@ -264,10 +264,8 @@ def check_store(folder: Path, setting: str, *, writes: bool) -> None:
     """Refuse a folder of a store that cannot be used; does nothing for one of this machine.
 
     With `writes` a small object is written and deleted; otherwise the folder is listed.
-
-    Raises:
-        ConfigError: There is no such bucket or profile, or the credentials do not allow it.
-        UnfitError: The store cannot be reached from here, or the client is not installed.
+    ConfigError if there is no such bucket or profile, or the credentials do not allow it, and
+    UnfitError if the store cannot be reached, or the client is not installed.
     """
     if not isinstance(folder, ObjectPath):
         return

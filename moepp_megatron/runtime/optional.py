@@ -49,8 +49,7 @@ OF_ALL = {
 def missing(error: ModuleNotFoundError) -> str:
     """Describe a failed import in one line: package, its use, how to install it.
 
-    Raises:
-        ModuleNotFoundError: The error, if that is no package of the extra `all`.
+    The error itself is raised again if that is no package of the extra `all`.
     """
     package = OF_ALL.get((error.name or "").partition(".")[0])
     if package is None:

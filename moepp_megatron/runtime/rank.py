@@ -38,11 +38,7 @@ class RankEnvironment:
     meets_at: tuple[str, int, bool] | None = None
 
     def check_nproc(self, nproc: int) -> None:
-        """Refuse `--nproc` for a rank, unless it says what is so.
-
-        Raises:
-            ConfigError: Ranks would be missing that the user wants.
-        """
+        """Refuse (ConfigError) `--nproc` for a rank, unless it is the number of ranks here."""
         if self.is_launched and nproc not in (1, self.local_world_size):
             raise ConfigError(
                 f"--nproc ({nproc}) must not be given to ranks of srun or torchrun, which has "

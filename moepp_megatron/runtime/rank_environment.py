@@ -168,8 +168,7 @@ def _is_own(path: str | Path) -> bool:
 def make_log_dir(folder: Path) -> None:
     """Make the folder of ranks' output, in `moepp-logs-UID` only where that is this user's.
 
-    Raises:
-        ConfigError: It cannot be made, or somebody else has taken that name.
+    ConfigError if it cannot be made, or somebody else has taken that name.
     """
     try:
         for each in (*reversed(folder.absolute().parents), folder.absolute()):

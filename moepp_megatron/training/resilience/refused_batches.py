@@ -63,12 +63,7 @@ _REMEDY: dict[Cause, str] = {
 
 @dataclass(frozen=True)
 class _Finding:
-    """A cause of refused batches.
-
-    Attributes:
-        cause: The cause.
-        numbers: The evidence, as text.
-    """
+    """A cause of refused batches, with the evidence as text."""
 
     cause: Cause
     numbers: str
@@ -89,16 +84,12 @@ def find_cause(
     before: Sequence[BatchEvidence],
     is_sound: Callable[[float], bool],
 ) -> _Finding:
-    """Find out why batches were refused.
+    """Find out why batches were refused, from the current model's judgement of them.
 
     The model has not changed since the newest batch that it accepted. If it does not take batches
-    from then any more, it was damaged by its last steps. If it does, the refused batches are
-    at fault; and if these are also routed otherwise, then they are other texts.
-
-    Args:
-        refused: The refused batches, judged by the current model.
-        before: Batches accepted before, judged by the current model; may be empty.
-        is_sound: True for a loss of earlier batches that an undamaged model gives.
+    from then (`before`, maybe none) any more, it was damaged by its last steps. If it does, the
+    refused batches are at fault; and if these are also routed otherwise, then they are other texts.
+    `is_sound` is true for a loss of earlier batches that an undamaged model gives.
     """
     usual = _median([batch.loss for batch in before])
     numbers = f"batches from before them have a loss of {usual:.4f} now"
@@ -129,11 +120,7 @@ def _has_moved(before: Sequence[Tensor], refused: Sequence[Tensor]) -> bool:
 
     A permutational analysis of variance (Anderson 2001) of Hellinger distances, of all layers
     together. It needs no scale of what is usual: under the same model batches of the same texts can
-    be exchanged.
-
-    Args:
-        before: Selections [MoE layers, E] of each batch.
-        refused: The same of the other group.
+    be exchanged. Each batch has selections [MoE layers, E].
     """
     points = torch.stack([_coordinates(batch) for batch in (*before, *refused)])
     # Seeded, so that every rank decides alike.
