@@ -83,9 +83,8 @@ class NumericalGuard:
     def refuses(self, sums: StepSums, losses: Tensor) -> bool:
         """Judge a batch before the optimizer acts; every rank must call.
 
-        Args:
-            sums: The step's sums, whose loss has the same bits on every rank.
-            losses: [2] this rank's sum of token losses and number of tokens, for the reason.
+        `sums` has the same loss, to the bit, on every rank; `losses` is this rank's [2] sum of
+        token losses and number of tokens, for the reason.
         """
         self.last_loss = loss = sums.loss
         self._is_empty = sums.tokens == 0 and math.isfinite(sums.total + sums.grad_norm)
@@ -121,14 +120,10 @@ class NumericalGuard:
         return distance is None or distance < share * self._settings.guard_threshold
 
     def note_refused(self, selections_LE: Tensor) -> bool:
-        """Note how the batch just refused was routed.
+        """Note the selections of the batch just refused, [MoE layers, E] float64 over all ranks.
 
-        Args:
-            selections_LE: [MoE layers, E] float64 over all ranks.
-
-        Returns:
-            True if so many in a row were refused that their cause must be found. One without
-            tokens to learn from does not count: its cause is known.
+        True if so many in a row were refused that their cause must be found. One without tokens to
+        learn from does not count: its cause is known.
         """
         if self._is_empty:
             return False
@@ -176,11 +171,7 @@ class NumericalGuard:
         self.refused = []
 
     def begin_rollback(self, step: int, has_checkpoint: bool) -> None:
-        """Count a rollback from `step`.
-
-        Raises:
-            NumericalFailureError: If there is no checkpoint, or an earlier rollback did not help.
-        """
+        """Count a rollback from `step`; NumericalFailureError where there can be none."""
         if step > self._failed_at_step:
             self._rollbacks_in_a_row = 0
         skips, most = len(self.refused), self._settings.guard_max_rollbacks
