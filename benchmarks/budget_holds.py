@@ -144,7 +144,7 @@ def measure(run: Run, out: Path) -> dict[str, Any]:
     from moepp_megatron.runtime.distributed import build_groups
     from moepp_megatron.training.batches import rank_batches
     from moepp_megatron.training.collect import mean_loss
-    from moepp_megatron.training.parts.routing_counts import RoutingCounts
+    from moepp_megatron.training.parts.routing_counts import RoutingCountsPart
     from moepp_megatron.training.setup import build_training_model
     from moepp_megatron.training.step import training_step
 
@@ -153,7 +153,7 @@ def measure(run: Run, out: Path) -> dict[str, Any]:
     build_groups(config, layout)
     model = build_training_model(config)
     model.set_training(True)
-    routing = RoutingCounts(model, config, layout)
+    routing = RoutingCountsPart(model, config, layout)
     budget = BudgetPart(config, model, routing) if config.moe.budget.acts else None
     (batches,) = rank_batches(Text(run.corpus, LENGTH, run.seed), 0, config, 1)
     record: dict[str, Any] = {"target": config.moe.ffn_share * config.moe.router_topk}

@@ -337,12 +337,12 @@ class Recorder(Part):
     """Notes all series of every batch, and plants the fault of a case."""
 
     def __init__(self, trainer: Any, case: Case, strength: float) -> None:
-        from moepp_megatron.training.parts.routing_counts import RoutingCounts
+        from moepp_megatron.training.parts.routing_counts import RoutingCountsPart
 
         self._trainer, self._strength, self._seed = trainer, strength, case.base.seed
         self._fault, self._at = fault_of(case)
         self._batches = 0
-        (self._counts,) = [p for p in trainer.parts if isinstance(p, RoutingCounts)]
+        (self._counts,) = [p for p in trainer.parts if isinstance(p, RoutingCountsPart)]
         self._counts.watch(logits=True)
         self.rows: dict[str, list[Any]] = {}
         self._get_lr = trainer.model.scheduler.get_lr

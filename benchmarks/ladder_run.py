@@ -205,7 +205,7 @@ def train(run: Run, out: Path) -> tuple[Any, Config, Layout, list[float], list[f
     from moepp_megatron.training.batches import rank_batches
     from moepp_megatron.training.collect import mean_loss
     from moepp_megatron.training.part import Parts
-    from moepp_megatron.training.parts.routing_counts import RoutingCounts
+    from moepp_megatron.training.parts.routing_counts import RoutingCountsPart
     from moepp_megatron.training.setup import build_training_model
     from moepp_megatron.training.step import training_step
 
@@ -214,7 +214,7 @@ def train(run: Run, out: Path) -> tuple[Any, Config, Layout, list[float], list[f
     forget_model()
     distributed.build_groups(config, layout)
     model = build_training_model(config)
-    routing = None if run.arm.startswith("vanilla") else RoutingCounts(model, config, layout)
+    routing = None if run.arm.startswith("vanilla") else RoutingCountsPart(model, config, layout)
     budget = None
     if routing is not None and config.moe.budget.acts:
         budget = BudgetPart(config, model, routing)

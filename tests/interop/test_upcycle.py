@@ -280,7 +280,7 @@ def train_upcycled(
     from moepp_megatron.training.batches import rank_batches
     from moepp_megatron.training.checkpoint import read_checkpoint
     from moepp_megatron.training.collect import mean_loss
-    from moepp_megatron.training.parts.routing_counts import RoutingCounts
+    from moepp_megatron.training.parts.routing_counts import RoutingCountsPart
     from moepp_megatron.training.setup import build_training_model
     from moepp_megatron.training.step import training_step
     from tests.parallel.training_runs import SyntheticDataset
@@ -297,7 +297,7 @@ def train_upcycled(
     model = build_training_model(config)
     read_checkpoint(target, model, config)
     model.set_training(True)
-    collector = RoutingCounts(model, config, layout)
+    collector = RoutingCountsPart(model, config, layout)
     batches = rank_batches(SyntheticDataset(config, steps), 0, config, 1)
     budget = BudgetPart(config, model, collector)
     losses, shares = [], []

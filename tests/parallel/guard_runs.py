@@ -137,9 +137,9 @@ def _watch(trainer, found: Found, faults: tuple[Fault, ...]):
     from moepp_megatron.features.guard.part import RoutingGuardPart
     from moepp_megatron.training.collect import mean_loss
     from moepp_megatron.training.part import Part, Rollback
-    from moepp_megatron.training.parts.routing_counts import RoutingCounts
+    from moepp_megatron.training.parts.routing_counts import RoutingCountsPart
 
-    selections = part_of(trainer, RoutingCounts).selections
+    selections = part_of(trainer, RoutingCountsPart).selections
     planted: list[Fault] = []
 
     class Watching(Part):

@@ -220,7 +220,7 @@ class Observer:
 
         from moepp_megatron.config import Layout
         from moepp_megatron.moe.layer import moe_statistics
-        from moepp_megatron.training.parts.routing_counts import RoutingCounts
+        from moepp_megatron.training.parts.routing_counts import RoutingCountsPart
 
         finalize_model_grads(chunks, num_tokens, **kwargs)
         if not self.pieces:
@@ -229,7 +229,7 @@ class Observer:
                 self.pieces.extend(gradient_pieces(model))
         layout = Layout.from_config(self.config, dist.get_world_size())
         model = SimpleNamespace(models=self.models)
-        self.routing.append(RoutingCounts(model, self.config, layout).collect())  # type: ignore[arg-type]
+        self.routing.append(RoutingCountsPart(model, self.config, layout).collect())  # type: ignore[arg-type]
         for chunk in self.models:
             for statistics in moe_statistics(chunk).values():
                 statistics.reset()

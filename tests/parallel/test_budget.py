@@ -58,11 +58,11 @@ def train(raw, steps: int, shift: int) -> Run:
     from moepp_megatron.moe.layer import moepp_layers
     from moepp_megatron.training.batches import rank_batches
     from moepp_megatron.training.collect import mean_loss
-    from moepp_megatron.training.parts.routing_counts import RoutingCounts
+    from moepp_megatron.training.parts.routing_counts import RoutingCountsPart
     from moepp_megatron.training.step import training_step
 
     config, layout, model = begin_training(raw)
-    routing = RoutingCounts(model, config, layout)
+    routing = RoutingCountsPart(model, config, layout)
     budget = BudgetPart(config, model, routing)
     batches = rank_batches(ShiftedDataset(config, steps, shift), 0, config, len(model.chunks))
     layers = [layer for chunk in model.models for layer in moepp_layers(chunk)]
@@ -183,12 +183,12 @@ def missing_target(raw, steps: int, resumed_at: int) -> list[tuple[int, str]]:
     """Step and text of each alert while routers take what they like."""
     from moepp_megatron.features.budget.part import BudgetPart
     from moepp_megatron.moe.layer import moe_statistics
-    from moepp_megatron.training.parts.routing_counts import RoutingCounts
+    from moepp_megatron.training.parts.routing_counts import RoutingCountsPart
     from moepp_megatron.training.setup import build_training_model
 
     config, layout = begin(raw)
     model = build_training_model(config)
-    routing = RoutingCounts(model, config, layout)
+    routing = RoutingCountsPart(model, config, layout)
     budget = BudgetPart(config, model, routing)
     experts = config.moe.num_experts
     found = []

@@ -23,11 +23,11 @@ def measure(raw):
     from moepp_megatron.features.router_health.part import RouterHealthPart
     from moepp_megatron.training.batches import rank_batches
     from moepp_megatron.training.collect import mean_loss
-    from moepp_megatron.training.parts.routing_counts import RoutingCounts
+    from moepp_megatron.training.parts.routing_counts import RoutingCountsPart
     from moepp_megatron.training.step import training_step
 
     config, layout, model = begin_training(raw)
-    routing = RoutingCounts(model, config, layout)
+    routing = RoutingCountsPart(model, config, layout)
     health = RouterHealthPart(config, model, routing.layer_numbers, 2)
     batches = rank_batches(SyntheticDataset(config, 2), 0, config, len(model.chunks))
     found, loss = [], math.nan

@@ -73,12 +73,12 @@ def recorded_and_trained(raw) -> tuple[dict[str, float], dict[str, float]]:
     from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
     from moepp_megatron.training.batches import rank_batches
-    from moepp_megatron.training.parts.routing_counts import RoutingCounts
+    from moepp_megatron.training.parts.routing_counts import RoutingCountsPart
     from moepp_megatron.training.step import training_step
 
     config, layout, model = begin_training(raw)
     pad_some(model.models)
-    collector = RoutingCounts(model, config, layout)
+    collector = RoutingCountsPart(model, config, layout)
     collector.reset()
     batches = rank_batches(SyntheticDataset(config, 1), 0, config, 1)
     values: dict[str, list[float]] = {}

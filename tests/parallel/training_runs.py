@@ -154,7 +154,7 @@ def train(raw, steps: int, prepare=None):
     from moepp_megatron.training.collect import mean_loss
     from moepp_megatron.training.part import Parts, Step
     from moepp_megatron.training.parts.order import part_kinds
-    from moepp_megatron.training.parts.routing_counts import RoutingCounts
+    from moepp_megatron.training.parts.routing_counts import RoutingCountsPart
     from moepp_megatron.training.setup import build_training_model
     from moepp_megatron.training.step import training_step
 
@@ -169,7 +169,7 @@ def train(raw, steps: int, prepare=None):
         prepare(model.models)
         model.optimizer.reload_model_params()
     model.set_training(True)
-    collector = RoutingCounts(model, config, layout)
+    collector = RoutingCountsPart(model, config, layout)
     parts = Parts([collector, *losses])
     pieces = _capture_gradients(model)
     batches = rank_batches(dataset, 0, config, len(model.chunks))
@@ -229,14 +229,14 @@ def counting_parts(config, layout, model, dataset, *more, guarded: bool = False)
     """The parts that count and watch routers, as the trainer makes them, and others."""
     from moepp_megatron.training.part import Parts
     from moepp_megatron.training.parts.order import part_kinds
-    from moepp_megatron.training.parts.refused_batches import RefusedBatches
-    from moepp_megatron.training.parts.routing_counts import RoutingCounts
+    from moepp_megatron.training.parts.refused_batches import RefusedBatchesPart
+    from moepp_megatron.training.parts.routing_counts import RoutingCountsPart
 
     kinds = list(part_kinds())
-    counting = kinds[kinds.index(RoutingCounts) : kinds.index(RefusedBatches)]
+    counting = kinds[kinds.index(RoutingCountsPart) : kinds.index(RefusedBatchesPart)]
     run = _made(counting, config, layout, model, dataset)
     if guarded:
-        run.parts.append(RefusedBatches(run))
+        run.parts.append(RefusedBatchesPart(run))
     return Parts([*run.parts, *more])
 
 

@@ -12,7 +12,7 @@ from moepp_megatron.moe.budget import Budget, BudgetController, add_to_biases, s
 from moepp_megatron.observe.alerts import Alert
 from moepp_megatron.observe.guard_judge import CompleteRule, RuleJudge
 from moepp_megatron.training.part import Part, PartContext, State, Step, Why
-from moepp_megatron.training.parts.routing_counts import RoutingCounts
+from moepp_megatron.training.parts.routing_counts import RoutingCountsPart
 from moepp_megatron.training.setup import TrainingModel
 
 # How far the share, smoothed over 20 steps, may stay from the target.
@@ -33,7 +33,7 @@ class BudgetPart(Part):
 
     key: ClassVar[str] = "budget"
 
-    def __init__(self, config: Config, model: TrainingModel, routing: RoutingCounts) -> None:
+    def __init__(self, config: Config, model: TrainingModel, routing: RoutingCountsPart) -> None:
         self._config, self._model, self._routing = config, model, routing
         # Tau of each layer in the step that is under way or has just been taken.
         self._in_force: dict[int, float] = {}
@@ -45,7 +45,7 @@ class BudgetPart(Part):
         """The part of a run; None without a budget."""
         if not run.config.moe.budget.acts:
             return None
-        return cls(run.config, run.model, run.require(RoutingCounts))
+        return cls(run.config, run.model, run.require(RoutingCountsPart))
 
     def load(self, state: State, why: Why, step: int) -> Iterable[Alert]:
         """Take over the controller."""

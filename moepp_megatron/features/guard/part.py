@@ -33,7 +33,7 @@ from moepp_megatron.training.part import (
     Stop,
     Why,
 )
-from moepp_megatron.training.parts.routing_counts import RoutingCounts
+from moepp_megatron.training.parts.routing_counts import RoutingCountsPart
 from moepp_megatron.training.step import Batch
 from moepp_megatron.training.step_sums import StepCounts, Summand, first_of_tensor_ranks
 
@@ -65,7 +65,7 @@ class RoutingGuardPart(Part):
 
     def __init__(self, run: PartContext) -> None:
         self._config, self._settings = run.config, run.config.routing_guard
-        self._counts = run.require(RoutingCounts)
+        self._counts = run.require(RoutingCountsPart)
         self._health, self._budget = run.feature("router_health"), run.feature("budget")
         self._model, self._batch_loss = run.model, math.nan
         self._counts.watch(logits=True)

@@ -15,7 +15,7 @@ from moepp_megatron.moe.layer import decoder_moepp_layers, moepp_layers
 from moepp_megatron.moe.router_health import RouterHealth
 from moepp_megatron.training.collect import sum_over_ranks
 from moepp_megatron.training.part import Part, PartContext, Step
-from moepp_megatron.training.parts.routing_counts import RoutingCounts
+from moepp_megatron.training.parts.routing_counts import RoutingCountsPart
 from moepp_megatron.training.setup import TrainingModel
 from moepp_megatron.training.step import Batch
 
@@ -56,7 +56,7 @@ class RouterHealthPart(Part):
     @classmethod
     def of(cls, run: PartContext) -> RouterHealthPart:
         """The part of a run."""
-        numbers = run.require(RoutingCounts).layer_numbers
+        numbers = run.require(RoutingCountsPart).layer_numbers
         return cls(run.config, run.model, numbers, run.config.observe.health_interval)
 
     def begin_step(self, step: int, layout: Layout) -> None:

@@ -15,7 +15,7 @@ from moepp_megatron.moe.router import MoEPPRouter
 from moepp_megatron.tools.bench.clock import interleaved, speedup
 from moepp_megatron.tools.bench.held_routing import balanced_selection, balanced_shares, hold
 from moepp_megatron.training.batches import rank_batches
-from moepp_megatron.training.parts.routing_counts import RoutingCounts
+from moepp_megatron.training.parts.routing_counts import RoutingCountsPart
 from moepp_megatron.training.setup import build_training_model
 from moepp_megatron.training.step import training_step
 
@@ -63,7 +63,7 @@ class Stepper:
         self._model.set_training(True)
         tokens = RandomTokens(config)
         self._batches = rank_batches(tokens, 0, config, len(self._model.chunks))
-        self.routing = RoutingCounts(self._model, config, layout)
+        self.routing = RoutingCountsPart(self._model, config, layout)
         _hold_all(self._model.models, config, layout)
 
     def step(self) -> None:

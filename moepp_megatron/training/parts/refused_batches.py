@@ -23,7 +23,7 @@ from moepp_megatron.training.part import (
     Stop,
     Why,
 )
-from moepp_megatron.training.parts.routing_counts import RoutingCounts
+from moepp_megatron.training.parts.routing_counts import RoutingCountsPart
 from moepp_megatron.training.resilience.numerical_guard import NumericalFailureError, NumericalGuard
 from moepp_megatron.training.resilience.refused_batches import BatchEvidence, find_cause
 from moepp_megatron.training.schedule import BatchSizes
@@ -31,7 +31,7 @@ from moepp_megatron.training.step import compute_gradients, unchanged
 from moepp_megatron.training.step_sums import StepSums
 
 
-class RefusedBatches(Part):
+class RefusedBatchesPart(Part):
     """Refuses batches with a non-finite or spiking loss; after many in a row, finds out why.
 
     Args:
@@ -42,13 +42,13 @@ class RefusedBatches(Part):
     may_refuse = True
 
     def __init__(self, run: PartContext) -> None:
-        self._run, self._counts = run, run.require(RoutingCounts)
+        self._run, self._counts = run, run.require(RoutingCountsPart)
         self._guard = NumericalGuard(run.config.resilience, run.model.models)
         # Whether enough were refused in a row that their cause must be found.
         self._is_due = False
 
     @classmethod
-    def of(cls, run: PartContext) -> RefusedBatches | None:
+    def of(cls, run: PartContext) -> RefusedBatchesPart | None:
         """The part of a run; None without the guard."""
         return cls(run) if run.config.resilience.guard else None
 

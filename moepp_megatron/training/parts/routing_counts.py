@@ -22,7 +22,7 @@ from moepp_megatron.training.setup import TrainingModel
 from moepp_megatron.training.step_sums import Summand
 
 
-class RoutingCounts(Part):
+class RoutingCountsPart(Part):
     """Routing metrics of one step, global over the batch and all MoE layers.
 
     Args:
@@ -51,7 +51,7 @@ class RoutingCounts(Part):
         }
 
     @classmethod
-    def of(cls, run: PartContext) -> RoutingCounts:
+    def of(cls, run: PartContext) -> RoutingCountsPart:
         """The part of a run."""
         return cls(run.model, run.config, run.layout)
 
