@@ -64,7 +64,7 @@ def _finish(config: Config, record: StepMetrics | None) -> None:
     share, window = record.ffn_fraction, f"step {record.step}"
     # A full disk may have cost the run its records.
     if summary is not None:
-        share, window = summary.settled_ffn_fraction, summary.window
+        share, window = summary.tail_ffn_fraction, summary.window
     valid = "" if record.valid_loss is None else f", validation {record.valid_loss:.4f}"
     echo(f"loss         {record.loss:.4f}{valid} after {record.tokens:,} tokens")
     for name, loss in (record.valid_set_loss or {}).items():

@@ -49,7 +49,7 @@ class TimedStep:
     moepp_a2a_bytes: int
 
 
-class Stepper:
+class _Stepper:
     """A model with random tokens, its routing held at perfect balance.
 
     Args:
@@ -81,7 +81,7 @@ def run_step_benchmark(config: Config, layout: Layout, rounds: int) -> TimedStep
         layout: The rank grid; groups exist.
         rounds: Steps of each model that count; two before them do not.
     """
-    steppers = {"vanilla": Stepper(vanilla(config), layout), "moepp": Stepper(config, layout)}
+    steppers = {"vanilla": _Stepper(vanilla(config), layout), "moepp": _Stepper(config, layout)}
     times = interleaved({n: s.step for n, s in steppers.items()}, rounds, warmup=2)
     counted = {name: stepper.routing.collect() for name, stepper in steppers.items()}
     training, moe = config.training, config.moe

@@ -29,17 +29,17 @@ def check_packages(config: Config | None) -> list[Finding]:
     backends = optional_backends()
     # Of what is imported, which a path can put before what is installed.
     megatron = version_of("megatron-core") and upstream_versions.version()
-    findings = [_python(), _torch(), check_megatron(megatron), _nccl(), _extra()]
+    findings = [_python(), _torch(), _check_megatron(megatron), _nccl(), _extra()]
     on_gpu = torch_cuda().available
-    findings += [check_backend(backend, on_gpu) for backend in backends]
+    findings += [_check_backend(backend, on_gpu) for backend in backends]
     nvshmem = version_of("nvidia-nvshmem-cu13") or version_of("nvidia-nvshmem-cu12")
-    findings.append(check_nvshmem(version_of("deep_ep"), nvshmem))
-    findings += [check_compiler()] if have_triton() else []
+    findings.append(_check_nvshmem(version_of("deep_ep"), nvshmem))
+    findings += [_check_compiler()] if have_triton() else []
     loss = "auto" if config is None else config.precision.cross_entropy
     if megatron is not None:
         findings += [_check_kernel(choice) for choice in kernel_choices(loss)]
         if config is not None:
-            findings.append(check_config(config))
+            findings.append(_check_config(config))
     return [finding for finding in findings if finding is not None]
 
 
@@ -53,7 +53,7 @@ def torch_cuda() -> TorchCuda:
     return TorchCuda(parts and (parts[0], parts[1]), torch.cuda.is_available())
 
 
-def check_megatron(version: str | None) -> Finding:
+def _check_megatron(version: str | None) -> Finding:
     """Check that a megatron-core whose internals the layer knows is installed."""
     problem = upstream_versions.version_problem(version)
     if problem is not None:
@@ -63,7 +63,7 @@ def check_megatron(version: str | None) -> Finding:
     return Finding("megatron-core", f"{version}", severity=severity)
 
 
-def check_backend(backend: Backend, on_gpu: bool = False) -> Finding:
+def _check_backend(backend: Backend, on_gpu: bool = False) -> Finding:
     """Check an optional package; a missing one is a note, because it has a replacement."""
     if backend.used:
         return Finding(backend.name, f"{backend.version}: {backend.role}")
@@ -81,7 +81,7 @@ def check_backend(backend: Backend, on_gpu: bool = False) -> Finding:
     return judged(backend.name, f"{state}; instead {backend.fallback}", rule, remedy)
 
 
-def check_nvshmem(deep_ep: str | None, nvshmem: str | None) -> Finding | None:
+def _check_nvshmem(deep_ep: str | None, nvshmem: str | None) -> Finding | None:
     """Check that DeepEP works between nodes with NVSHMEM's wheel; None where one is missing."""
     if deep_ep is None or nvshmem is None:
         return None
@@ -106,7 +106,7 @@ def _extra() -> Finding:
     return warning("extra all", f"lacks {', '.join(lacks)}", rule, remedy)
 
 
-def check_compiler() -> Finding:
+def _check_compiler() -> Finding:
     """Check that Triton can compile its kernels' launchers."""
     obstacle = compiler_obstacle()
     lacks, remedy = obstacle or ("", "")
@@ -121,7 +121,7 @@ def _check_kernel(choice: KernelChoice) -> Finding:
     return Finding(f"kernel: {choice.operation}", observation)
 
 
-def check_config(config: Config) -> Finding:
+def _check_config(config: Config) -> Finding:
     """Check that this machine can run a configuration, as training does at its start."""
     try:
         check_fit(config)

@@ -110,8 +110,6 @@ class Findings:
         by_class: The classes that occur, in the order of `CLASSES`.
         least_count: Least number of occurrences of a token in the two lists below.
         by_layer: All tokens in one layer, by its number in the model.
-        without_ffn: Share of the tokens that get no FFN expert in any layer.
-        all_ffn: Share of the tokens whose every selection is an FFN expert.
     """
 
     whole: TokenGroup
@@ -120,8 +118,6 @@ class Findings:
     most_ffn: list[TokenGroup]
     fewest_ffn: list[TokenGroup]
     by_layer: list[TokenGroup]
-    without_ffn: float
-    all_ffn: float
 
 
 def find(request: InspectRequest, trace: Trace) -> Findings:
@@ -137,8 +133,6 @@ def find(request: InspectRequest, trace: Trace) -> Findings:
             trace.group(str(number), layers=slice(row, row + 1))
             for row, number in enumerate(trace.model.layers)
         ],
-        float((trace.ffn == 0).all(axis=0).mean()),
-        float((trace.ffn == trace.topk).all(axis=0).mean()),
     )
 
 

@@ -17,7 +17,7 @@ from moepp_megatron.tools.profiling.trace import meaning
 
 
 @dataclass(frozen=True)
-class SummaryRow:
+class _SummaryRow:
     """Collectives of one kind, mean over the ranks.
 
     Attributes:
@@ -53,7 +53,7 @@ class ProfileSummary:
 
     name: str
     ranks: int
-    rows: tuple[SummaryRow, ...] = ()
+    rows: tuple[_SummaryRow, ...] = ()
 
 
 def records_only_collectives(path: Path) -> bool:
@@ -79,12 +79,12 @@ def _group_name(call: Collective) -> str:
     return f"unnamed of {call.group_size} ranks" if call.group_size else "unnamed"
 
 
-def _row(operation: str, group: str, calls: list[Collective], ranks: int) -> SummaryRow:
+def _row(operation: str, group: str, calls: list[Collective], ranks: int) -> _SummaryRow:
     sizes = [call.size for call in calls if call.size is not None]
     known = len(sizes) == len(calls)
     factors = [bus_factor(call.operation, call.group_size) for call in calls if call.group_size]
     bus = sum(size * factor for size, factor in zip(sizes, factors, strict=False))
-    return SummaryRow(
+    return _SummaryRow(
         operation=operation,
         group=group,
         calls=len(calls) / ranks,

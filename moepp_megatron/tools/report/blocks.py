@@ -149,7 +149,7 @@ class Page:
     sections: Sequence[PageSection] = field(default_factory=list)
 
 
-def render_page(page: Page) -> str:
+def _render_page(page: Page) -> str:
     """The page's HTML, which needs no other file and no network."""
     environment = Environment(
         loader=PackageLoader("moepp_megatron.tools.report", "templates"),
@@ -175,7 +175,7 @@ def write_blocks(path: Path, page: Page) -> Path:
         ReportError: It cannot be written.
     """
     try:
-        write_result(path, render_page(page).encode("ascii", "xmlcharrefreplace"))
+        write_result(path, _render_page(page).encode("ascii", "xmlcharrefreplace"))
     except OSError as error:
         raise ReportError(
             f"{path}: cannot be written ({error.strerror}); make room, or the folder writable"

@@ -16,9 +16,8 @@ def headline_cards(run: RunData, summary: RunSummary, savings: Savings) -> list[
 
 def _loss_cards(summary: RunSummary) -> list[Card]:
     note = f"nats, step {summary.last_step:,}"
-    if summary.settled_count > 1:
-        settled = formatting.number(summary.settled_loss)
-        note += f"; mean of {summary.window}: {settled}"
+    if summary.tail_count > 1:
+        note += f"; mean of {summary.window}: {formatting.number(summary.tail_loss)}"
     cards = [Card("Final loss", formatting.number(summary.loss), note)]
     if summary.valid_loss is None:
         cards.append(Card("Validation loss", "none", "this run was not evaluated"))

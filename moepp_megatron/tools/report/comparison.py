@@ -58,7 +58,7 @@ _LOOKS = [(colour, dashes) for dashes in _DASHES for colour in LINE_COLOURS]
 
 
 @dataclass(frozen=True)
-class ComparedRun:
+class _ComparedRun:
     """One run among others.
 
     Attributes:
@@ -84,10 +84,10 @@ def build_comparison(folders: Sequence[Path], out: Path = DEFAULT_OUT) -> Path:
     Raises:
         ReportError: A run is missing, incomplete or inconsistent, or the page cannot be written.
     """
-    return write_blocks(out, _page(load_runs(folders)))
+    return write_blocks(out, _page(_load_runs(folders)))
 
 
-def load_runs(folders: Sequence[Path]) -> list[ComparedRun]:
+def _load_runs(folders: Sequence[Path]) -> list[_ComparedRun]:
     """Read runs; one that is named twice is read once.
 
     Raises:
@@ -111,7 +111,7 @@ def _names(folders: Sequence[Path]) -> list[str]:
     return names if len(set(names)) == len(names) else [name_below(Path("/"), f) for f in folders]
 
 
-def _compared(run: RunData, name: str) -> ComparedRun:
+def _compared(run: RunData, name: str) -> _ComparedRun:
     content = parse_yaml(run.config_text, str(run.folder / CONFIG_FILE))
     times, tokens = (_known(run, key) for key in ("step_time_s", "tokens"))
     axes = {"tokens": tokens, "seconds": np.cumsum(step_weights(run.records.steps) * times)}
@@ -125,7 +125,7 @@ def _compared(run: RunData, name: str) -> ComparedRun:
         per_token = none + (whole - none) * _known(run, "ffn_fraction")
         axes["flops"] = np.cumsum(np.diff(tokens, prepend=0.0) * per_token)
     settings = {".".join(map(str, names)): _line(value) for names, value in leaves(content)}
-    return ComparedRun(name, run, summarize(run), settings, axes)
+    return _ComparedRun(name, run, summarize(run), settings, axes)
 
 
 def _known(run: RunData, key: str) -> np.ndarray:
@@ -140,7 +140,7 @@ def _line(value: object) -> str:
     return text.strip().removesuffix("...").strip()
 
 
-def differing_settings(runs: Sequence[ComparedRun]) -> dict[str, list[str]]:
+def _differing_settings(runs: Sequence[_ComparedRun]) -> dict[str, list[str]]:
     """The values of settings that are not equal in all runs, in the order of the configuration."""
     names = dict.fromkeys(itertools.chain.from_iterable(run.settings for run in runs))
     rows = {name: [run.settings.get(name, "-") for run in runs] for name in names}
@@ -157,7 +157,7 @@ def _cut(value: str) -> str:
     return f"{value[:_LONGEST_VALUE]} ... ({len(value):,} characters)"
 
 
-def common_end(runs: Sequence[ComparedRun], axis: str) -> float | None:
+def _common_end(runs: Sequence[_ComparedRun], axis: str) -> float | None:
     """The end that all runs reach on an axis; None where that of one is not known."""
     ends = [
         float(np.nanmax(run.axes[axis], initial=-math.inf)) if axis in run.axes else math.nan
@@ -166,7 +166,7 @@ def common_end(runs: Sequence[ComparedRun], axis: str) -> float | None:
     return min(ends) if all(math.isfinite(end) for end in ends) else None
 
 
-def loss_at(run: ComparedRun, axis: str, end: float) -> float:
+def _loss_at(run: _ComparedRun, axis: str, end: float) -> float:
     """Mean training loss over the last tenth of an axis before `end`, nats; NaN without one."""
     places = run.axes[axis]
     reached = np.flatnonzero(places <= end * (1 + 1e-9))
@@ -179,8 +179,8 @@ def loss_at(run: ComparedRun, axis: str, end: float) -> float:
     return finite_mean(losses[near])
 
 
-def _page(runs: Sequence[ComparedRun]) -> Page:
-    settings = differing_settings(runs)
+def _page(runs: Sequence[_ComparedRun]) -> Page:
+    settings = _differing_settings(runs)
     names = [run.name for run in runs]
     results = [[Cell(run.name), *(number(show(run)) for show in _RESULTS.values())] for run in runs]
     caption = (
@@ -219,7 +219,7 @@ def _settings(settings: Mapping[str, Sequence[str]], names: Sequence[str]) -> Bl
     return Table(("Setting", *names), rows[:_MOST_SETTINGS], caption)
 
 
-def _warnings(runs: Sequence[ComparedRun], settings: Mapping[str, Sequence[str]]) -> list[str]:
+def _warnings(runs: Sequence[_ComparedRun], settings: Mapping[str, Sequence[str]]) -> list[str]:
     warnings = []
     names = [name for name in settings if name in _DECIDE_THE_LOSS]
     if names:
@@ -241,23 +241,23 @@ def _shown(value: float, show: Callable[[float], str] = formatting.number) -> st
     return show(value) if math.isfinite(value) else "-"
 
 
-def _validation(run: ComparedRun) -> str:
+def _validation(run: _ComparedRun) -> str:
     loss = run.summary.valid_loss
     return "none" if loss is None else f"{formatting.number(loss)} at {run.summary.valid_step:,}"
 
 
-def _step_time(run: ComparedRun) -> str:
+def _step_time(run: _ComparedRun) -> str:
     times = run.data.numbers.series("step_time_s").y
     return f"{formatting.significant(float(np.median(times)))} s" if len(times) else "-"
 
 
 # Columns: a heading, and a run's text below it.
-_RESULTS: dict[str, Callable[[ComparedRun], str]] = {
+_RESULTS: dict[str, Callable[[_ComparedRun], str]] = {
     "Steps": lambda r: f"{r.summary.last_step:,} of {r.data.config.training.train_iters:,}",
     "Tokens": lambda run: formatting.big_count(run.summary.tokens),
-    "Loss": lambda run: _shown(run.summary.settled_loss),
+    "Loss": lambda run: _shown(run.summary.tail_loss),
     "Validation": _validation,
-    "FFN share": lambda run: formatting.percent(run.summary.settled_ffn_fraction),
+    "FFN share": lambda run: formatting.percent(run.summary.tail_ffn_fraction),
     "Step time": _step_time,
     "Tokens/s": lambda run: formatting.count(run.summary.tokens_per_s),
     "Training time": lambda run: formatting.duration(run.summary.train_seconds),
@@ -271,21 +271,21 @@ _ENDS: dict[str, Callable[[float], str]] = {
 }
 
 
-def _losses(runs: Sequence[ComparedRun]) -> list[Table]:
+def _losses(runs: Sequence[_ComparedRun]) -> list[Table]:
     """The runs' losses where each has come equally far, by tokens, time and FLOPs."""
-    ends = {axis: end for axis in _ENDS if (end := common_end(runs, axis)) is not None}
+    ends = {axis: end for axis in _ENDS if (end := _common_end(runs, axis)) is not None}
     if not ends:
         return []
     head = ("Training loss (nats) after", *(_ENDS[axis](end) for axis, end in ends.items()))
     rows = [
-        [Cell(run.name), *(number(_shown(loss_at(run, *end))) for end in ends.items())]
+        [Cell(run.name), *(number(_shown(_loss_at(run, *end))) for end in ends.items())]
         for run in runs
     ]
     caption = "As far as the shortest run reaches; means over the last tenth before it."
     return [Table(head, rows, caption)]
 
 
-def _plots(runs: Sequence[ComparedRun]) -> list[Plot]:
+def _plots(runs: Sequence[_ComparedRun]) -> list[Plot]:
     """Loss over tokens, time and FLOPs; FFN share and step time over tokens."""
 
     def validation(axes: Axes) -> None:
@@ -341,7 +341,7 @@ def _without_peaks(axes: Axes) -> None:
 
 
 def _plot(
-    runs: Sequence[ComparedRun], title: str, over: tuple[str, str], caption: str, frame: Frame
+    runs: Sequence[_ComparedRun], title: str, over: tuple[str, str], caption: str, frame: Frame
 ) -> Plot:
     """One number of all runs over one axis; runs without two points are named instead."""
     lines, absent, (axis, key) = [], [], over

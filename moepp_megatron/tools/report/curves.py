@@ -21,7 +21,7 @@ from moepp_megatron.tools.report.series import finite
 
 def curve_plots(run: RunData) -> list[Plot]:
     """All plots over steps, in the order of the page: what the catalogue draws, among the rest."""
-    placed = [(0, loss_plot(run)), (1, _ffn_share_plot(run)), (2, _a2a_plot(run))]
+    placed = [(0, _loss_plot(run)), (1, _ffn_share_plot(run)), (2, _a2a_plot(run))]
     placed += [
         (drawn.place, plain_plot(run, key, drawn)) for key, drawn in drawn_metrics(run, "training")
     ]
@@ -48,7 +48,7 @@ def drawn_metrics(run: RunData, section: str) -> list[tuple[str, Drawn]]:
     return sorted(drawn, key=lambda each: each[1].place)
 
 
-def loss_plot(run: RunData) -> Plot:
+def _loss_plot(run: RunData) -> Plot:
     """Training and validation loss, with the loss of guessing evenly over the vocabulary."""
     guess = math.log(run.config.model.vocab_size)
     valid = run.numbers.series("valid_loss")

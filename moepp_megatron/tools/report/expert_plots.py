@@ -32,12 +32,12 @@ def expert_plots(run: RunData) -> list[Plot]:
     return [_layer_heat_map(run), _kinds_over_time(run)]
 
 
-def _settled_shares(run: RunData) -> np.ndarray | None:
+def _tail_shares(run: RunData) -> np.ndarray | None:
     """[E] float64 mean ``expert_share`` of the run's last tenth; None if not recorded."""
     return mean_of(r.expert_share for r in tail(run.records) if r.expert_share)
 
 
-def _settled_layer_shares(run: RunData) -> np.ndarray | None:
+def _tail_layer_shares(run: RunData) -> np.ndarray | None:
     """[MoE layers, E] float64 mean ``layer_expert_share`` of the last tenth; None without it."""
     return mean_of(r.layer_expert_share for r in tail(run.records) if r.layer_expert_share)
 
@@ -52,7 +52,7 @@ def _balanced_share(config: RunConfig, kind: str) -> float:
 def _layer_heat_map(run: RunData) -> Plot:
     """Share of every expert in every MoE layer."""
     title = "Expert share by MoE layer"
-    shares = _settled_layer_shares(run)
+    shares = _tail_layer_shares(run)
     if shares is None or not np.isfinite(shares).all():
         return Plot(
             title,
@@ -103,7 +103,7 @@ def _kinds_over_time(run: RunData) -> Plot:
     shares = [run.numbers.series("kind_share", kind) for kind in present]
     if len(shares[0].x) < 2:
         return Plot(title, "", None, "A curve needs two records with the experts' shares.")
-    figure = new_figure()
+    figure = new_figure(13.2, 2.6)
     axes = figure.subplots()
     bands = [thin(*share) for share in shares]
     axes.stackplot(
@@ -119,13 +119,14 @@ def _kinds_over_time(run: RunData) -> Plot:
     axes.yaxis.set_major_formatter(PercentFormatter(xmax=1.0))
     step_axis(axes)
     figure.legend(loc="outside upper center", ncols=4)
-    settled = _settled_shares(run)
-    assert settled is not None, "two records have them"
+    mean = _tail_shares(run)
+    assert mean is not None, "two records have them"
     return Plot(
         title,
         "Share of all selections, mean over MoE layers.",
         svg_data_uri(figure),
-        f"Mean of {window(run)}: {_kinds_in_words(run, settled)}.",
+        f"Mean of {window(run)}: {_kinds_in_words(run, mean)}.",
+        wide=True,
     )
 
 

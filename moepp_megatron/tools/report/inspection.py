@@ -127,16 +127,6 @@ def _cards(request: InspectRequest, trace: Trace, found: Findings) -> list[Card]
             f"of {trace.topk} a layer; perfect balance {balanced:.2f}",
             accent=True,
         ),
-        Card(
-            "Tokens without any FFN",
-            formatting.percent(found.without_ffn),
-            "zero-computation experts in every layer",
-        ),
-        Card(
-            "Tokens with FFN only",
-            formatting.percent(found.all_ffn),
-            "FFN experts in every place of every layer",
-        ),
         Card("Loss", f"{whole.loss:.3f}", f"nats per token; perplexity {perplexity}"),
     ]
 

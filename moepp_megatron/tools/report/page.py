@@ -190,7 +190,7 @@ def _sentence(run: RunData, summary: RunSummary) -> str:
         )
     return (
         f"{done} In the last tenth of the records ({summary.window}) "
-        f"{formatting.percent(summary.settled_ffn_fraction)} of all expert selections went to FFN "
+        f"{formatting.percent(summary.tail_ffn_fraction)} of all expert selections went to FFN "
         f"experts (perfect balance: {formatting.percent(summary.phi)}); the others took "
         "zero-computation experts and skipped the FFN and the all-to-all."
     )

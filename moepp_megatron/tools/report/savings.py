@@ -45,12 +45,12 @@ class Savings:
     """A run against the vanilla layer of the same size.
 
     Attributes:
-        ffn_fraction: FFN share, settled (see `RunSummary`); the work is computed from it.
+        ffn_fraction: FFN share of the tail (see `RunSummary`); the work is computed from it.
         expert_work_saved: ``1 - ffn_fraction``.
         speed_limit: ``1 / ffn_fraction``; infinite if no token took an FFN expert.
         a2a_bytes: All-to-all bytes of the run, measured.
         vanilla_a2a_bytes: Bytes that the vanilla layer would have sent; None if unknown.
-        step_a2a_bytes: All-to-all bytes of a step, settled.
+        step_a2a_bytes: All-to-all bytes of a step of the tail.
         vanilla_step_a2a_bytes: The same of the vanilla layer.
     """
 
@@ -85,8 +85,8 @@ def vanilla_a2a_bytes(dispatcher: str, measured: float, ffn_fraction: float) -> 
 
 def compute_savings(config: RunConfig, summary: RunSummary) -> Savings:
     """Compares a run with the vanilla layer of the same size."""
-    fraction, dispatcher = summary.settled_ffn_fraction, config.moe.dispatcher
-    sent, step_sent = summary.a2a_bytes, summary.settled_a2a_bytes
+    fraction, dispatcher = summary.tail_ffn_fraction, config.moe.dispatcher
+    sent, step_sent = summary.a2a_bytes, summary.tail_a2a_bytes
     topk = config.moe.router_topk
     return Savings(
         measured=_LayerWork(

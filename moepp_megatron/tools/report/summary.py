@@ -8,48 +8,48 @@ import numpy as np
 from moepp_megatron.observe.metrics import Records
 from moepp_megatron.tools.report.run_data import RunData
 
-# Share of the records that counts as the settled end of a run. Every share and every saving that a
+# Share of the records that is the tail of a run. Every share and every saving that a
 # page, a summary or the last lines of `moepp train` name is a mean over these records.
 _TAIL = 0.1
 
 
 @dataclass(frozen=True)
 class RunSummary:
-    """Numbers of a whole run. "Settled" is the mean over the last tenth of the records.
+    """Numbers of a whole run; those of its tail are means over the last tenth of the records.
 
     Attributes:
         loss: Training loss of the last record, nats.
-        settled_loss: Training loss, settled, nats.
+        tail_loss: Training loss of the tail, nats.
         valid_loss: Last validation loss, nats; None if never evaluated.
         valid_step: Step of ``valid_loss``.
-        perplexity: ``exp`` of the validation loss, or of ``settled_loss`` without one.
+        perplexity: ``exp`` of the validation loss, or of ``tail_loss`` without one.
         ffn_fraction: FFN share, mean over the steps of the run; used only for totals of the run.
-        settled_ffn_fraction: FFN share, settled.
-        settled_count: Number of records that count as settled.
+        tail_ffn_fraction: FFN share of the tail.
+        tail_count: Number of records of the tail.
         window: The steps of these records in words.
         tokens_per_s: Median over the records.
         train_seconds: Time in training steps, without start, evaluation and checkpoints.
         a2a_bytes: All-to-all bytes of the whole run.
-        settled_a2a_bytes: All-to-all bytes of a step, settled.
-        dropped_fraction: Share of selections dropped, settled.
+        tail_a2a_bytes: All-to-all bytes of a step of the tail.
+        dropped_fraction: Share of selections dropped in the tail.
     """
 
     last_step: int
     tokens: int
     loss: float
-    settled_loss: float
+    tail_loss: float
     valid_loss: float | None
     valid_step: int | None
     perplexity: float
     phi: float
     ffn_fraction: float
-    settled_ffn_fraction: float
-    settled_count: int
+    tail_ffn_fraction: float
+    tail_count: int
     window: str
     tokens_per_s: float
     train_seconds: float
     a2a_bytes: float
-    settled_a2a_bytes: float
+    tail_a2a_bytes: float
     dropped_fraction: float
 
 
@@ -85,24 +85,24 @@ def summarize(run: RunData) -> RunSummary:
     has_valid = len(evaluated.x) > 0
     valid_step = int(evaluated.x[-1]) if has_valid else None
     valid_loss = float(evaluated.y[-1]) if has_valid else None
-    settled_loss = finite_mean(tail(values("loss")))
+    tail_loss = finite_mean(tail(values("loss")))
     return RunSummary(
         last_step=last.step,
         tokens=last.tokens,
         loss=last.loss,
-        settled_loss=settled_loss,
+        tail_loss=tail_loss,
         valid_loss=valid_loss,
         valid_step=valid_step,
-        perplexity=_perplexity(settled_loss if valid_loss is None else valid_loss),
+        perplexity=_perplexity(tail_loss if valid_loss is None else valid_loss),
         phi=run.config.phi,
         ffn_fraction=finite_mean(values("ffn_fraction"), weights),
-        settled_ffn_fraction=finite_mean(tail(values("ffn_fraction"))),
-        settled_count=len(tail(weights)),
+        tail_ffn_fraction=finite_mean(tail(values("ffn_fraction"))),
+        tail_count=len(tail(weights)),
         window=window(run),
         tokens_per_s=float(np.median(values("tokens_per_s"))),
         train_seconds=finite_mean(values("step_time_s"), weights) * float(weights.sum()),
         a2a_bytes=finite_mean(values("a2a_bytes"), weights) * float(weights.sum()),
-        settled_a2a_bytes=finite_mean(tail(values("a2a_bytes"))),
+        tail_a2a_bytes=finite_mean(tail(values("a2a_bytes"))),
         dropped_fraction=finite_mean(tail(values("dropped_fraction"))),
     )
 

@@ -20,7 +20,7 @@ from moepp_megatron.tools.experiments.pilot.pilot import ArmOutcome, PilotResult
 from moepp_megatron.tools.experiments.pilot.statistics import Interval
 from moepp_megatron.tools.experiments.pilot.verdict import Verdict
 from moepp_megatron.tools.experiments.scaling.page import ScaleRecord, print_records
-from moepp_megatron.tools.profiling.summary import ProfileSummary, SummaryRow
+from moepp_megatron.tools.profiling.summary import ProfileSummary, _SummaryRow
 from moepp_megatron.tools.report.profile import print_summary
 from tests.unit.tools.report.conftest import synthetic_config, synthetic_records, write_run
 
@@ -95,7 +95,7 @@ def test_errors_that_quote_a_configuration(hostile_run, moepp, command):
 
 def test_profile_of_collectives(capsys, monkeypatch):
     monkeypatch.setattr("moepp_megatron.tools.report.terminal.LOG_WIDTH", 400)
-    row = SummaryRow(HOSTILE, "expert", 1.0, None, None, 1.0)
+    row = _SummaryRow(HOSTILE, "expert", 1.0, None, None, 1.0)
     print_summary(ProfileSummary(HOSTILE, 1, (row,)))
     printed = harmless(capsys.readouterr().out)
     assert SHOWN in printed

@@ -94,7 +94,7 @@ def test_a_b200_runs_mxfp8():
 
 def test_the_doctor_shows_the_same(monkeypatch):
     monkeypatch.setattr(FP8Machine, "this", classmethod(lambda cls: replace(H100, capability=L40)))
-    finding = packages.check_config(config_of("blockwise"))
+    finding = packages._check_config(config_of("blockwise"))
     assert finding.severity is Severity.ERROR
     assert "9.0, not 8.9" in finding.rule
     assert "H100" in finding.remedy

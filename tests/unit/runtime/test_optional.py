@@ -62,7 +62,7 @@ def test_deep_ep_without_its_nccl(installed) -> None:
         )
     backend = next(each for each in optional_backends() if each.name == "DeepEP")
     assert "fails on import (AssertionError" in backend.line()
-    finding = packages.check_backend(backend)
+    finding = packages._check_backend(backend)
     assert finding.severity is Severity.WARNING
     assert "EP_NCCL_ROOT_DIR" in finding.remedy
 
@@ -75,7 +75,7 @@ def test_transformer_engine_without_its_part_for_torch(installed) -> None:
     with pytest.raises(ImportError):
         import transformer_engine  # noqa: F401
     backend = optional_backends()[0]
-    assert "--te" in packages.check_backend(backend).remedy
+    assert "--te" in packages._check_backend(backend).remedy
 
 
 @pytest.mark.parametrize("package", ["transformer_engine", "deep_ep"])
@@ -98,8 +98,8 @@ def test_a_gpu_without_transformer_engine_is_worth_a_warning(monkeypatch) -> Non
     assert doubt.startswith("Transformer Engine: not installed; instead megatron-core's local")
     assert "launch/env.sh --te" in doubt
     engine = optional_backends()[0]
-    assert packages.check_backend(engine, on_gpu=True).severity is Severity.WARNING
-    assert packages.check_backend(engine).severity is Severity.NOTE
+    assert packages._check_backend(engine, on_gpu=True).severity is Severity.WARNING
+    assert packages._check_backend(engine).severity is Severity.NOTE
 
 
 def test_packages_that_are_sound_or_absent_stay(installed) -> None:
@@ -123,7 +123,7 @@ def test_what_triton_compiles_with(monkeypatch, tmp_path) -> None:
     assert f"python{sysconfig.get_python_version()}-dev" in remedy
     (tmp_path / "Python.h").touch()
     assert fit.compiler_obstacle() is None
-    assert packages.check_compiler().severity is Severity.OK
+    assert packages._check_compiler().severity is Severity.OK
 
 
 def test_a_run_whose_kernels_cannot_start_is_refused_at_once(monkeypatch) -> None:
@@ -139,7 +139,7 @@ def test_a_run_whose_kernels_cannot_start_is_refused_at_once(monkeypatch) -> Non
         fit.check_fit(load_config(MODEL, ["moe.fused=false"]))
     fit.check_fit(load_config(MODEL, ["moe.fused=false", "precision.cross_entropy=unfused"]))
     monkeypatch.setattr(packages, "compiler_obstacle", lambda: ("a C compiler", "install gcc"))
-    assert packages.check_compiler().severity is Severity.ERROR
+    assert packages._check_compiler().severity is Severity.ERROR
 
 
 RECOMPUTES = (
@@ -185,7 +185,7 @@ def test_a_run_whose_extension_cannot_be_compiled_is_refused_at_once(monkeypatch
         "megatron-core compiles an extension for it; install ninja-build, or leave it out"
     )
     fit.check_fit(load_config(MODEL, [*RECOMPUTES, "training.recompute_modules=[moe]"]))
-    assert packages.check_config(config).severity is Severity.ERROR
+    assert packages._check_config(config).severity is Severity.ERROR
 
 
 def test_an_extension_that_does_not_compile_is_said_before_the_model_is_built(monkeypatch) -> None:

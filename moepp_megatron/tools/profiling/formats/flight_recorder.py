@@ -79,7 +79,7 @@ def read_flight_records(path: Path) -> dict[int, list[Collective]]:
     if not dumps:
         raise ProfileError(_unknown(path, files))
     by_rank: dict[int, list[Collective]] = defaultdict(list)
-    for call in (call for file in dumps for call in read_flight_record(file)):
+    for call in (call for file in dumps for call in _read_flight_record(file)):
         by_rank[call.rank].append(call)
     return dict(sorted(by_rank.items()))
 
@@ -93,7 +93,7 @@ def _is_flight_record(file: Path) -> bool:
     return head.startswith(b"{") and not is_trace and re.search(keys, head) is not None
 
 
-def read_flight_record(path: Path) -> list[Collective]:
+def _read_flight_record(path: Path) -> list[Collective]:
     """Reads one rank's dump, whose name ends with the rank (`trace_rank_3`).
 
     Returns:

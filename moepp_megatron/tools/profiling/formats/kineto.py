@@ -62,10 +62,10 @@ def read_kineto(path: Path) -> RankTrace:
     content = read_document(path)
     if not isinstance(content, dict) or not isinstance(content.get("traceEvents"), list):
         raise ProfileError(f"{path}: has no traceEvents; give a trace that torch.profiler exported")
-    return parse_kineto(content, str(path))
+    return _parse_kineto(content, str(path))
 
 
-def parse_kineto(content: dict[str, Any], place: str = "trace") -> RankTrace:
+def _parse_kineto(content: dict[str, Any], place: str = "trace") -> RankTrace:
     """Read the parsed JSON of a trace; `place` names it in errors."""
     about = field(content, "distributedInfo", dict, place, {})
     where = f"{place}, distributedInfo"

@@ -129,7 +129,7 @@ def call_classes(
             intervals: dict[_ClassName, list[Interval]] = defaultdict(list)
             for place, call in enumerate(trace.collectives):
                 if span.start_us <= call.start_us < span.end_us:
-                    name = class_name(trace, call)
+                    name = _class_name(trace, call)
                     own = classes.setdefault(name, CallClass(name, links.of(call)))
                     own.add(call, late.get((trace.rank, place)))
                     intervals[name].append((call.start_us, min(call.end_us, span.end_us)))
@@ -141,7 +141,7 @@ def call_classes(
     )
 
 
-def class_name(trace: RankTrace, call: Collective) -> _ClassName:
+def _class_name(trace: RankTrace, call: Collective) -> _ClassName:
     """The kind of a call."""
     meaning = trace.groups[call.group].meaning if call.group in trace.groups else "unknown"
     place = place_of(call)

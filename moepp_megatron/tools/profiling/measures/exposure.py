@@ -27,7 +27,7 @@ def union(intervals: Iterable[Interval]) -> list[Interval]:
     return merged
 
 
-def intersect(first: list[Interval], second: list[Interval]) -> list[Interval]:
+def _intersect(first: list[Interval], second: list[Interval]) -> list[Interval]:
     """Points in both; each argument as `union` returns it."""
     common, i, j = [], 0, 0
     while i < len(first) and j < len(second):
@@ -48,7 +48,7 @@ def subtract(whole: list[Interval], part: list[Interval]) -> list[Interval]:
     first, last = whole[0][0], whole[-1][1]
     edges = [first, *(edge for interval in part for edge in interval), last]
     gaps = [(edges[i], edges[i + 1]) for i in range(0, len(edges), 2)]
-    return intersect(whole, union(gap for gap in gaps if gap[0] < gap[1]))
+    return _intersect(whole, union(gap for gap in gaps if gap[0] < gap[1]))
 
 
 def length(intervals: Iterable[Interval]) -> float:
@@ -89,7 +89,7 @@ def computing(trace: RankTrace, within: Interval) -> list[Interval]:
     if trace.waits and not trace.on_gpu:
         return subtract(whole, union(span.interval for span in trace.waits))
     work = trace.kernels if trace.on_gpu else trace.host_work
-    return intersect(union(span.interval for span in work), whole)
+    return _intersect(union(span.interval for span in work), whole)
 
 
 def step_time(trace: RankTrace, step: Span) -> MeasuredStepTime:
@@ -97,7 +97,7 @@ def step_time(trace: RankTrace, step: Span) -> MeasuredStepTime:
     within = step.interval
     compute = computing(trace, within)
     busy = union((call.start_us, call.end_us) for call in trace.collectives)
-    communication = intersect(busy, [within])
+    communication = _intersect(busy, [within])
     return MeasuredStepTime(
         step_us=within[1] - within[0],
         compute_us=length(compute),

@@ -22,7 +22,7 @@ class Link:
     peak_gb_s: float | None = None
 
 
-def link_peaks(hardware: Hardware | None) -> dict[str, float | None]:
+def _link_peaks(hardware: Hardware | None) -> dict[str, float | None]:
     """Rated GB/s of a GPU in one direction, by `nvlink` and `network`; None where unknown."""
     both = hardware.nvlink_gb_s if hardware else None
     bits = hardware.network_gbit_s_per_gpu if hardware else None
@@ -47,7 +47,7 @@ class Links:
             return Link("unknown")
         if not self._on_gpu:
             return Link("this machine" if len(nodes) == 1 else "network")
-        peaks = link_peaks(self.hardware)
+        peaks = _link_peaks(self.hardware)
         if len(nodes) == 1:
             return Link("NVLink", peaks["nvlink"])
         return Link("network", peaks["network"])

@@ -39,7 +39,7 @@ _RECENT = 20
 _KEPT_ALERTS = 200
 
 
-class History:
+class _History:
     """The records so far; a record of an earlier step undoes those from that step on.
 
     Attributes:
@@ -105,7 +105,7 @@ class History:
 
 
 @dataclass(frozen=True)
-class RunHealth:
+class _RunHealth:
     """The state of a run.
 
     Attributes:
@@ -126,12 +126,12 @@ class RunHealth:
 
 
 def judge(
-    history: History,
+    history: _History,
     total_steps: int | None,
     record_age_s: float | None,
     status: RunStatus | None,
     now: float,
-) -> RunHealth:
+) -> _RunHealth:
     """The state of a run.
 
     Args:
@@ -142,27 +142,27 @@ def judge(
     newest = history.newest
     step = newest.step if newest is not None else 0
     if newest is not None and total_steps is not None and step >= total_steps:
-        return RunHealth("finished", f"finished {_ago(record_age_s)}")
+        return _RunHealth("finished", f"finished {_ago(record_age_s)}")
     if status is not None and status.state == "ended":
         since = f"{_short_time(max(0.0, now - status.time))} ago"
-        return RunHealth("stopped", f"stopped {since}", status.resume_command_here())
+        return _RunHealth("stopped", f"stopped {since}", status.resume_command_here())
     gone = status is not None and status.is_gone()
     if newest is None or record_age_s is None:
         if gone:
-            return RunHealth("died", "its process is gone; it had no record yet")
+            return _RunHealth("died", "its process is gone; it had no record yet")
         if total_steps is None:
-            return RunHealth("waiting", "not started: no config.yaml yet")
-        return RunHealth("starting", "starting: no record yet")
+            return _RunHealth("waiting", "not started: no config.yaml yet")
+        return _RunHealth("starting", "starting: no record yet")
     if gone:
-        return RunHealth("died", f"its process is gone; last record {_ago(record_age_s)}")
+        return _RunHealth("died", f"its process is gone; last record {_ago(record_age_s)}")
     interval = history.record_interval_s
     if record_age_s > _silent_after_s(history):
         usual = f"; one came every {_short_time(interval)}" if math.isfinite(interval) else ""
-        return RunHealth("silent", f"no record for {_short_time(record_age_s)}{usual}")
-    return RunHealth("running", f"running, last record {_ago(record_age_s)}")
+        return _RunHealth("silent", f"no record for {_short_time(record_age_s)}{usual}")
+    return _RunHealth("running", f"running, last record {_ago(record_age_s)}")
 
 
-def _silent_after_s(history: History) -> float:
+def _silent_after_s(history: _History) -> float:
     """Seconds without a record after which a run counts as silent."""
     interval = history.record_interval_s
     if not math.isfinite(interval):
@@ -207,7 +207,7 @@ class LiveRun:
         check_folder(folder)
         self.folder = folder
         self.config: RunConfig | None = None
-        self.history = History()
+        self.history = _History()
         self.alerts: deque[Alert] = deque(maxlen=_KEPT_ALERTS)
         self.alert_counts: Counter[tuple[str, str]] = Counter()
         self.damaged_lines = 0
@@ -254,7 +254,7 @@ class LiveRun:
         experts = None if self.config is None else self.config.experts
         return numbers(self.history.latest.items(), experts, known)
 
-    def health(self) -> RunHealth:
+    def health(self) -> _RunHealth:
         """State of the run: continues, ended, or silent."""
         total = self.config.training.train_iters if self.config is not None else None
         return judge(self.history, total, self.record_age_s, self._status, self._clock())

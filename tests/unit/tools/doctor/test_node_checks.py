@@ -82,9 +82,9 @@ def test_what_deep_ep_needs_between_nodes():
     assert lacking.severity == WARNING
     assert "NVreg_EnableStreamMemOPs=1 NVreg_RegistryDwords=" in lacking.remedy
     versions = [("1.2.1", "3.4.5"), ("1.2.1+local", "3.5.19"), ("2.0.0", "3.7.2"), ("1.0", "3.7.2")]
-    found = [packages.check_nvshmem(*pair).severity for pair in versions]
+    found = [packages._check_nvshmem(*pair).severity for pair in versions]
     assert found == [OK, WARNING, OK, WARNING]
-    assert packages.check_nvshmem(None, "3.7.2") is packages.check_nvshmem("1.2", None) is None
+    assert packages._check_nvshmem(None, "3.7.2") is packages._check_nvshmem("1.2", None) is None
 
 
 @pytest.mark.parametrize(
@@ -158,18 +158,18 @@ def test_a_checkpoint_must_fit():
 def test_the_pinned_megatron_is_the_one_asked_for():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert f"megatron-core>={OLDEST},<{BEYOND}" in project["dependencies"]
-    assert packages.check_megatron(TESTED_VERSION).severity == OK
-    assert packages.check_megatron("0.20.0").severity == NOTE
-    assert packages.check_megatron("0.19.1").severity == ERROR
-    assert packages.check_megatron("0.21.0").severity == ERROR
-    assert packages.check_megatron(None).found == "not installed"
+    assert packages._check_megatron(TESTED_VERSION).severity == OK
+    assert packages._check_megatron("0.20.0").severity == NOTE
+    assert packages._check_megatron("0.19.1").severity == ERROR
+    assert packages._check_megatron("0.21.0").severity == ERROR
+    assert packages._check_megatron(None).found == "not installed"
 
 
 def test_an_optional_package_says_what_is_used_instead():
     used = Backend("apex", "0.1", True, "fused Adam", "torch's Adam", "build it")
     missing = Backend("apex", None, False, "fused Adam", "torch's Adam", "build it")
-    assert packages.check_backend(used).severity == OK
-    finding = packages.check_backend(missing)
+    assert packages._check_backend(used).severity == OK
+    finding = packages._check_backend(missing)
     assert finding.severity == NOTE
     assert finding.found == "not installed; instead torch's Adam"
     assert finding.remedy == "build it"
@@ -179,10 +179,10 @@ def test_an_optional_package_says_what_is_used_instead():
 
 def test_what_training_would_refuse_is_an_error_here(monkeypatch):
     config = load_config(ROOT / "configs/quickstart.yaml")
-    assert packages.check_config(config).severity == OK
+    assert packages._check_config(config).severity == OK
     graphs = load_config(ROOT / "configs/quickstart.yaml", ["training.cuda_graphs=[attn]"])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    finding = packages.check_config(graphs)
+    finding = packages._check_config(graphs)
     assert (finding.severity, finding.remedy) == (ERROR, "use []")
     assert finding.rule.startswith("training.cuda_graphs (['attn']) must be empty without a GPU")
 

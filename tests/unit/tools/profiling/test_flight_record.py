@@ -9,7 +9,7 @@ import pytest
 
 from moepp_megatron.tools.profiling.collective import Operation
 from moepp_megatron.tools.profiling.formats.flight_recorder import (
-    read_flight_record,
+    _read_flight_record,
     read_flight_records,
 )
 from moepp_megatron.tools.profiling.trace import ProfileError
@@ -20,8 +20,8 @@ NCCL = Path(__file__).parent / "samples" / "flight_recorder_nccl"
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_recorded_json_and_pickle_say_the_same(rank):
-    as_json = read_flight_record(GLOO / f"collectives_rank_{rank}.json")
-    assert as_json == read_flight_record(GLOO / f"trace_rank_{rank}")
+    as_json = _read_flight_record(GLOO / f"collectives_rank_{rank}.json")
+    assert as_json == _read_flight_record(GLOO / f"trace_rank_{rank}")
     # What the recorded program did, three times over: see samples/README.md.
     once = ["all_reduce", "all_to_all", "barrier", "all_gather", "all_gather", "all_reduce"]
     # gloo's reduce-scatter is an all-reduce; its sends and receives are not recorded.
@@ -30,7 +30,7 @@ def test_recorded_json_and_pickle_say_the_same(rank):
 
 
 def test_recorded_sizes_groups_and_order():
-    found = read_flight_record(GLOO / "collectives_rank_1.json")
+    found = _read_flight_record(GLOO / "collectives_rank_1.json")
     exchange = found[1]
     # 40 rows of 4 floats sent, 50 received.
     assert exchange.size == 50 * 4 * 4
@@ -43,7 +43,7 @@ def test_recorded_sizes_groups_and_order():
 
 
 def test_nccl_with_timing():
-    found = {one.operation: one for one in read_flight_record(NCCL / "collectives_rank_2.json")}
+    found = {one.operation: one for one in _read_flight_record(NCCL / "collectives_rank_2.json")}
     exchange = found[Operation.ALL_TO_ALL]
     assert exchange.size == 58 * 1536 * 2  # sends 58 rows, receives 42
     assert exchange.group_ranks == (0, 1, 2, 3)
@@ -55,14 +55,14 @@ def test_nccl_with_timing():
 
 
 def test_sends_and_receives_name_their_peer():
-    sends = {one.operation: one for one in read_flight_record(NCCL / "collectives_rank_0.json")}
-    receives = {one.operation: one for one in read_flight_record(NCCL / "collectives_rank_2.json")}
+    sends = {one.operation: one for one in _read_flight_record(NCCL / "collectives_rank_0.json")}
+    receives = {one.operation: one for one in _read_flight_record(NCCL / "collectives_rank_2.json")}
     ends = sends[Operation.SEND], receives[Operation.RECEIVE]
     assert [(one.pair, one.size) for one in ends] == [((0, 1), 2048 * 1536 * 2)] * 2
 
 
 def test_a_collective_that_has_not_ended_takes_no_time():
-    last = read_flight_record(NCCL / "collectives_rank_0.json")[-1]
+    last = _read_flight_record(NCCL / "collectives_rank_0.json")[-1]
     assert (last.duration_us, last.bus_bandwidth) == (0, None)
 
 
@@ -91,7 +91,7 @@ def edited(tmp_path: Path, edit) -> Path:
 def test_what_is_missing_is_named_with_its_file(tmp_path, edit, said):
     path = edited(tmp_path, edit)
     with pytest.raises(ProfileError) as caught:
-        read_flight_record(path)
+        _read_flight_record(path)
     assert str(caught.value).startswith(f"{path}{said}")
 
 
@@ -100,7 +100,7 @@ def test_unknown_collectives_types_and_fields(tmp_path):
         dump["entries"][0] |= {"profiling_name": "nccl:all_to_some", "colour": "blue"}
         dump["entries"][1] |= {"input_dtypes": ["Float2"], "output_dtypes": ["Float2"]}
 
-    found = read_flight_record(edited(tmp_path, edit))
+    found = _read_flight_record(edited(tmp_path, edit))
     assert found[0].operation is Operation.OTHER
     assert found[1].size is None
 
@@ -114,7 +114,7 @@ def test_a_pickle_that_would_run_code_is_refused(tmp_path, capsys):
     path = tmp_path / "trace_rank_0"
     path.write_bytes(pickle.dumps({"version": "2.10", "entries": [Planted()]}))
     with pytest.raises(ProfileError, match=r"asks for builtins\.print, which no flight record"):
-        read_flight_record(path)
+        _read_flight_record(path)
     assert capsys.readouterr().out == ""
 
 
@@ -123,14 +123,14 @@ def test_damaged_dumps(tmp_path, content):
     path = tmp_path / "trace_rank_0"
     path.write_bytes(content)
     with pytest.raises(ProfileError, match="trace_rank_0: "):
-        read_flight_record(path)
+        _read_flight_record(path)
 
 
 def test_the_rank_must_be_in_the_name(tmp_path):
     path = tmp_path / "dump.json"
     path.write_text("{}")
     with pytest.raises(ProfileError, match="must end with its rank, such as trace_rank_3"):
-        read_flight_record(path)
+        _read_flight_record(path)
 
 
 @pytest.mark.parametrize(("folder", "ranks"), [(GLOO, 2), (NCCL, 4)])

@@ -6,7 +6,7 @@ import pytest
 
 from moepp_megatron.tools.profiling.measures.exposure import (
     Interval,
-    intersect,
+    _intersect,
     length,
     subtract,
     union,
@@ -30,6 +30,6 @@ def test_against_sets(seed: int) -> None:
     a, b = union(first), union(second)
     assert points(a) == points(first)
     assert all(x[1] < y[0] for x, y in zip(a, a[1:], strict=False))
-    assert points(intersect(a, b)) == points(a) & points(b)
+    assert points(_intersect(a, b)) == points(a) & points(b)
     assert points(subtract(a, b)) == points(a) - points(b)
     assert length(a) == len(points(a))

@@ -8,7 +8,7 @@ import pytest
 from moepp_megatron.tools.profiling.analysis import Profile, analyse
 from moepp_megatron.tools.profiling.collective import Collective, Operation
 from moepp_megatron.tools.profiling.formats.c10d import bytes_of_type, operation_of
-from moepp_megatron.tools.profiling.formats.kineto import parse_kineto
+from moepp_megatron.tools.profiling.formats.kineto import _parse_kineto
 from moepp_megatron.tools.profiling.formats.records import whole_list
 from moepp_megatron.tools.profiling.load import load_profile
 from moepp_megatron.tools.profiling.measures.purpose import Place, place_of
@@ -119,7 +119,7 @@ def exchange(**args: Any) -> Collective:
         "dtype": "BFloat16",
         "Group size": 64,
     }
-    (found,) = parse_kineto(kernel(**{**defaults, **args})).collectives
+    (found,) = _parse_kineto(kernel(**{**defaults, **args})).collectives
     return found
 
 
@@ -152,7 +152,7 @@ def test_nothing_to_send() -> None:
 def test_kernel_that_says_nothing() -> None:
     content = kernel()
     content["traceEvents"][0]["name"] = "ncclDevKernel_AllReduce_Sum_bf16_RING_LL(args)"
-    (found,) = parse_kineto(content).collectives
+    (found,) = _parse_kineto(content).collectives
     assert (found.operation, found.size, found.rank) == (Operation.ALL_REDUCE, None, 5)
     assert found.bus_bandwidth is None
 

@@ -14,10 +14,10 @@ from moepp_megatron.cli.main import app
 from moepp_megatron.config.flops import training_flops_per_token
 from moepp_megatron.config.load import parse_config
 from moepp_megatron.tools.report.comparison import (
-    common_end,
-    differing_settings,
-    load_runs,
-    loss_at,
+    _common_end,
+    _differing_settings,
+    _load_runs,
+    _loss_at,
 )
 from moepp_megatron.tools.report.page import build_report
 from moepp_megatron.tools.report.run_data import ReportError
@@ -61,7 +61,7 @@ def test_every_run_is_named_and_its_numbers_are_shown(page: Reader) -> None:
 
 
 def test_settings_that_differ_are_a_table(runs: list[Path], page: Reader) -> None:
-    found = differing_settings(load_runs(runs))
+    found = _differing_settings(_load_runs(runs))
     assert found["moe.tau"] == ["0.75", "0.1", "0.75"]
     assert found["moe.num_zero_experts"] == ["1", "1", "0"]
     assert found["training.train_iters"] == ["60", "300", "60"]
@@ -86,7 +86,7 @@ def test_plots_lay_all_runs_over_each_other(page: Reader) -> None:
 
 
 def test_flops_are_those_of_the_mfu(runs: list[Path]) -> None:
-    run = load_runs(runs)[1]
+    run = _load_runs(runs)[1]
     config = parse_config(synthetic_config(**WHOLE, moe={"tau": 0.1}))
     each = [
         training_flops_per_token(config, record.ffn_fraction) * 16 * 128
@@ -98,28 +98,28 @@ def test_flops_are_those_of_the_mfu(runs: list[Path]) -> None:
 
 
 def test_losses_are_taken_where_all_have_come(runs: list[Path]) -> None:
-    first, second, _ = load_runs(runs)
-    end = common_end([first, second], "tokens")
+    first, second, _ = _load_runs(runs)
+    end = _common_end([first, second], "tokens")
     assert end == 30 * 16 * 128
     # Beyond 90% of 30 steps: steps 28, 29 and 30 of both.
     for run in (first, second):
         expected = np.mean([record.loss for record in run.data.records[27:30]])
-        assert loss_at(run, "tokens", end) == pytest.approx(expected, rel=1e-12)
+        assert _loss_at(run, "tokens", end) == pytest.approx(expected, rel=1e-12)
     # One record that reaches farther than the end counts for nothing.
-    assert np.isnan(loss_at(first, "tokens", 1.0))
+    assert np.isnan(_loss_at(first, "tokens", 1.0))
 
 
 def test_a_run_that_is_named_twice_is_one(runs: list[Path], tmp_path: Path) -> None:
     link = tmp_path / "link"
     link.symlink_to(runs[0])
-    assert len(load_runs([runs[0], runs[1], link, runs[0] / "."])) == 2
+    assert len(_load_runs([runs[0], runs[1], link, runs[0] / "."])) == 2
     with pytest.raises(ReportError, match=r"RUN \(1 different folders\) must be 2 to 24"):
         build_report(runs[0], link)
 
 
 def test_a_run_inside_another_of_its_name(tmp_path: Path) -> None:
     outer = made(tmp_path / "a", 3)
-    names = [run.name for run in load_runs([outer, made(outer / "a", 3)])]
+    names = [run.name for run in _load_runs([outer, made(outer / "a", 3)])]
     assert len(set(names)) == 2
 
 
@@ -166,7 +166,7 @@ def test_names_and_values_are_escaped(tmp_path: Path) -> None:
 def test_a_long_value_is_cut_and_still_differs(tmp_path: Path) -> None:
     long = "x" * 500
     runs = [made(tmp_path / end, 2, data={"path": long + end}) for end in ("a", "b")]
-    values = differing_settings(load_runs(runs))["data.path"]
+    values = _differing_settings(_load_runs(runs))["data.path"]
     assert all(value.endswith("... (501 characters)") for value in values)
 
 

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from moepp_megatron.tools.report.blocks import render_page
+from moepp_megatron.tools.report.blocks import _render_page
 from moepp_megatron.tools.report.cards import hardware_cards
 from moepp_megatron.tools.report.curves import section_plots
 from moepp_megatron.tools.report.page import _page
@@ -39,7 +39,7 @@ def test_plots_are_those_that_the_records_have(make_run):
         "Energy per token",
         "Power of a GPU",
     ]
-    page = render_page(_page(run))
+    page = _render_page(_page(run))
     assert ">Hardware</h2>" in page
 
 

@@ -10,7 +10,7 @@ import pytest
 from moepp_megatron.observe.alerts import Alert
 from moepp_megatron.tools.report.alerts import MAX_ROWS, alert_blocks, watched
 from moepp_megatron.tools.report.blocks import Plot
-from moepp_megatron.tools.report.curves import loss_plot
+from moepp_megatron.tools.report.curves import _loss_plot
 from moepp_megatron.tools.report.drawing import plot_style
 from moepp_megatron.tools.report.expert_plots import expert_plots
 from moepp_megatron.tools.report.page import build_report
@@ -172,10 +172,10 @@ def test_many_alerts_are_counted_and_the_newest_shown(make_run):
 def test_marks_of_alerts_that_call_for_attention_are_on_the_loss(make_run):
     quiet = make_run()
     with plot_style():
-        plain = picture(loss_plot(load_run(quiet)))
-        normal = picture(loss_plot(load_run(with_alerts(quiet, alert(20, severity="info")))))
-        outside = picture(loss_plot(load_run(with_alerts(quiet, alert(900)))))
-        marked = picture(loss_plot(load_run(with_alerts(quiet, alert(20), alert(30)))))
+        plain = picture(_loss_plot(load_run(quiet)))
+        normal = picture(_loss_plot(load_run(with_alerts(quiet, alert(20, severity="info")))))
+        outside = picture(_loss_plot(load_run(with_alerts(quiet, alert(900)))))
+        marked = picture(_loss_plot(load_run(with_alerts(quiet, alert(20), alert(30)))))
     assert plain == normal == outside
     # Two lines and one entry of the legend.
     assert marked.count("#e69f00") - plain.count("#e69f00") == 3

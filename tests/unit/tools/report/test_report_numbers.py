@@ -13,7 +13,7 @@ import pytest
 from moepp_megatron.cli.run_end import print_end
 from moepp_megatron.config import load_config
 from moepp_megatron.tools.report import formatting, run_data
-from moepp_megatron.tools.report.blocks import render_page
+from moepp_megatron.tools.report.blocks import _render_page
 from moepp_megatron.tools.report.drawing import MAX_POINTS, envelope, smooth, thin
 from moepp_megatron.tools.report.page import _page
 from moepp_megatron.tools.report.run_data import ReportError, load_run
@@ -62,7 +62,7 @@ def test_summary_of_a_run(make_run):
     summary = summarize(load_run(run))
     assert summary.phi == pytest.approx(0.75 * 8 / (0.75 * 8 + 4))
     assert summary.loss == records[-1]["loss"]
-    assert summary.settled_loss == pytest.approx(np.mean([r["loss"] for r in records[-6:]]))
+    assert summary.tail_loss == pytest.approx(np.mean([r["loss"] for r in records[-6:]]))
     assert (summary.valid_loss, summary.valid_step) == (records[-1]["valid_loss"], 60)
     assert summary.perplexity == pytest.approx(math.exp(records[-1]["valid_loss"]))
     assert summary.ffn_fraction == pytest.approx(np.mean([r["ffn_fraction"] for r in records]))
@@ -126,7 +126,7 @@ def test_every_share_and_saving_is_of_the_last_tenth_of_the_records(make_run):
     assert shares["FFN experts a token takes"] == "50.0%"
     assert shares["FFN expert work"] == "50.0%"
     assert shares["All-to-all bytes per step"] == "50.0%"
-    page = re.sub(r"<[^>]+>", " ", render_page(_page(run)))
+    page = re.sub(r"<[^>]+>", " ", _render_page(_page(run)))
     assert "86.0%" not in page
     assert "14.0%" not in page
     assert page.count("steps 46 to 50") >= 5

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from moepp_megatron.runtime.terminal import Console
-from moepp_megatron.tools.report.blocks import render_page
+from moepp_megatron.tools.report.blocks import _render_page
 from moepp_megatron.tools.report.drawing import plot_style
 from moepp_megatron.tools.report.live.exported import samples_of
 from moepp_megatron.tools.report.live.run import LiveRun
@@ -58,7 +58,7 @@ def test_table_and_plots_of_the_page(run: Path) -> None:
         "FFN experts by kind of token",
     ]
     assert ", 4.7600 at step 14, between" in plots["Loss by data source"].alt
-    page = render_page(_page(data))
+    page = _render_page(_page(data))
     assert "Data sources and kinds of tokens" in page
     assert "web &lt;b&gt;" in page
     assert "web <b>" not in page
