@@ -137,7 +137,7 @@ def from_megatron(
     Examples:
         moepp config from-megatron train_mixtral.sh TP=2 --out mine.yaml
     """
-    from moepp_megatron.config.from_megatron import to_yaml, translate
+    from moepp_megatron.config.from_megatron import translate
 
     values: dict[str, str] = {}
     for text in variables or []:
@@ -146,7 +146,7 @@ def from_megatron(
             raise ConfigError(f"{text!r} must have the form NAME=VALUE; write for example TP=2")
         values[name] = value
     translation = translate(file, values)
-    content = to_yaml(translation, file)
+    content = translation.to_yaml(file)
     if out is None:
         echo(content.rstrip("\n"))
         return

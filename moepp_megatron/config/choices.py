@@ -8,8 +8,6 @@ from difflib import get_close_matches
 from moepp_megatron.config.errors import ConfigError
 from moepp_megatron.config.plugins import PREFIX, load_plugin
 
-_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
-
 
 def pick[T](registry: Mapping[str, T], setting: str, name: str, plugins: str | None = None) -> T:
     """Look up a setting's value in a registry, then among installed plugins.
@@ -77,23 +75,6 @@ def parse_numbers(option: str, text: str, rule: str, holds: Callable[[float], bo
 
 def _parts(text: str) -> list[str]:
     return [part.strip() for part in text.split(",") if part.strip()]
-
-
-def parse_size(option: str, text: str) -> int:
-    """Parse a number of bytes, with K, M or G for binary multiples as in nccl-tests.
-
-    Raises:
-        ConfigError: If it is not a whole number above 0 with such a unit.
-    """
-    number, unit = text.strip().upper(), ""
-    if number[-1:] in ("K", "M", "G"):
-        number, unit = number[:-1], number[-1]
-    if not (number.isascii() and number.isdigit() and int(number) > 0):
-        raise ConfigError(
-            f"{option} ({text}) must be bytes above 0, with K, M or G if wanted; "
-            f"use for example {option} 16M"
-        )
-    return int(number) * _UNITS[unit]
 
 
 def parse_counts(option: str, text: str) -> list[int]:

@@ -27,6 +27,7 @@ from moepp_megatron.config.megatron_flags import (
     SWITCHES,
     WITHOUT_A_SETTING,
 )
+from moepp_megatron.config.sections import all_sections
 from moepp_megatron.config.yaml_file import parse_yaml
 from moepp_megatron.layer_settings import SCOPES
 
@@ -37,7 +38,7 @@ _ZERO_EXPERTS = {"zero": "moe.num_zero_experts", "copy": "moe.num_copy_experts"}
 
 
 @dataclass(frozen=True)
-class Translation:
+class _Translation:
     """A configuration from a Megatron-LM command line.
 
     Attributes:
@@ -48,8 +49,15 @@ class Translation:
     content: dict[str, Any]
     notes: tuple[str, ...]
 
+    def to_yaml(self, file: Path) -> str:
+        """The configuration as YAML, with the notes as comments at its top."""
+        notes = [f"- {note}" for note in self.notes]
+        head = _HEAD.format(file=file.name).splitlines() + (["Look at:", *notes] if notes else [])
+        comments = "".join(f"# {line}\n" for line in head)
+        return comments + yaml.dump(self.content, Dumper=_Dumper, sort_keys=False, width=100)
 
-def translate(path: Path, variables: Mapping[str, str]) -> Translation:
+
+def translate(path: Path, variables: Mapping[str, str]) -> _Translation:
     """Translate a file.
 
     Args:
@@ -77,7 +85,7 @@ class _Translator:
         self._settings: dict[str, Any] = {}
         self._notes = notes
 
-    def translation(self, path: Path) -> Translation:
+    def translation(self, path: Path) -> _Translation:
         """Translate everything."""
         for name, value in self._left.items():
             if "$" in value and name not in WITHOUT_A_SETTING:
@@ -102,7 +110,7 @@ class _Translator:
             stand_in = 128 * self._whole("tensor-model-parallel-size", 1)
             problems += _problems(_nested(self._settings | {"model.vocab_size": stand_in}))
         self._notes += [f"not accepted as it is: {line}" for line in dict.fromkeys(problems)]
-        return Translation(content, tuple(self._notes))
+        return _Translation(content, tuple(self._notes))
 
     def _take_direct(self) -> None:
         for name, key in SETTINGS.items():
@@ -391,12 +399,9 @@ def _layer_freq(text: str) -> Any:
 
 def _nested(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Sections from dotted names, in the order of the schema."""
-    from moepp_megatron.config.reference import section_references
-
-    order = [setting.name for section in section_references() for setting in section.settings]
+    order = [f"{path}.{key}" for path, model in all_sections() for key in model.model_fields]
     content: dict[str, Any] = {}
-    # A list of sections, as data.blend, is a section of its own there.
-    for key in sorted(settings, key=lambda key: order.index(key) if key in order else len(order)):
+    for key in sorted(settings, key=order.index):
         *sections, name = key.split(".")
         place = content
         for section in sections:
@@ -418,11 +423,3 @@ class _Dumper(yaml.SafeDumper):
 _Dumper.add_representer(
     list, lambda dumper, value: dumper.represent_sequence("tag:yaml.org,2002:seq", value, True)
 )
-
-
-def to_yaml(translation: Translation, file: Path) -> str:
-    """The configuration as YAML, with the notes as comments at its top."""
-    notes = [f"- {note}" for note in translation.notes]
-    head = _HEAD.format(file=file.name).splitlines() + (["Look at:", *notes] if notes else [])
-    comments = "".join(f"# {line}\n" for line in head)
-    return comments + yaml.dump(translation.content, Dumper=_Dumper, sort_keys=False, width=100)

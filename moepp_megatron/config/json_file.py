@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from moepp_megatron.config.regular_file import read_regular
+from moepp_megatron.config.regular_file import check_regular
 
 # Deeper than any file that is read here, far from what exhausts the stack of whoever walks it.
 MAX_DEPTH = 64
@@ -25,7 +25,12 @@ def read_json(path: Path, max_bytes: int = _MAX_BYTES) -> Any:
         OSError: It cannot be read, or is no regular file.
         ValueError: Same as for `parse_json`, or if it has more than `max_bytes`.
     """
-    return parse_json(read_regular(path, max_bytes), MAX_VALUES)
+    check_regular(path)
+    with path.open("rb") as file:
+        content: bytes = file.read(max_bytes + 1)
+    if len(content) > max_bytes:
+        raise ValueError(f"it has more than {max_bytes} bytes")
+    return parse_json(content, MAX_VALUES)
 
 
 def parse_json(content: str | bytes, max_values: int = _MAX_TRACE_VALUES) -> Any:

@@ -21,11 +21,6 @@ _WITHOUT_MEANING = frozenset(
 )
 
 
-def has_shorthand(section: str) -> bool:
-    """True if words stand for a section, such as `routing_guard: safe`."""
-    return section in section_models() and bool(section_models()[section].shorthand)
-
-
 def as_current(content: Mapping[Any, Any]) -> dict[Any, Any]:
     """A mapping of sections as this version has them: no words, no removed settings without effect.
 

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from moepp_megatron.config.checks import check_config
 from moepp_megatron.config.errors import ConfigError
 from moepp_megatron.config.field_errors import field_problems
-from moepp_megatron.config.known_keys import as_current, has_shorthand, refuse_unknown_keys
+from moepp_megatron.config.known_keys import as_current, refuse_unknown_keys
 from moepp_megatron.config.problem import raise_problems
 from moepp_megatron.config.schema import Config, Section
 from moepp_megatron.config.sections import is_optional, section_models, subsection
@@ -37,7 +37,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """
     content: Content = {}
     for _, layer in config_layers(path, overrides):
-        content = merge(content, layer)
+        content = _merge(content, layer)
     return parse_config(content)
 
 
@@ -107,7 +107,7 @@ def with_overrides(config: Config, overrides: Sequence[str]) -> Config:
         ConfigError: Same as for `load_config`.
     """
     content = config.model_dump(mode="json", exclude_unset=True)
-    return parse_config(merge(content, overriding_sections(overrides)))
+    return parse_config(_merge(content, overriding_sections(overrides)))
 
 
 def overriding_sections(overrides: Sequence[str]) -> Content:
@@ -118,7 +118,7 @@ def overriding_sections(overrides: Sequence[str]) -> Content:
     """
     content: Content = {}
     for override in overrides:
-        content = merge(content, _overriding(override))
+        content = _merge(content, _overriding(override))
     return content
 
 
@@ -211,7 +211,8 @@ def _read_with_bases(path: Path, chain: tuple[str, ...]) -> list[tuple[str, Cont
 def _overriding(override: str) -> Content:
     """The content of an override: one key, or a section by its shorthand (`routing_guard=safe`)."""
     name, equals, text = override.partition("=")
-    if equals and has_shorthand(name.strip()):
+    model = section_models().get(name.strip())
+    if equals and model is not None and model.shorthand:
         return as_current({name.strip(): parse_yaml(text, f"override {override!r}")})
     return _nested(*parse_override(override))
 
@@ -229,7 +230,7 @@ def from_dotted(settings: Mapping[str, Any]) -> Content:
             raise ConfigError(
                 f"setting {name!r} must have the form section.key; write for example moe.tau"
             )
-        content = merge(content, _nested(section, key, value))
+        content = _merge(content, _nested(section, key, value))
     return content
 
 
@@ -241,13 +242,13 @@ def _nested(section: str, key: str, value: Any) -> Content:
     return {section: {first: value}}
 
 
-def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     """Sections key by key, `over` first; a list or null replaces what the base had."""
     merged = dict(base)
     for name, value in over.items():
         below = merged.get(name)
         if isinstance(value, Mapping):
-            value = merge(below if isinstance(below, Mapping) else {}, value)
+            value = _merge(below if isinstance(below, Mapping) else {}, value)
         merged[name] = value
     return merged
 

@@ -49,18 +49,3 @@ def read_text(path: Path, name: str, limit: int | None = None, newline: str | No
             f"encoding ({error.reason}); name a text file, or write one: iconv -f LATIN1 -t UTF-8"
         ) from None
     return text
-
-
-def read_regular(path: Path, max_bytes: int) -> bytes:
-    """The content of a regular file, also of an object store.
-
-    Raises:
-        OSError: It cannot be read, or is no regular file.
-        ValueError: It has more than `max_bytes`.
-    """
-    check_regular(path)
-    with path.open("rb") as file:
-        content: bytes = file.read(max_bytes + 1)
-    if len(content) > max_bytes:
-        raise ValueError(f"it has more than {max_bytes} bytes")
-    return content

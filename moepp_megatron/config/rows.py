@@ -33,13 +33,13 @@ class _Settings(Formatter):
 
     def format_field(self, value: Any, format_spec: str) -> str:
         """A value in YAML, but a name without quotes."""
-        return format(value, format_spec) if format_spec else shown(value)
+        return format(value, format_spec) if format_spec else _shown(value)
 
 
 _SETTINGS = _Settings()
 
 
-def shown(value: Any) -> str:
+def _shown(value: Any) -> str:
     """A value within a sentence: as in YAML, but a name without quotes."""
     return value if isinstance(value, str) else show(value)
 
@@ -140,7 +140,7 @@ def _is_set(name: str, config: Config) -> bool:
 def no_effect_with(switch: str, value: Any, names: str, remedy: str) -> Rule:
     """A rule: none of `names` has an effect with this value of another setting."""
     value_of, remedy = attrgetter(switch), f"{remedy}, or leave it out"
-    reason = f"with {switch} {shown(value)}"
+    reason = f"with {switch} {_shown(value)}"
     return no_effect_where(lambda c: value_of(c) == value, reason, names, remedy)
 
 

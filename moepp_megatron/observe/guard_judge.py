@@ -43,12 +43,7 @@ class CompleteRule:
     def condition(self) -> str:
         """Format the condition, such as `< 0.25 for 20 steps`."""
         sign = ">" if self.is_above else "<"
-        return f"{sign} {self.limit:g}{lasting(self.for_steps)}"
-
-
-def lasting(for_steps: int | None) -> str:
-    """Format how long a rule must hold: ` for 20 steps`, or empty for one step."""
-    return "" if for_steps is None or for_steps == 1 else f" for {for_steps} steps"
+        return f"{sign} {self.limit:g}" + f" for {self.for_steps} steps" * (self.for_steps > 1)
 
 
 @dataclass(frozen=True)

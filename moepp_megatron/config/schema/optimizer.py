@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from moepp_megatron.config.schema import Config
 
 
-class ParameterGroup(Section):
+class _ParameterGroup(Section):
     """Optimizer settings of one kind of parameters."""
 
     lr_mult: Annotated[float, Unit("1", gt=0.0)] = 1.0
@@ -33,18 +33,18 @@ class ParameterGroup(Section):
     """Weight decay; null is optimizer.weight_decay for matrices and 0 for vectors"""
 
 
-def _group(description: str) -> ParameterGroup:
-    group: ParameterGroup = Field(default_factory=ParameterGroup, description=description)
+def _group(description: str) -> _ParameterGroup:
+    group: _ParameterGroup = Field(default_factory=_ParameterGroup, description=description)
     return group
 
 
 class ParameterGroups(Section):
     """Kinds of parameters, of which each parameter has one at most."""
 
-    router: ParameterGroup = _group("Routers, with gating residuals and the shared experts' gate")
-    constants: ParameterGroup = _group("Vectors and mixing weights of constant experts")
-    embeddings: ParameterGroup = _group("Embedding and output layer")
-    norms_and_biases: ParameterGroup = _group("Norms, and biases of linear layers")
+    router: _ParameterGroup = _group("Routers, with gating residuals and the shared experts' gate")
+    constants: _ParameterGroup = _group("Vectors and mixing weights of constant experts")
+    embeddings: _ParameterGroup = _group("Embedding and output layer")
+    norms_and_biases: _ParameterGroup = _group("Norms, and biases of linear layers")
 
 
 def _moments_need(wrong: Condition, must: str, remedy: str) -> Rule:

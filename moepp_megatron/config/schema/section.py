@@ -22,7 +22,7 @@ from pydantic import (
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError, PydanticKnownError
 
-from moepp_megatron.config.paths import PathProblem, is_address, path_problem, place_problem
+from moepp_megatron.config.paths import is_address, path_problem, place_problem
 from moepp_megatron.experts import Setting
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ def meaning_of(field: FieldInfo) -> str:
     return " ".join((field.description or " ".join(said)).split())
 
 
-def _without(find: Callable[[str], PathProblem | None]) -> Callable[[Any], Any]:
+def _without(find: Callable[[str], Any]) -> Callable[[Any], Any]:
     """A validator that refuses text with a problem that `find` finds, before it becomes a path."""
 
     def check(value: Any) -> Any:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from moepp_megatron.config.schema import Config
 
 
-class BudgetSection(Section):
+class _BudgetSection(Section):
     """The budget of FFN experts per token, its controller and its schedule."""
 
     target_ffn_per_token: Annotated[float | None, Unit("experts", gt=0.0)] = None
@@ -93,7 +93,7 @@ _NO_CHOICE = (
 class BudgetSettings(EngineMoESection):  # type: ignore[misc]  # as EngineMoESection
     """The section `moe` with a budget."""
 
-    budget: BudgetSection = BudgetSection()
+    budget: _BudgetSection = _BudgetSection()
     """FFN experts per token, held during training"""
 
     @model_validator(mode="after")

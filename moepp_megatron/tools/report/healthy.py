@@ -6,7 +6,6 @@ from typing import Any
 
 from moepp_megatron import catalogue
 from moepp_megatron.config.sections import section_models
-from moepp_megatron.observe.guard_judge import lasting
 
 # The section of the routing guard; None where that feature has been removed.
 GUARD: Any = section_models().get("routing_guard")
@@ -45,4 +44,5 @@ def _condition(rule: Any) -> str:
         str(rule.metric), ""
     )
     text = f"{side} {limit:g} {what}".strip()
-    return f"{text}{lasting(rule.for_steps)} ({rule.name})"
+    steps = rule.for_steps or 1
+    return text + f" for {steps} steps" * (steps > 1) + f" ({rule.name})"

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from moepp_megatron.config import ConfigError, load_config, parse_config
-from moepp_megatron.config.from_megatron import Translation, to_yaml, translate
+from moepp_megatron.config.from_megatron import translate
 from moepp_megatron.config.megatron_flags import (
     ABSENT,
     ALWAYS,
@@ -52,7 +52,7 @@ GROUPED = (
 )
 
 
-def _translated(text: str, tmp_path: Path, name: str = "train.sh") -> Translation:
+def _translated(text: str, tmp_path: Path, name: str = "train.sh"):
     path = tmp_path / name
     path.write_text(text)
     return translate(path, {"TP": "2"})
@@ -337,7 +337,7 @@ def test_no_value_of_any_argument_is_a_traceback(value, tmp_path, monkeypatch):
         text = re.sub(rf"--{name} [^ )]+", "", SCRIPT).replace("--no-load-rng", f"--{name} {value}")
         with contextlib.suppress(ConfigError):
             found = _translated(text, tmp_path)
-            to_yaml(found, tmp_path)
+            found.to_yaml(tmp_path)
 
 
 def test_yaml_of_arguments(tmp_path):
@@ -370,7 +370,7 @@ MODEL_ARGS:
 def test_what_is_written_is_read_back(tmp_path):
     found = _translated(SCRIPT, tmp_path)
     out = tmp_path / "mine.yaml"
-    out.write_text(to_yaml(found, Path("train.sh")))
+    out.write_text(found.to_yaml(Path("train.sh")))
     assert load_config(out) == parse_config(found.content)
 
 
