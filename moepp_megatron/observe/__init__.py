@@ -1,7 +1,7 @@
 """The records of a run: the metrics of every logged step, and their sinks.
 
-alert_sinks.py      the alert sinks of a training run
-alerts.py           alerts of a run, `RUN/alerts.jsonl`, alert sinks
+alert_sinks.py      alert sinks: `RUN/alerts.jsonl`, the console, a webhook
+alerts.py           an alert, and reading `RUN/alerts.jsonl`
 console.py          shows a running training: a live bar on a terminal, or plain lines in a log
 jsonl.py            `RUN/metrics.jsonl`
 numbers.py          iterates over every number of a record, by the catalogue
@@ -9,35 +9,10 @@ line_file.py        a file of a run that grows by whole lines, and keeps its nam
 metrics.py          the record of one logged step
 guard_judge.py      judges rules over a step's numbers: when one begins to apply, and ends
 shift/              detects changes of the data and of the routers in the series of a run
-sink.py             the interface of sinks for records; one that waits for a full disk
 sinks.py            all sinks of a run, and the fan-out that protects training from their failures
 status.py           `RUN/status.json`: the training processes, the resume command
 tail.py             reads new lines of a file that another process appends to and sometimes rewrites
 tensorboard.py      writes to TensorBoard: scalars, and histograms of a record's lists
-wandb_sink.py       Weights & Biases
-webhook.py          sends alerts to a web address from a separate thread
+wandb_sink.py        Weights & Biases
+webhook.py           sends alerts to a web address from a separate thread
 """
-
-from moepp_megatron.observe.jsonl import JsonlSink
-from moepp_megatron.observe.metrics import MetricsError, StepMetrics, read_metrics
-from moepp_megatron.observe.sinks import (
-    ConsoleSink,
-    Sink,
-    Sinks,
-    SinkSettings,
-    TensorBoardSink,
-    open_sinks,
-)
-
-__all__ = [
-    "ConsoleSink",
-    "JsonlSink",
-    "MetricsError",
-    "Sink",
-    "SinkSettings",
-    "Sinks",
-    "StepMetrics",
-    "TensorBoardSink",
-    "open_sinks",
-    "read_metrics",
-]

@@ -1,21 +1,16 @@
-"""Alerts of a run: the record of one alert, `RUN/alerts.jsonl`, and alert sinks."""
+"""Alerts of a run: the record of one alert, and reading `RUN/alerts.jsonl`."""
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from moepp_megatron.catalogue import Number
 from moepp_megatron.config.regular_file import check_regular
-from moepp_megatron.observe.line_file import LineFile
 from moepp_megatron.observe.metrics import LONGEST_LINE
-
-logger = logging.getLogger(__name__)
 
 Severity = Literal["info", "warning", "critical"]
 
@@ -66,90 +61,6 @@ class Alert(BaseModel):
             f"{self.value:.4g} ({self.condition}); action: {self.action}"
         )
         return text if self.remedy is None else f"{text}; {self.remedy}"
-
-
-class AlertSink(Protocol):
-    """Receives alerts. One rank of a run owns the sinks."""
-
-    def send(self, alert: Alert) -> None:
-        """Receive one alert; returns at once."""
-
-    def close(self) -> None:
-        """End the sink; nothing is sent after it."""
-
-
-class AlertFile:
-    """Appends each alert to `RUN/alerts.jsonl` as one line.
-
-    The file is in the order of time: a resumed or rolled back run keeps the alerts of steps that
-    are repeated.
-
-    Args:
-        start_over: Begin an empty file, for a run that begins at its first step.
-
-    Raises:
-        OSError: If the file cannot be opened.
-    """
-
-    def __init__(self, path: Path, start_over: bool = False) -> None:
-        self._file = LineFile(path, start_over)
-        # A killed run may have left an unfinished line.
-        self._file.cut(self._file.read().rfind(b"\n") + 1)
-
-    def send(self, alert: Alert) -> None:
-        """Append the alert.
-
-        Raises:
-            OSError: If the disk is full or gone.
-            ConfigError: If the folder has become another run's.
-        """
-        self._file.append(alert.to_json_line().encode())
-
-    def close(self) -> None:
-        """Close the file; a second call does nothing."""
-        self._file.close()
-
-
-class AlertLines:
-    """Prints each alert as one line."""
-
-    def __init__(self, say: Callable[[str], None]) -> None:
-        self._say = say
-
-    def send(self, alert: Alert) -> None:
-        """Print the alert."""
-        self._say(alert.text())
-
-    def close(self) -> None:
-        """Close nothing: there are no resources."""
-
-
-class AlertSinks:
-    """Passes each alert to every sink. A failure is printed; the sink is tried again next time."""
-
-    def __init__(self, sinks: Sequence[AlertSink]) -> None:
-        self._sinks = list(sinks)
-
-    def send(self, alert: Alert) -> None:
-        """Pass the alert on; nothing is raised, since an alert must not end a training run."""
-        for sink in self._sinks:
-            try:
-                sink.send(alert)
-            except Exception as error:
-                logger.error(
-                    "step %d: %s could not take an alert: %s",
-                    alert.step,
-                    type(sink).__name__,
-                    error,
-                )
-
-    def close(self) -> None:
-        """Close every sink, whatever the others do."""
-        for sink in self._sinks:
-            try:
-                sink.close()
-            except Exception as error:
-                logger.warning("%s could not be closed: %s", type(sink).__name__, error)
 
 
 def parse_alert(line: bytes) -> Alert | None:

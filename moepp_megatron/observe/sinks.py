@@ -1,10 +1,12 @@
 """All sinks of a run, and the fan-out that protects training from their failures."""
 
+import functools
 import logging
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from moepp_megatron.config.choices import pick
 from moepp_megatron.config.schema import WandbSection
@@ -13,22 +15,76 @@ from moepp_megatron.file_names import METRICS_FILE
 from moepp_megatron.observe.console import ConsoleSink
 from moepp_megatron.observe.jsonl import JsonlSink
 from moepp_megatron.observe.metrics import StepMetrics
-from moepp_megatron.observe.sink import RetryingSink, Sink
 from moepp_megatron.observe.status import StatusSink
 from moepp_megatron.observe.tensorboard import TensorBoardSink
 from moepp_megatron.observe.wandb_sink import WandbSink
 
 logger = logging.getLogger(__name__)
 
-__all__ = [
-    "ConsoleSink",
-    "Sink",
-    "SinkSettings",
-    "Sinks",
-    "TensorBoardSink",
-    "WandbRun",
-    "open_sinks",
-]
+
+class Sink(Protocol):
+    """Receives the record of every logged step. One rank of a run owns the sinks."""
+
+    def write(self, record: StepMetrics) -> None:
+        """Receive one record."""
+
+    def go_back(self, step: int) -> None:
+        """Note that the run went back to the state after `step`: later records do not count."""
+
+    def close(self) -> None:
+        """End the sink; nothing is written after it."""
+
+
+class _RetryingSink:
+    """Passes records to a sink on a disk, in order, without loss while the process lives.
+
+    A full disk must not end a training run that could continue; at the end of the run it must not
+    pass unnoticed either.
+
+    Args:
+        sink: The sink; it raises OSError for a record that it could not write, and is then
+            unchanged.
+    """
+
+    def __init__(self, sink: Sink) -> None:
+        self._sink = sink
+        self._waiting: deque[Callable[[], None]] = deque()
+
+    def write(self, record: StepMetrics) -> None:
+        """Write one record; prints a message each time that records have to wait."""
+        self._take(functools.partial(self._sink.write, record), record.step)
+
+    def go_back(self, step: int) -> None:
+        """Note that the run went back; waiting records are written before that."""
+        self._take(functools.partial(self._sink.go_back, step), step)
+
+    def close(self) -> None:
+        """Write waiting records and close the sink.
+
+        Raises:
+            OSError: If the disk still fails; the waiting records are lost.
+        """
+        try:
+            self._write_waiting()
+        finally:
+            self._sink.close()
+
+    def _take(self, entry: Callable[[], None], step: int) -> None:
+        self._waiting.append(entry)
+        try:
+            self._write_waiting()
+        except OSError as error:
+            logger.error(
+                "step %d: %d records of metrics wait for the disk: %s",
+                step,
+                len(self._waiting),
+                error,
+            )
+
+    def _write_waiting(self) -> None:
+        while self._waiting:
+            self._waiting[0]()
+            self._waiting.popleft()
 
 
 class Sinks:
@@ -159,4 +215,4 @@ def open_sinks(run: SinkSettings) -> Sinks:
             continue
         if sink is not None:
             optional.append(sink)
-    return Sinks([RetryingSink(jsonl)], optional, console.message)
+    return Sinks([_RetryingSink(jsonl)], optional, console.message)

@@ -12,8 +12,8 @@ import torch.distributed as dist
 
 from moepp_megatron.config import Config
 from moepp_megatron.file_names import CONFIG_FILE
-from moepp_megatron.observe.alert_sinks import open_alert_sinks
-from moepp_megatron.observe.alerts import Alert, AlertSinks
+from moepp_megatron.observe.alert_sinks import AlertSinks, open_alert_sinks
+from moepp_megatron.observe.alerts import Alert
 from moepp_megatron.observe.sinks import Sinks, SinkSettings, WandbRun, open_sinks
 from moepp_megatron.training.checkpoint import CheckpointWriter
 from moepp_megatron.training.checkpoint.files import Progress

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from moepp_megatron.observe import StepMetrics
+from moepp_megatron.observe.metrics import StepMetrics
 
 
 @pytest.fixture

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from moepp_megatron.observe.alert_sinks import open_alert_sinks
-from moepp_megatron.observe.alerts import Alert, AlertFile, AlertSinks, read_alerts
+from moepp_megatron.observe.alert_sinks import AlertFile, AlertSinks, open_alert_sinks
+from moepp_megatron.observe.alerts import Alert, read_alerts
 from moepp_megatron.observe.webhook import Webhook, WebhookAddressError, read_address
 
 SECRET = "/services/T000/B000/do-not-log-me"

@@ -12,8 +12,9 @@ import psutil
 import pytest
 
 from moepp_megatron.config import ConfigError
-from moepp_megatron.observe import JsonlSink
-from moepp_megatron.observe.alerts import Alert, AlertFile, read_alerts
+from moepp_megatron.observe.alert_sinks import AlertFile
+from moepp_megatron.observe.alerts import Alert, read_alerts
+from moepp_megatron.observe.jsonl import JsonlSink
 from moepp_megatron.observe.status import ProcessId, RunStatus, StatusSink, write_status
 
 

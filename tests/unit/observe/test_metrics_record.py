@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from moepp_megatron.observe import JsonlSink, MetricsError, metrics, read_metrics
+from moepp_megatron.observe import metrics
+from moepp_megatron.observe.jsonl import JsonlSink
+from moepp_megatron.observe.metrics import MetricsError, read_metrics
 
 REQUIRED = [
     "step",

@@ -19,17 +19,12 @@ import pytest
 from rich.console import Console
 
 from moepp_megatron.experts import ExpertCounts
-from moepp_megatron.observe import (
-    ConsoleSink,
-    JsonlSink,
-    Sinks,
-    SinkSettings,
-    TensorBoardSink,
-    open_sinks,
-    read_metrics,
-    sinks,
-)
-from moepp_megatron.observe.sink import RetryingSink
+from moepp_megatron.observe import sinks
+from moepp_megatron.observe.console import ConsoleSink
+from moepp_megatron.observe.jsonl import JsonlSink
+from moepp_megatron.observe.metrics import read_metrics
+from moepp_megatron.observe.sinks import Sinks, SinkSettings, _RetryingSink, open_sinks
+from moepp_megatron.observe.tensorboard import TensorBoardSink
 from tests.full_disk import fill
 
 EXPERTS = ExpertCounts(2, num_constant_experts=1, num_copy_experts=0, num_zero_experts=1)
@@ -67,7 +62,7 @@ def test_a_short_write_leaves_whole_lines_and_says_so(make_record, tmp_path: Pat
 
 
 def test_records_wait_for_a_full_disk(make_record, tmp_path: Path, monkeypatch, caplog):
-    sink = RetryingSink(JsonlSink(tmp_path / "metrics.jsonl"))
+    sink = _RetryingSink(JsonlSink(tmp_path / "metrics.jsonl"))
     sink.write(make_record(1))
     real_write = os.write
 
@@ -141,7 +136,7 @@ def test_what_a_rollback_undoes_leaves_the_file(make_record, tmp_path: Path):
 
 
 def test_a_rollback_waits_for_a_full_disk_as_records_do(make_record, tmp_path, monkeypatch, caplog):
-    sink = RetryingSink(JsonlSink(tmp_path / "metrics.jsonl"))
+    sink = _RetryingSink(JsonlSink(tmp_path / "metrics.jsonl"))
     for step in (1, 2, 3):
         sink.write(make_record(step))
     real_write = os.write
@@ -244,7 +239,7 @@ def test_a_terminal_gets_a_bar(make_record):
 _PRINTS = """
 import sys
 from moepp_megatron.cli.echo import echo
-from moepp_megatron.observe import ConsoleSink
+from moepp_megatron.observe.console import ConsoleSink
 from moepp_megatron.runtime.terminal import lasting_output
 with lasting_output():
     sink = ConsoleSink(2, phi=0.6)

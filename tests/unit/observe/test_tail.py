@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from moepp_megatron.observe import JsonlSink, tail
+from moepp_megatron.observe import tail
+from moepp_megatron.observe.jsonl import JsonlSink
 from moepp_megatron.observe.tail import Tail
 
 

@@ -8,8 +8,7 @@ import pytest
 
 from moepp_megatron.config.schema import WandbSection
 from moepp_megatron.experts import ExpertCounts
-from moepp_megatron.observe import SinkSettings, open_sinks
-from moepp_megatron.observe.sinks import WandbRun
+from moepp_megatron.observe.sinks import SinkSettings, WandbRun, open_sinks
 from moepp_megatron.observe.wandb_sink import WandbSink
 from moepp_megatron.runtime.optional import have_wandb
 

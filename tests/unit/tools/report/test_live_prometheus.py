@@ -17,7 +17,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from benchmarks import pages
 from moepp_megatron.config import ConfigError
-from moepp_megatron.observe.alerts import Alert, AlertFile
+from moepp_megatron.observe.alert_sinks import AlertFile
+from moepp_megatron.observe.alerts import Alert
 from moepp_megatron.observe.metrics import StepMetrics
 from moepp_megatron.tools.report.live import prometheus
 from moepp_megatron.tools.report.live.exported import MIN_FFN_LOAD, OF_RECORDS, OF_RUN, OTHER

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from moepp_megatron.observe import JsonlSink, StepMetrics
+from moepp_megatron.observe.jsonl import JsonlSink
+from moepp_megatron.observe.metrics import StepMetrics
 from moepp_megatron.observe.status import StatusSink, read_status
 from moepp_megatron.tools.report.live.run import LiveRun
 from moepp_megatron.tools.report.run_data import ReportError

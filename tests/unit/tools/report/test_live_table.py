@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from moepp_megatron.observe.alerts import Alert, AlertFile
+from moepp_megatron.observe.alert_sinks import AlertFile
+from moepp_megatron.observe.alerts import Alert
 from moepp_megatron.observe.status import StatusSink, read_status
 from moepp_megatron.runtime.terminal import Console
 from moepp_megatron.tools.report.live import table
