@@ -14,15 +14,11 @@ from moepp_megatron.moe.router_health import _margins
 from moepp_megatron.moe.selection import select
 from tests.unit.moe.builders import (
     DEFINED_SCORES,
-    HIDDEN,
-    assert_close,
     build_layer,
-    gradient_pairs,
     of_kinds,
-    reference_of,
 )
+from tests.unit.moe.test_layer_against_reference import inputs, run_both
 
-LENGTH, BATCH = 8, 3
 # K, groups, groups kept, then what else differs.
 SETTINGS = [
     (2, 4, 1, {}),
@@ -106,28 +102,9 @@ def test_layer_is_the_reference(topk, groups, kept, changes):
     """Outputs and gradients of a whole layer; no balance loss, which groups do not enter."""
     config = config_of(topk, groups, kept, {"balance_coeff": 0.0} | changes)
     layer = build_layer(config)
-    bias = bias_of(config)
-    if bias is not None:
-        layer.router.expert_bias.copy_(bias)
-    reference = reference_of(layer)
-    reference.selection_bias_E = layer.router.expert_bias
-
-    hidden = torch.randn(LENGTH, BATCH, HIDDEN, requires_grad=True)
-    previous = torch.randn(LENGTH, BATCH, config.num_experts, requires_grad=True)
-    output, logits = layer(hidden, previous)
-    weights = torch.randn_like(output)
-    ((output * weights).sum() + logits.sum()).backward()
-
-    x = hidden.detach().view(-1, HIDDEN).clone().requires_grad_()
-    z = previous.detach().view(len(x), -1).clone().requires_grad_()
-    expected = reference(x, z)
-    ((expected.hidden_TD * weights.view_as(x)).sum() + expected.logits_TE.sum()).backward()
-    assert layer.statistics.selected.tolist() == expected.selected_TE.sum(dim=0).tolist()
-    assert_close(output.view_as(x), expected.hidden_TD, "output")
-    assert_close(hidden.grad.view_as(x), x.grad, "gradient of the input")
-    assert_close(previous.grad.view_as(z), z.grad, "gradient of the previous logits")
-    for name, actual, wanted in gradient_pairs(layer, reference):
-        assert_close(actual, wanted, f"gradient of {name}")
+    if config.selection_bias:
+        layer.router.expert_bias.copy_(bias_of(config))
+    run_both(layer, *inputs(config)).check()
 
 
 @pytest.mark.parametrize("groups", [(1, 1), (4, 4), (8, 8)])

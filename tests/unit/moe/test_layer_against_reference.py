@@ -140,6 +140,8 @@ def run_both(
     """Forward and backward of the layer and of the reference on [s, b, D] and [s, b, E]."""
     reference = reference_of(layer)
     moepp = layer.moepp
+    if moepp.selection_bias:
+        reference.selection_bias_E = layer.router.expert_bias
     num_tokens, num_sequences = hidden.shape[0] * hidden.shape[1], hidden.shape[1]
     MoEAuxLossAutoScaler.set_loss_scale(torch.tensor(loss_scale))
 
