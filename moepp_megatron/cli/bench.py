@@ -135,7 +135,7 @@ def layer(
 
 def _refuse_unfit_fp8(recipe: str) -> None:
     from moepp_megatron.config import UnfitError
-    from moepp_megatron.runtime.fp8 import FP8Machine, fp8_obstacle
+    from moepp_megatron.runtime.fit import FP8Machine, fp8_obstacle
     from moepp_megatron.tools.bench.contestants import layer_config
     from moepp_megatron.tools.bench.shapes import SHAPES
 

@@ -6,8 +6,7 @@ backends.py          the roles of optional packages; the implementation of each 
 cpu_support.py       lets unmodified megatron-core train on CPU ranks with gloo
 disk.py              full disks: recognises failed writes, measures free space
 distributed.py       process groups, small messages between CPUs of all ranks, a rank's GPU
-fit.py               checks whether this machine can run a valid configuration
-fp8.py               FP8 support of this machine: GPU, Transformer Engine and CUDA
+fit.py               checks whether this machine can run a valid configuration; its FP8 support
 gpu_state.py         the state of a GPU from NVML, as plain data
 launch.py            starts this machine's ranks with torchrun and looks after them
 nodes.py             the machines of a run: rendezvous addresses and timeouts

@@ -11,12 +11,12 @@ from __future__ import annotations
 import os
 import shutil
 import sysconfig
+from dataclasses import dataclass
 from importlib.util import find_spec
 from operator import attrgetter
 from pathlib import Path
 
 from moepp_megatron.config import Config, UnfitError
-from moepp_megatron.runtime.fp8 import FP8Machine, fp8_obstacle
 from moepp_megatron.runtime.optional import (
     TRANSFORMER_ENGINE,
     flex_backend,
@@ -79,8 +79,7 @@ def _check_engine(setting: str, needed: tuple[int, ...], instead: str) -> None:
         return
     lack = "Transformer Engine and a GPU, which this machine lacks"
     if version is not None:
-        wanted, installed = (".".join(map(str, numbers)) for numbers in (needed, version))
-        lack = f"Transformer Engine {wanted} or newer, not {installed}"
+        lack = f"Transformer Engine {_text(needed)} or newer, not {_text(version)}"
     raise UnfitError(
         f"{setting} must have {lack}; use {instead}, or install it where there is a GPU: "
         f"{TRANSFORMER_ENGINE}"
@@ -256,3 +255,100 @@ def _lacks_header() -> tuple[str, str] | None:
         return None
     package = f"python{sysconfig.get_python_version()}-dev"
     return f"the header {header}", f"install {package} (python3-devel on RPM systems)"
+
+
+Version = tuple[int, ...]
+
+# The first Transformer Engine with the recipe in megatron-core 0.19.2 (fp8_utils.py,
+# `get_fp8_recipe`; transformer_config.py for FP8 grouped GEMMs, which all of them need).
+_TE_OF_RECIPE = {"delayed": (1, 11), "tensorwise": (2, 2), "blockwise": (2, 3), "mxfp8": (2, 1)}
+# fp8_utils.py, `_quantize_param_shard_impl`: one FP8 weight at a time in the recipe's own format.
+_TE_OF_FP8_PARAM: Version = (2, 3)
+# transformer_config.py: recomputing moe_act or layernorm keeps their consumers' bf16 inputs.
+_TE_OF_INNER_RECOMPUTE: Version = (2, 6)
+# Transformer Engine's quantization.py, `_compute_fp8_support` and others.
+_CAPABILITY = {"delayed": (8, 9), "tensorwise": (8, 9), "blockwise": (9, 0), "mxfp8": (10, 0)}
+_FIRST_WITHOUT = {"mxfp8": (12, 0)}
+_CUDA_OF_BLOCKWISE: Version = (12, 9)
+
+
+@dataclass(frozen=True)
+class FP8Machine:
+    """Versions of a usable Transformer Engine and of torch's CUDA, and the GPU's capability."""
+
+    transformer_engine: Version | None
+    capability: Version | None
+    cuda: Version | None
+
+    @classmethod
+    def this(cls) -> FP8Machine:
+        """Describe the machine that this process runs on; imports torch."""
+        import torch
+
+        engine = None
+        if have_transformer_engine():
+            from megatron.core.utils import get_te_version
+
+            engine = tuple(get_te_version().release)
+        capability = torch.cuda.get_device_capability() if torch.cuda.is_available() else None
+        built = torch.version.cuda
+        cuda = None if built is None else tuple(int(part) for part in built.split("."))
+        return cls(engine, capability, cuda)
+
+
+def fp8_obstacle(config: Config, machine: FP8Machine) -> str | None:
+    """Explain in one line why a machine cannot run a configuration's FP8, or None."""
+    precision = config.precision
+    recipe = precision.recipe
+    if recipe is None:
+        return None
+    off = "set precision.fp8 to null"
+    start = f"precision.fp8 ({precision.fp8}) must have"
+    if machine.transformer_engine is None or machine.capability is None:
+        return (
+            f"{start} Transformer Engine and a GPU, which this machine lacks; {off}, or install "
+            f"it where there is a GPU: {TRANSFORMER_ENGINE}"
+        )
+    name = f"precision.fp8_recipe ({recipe}) must have"
+    needed, without = _CAPABILITY[recipe], _FIRST_WITHOUT.get(recipe)
+    if machine.capability < needed or (without is not None and machine.capability >= without):
+        below, card = "", "H100: 9.0"
+        if without is not None:
+            below, card = f" and below {_text(without)}", "B200: 10.0"
+        return (
+            f"{name} a GPU of compute capability {_text(needed)}{below}, not "
+            f"{_text(machine.capability)}; {off}, or use another GPU ({card})"
+        )
+    if recipe == "blockwise" and (machine.cuda is None or machine.cuda < _CUDA_OF_BLOCKWISE):
+        built_for = _text(machine.cuda) if machine.cuda else "none"
+        return (
+            f"{name} torch built for CUDA {_text(_CUDA_OF_BLOCKWISE)} or newer, not {built_for}; "
+            "use tensorwise, or a newer torch"
+        )
+    for setting, wanted in _engine_versions(config, recipe):
+        if machine.transformer_engine < wanted:
+            return (
+                f"{setting} must have Transformer Engine {_text(wanted)} or newer, not "
+                f"{_text(machine.transformer_engine)}; install a newer one, or change the setting"
+            )
+    return None
+
+
+def _engine_versions(config: Config, recipe: str) -> list[tuple[str, Version]]:
+    """For each setting in use, (setting with value, first Transformer Engine version with it)."""
+    training = config.training
+    wanted: list[tuple[str, Version]] = [
+        (f"precision.fp8_recipe ({recipe})", _TE_OF_RECIPE[recipe])
+    ]
+    if config.precision.fp8_param:
+        wanted.append(("precision.fp8_param (true)", _TE_OF_FP8_PARAM))
+    inner = {"moe_act", "layernorm"} & set(training.recompute_modules)
+    if training.recompute_granularity == "selective" and inner:
+        modules = ", ".join(training.recompute_modules)
+        setting = f"training.recompute_modules ([{modules}]) with precision.fp8"
+        wanted.append((setting, _TE_OF_INNER_RECOMPUTE))
+    return wanted
+
+
+def _text(version: Version) -> str:
+    return ".".join(str(part) for part in version)

@@ -220,8 +220,7 @@ def _wait(agent: subprocess.Popen[bytes], nodes: Nodes | None, status_file: Path
             continue
         # Where ranks have ended well, torchrun waits for those of the other machines to end.
         at_work = written in (0, STOPPED) or bool(children(agent))
-        meeting.observe(at_work, time.monotonic())
-        failure = meeting.failure(time.monotonic())
+        failure = meeting.failure(at_work, time.monotonic())
         if failure is not None:
             print(f"error: {failure}; exit status {LOST}", file=sys.stderr, flush=True)
             return LOST

@@ -151,20 +151,16 @@ class Meeting:
         self._since: float | None = now
         self._had_ranks = False
 
-    def observe(self, has_ranks: bool, now: float) -> None:
-        """Tell whether ranks run on this machine at time `now` in seconds.
+    def failure(self, has_ranks: bool, now: float) -> str | None:
+        """Explain why this machine gives up at `now` (seconds); None while it waits or trains.
 
         torchrun starts ranks when all machines have met, and none is left when it waits for others.
         """
         if has_ranks:
             self._had_ranks, self._since = True, None
-        elif self._since is None:
-            self._since = now
-
-    def failure(self, now: float) -> str | None:
-        """Explain why this machine gives up at `now` (seconds); None while it waits."""
-        if self._since is None:
             return None
+        if self._since is None:
+            self._since = now
         nodes = self._nodes
         limit = nodes.restart_timeout_s if self._had_ranks else nodes.join_timeout_s
         if now - self._since <= limit:

@@ -15,7 +15,7 @@ import re
 import stat
 import tempfile
 from collections.abc import Mapping, MutableMapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
@@ -31,17 +31,16 @@ _CONNECTIONS = "CUDA_DEVICE_MAX_CONNECTIONS"
 
 @dataclass(frozen=True)
 class _Variable:
-    """One environment variable, its value unless the user has set it, and the reason.
+    """One environment variable, and its value unless the user has set it.
 
     Attributes:
         aliases: Other names for the same thing; one that is set counts as this one.
-        only_at_start: Whether it means nothing to a Python process that runs already, or to one
+        only_at_start: True if it means nothing to a Python process that runs already, or to one
             without a launcher of its own.
     """
 
     name: str
     value: str
-    reason: str
     aliases: tuple[str, ...] = ()
     only_at_start: bool = False
 
@@ -53,62 +52,46 @@ def _rank_variables(num_local_ranks: int, interface: str | None = None) -> list[
     """
     cores, at_start = len(os.sched_getaffinity(0)), functools.partial(_Variable, only_at_start=True)
     variables = [
+        # One thread a core in all; torchrun would choose 1 whatever the machine has.
         # `runtime.distributed.start` sets the threads of a rank that has no such variable.
-        at_start(
-            _THREADS,
-            str(max(1, cores // num_local_ranks)),
-            "one thread a core in all; torchrun would choose 1 whatever the machine has",
-        ),
+        at_start(_THREADS, str(max(1, cores // num_local_ranks))),
+        # Token counts of experts change every step; fixed segments fragment memory.
         _Variable(
             "PYTORCH_ALLOC_CONF",
             "expandable_segments:True",
-            "token counts of experts change every step; fixed segments fragment memory",
-            aliases=("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF"),
+            ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF"),
         ),
-        _Variable(
-            "NCCL_GRAPH_REGISTER",
-            "0",
-            "NCCL would register the buffers of collectives in CUDA graphs, and expandable "
-            "segments have no single allocation to register; megatron-core refuses the pair",
-        ),
-        _Variable("NCCL_DEBUG", "WARN", "a failing collective says why; INFO would fill the logs"),
-        _Variable(
-            "NCCL_IB_TIMEOUT",
-            "22",
-            "an InfiniBand link that flaps for seconds does not end the run (4.1 us * 2^22 = 17 s)",
-        ),
-        at_start(
-            "PYTHONSAFEPATH",
-            "1",
-            "`python -m` would import from the working directory first, such as a random.py there",
-        ),
-        at_start("PYTHONUNBUFFERED", "1", "the last lines of a killed rank are in its log"),
-        at_start(
-            "TORCH_ELASTIC_SHUTDOWN_TIMEOUT",
-            "10",
-            "torchrun ends ranks only after one has died; the others would wait for it",
-        ),
+        # NCCL would register the buffers of collectives in CUDA graphs, and expandable segments
+        # have no single allocation to register; megatron-core refuses the pair.
+        _Variable("NCCL_GRAPH_REGISTER", "0"),
+        # A failing collective says why; INFO would fill the logs.
+        _Variable("NCCL_DEBUG", "WARN"),
+        # An InfiniBand link that flaps for seconds does not end the run (4.1 us * 2^22 = 17 s).
+        _Variable("NCCL_IB_TIMEOUT", "22"),
+        # `python -m` would import from the working directory first, such as a random.py there.
+        at_start("PYTHONSAFEPATH", "1"),
+        # The last lines of a killed rank are in its log.
+        at_start("PYTHONUNBUFFERED", "1"),
+        # torchrun ends ranks only after one has died; the others would wait for it.
+        at_start("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "10"),
+        # On the node: in the home folder all nodes would wait for one file system.
+        *_cache("TRITON_CACHE_DIR", "triton", "TRITON_HOME"),
+        *_cache("TORCH_EXTENSIONS_DIR", "extensions"),
     ]
-    variables += _caches()
     if interface is not None:
-        reason = "gloo looks up the host's name, which many machines map to a loopback address"
-        variables.append(_Variable("GLOO_SOCKET_IFNAME", interface, reason))
+        # gloo looks up the host's name, which many machines map to a loopback address.
+        variables.append(_Variable("GLOO_SOCKET_IFNAME", interface))
     return variables
 
 
-def _caches() -> list[_Variable]:
-    """Folders of compilation caches."""
-    reason = "on the node: in the home folder all nodes would wait for one file system"
-    caches = [
-        _Variable("TRITON_CACHE_DIR", "triton", f"compiled kernels {reason}", ("TRITON_HOME",)),
-        _Variable("TORCH_EXTENSIONS_DIR", "extensions", f"megatron-core's extension {reason}"),
-    ]
-    folders = [(cache, _own_folder(cache.value)) for cache in caches]
-    return [replace(cache, value=folder) for cache, folder in folders if folder is not None]
+def _cache(name: str, folder: str, *aliases: str) -> list[_Variable]:
+    """The variable of a cache of compiled code; none where there is no safe folder for it."""
+    path = _own_folder(folder)
+    return [] if path is None else [_Variable(name, path, aliases)]
 
 
-def _connections(config: Config) -> _Variable:
-    """CUDA_DEVICE_MAX_CONNECTIONS, the number of hardware queues, for a configuration.
+def _connections(config: Config) -> tuple[str, str]:
+    """CUDA_DEVICE_MAX_CONNECTIONS, the number of hardware queues, for a configuration; and why.
 
     With one, kernels start in the order of their launch. megatron-core's tensor parallelism relies
     on it to begin a collective before the matrix product that hides it
@@ -119,30 +102,25 @@ def _connections(config: Config) -> _Variable:
     parallel = config.parallel
     splits_layers = parallel.tensor_model_parallel_size > 1 or parallel.context_parallel_size > 1
     if splits_layers and not parallel.overlap_moe_expert_parallel_comm:
-        value, reason = (
+        return (
             "1",
             "tensor and context parallelism begin a collective before the matrix product that "
             "hides it, which one queue guarantees",
         )
-    elif config.moe.dispatcher == "flex":
-        value, reason = "32", "the flex dispatcher's kernels must not queue behind others"
-    else:
-        value, reason = (
-            "8",
-            "collectives run with kernels that are launched before them; this is CUDA's default",
-        )
-    return _Variable(_CONNECTIONS, value, reason)
+    if config.moe.dispatcher == "flex":
+        return "32", "the flex dispatcher's kernels must not queue behind others"
+    return "8", "collectives run with kernels that are launched before them; this is CUDA's default"
 
 
 def contradiction(config: Config, environment: Mapping[str, str]) -> str | None:
     """A warning where the user's number of hardware queues is not what the run needs."""
-    wanted, given = _connections(config), environment.get(_CONNECTIONS)
+    (wanted, reason), given = _connections(config), environment.get(_CONNECTIONS)
     # More queues than are needed do no harm.
-    is_enough = given and given.isdecimal() and int(given) >= int(wanted.value) > 1
-    if given in (None, wanted.value) or is_enough:
+    is_enough = given and given.isdecimal() and int(given) >= int(wanted) > 1
+    if given in (None, wanted) or is_enough:
         return None
     return (
-        f"{_CONNECTIONS} ({given}) should be {wanted.value} in this layout: {wanted.reason}; unset "
+        f"{_CONNECTIONS} ({given}) should be {wanted} in this layout: {reason}; unset "
         "it, and moepp train sets it"
     )
 
@@ -228,7 +206,7 @@ def set_rank_variables(config: Config, interface: str | None = None) -> None:
     CUDA, torch's allocator and NCCL read their variables once, when they start.
     """
     check_rank_variables(os.environ)
-    _set_default(os.environ, _connections(config))
+    os.environ.setdefault(_CONNECTIONS, _connections(config)[0])
     if config.moe.cutlass_grouped_gemm:
         # Read before each product (Transformer Engine, common/gemm/cublaslt_gemm.cu).
         os.environ.setdefault("NVTE_USE_CUTLASS_GROUPED_GEMM", "1")

@@ -6,8 +6,7 @@ from pathlib import Path
 import pytest
 
 from moepp_megatron.config import UnfitError, load_config
-from moepp_megatron.runtime.fit import check_fit
-from moepp_megatron.runtime.fp8 import FP8Machine, fp8_obstacle
+from moepp_megatron.runtime.fit import FP8Machine, check_fit, fp8_obstacle
 from moepp_megatron.tools.doctor import packages
 from moepp_megatron.tools.doctor.finding import Severity
 

@@ -15,29 +15,27 @@ NODES = Nodes(2, 0, "127.0.0.1", join_timeout_s=900, restart_timeout_s=120)
 
 def test_first_meeting_may_take_the_longer_time() -> None:
     meeting = Meeting(NODES, now=0.0)
-    meeting.observe(has_ranks=False, now=899.0)
-    assert meeting.failure(899.0) is None
-    assert meeting.failure(901.0) == "the 2 machines did not meet at 127.0.0.1 within 900 s"
+    assert meeting.failure(False, 899.0) is None
+    assert meeting.failure(False, 901.0) == "the 2 machines did not meet at 127.0.0.1 within 900 s"
 
 
 def test_meeting_after_a_failure_is_given_up_sooner() -> None:
     meeting = Meeting(NODES, now=0.0)
-    meeting.observe(has_ranks=True, now=10.0)
     # Ranks may run for as long as they like.
-    assert meeting.failure(100_000.0) is None
-    meeting.observe(has_ranks=False, now=100_000.0)
-    meeting.observe(has_ranks=False, now=100_119.0)
-    assert meeting.failure(100_119.0) is None
-    failure = meeting.failure(100_121.0)
+    for now in (10.0, 100_000.0):
+        assert meeting.failure(True, now) is None
+    for now in (100_000.0, 100_119.0):
+        assert meeting.failure(False, now) is None
+    failure = meeting.failure(False, 100_121.0)
     assert "did not come back within 120 s after a failure (--restart-timeout)" in failure
 
 
 def test_each_restart_has_the_whole_time() -> None:
     meeting = Meeting(NODES, now=0.0)
     for start in (0.0, 1000.0):
-        meeting.observe(has_ranks=True, now=start)
-        meeting.observe(has_ranks=False, now=start + 10.0)
-        assert meeting.failure(start + 129.0) is None
+        assert meeting.failure(True, start) is None
+        for now in (start + 10.0, start + 129.0):
+            assert meeting.failure(False, now) is None
 
 
 def test_machine_that_nobody_joins_says_so_and_ends(capfd: pytest.CaptureFixture[str]) -> None:

@@ -61,7 +61,7 @@ def test_wrong_usage(arguments: list[str], message: str) -> None:
 
 
 def test_fp8_is_refused_with_the_reason_where_it_cannot_run(monkeypatch) -> None:
-    from moepp_megatron.runtime.fp8 import FP8Machine
+    from moepp_megatron.runtime.fit import FP8Machine
 
     for machine, reason in (
         (FP8Machine(None, None, None), "must have Transformer Engine and a GPU, which this"),
