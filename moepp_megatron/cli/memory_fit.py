@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from moepp_megatron.config import Config, Layout, UnfitError
-from moepp_megatron.config.hardware import Hardware, find_hardware, load_hardware, nearest_hardware
+from moepp_megatron.config.hardware import Hardware, find_hardware, load_hardware
 from moepp_megatron.config.sections import used
 from moepp_megatron.runtime.nvml import Nvml, NvmlUnavailableError
 
@@ -55,7 +55,7 @@ def target_of(config: Config, gpu: str | None = None) -> Target:
 
 
 def _named(name: str, source: str) -> Target:
-    hardware = load_hardware(nearest_hardware(name))
+    hardware = load_hardware(name)
     return Target(hardware if hardware.kind == "gpu" else None, source)
 
 

@@ -47,7 +47,9 @@ def parse_choices(option: str, text: str, known: Sequence[str]) -> list[str]:
     return names
 
 
-def parse_numbers(option: str, text: str, rule: str, holds: Callable[[float], bool]) -> list[float]:
+def parse_numbers(
+    option: str, text: str, rule: str, holds: Callable[[float], bool], example: str = "0.75"
+) -> list[float]:
     """Parse numbers, each once, in the order given.
 
     Args:
@@ -55,6 +57,7 @@ def parse_numbers(option: str, text: str, rule: str, holds: Callable[[float], bo
         text: Its value.
         rule: What each number must be, in words.
         holds: The same rule as a function.
+        example: What messages suggest.
 
     Raises:
         ConfigError: If one is not a number or breaks the rule, or there is none.
@@ -66,10 +69,14 @@ def parse_numbers(option: str, text: str, rule: str, holds: Callable[[float], bo
         except ValueError:
             number = float("nan")
         if not holds(number):
-            raise ConfigError(f"{option} ({part}) must be {rule}; use for example {option} 0.75")
+            raise ConfigError(
+                f"{option} ({part}) must be {rule}; use for example {option} {example}"
+            )
         numbers.append(number)
     if not numbers:
-        raise ConfigError(f"{option} ({text!r}) must hold {rule}; use for example {option} 0.75")
+        raise ConfigError(
+            f"{option} ({text!r}) must hold {rule}; use for example {option} {example}"
+        )
     return list(dict.fromkeys(numbers))
 
 
@@ -83,12 +90,6 @@ def parse_counts(option: str, text: str) -> list[int]:
     Raises:
         ConfigError: If there is anything else, or no number.
     """
-    parts = _parts(text)
-    for part in parts:
-        if not (part.isascii() and part.isdigit() and int(part) > 0):
-            raise ConfigError(
-                f"{option} ({part}) must be a whole number above 0; use for example {option} 1,2,4"
-            )
-    if not parts:
-        raise ConfigError(f"{option} ({text!r}) must hold a number; use for example {option} 1,2,4")
-    return sorted({int(part) for part in parts})
+    rule = "a whole number above 0"
+    numbers = parse_numbers(option, text, rule, lambda n: n >= 1 and n.is_integer(), "1,2,4")
+    return sorted(map(int, numbers))

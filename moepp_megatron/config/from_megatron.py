@@ -94,7 +94,7 @@ class _Translator:
                 )
         self._left = {n: v for n, v in self._left.items() if "$" not in v}
         self._settings |= ABSENT
-        self._take_pattern()
+        self._refuse_hybrid()
         self._take_direct()
         self._take_batches()
         self._take_routing()
@@ -264,36 +264,15 @@ class _Translator:
                 chunks if chunks > 1 else None
             )
 
-    def _take_pattern(self) -> None:
-        """A hybrid model whose layers are those of a GPT model: attention, then an FFN."""
-        name = "hybrid-layer-pattern"
-        pattern = self._left.pop(name, self._left.pop("hybrid-override-pattern", None))
-        if pattern is None:
-            return
-        main, *ahead = pattern.split("/")
-        attention = "+" if "multi-latent-attention" in self._left else "*"
-        chunks = [chunk.split(attention)[1:] for chunk in main.split("|")]
-        ffns = [ffn for chunk in chunks for ffn in chunk]
-        layers = attention + attention.join(ffns)
-        stages = int(_number_or_none(self._left.get("pipeline-model-parallel-size", "1")) or 1)
-        if (
-            layers != main.replace("|", "")
-            or not {*ffns} <= {"E", "-"}
-            or len({len(chunk) for chunk in chunks}) > 1
-            or (len(chunks) > 1 and len(chunks) % stages)
-            or {*ahead} - {layers[-2:]}
-        ):
-            raise ConfigError(
-                f"--{name} ({pattern}) must be layers of attention ({attention}) and experts (E) "
-                "or a dense FFN (-), | between chunks of as many, and layers like the last one "
-                "after each /: there are no Mamba or other layers here; keep this model in Megatron"
-            )
-        self._left["num-layers"] = str(len(ffns))
-        self._left["moe-layer-freq"] = str([int(ffn == "E") for ffn in ffns])
-        if ahead:
-            self._left["mtp-num-layers"] = str(len(ahead))
-        if len(chunks) > stages:
-            self._left["num-virtual-stages-per-pipeline-rank"] = str(len(chunks) // stages)
+    def _refuse_hybrid(self) -> None:
+        """Refuse a model whose layers are listed, as Megatron's hybrid ones with Mamba are."""
+        for name in ("hybrid-layer-pattern", "hybrid-override-pattern"):
+            if name in self._left:
+                raise ConfigError(
+                    f"--{name} ({self._left[name]}) must not be given: there are no Mamba or other "
+                    "layers here; keep this model in Megatron, or give --num-layers and "
+                    "--moe-layer-freq instead"
+                )
 
     def _take_model(self) -> None:
         """Fill in defaults of Megatron's model where this project's differs."""

@@ -107,16 +107,19 @@ def load_hardware(name: str) -> Hardware:
     """Read a description.
 
     Args:
-        name: Name of a file in `configs/hardware` without `.yaml`, or a path of a YAML file.
+        name: Name of a file in `configs/hardware` without `.yaml`, or the beginning of one alone,
+            such as h100; or a path of a YAML file.
 
     Raises:
         ConfigError: No such description, or one that is not valid.
     """
-    path = Path(name) if name.endswith((".yaml", ".yml")) else HARDWARE_FOLDER / f"{name}.yaml"
+    is_path, known = name.endswith((".yaml", ".yml")), known_hardware()
+    near = [name] if name in known else [each for each in known if each.startswith(name.lower())]
+    path = Path(name) if is_path or len(near) != 1 else HARDWARE_FOLDER / f"{near[0]}.yaml"
     if not path.is_file():
-        known = ", ".join(sorted(known_hardware())) or "none is installed"
+        names = ", ".join(sorted(known)) or "none is installed"
         raise ConfigError(
-            f"hardware ({name}) must be a known name ({known}) or a YAML file; use one of them"
+            f"hardware ({name}) must be a known name ({names}) or a YAML file; use one of them"
         )
     return _validated(read_mapping(path), str(path))
 
@@ -144,14 +147,6 @@ def with_changes(hardware: Hardware, changes: Mapping[str, Any], source: str) ->
 def known_hardware() -> list[str]:
     """Names of the descriptions that come with the source tree."""
     return [path.stem for path in HARDWARE_FOLDER.glob("*.yaml")]
-
-
-def nearest_hardware(name: str) -> str:
-    """The name of the one description that starts with `name`, such as h100; else `name` itself."""
-    if name in known_hardware():
-        return name
-    starting = [known for known in known_hardware() if known.startswith(name.lower())]
-    return starting[0] if len(starting) == 1 else name
 
 
 def find_hardware(device_name: str) -> Hardware | None:

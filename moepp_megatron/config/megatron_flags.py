@@ -104,8 +104,6 @@ DERIVED = {
     "data-path": "`data.path`, or `data.blend` of several prefixes with weights",
     "tokenizer-type": "`data.tokenizer`; by default the prepared data's",
     "tokenizer-model": "`data.tokenizer`; by default the prepared data's",
-    "hybrid-layer-pattern": "`model.num_layers` and `moe.layer_freq`, if each layer is attention "
-    "and experts (`*E`) or a dense FFN (`*-`); `|` and `/` become chunks and multi-token layers",
     "load": "`checkpoint.load`: what `moepp convert megatron-lm` makes of the checkpoint",
 }
 """Arguments whose setting is worked out, or has to be given by hand, and how."""

@@ -7,7 +7,16 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from moepp_megatron.config.divisibility import divisible
 from moepp_megatron.config.problem import Problem
-from moepp_megatron.config.rows import Rule, first, group, no_effect_where, no_effect_with, refuse
+from moepp_megatron.config.rows import (
+    Rule,
+    each,
+    first,
+    group,
+    no_effect_where,
+    no_effect_with,
+    refuse,
+    values,
+)
 from moepp_megatron.config.schema.section import Section, Unit
 from moepp_megatron.experts import CONSTANT, LOCAL_KINDS, ExpertKind
 from moepp_megatron.layer_settings import LayerSettings, settings_of
@@ -180,21 +189,9 @@ class EngineMoESection(Section, LayerSettings):  # type: ignore[misc]
         ),
         group(
             lambda c: c.moe.is_vanilla,
-            refuse(
-                "moe.two_layer_gate",
-                lambda c: c.moe.two_layer_gate,
-                f"must be left at its default {_VANILLA}",
-                f"drop {{name}}, {_MOEPP}",
-            ),
-            refuse(
-                "moe.expert_input_scale",
-                lambda c: c.moe.expert_input_scale != 1.0,
-                f"must be left at its default {_VANILLA}",
-                f"drop {{name}}, {_MOEPP}",
-            ),
-            refuse(
-                "moe.logits_norm_std",
-                lambda c: c.moe.logits_norm_std is not None,
+            each(
+                values("moe.two_layer_gate moe.expert_input_scale moe.logits_norm_std"),
+                lambda value: value is True or value not in (False, 1.0, None),
                 f"must be left at its default {_VANILLA}",
                 f"drop {{name}}, {_MOEPP}",
             ),

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from moepp_megatron.config import Config, ConfigError, load_config, with_overrides
-from moepp_megatron.config.hardware import load_hardware, nearest_hardware
+from moepp_megatron.config.hardware import load_hardware
 from moepp_megatron.config.sections import used
 from moepp_megatron.config.vanilla import vanilla, without_budget
 from moepp_megatron.tools.planning.grid import Grid
@@ -80,7 +80,7 @@ def plan(
         config = load_config(config, overrides)
     elif overrides:
         config = with_overrides(config, overrides)
-    machine, moe = machine_of(load_hardware(nearest_hardware(gpu))), config.moe
+    machine, moe = machine_of(load_hardware(gpu)), config.moe
     evenness = LEARNED
     if routing is not None:
         evenness = recorded_routing(Path(routing), moe.num_ffn_experts, moe.router_topk)

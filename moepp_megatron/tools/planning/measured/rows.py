@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from moepp_megatron.config import ConfigError, stage_layers
 from moepp_megatron.config.flops import training_flops_per_token
-from moepp_megatron.config.hardware import Hardware, load_hardware, nearest_hardware, with_changes
+from moepp_megatron.config.hardware import Hardware, load_hardware, with_changes
 from moepp_megatron.config.json_file import read_json
 from moepp_megatron.config.load import from_dotted, validated
 from moepp_megatron.config.regular_file import read_text
@@ -185,7 +185,7 @@ def _run_of(row: MeasuredRow, source: str = "a row") -> Run:
         raise ConfigError("\n".join(lines)) from None
     grid = _grid(row, config, beyond, place)
     load = _with_facts(Workload.from_config(config), beyond)
-    hardware = load_hardware(nearest_hardware(row.hardware))
+    hardware = load_hardware(row.hardware)
     hardware = with_changes(hardware, row.hardware_overrides, place)
     stages = _stages(row, config, grid, place)
     routing = early(load.experts.num_ffn_experts) if row.routing == "learned" else FORCED_BALANCE
