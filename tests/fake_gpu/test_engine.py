@@ -133,6 +133,7 @@ def test_drawn_configurations(play, transformer_engine):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 def test_sixty_drawn_configurations(play, transformer_engine):
     parts = [range(first, first + 22) for first in range(0, DRAWN, 22)]
     assert sum(_no_drawn_one_fails(play, transformer_engine, part) for part in parts) >= 60

@@ -60,6 +60,7 @@ def test_two_layers_and_a_difference_are_the_whole(play, stub, transformer_engin
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 def test_peak_memory_of_every_planned_configuration(stub, transformer_engine):
     """The table is in docs/gpu.md."""
     for peak in peaks(stub, cases.PLANNED):

@@ -15,7 +15,7 @@ def test_cancelled_job_stays_cancelled(jobs):
     job.wait_for_end("CANCELLED")
     job.wait_until(lambda: not job.processes(), "gone")
     assert job.restarts == 0
-    assert "requeued" not in job.output
+    assert "not requeued; to resume: " in job.output
     assert (job.run / "checkpoints" / "latest").exists(), "saved in the time that Slurm gives"
 
 

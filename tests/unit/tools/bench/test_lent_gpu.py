@@ -59,9 +59,10 @@ def test_a_call_leaves_its_record(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 def test_every_call_within_its_limit(tmp_path: Path) -> None:
     for call in CALLS:
-        found = rehearse(tmp_path, call, 300)
+        found = rehearse(tmp_path, call, 600)
     assert all(step["exit_status"] in (0, 124) for step in found["steps"])
 
 
