@@ -227,10 +227,14 @@ class PartContext:
         assert found, f"{kind.__name__} must come before"
         return found[0]
 
-    def is_due(self, step: int, interval: int) -> bool:
-        """True if an event of every `interval` steps, and of the end, is due at `step`."""
-        is_last = step == self.config.training.train_iters
-        return interval > 0 and (step % interval == 0 or is_last)
+    def is_due(self, step: int, interval: int, at_end: bool = False) -> bool:
+        """True if an event of every `interval` steps, and of the last one, is due at `step`.
+
+        With an interval of 0 it is never due, or with `at_end` after the last step.
+        """
+        if step == self.config.training.train_iters:
+            return at_end or interval > 0
+        return interval > 0 and step % interval == 0
 
 
 class Parts(tuple[Part, ...]):

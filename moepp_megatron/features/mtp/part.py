@@ -10,27 +10,21 @@ import torch
 from moepp_megatron.config import Layout
 from moepp_megatron.training.collect import sum_over_ranks
 from moepp_megatron.training.part import Part, PartContext, Step
-from moepp_megatron.training.setup import TrainingModel
 from moepp_megatron.training.step_sums import first_of_tensor_ranks
 
 
 class MultiTokenPredictionPart(Part):
-    """Reports the sums of `model.multi_token_loss`.
+    """Reports the sums of `model.multi_token_loss`."""
 
-    Args:
-        model: The wrapped model.
-        depths: `model.mtp_num_layers`.
-    """
-
-    def __init__(self, model: TrainingModel, depths: int) -> None:
-        self._depths = depths
-        self._losses = [m.mtp_loss for m in model.models if getattr(m, "mtp_process", False)]
+    def __init__(self, run: PartContext) -> None:
+        self._depths = run.config.model.mtp_num_layers
+        models = run.model.models
+        self._losses = [m.mtp_loss for m in models if getattr(m, "mtp_process", False)]
 
     @classmethod
     def of(cls, run: PartContext) -> MultiTokenPredictionPart | None:
         """The part of a run; None without such layers."""
-        depths = run.config.model.mtp_num_layers
-        return cls(run.model, depths) if depths else None
+        return cls(run) if run.config.model.mtp_num_layers else None
 
     def begin_step(self, step: int, layout: Layout) -> None:
         """Start counting a new step."""

@@ -14,22 +14,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from itertools import batched
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch.distributed as dist
 from megatron.core.transformer.module import MegatronModule
 
-from moepp_megatron.config import Config, Layout
 from moepp_megatron.data.tokenizer import Tokenizer
 from moepp_megatron.model.stage import PipelineStage, evaluation_stages
 from moepp_megatron.moe.router import MoEPPRouter
 from moepp_megatron.runtime.distributed import Agreement
 from moepp_megatron.runtime.patches import replaced
 from moepp_megatron.training.part import Part, PartContext, Step
-from moepp_megatron.training.resilience.supervisor import Supervisor
-from moepp_megatron.training.setup import TrainingModel
 from moepp_megatron.training.step import unchanged
 from moepp_megatron.training.token_scores import Sequences, padded_length, score_sequences
 
@@ -43,48 +39,33 @@ class TasksPart(Part):
     """The tasks of a run.
 
     Args:
-        config: The run's configuration.
-        model: The wrapped model.
-        layout: The rank grid.
-        tokenizer: The tokenizer's file.
-        supervisor: Notified of progress, since evaluation may take hours.
+        run: The run, whose supervisor is notified of progress: evaluation may take hours.
 
     Raises:
         ConfigError: A task cannot be loaded; on rank 0.
     """
 
-    def __init__(
-        self,
-        config: Config,
-        model: TrainingModel,
-        layout: Layout,
-        tokenizer: Path,
-        supervisor: Supervisor,
-    ) -> None:
-        self._config, self._model, self._layout = config, model, layout
-        self._supervisor, self._agreement = supervisor, Agreement()
+    def __init__(self, run: PartContext) -> None:
+        self._run, self._config, self._model = run, run.config, run.model
+        self._agreement = Agreement()
         self._stages: list[PipelineStage] = []
         self._is_scoring = False
         self._tasks: Any = None
         if dist.get_rank() == 0:
             from moepp_megatron.features.tasks.lm_eval_tasks import load_tasks
 
-            self._tokenizer = Tokenizer.load(tokenizer)
-            with unchanged(model):
-                self._tasks = load_tasks(config)
+            self._tokenizer = Tokenizer.load(run.tokenizer)
+            with unchanged(run.model):
+                self._tasks = load_tasks(run.config)
 
     @classmethod
     def of(cls, run: PartContext) -> TasksPart | None:
         """The part of a run; None without tasks."""
-        if not run.config.evaluation.tasks:
-            return None
-        return cls(run.config, run.model, run.layout, run.tokenizer, run.supervisor)
+        return cls(run) if run.config.evaluation.tasks else None
 
     def wants_record(self, step: int) -> bool:
         """True if the tasks run after `step`."""
-        interval = self._config.evaluation.interval
-        is_last = step == self._config.training.train_iters
-        return is_last or interval > 0 and step % interval == 0
+        return self._run.is_due(step, self._config.evaluation.interval, at_end=True)
 
     def record(self, step: Step, fields: Mapping[str, Any]) -> dict[str, Any]:
         """The scores; a collective."""
@@ -98,7 +79,7 @@ class TasksPart(Part):
         """
         model = self._model
         with (
-            self._supervisor.during("evaluation"),
+            self._run.supervisor.during("evaluation"),
             unchanged(model),
             model.gathered_parameters(),
             _without_limits(model.models),
@@ -132,14 +113,14 @@ class TasksPart(Part):
         return scores
 
     def _score_together(self, sequences: Sequences) -> dict[str, np.ndarray] | None:
-        with self._supervisor.during("evaluation"):
+        with self._run.supervisor.during("evaluation"):
             return score_sequences(self._stages, sequences)
 
     def _score(self, rows: Sequence[Sequence[int]]) -> list[tuple[np.ndarray, np.ndarray]]:
         """Log-probabilities of the tokens after the first of each row, and which are likeliest."""
         by_length: dict[int, list[int]] = defaultdict(list)
         for number, row in enumerate(rows):
-            padded = padded_length(len(row) - 1, self._layout, self._config.model.seq_length)
+            padded = padded_length(len(row) - 1, self._run.layout, self._config.model.seq_length)
             by_length[padded].append(number)
         answers: list[Any] = [None] * len(rows)
         self._is_scoring = True
@@ -148,7 +129,7 @@ class TasksPart(Part):
             # As many tokens in a micro-batch as training has.
             training = self._config.training
             most = max(1, training.micro_batch_size * self._config.model.seq_length // padded)
-            for numbers in batched(by_length[padded], most * self._layout.dp * _MICRO_BATCHES):
+            for numbers in batched(by_length[padded], most * self._run.layout.dp * _MICRO_BATCHES):
                 sequences = self._sequences([rows[number] for number in numbers], padded, most)
                 self._agreement.from_first(sequences)
                 scores = self._score_together(sequences)
@@ -167,7 +148,7 @@ class TasksPart(Part):
         labels = np.zeros_like(input_ids)
         for place, row in enumerate(rows):
             input_ids[place, : len(row) - 1], labels[place, : len(row) - 1] = row[:-1], row[1:]
-        per_replica = -(-len(rows) // self._layout.dp)
+        per_replica = -(-len(rows) // self._run.layout.dp)
         return Sequences(input_ids, padded, labels, min(most, per_replica))
 
 

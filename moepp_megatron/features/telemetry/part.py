@@ -31,25 +31,18 @@ logger = logging.getLogger(__name__)
 
 
 class TelemetryPart(Part):
-    """Samples on the first rank of every node.
+    """Samples on the first rank of every node."""
 
-    Args:
-        config: The run's configuration.
-        tokens: Tokens trained on so far.
-    """
-
-    def __init__(self, config: Config, tokens: int) -> None:
-        self._config, self._tokens = config, tokens
+    def __init__(self, run: PartContext) -> None:
+        self._config, self._tokens = run.config, run.progress.tokens
         self._on_gpu = torch.cuda.is_available()
         self._sampler: Sampler | None = None
-        self._hardware = _hardware(config, self._on_gpu)
+        self._hardware = _hardware(run.config, self._on_gpu)
 
     @classmethod
     def of(cls, run: PartContext) -> TelemetryPart | None:
         """The part of a run; None where nothing is sampled."""
-        if run.config.telemetry.interval_s == 0:
-            return None
-        return cls(run.config, run.progress.tokens)
+        return cls(run) if run.config.telemetry.interval_s > 0 else None
 
     def begin(self, progress: Callable[[], Progress], stop: StopRequest) -> None:
         """Start; samples from here on belong to the next record. A collective."""

@@ -29,7 +29,6 @@ from moepp_megatron.moe.token_tags import TokenTags
 from moepp_megatron.observe.alerts import Alert
 from moepp_megatron.training.collect import sum_over_ranks
 from moepp_megatron.training.part import Part, PartContext, State, Step, Why
-from moepp_megatron.training.setup import TrainingModel
 from moepp_megatron.training.step import Batch
 from moepp_megatron.training.step_sums import StepCounts, Summand, first_of_tensor_ranks
 
@@ -40,11 +39,6 @@ class SourcesPart(Part):
     Its construction makes the model's layers count, if they know their tokens. A loss is of the
     source of the token that it was made after.
 
-    Args:
-        config: The run's configuration.
-        model: The wrapped model.
-        dataset: The training set.
-
     Attributes:
         names: Names of the sources; none where they are not known.
         losses: [sources, 2] sum of token losses in nats, and tokens, of the step.
@@ -52,12 +46,13 @@ class SourcesPart(Part):
 
     key: ClassVar[str] = "sources"
 
-    def __init__(self, config: Config, model: TrainingModel, dataset: Any) -> None:
-        self.names = source_names(dataset) if config.observe.token_groups else ()
+    def __init__(self, run: PartContext) -> None:
+        config, models = run.config, run.model.models
+        self.names = source_names(run.train_set) if config.observe.token_groups else ()
         self._num_ffn, self._num_experts = config.moe.num_ffn_experts, config.moe.num_experts
         # On every rank alike, whether or not its pipeline stage has layers that count.
         self._counts_experts = bool(self.names) and _layers_know_tokens(config)
-        self._statistics = _tag_tokens(model.models if self._counts_experts else ())
+        self._statistics = _tag_tokens(models if self._counts_experts else ())
         for statistics in self._statistics:
             statistics.num_sources = len(self.names)
         self.losses = StepCounts(len(self.names), 2)
@@ -65,7 +60,7 @@ class SourcesPart(Part):
     @classmethod
     def of(cls, run: PartContext) -> SourcesPart | None:
         """The part of a run; None where sources are not known."""
-        part = cls(run.config, run.model, run.train_set)
+        part = cls(run)
         return part if part.names else None
 
     def begin_step(self, step: int, layout: Layout) -> None:

@@ -33,8 +33,7 @@ class ValidationPart(Part):
 
     def wants_record(self, step: int) -> bool:
         """True if it validates after `step`."""
-        training = self._run.config.training
-        return step == training.train_iters or self._run.is_due(step, training.eval_interval)
+        return self._run.is_due(step, self._run.config.training.eval_interval, at_end=True)
 
     def record(self, step: Step, fields: Mapping[str, Any]) -> dict[str, Any]:
         """The losses of all sets; a collective."""
