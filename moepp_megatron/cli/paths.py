@@ -12,7 +12,8 @@ import os
 import sys
 import tempfile
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ import typer
 from moepp_megatron.cli.echo import echo
 from moepp_megatron.config import ConfigError, UnfitError
 from moepp_megatron.config.paths import path_problem, place_problem
-from moepp_megatron.config.problem import Problem
+from moepp_megatron.config.problem import Problem, raise_problems
 from moepp_megatron.file_names import is_record
 from moepp_megatron.runtime.object_store import ObjectPath
 
@@ -48,26 +49,37 @@ def check_paths(app: typer.Typer) -> None:
         check_paths(group.typer_instance)
 
 
+@dataclass(frozen=True)
+class _Parameter:
+    """A parameter of a command: its name as users write it, and the suffix of a file it writes."""
+
+    shown: str
+    suffix: str
+
+
 def _checked(command: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(command)
     def call(**arguments: Any) -> Any:
+        parameters = _parameters(command)
+        written = {
+            name: value
+            for name, value in arguments.items()
+            if isinstance(value, Path) and value != _STDOUT and parameters[name].suffix
+        }
         for name, value in arguments.items():
+            shown = parameters[name].shown
             for one in value if isinstance(value, list) else [value]:
-                is_far = isinstance(one, ObjectPath)
-                check = place_problem if is_far else path_problem
+                check = place_problem if isinstance(one, ObjectPath) else path_problem
                 problem = check(str(one)) if isinstance(one, Path) else None
                 if problem is not None:
-                    shown = Problem(_shown(command, name), str(one), problem.rule, problem.remedy)
-                    raise ConfigError(str(shown))
-            if isinstance(value, Path) and value != _STDOUT and _written(command, name):
-                _check_writable(_shown(command, name), value)
-        _check_replaced(command, arguments)
-        printed = [
-            n for n, v in arguments.items() if v == _STDOUT and _shown(command, n) == "--json"
-        ]
+                    raise_problems([Problem(shown, str(one), *problem)])
+            if name in written:
+                _check_writable(shown, value)
+        _check_replaced(parameters, written, arguments)
         with contextlib.ExitStack() as stack:
-            for name in printed:
-                arguments[name] = stack.enter_context(printed_file())
+            for name, value in arguments.items():
+                if value == _STDOUT and parameters[name].shown == "--json":
+                    arguments[name] = stack.enter_context(printed_file())
             return command(**arguments)
 
     return call
@@ -125,13 +137,14 @@ def _check_writable(name: str, path: Path) -> None:
     )
 
 
-def _check_replaced(command: Callable[..., Any], arguments: dict[str, Any]) -> None:
+def _check_replaced(
+    parameters: Mapping[str, _Parameter], written: Mapping[str, Path], arguments: Mapping[str, Any]
+) -> None:
     """Refuse to write to what the command reads, or two results to one file."""
     seen: dict[str, str] = {}
-    for name, path in arguments.items():
-        if not isinstance(path, Path) or path == _STDOUT or not _written(command, name):
-            continue
-        shown, real = _shown(command, name), os.path.realpath(path)
+    for name, path in written.items():
+        shown, suffix = parameters[name].shown, parameters[name].suffix
+        real = os.path.realpath(path)
         if real in seen:
             raise ConfigError(f"{shown} ({path}) must not be {seen[real]} too; name another file")
         seen[real] = shown
@@ -139,11 +152,10 @@ def _check_replaced(command: Callable[..., Any], arguments: dict[str, Any]) -> N
             ones = value if isinstance(value, list) else [value]
             if other != name and path.is_file() and any(_is_lost(real, output) for output in ones):
                 raise ConfigError(
-                    f"{shown} ({path}) must not replace {_shown(command, other)}, which is read, "
+                    f"{shown} ({path}) must not replace {parameters[other].shown}, which is read, "
                     "or a part of it; name another file"
                 )
-        kind = _written(command, name)
-        if path.is_file() and (path.suffix != kind or kind == _EDITED):
+        if path.is_file() and (path.suffix != suffix or suffix == _EDITED):
             raise ConfigError(
                 f"{shown} ({path}) must not exist yet; use another name, or remove the file"
             )
@@ -160,26 +172,20 @@ def _is_lost(file: str, read: Any) -> bool:
     return Path(real) in path.parents and is_record(path.name)
 
 
-def _written(command: Callable[..., Any], name: str) -> str:
-    """The suffix of the file that an option writes; empty where it writes none."""
-    metavar = getattr(_option(command, name), "metavar", None) or ""
-    is_file = _shown(command, name) in _WRITTEN and metavar.strip("[]").startswith("FILE")
-    return Path(metavar.strip("[]")).suffix if is_file else ""
+def _parameters(command: Callable[..., Any]) -> dict[str, _Parameter]:
+    hints = typing.get_type_hints(command, include_extras=True)
+    return {name: _parameter(name, hint) for name, hint in hints.items()}
 
 
-def _option(command: Callable[..., Any], name: str) -> Any:
-    """Find typer's option; None for an argument."""
-    hint = typing.get_type_hints(command, include_extras=True)[name]
+def _parameter(name: str, hint: Any) -> _Parameter:
     extras = getattr(hint, "__metadata__", ())
-    return next((extra for extra in extras if type(extra).__name__ == "OptionInfo"), None)
-
-
-def _shown(command: Callable[..., Any], name: str) -> str:
-    """Name a parameter as users do: --out, or CHECKPOINT."""
-    option = _option(command, name)
+    option = next((extra for extra in extras if type(extra).__name__ == "OptionInfo"), None)
     if option is None:
-        return name.upper()
+        return _Parameter(name.upper(), "")
     # Inside Annotated typer takes the first name for the default, and mends it later.
     words = (option.default, *(option.param_decls or ()))
     named = [word for word in words if isinstance(word, str) and word.startswith("--")]
-    return named[0] if named else f"--{name.replace('_', '-')}"
+    shown = named[0] if named else f"--{name.replace('_', '-')}"
+    metavar = (option.metavar or "").strip("[]")
+    is_file = shown in _WRITTEN and metavar.startswith("FILE")
+    return _Parameter(shown, Path(metavar).suffix if is_file else "")

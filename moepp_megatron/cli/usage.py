@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import json
 import re
 import shlex
 import sys
@@ -16,17 +15,6 @@ from moepp_megatron.cli.echo import echo
 from moepp_megatron.config.megatron_flags import setting_of
 from moepp_megatron.config.schema.slurm import SlurmSection
 from moepp_megatron.config.sections import section_models
-
-# Short options of sbatch that people type by habit.
-_SBATCH = {
-    "-A": "--account",
-    "-C": "--constraint",
-    "-N": "--nodes",
-    "-p": "--partition",
-    "-q": "--qos",
-    "-t": "--time",
-    "-x": "--exclude",
-}
 
 # Commands of other programs, and what they are here.
 _COMMANDS = {
@@ -74,37 +62,24 @@ def refuse(error: Exception) -> int:
         typer.echo(message, err=True)
         return 2
     path = "moepp" if context is None else context.command_path
-    option = str(getattr(error, "option_name", ""))
-    # A mistyped option of moepp's is answered already.
-    is_sbatchs = path.endswith(" slurm") and "ossible option" not in message
     name = re.search("No such command '(.*?)'", message)
     if name is not None and name[1] in _COMMANDS:
         message = f"{name[0]}; write {_COMMANDS[name[1]]}"
-    hint = _as_setting(option, _of_sbatch(option) if is_sbatchs else None)
+    hint = _as_setting(str(getattr(error, "option_name", "")), path.endswith(" slurm"))
     echo(f"error: {' '.join(message.split()).rstrip('.')}{hint}; see {path} --help", err=True)
     return 2
 
 
-def _as_setting(option: str, of_sbatch: str | None) -> str:
+def _as_setting(option: str, is_of_slurm: bool) -> str:
     """Suggest a setting, ours or Megatron-LM's, for an unknown option."""
-    name = of_sbatch or option.lstrip("-").replace("-", "_")
-    of_megatron = None if of_sbatch else setting_of(option)
-    if of_megatron is not None:
+    name = option.lstrip("-").replace("-", "_")
+    if is_of_slurm and name in SlurmSection.model_fields:
+        name = f"slurm.{name}"
+    elif (of_megatron := setting_of(option)) is not None:
         return f"; Megatron's option is the setting {of_megatron}=VALUE here"
     if name.partition(".")[0] not in section_models():
         return ""
     words = [*sys.argv, "VALUE"]
     place = next((i for i, word in enumerate(words) if word.partition("=")[0] == option), -2)
     value = words[place].partition("=")[2] or words[place + 1]
-    if name == "slurm.options":
-        value = json.dumps([f"{option}={value}"])
     return f"; write {shlex.join([f'{name}={value}'])}"
-
-
-def _of_sbatch(option: str) -> str | None:
-    """The setting that an option of sbatch is; None where it is no option's name."""
-    long = _SBATCH.get(option, option)
-    if not long.startswith("--"):
-        return None
-    key = long[2:].replace("-", "_")
-    return f"slurm.{key if key in SlurmSection.model_fields else 'options'}"
