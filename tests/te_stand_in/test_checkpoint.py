@@ -77,11 +77,8 @@ REMAINDERS = {"store_param_remainders": True}
         ("delayed", False, {}),
         ("delayed", True, {}),
         ("blockwise", True, {}),
-        (None, False, BF16_MOMENTS),
         (None, False, {"exp_avg_dtype": "bf16"}),
-        (None, False, REMAINDERS),
         (None, False, BF16_MOMENTS | REMAINDERS),
-        ("delayed", False, BF16_MOMENTS),
         ("blockwise", True, BF16_MOMENTS),
     ],
 )
