@@ -1,7 +1,5 @@
 """What ranks do in tests with Megatron-Bridge; nothing of the package's trainer is used."""
 
-from __future__ import annotations
-
 from dataclasses import fields
 from functools import partial
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Answers to what megatron-core and dispatchers read, by balanced routing (`record.ROUTING`)."""
 
-from __future__ import annotations
-
 import contextlib
 import sys
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """Compiles the CUDA runtime without a GPU, and starts programs on it."""
 
-from __future__ import annotations
-
 import importlib.metadata
 import json
 import os

@@ -1,7 +1,5 @@
 """The cases that are played: shipped configurations at full width, and layouts and features."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

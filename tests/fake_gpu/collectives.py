@@ -1,7 +1,5 @@
 """Collectives without peers: what they are given is checked, and nothing is sent."""
 
-from __future__ import annotations
-
 import contextlib
 
 import torch

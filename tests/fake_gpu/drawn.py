@@ -1,7 +1,5 @@
 """Configurations that nobody chose: for each seed one value of every axis, redrawn until legal."""
 
-from __future__ import annotations
-
 import random
 from collections.abc import Sequence
 from math import lcm

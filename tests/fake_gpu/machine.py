@@ -9,8 +9,6 @@ shapes or devices do not fit.
 `install` must run before megatron-core is imported, which keeps torch's collectives by name.
 """
 
-from __future__ import annotations
-
 import contextlib
 
 import numpy as np

@@ -4,8 +4,6 @@ Storages of fake tensors have sizes; each counts from the operation that made it
 it. What the allocator rounds up or leaves unused, CUDA's context and NCCL's buffers is not in it.
 """
 
-from __future__ import annotations
-
 import weakref
 from collections import Counter
 from typing import Any

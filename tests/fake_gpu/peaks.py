@@ -3,8 +3,6 @@
 The slow tests print them: `./launch/test.sh -s -m slow tests/fake_gpu`.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 

@@ -8,8 +8,6 @@ part for torch, whose Python the path has.
 Started by `build.play`, which puts the stub of the CUDA runtime before it.
 """
 
-from __future__ import annotations
-
 import gc
 import json
 import sys

@@ -9,8 +9,6 @@ fails. Places are file and function: `kind file:function`. Numbers are reads for
 docs/gpu.md says what each is for.
 """
 
-from __future__ import annotations
-
 _CORE, _OWN = "megatron/core", "moepp_megatron"
 _DISPATCHER = f"{_CORE}/transformer/moe/token_dispatcher.py"
 

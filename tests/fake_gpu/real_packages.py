@@ -3,8 +3,6 @@
 Nothing of them is in the repository. Without a network what needs them is skipped, with the reason.
 """
 
-from __future__ import annotations
-
 import fcntl
 import functools
 import re

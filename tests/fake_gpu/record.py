@@ -1,7 +1,5 @@
 """What is noted of a played step, and the balanced routing by which it is answered."""
 
-from __future__ import annotations
-
 import sys
 from collections import Counter
 from dataclasses import dataclass, field

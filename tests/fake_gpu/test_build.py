@@ -1,7 +1,5 @@
 """Transformer Engine's part for torch compiles with the headers of wheels, as in `env.sh --te`."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import subprocess

@@ -1,7 +1,5 @@
 """Steps with Transformer Engine's own Python: every feature of it that a configuration can name."""
 
-from __future__ import annotations
-
 import pytest
 
 from tests.fake_gpu import cases, reads

@@ -1,7 +1,5 @@
 """The planner's memory against the bytes of tensors in steps with Transformer Engine."""
 
-from __future__ import annotations
-
 import pytest
 
 from tests.fake_gpu import cases, reads

@@ -1,7 +1,5 @@
 """Steps without Transformer Engine: no shape, device or collective is wrong, no read is new."""
 
-from __future__ import annotations
-
 import pytest
 
 from tests.fake_gpu import cases, reads

@@ -185,12 +185,17 @@ def test_processes_that_a_shell_starts(start, tmp_path):
     assert "rank 1 says hello" in output
 
 
-def test_ranks_that_cannot_stop_are_ended(start, tmp_path):
+@pytest.mark.parametrize(
+    ("number", "send"),
+    [(signal.SIGTERM, os.kill), (signal.SIGINT, os.kill), (signal.SIGINT, os.killpg)],
+)
+def test_ranks_that_cannot_stop_are_ended(start, tmp_path, number, send):
     process = start("sleep", "other")
     ranks = pids(tmp_path)
-    process.send_signal(signal.SIGTERM)
-    process.communicate()
-    assert process.returncode == 128 + signal.SIGTERM
+    send(process.pid, number)
+    output, _ = process.communicate()
+    assert process.returncode == 128 + number
+    assert "Traceback" not in output
     assert gone(ranks)
 
 
@@ -228,17 +233,6 @@ def test_one_ctrl_c_that_arrives_twice_is_one(start, tmp_path):
     output, _ = process.communicate()
     assert process.returncode == 75, output
     assert "Traceback" not in output
-
-
-@pytest.mark.parametrize("to_group", [True, False])
-def test_ctrl_c_ends_ranks_that_cannot_stop(start, tmp_path, to_group):
-    process = start("sleep", "other")
-    ranks = pids(tmp_path)
-    (os.killpg if to_group else os.kill)(process.pid, signal.SIGINT)
-    output, _ = process.communicate()
-    assert process.returncode == 130
-    assert "Traceback" not in output
-    assert gone(ranks)
 
 
 def test_killed_torchrun_is_reported_as_a_shell_does(start, tmp_path):

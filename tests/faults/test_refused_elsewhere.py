@@ -1,7 +1,5 @@
 """A machine that refuses: the others, which would wait for it, end with its status and reason."""
 
-from __future__ import annotations
-
 import os
 import socket
 from collections.abc import Iterator

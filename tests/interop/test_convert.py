@@ -1,7 +1,5 @@
 """Conversion both ways: names, bits, every gate setting, what is refused."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import os

@@ -1,7 +1,5 @@
 """What transformers computes from exported folders is what we compute."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

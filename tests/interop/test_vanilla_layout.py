@@ -1,7 +1,5 @@
 """Exports as a vanilla MoE: transformers' own classes and llama.cpp compute what we compute."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

@@ -1,7 +1,5 @@
 """ZEDA's format, both ways, against its published rule, loaded as it is written."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -4,8 +4,6 @@ Names of fields and modules, and the default of `use_zce_mask`, which masks, are
 `qwen3_moe_plus_plus`; nothing here is of this package.
 """
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn

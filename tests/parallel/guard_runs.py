@@ -4,8 +4,6 @@
 fault would leave them; nothing in the package knows of them.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace

@@ -6,8 +6,6 @@ those of `training_runs.train`, so the two can be compared. What the loop logs i
 its TensorBoard files.
 """
 
-from __future__ import annotations
-
 import contextlib
 import importlib.util
 import os
@@ -155,7 +153,7 @@ def child_processes() -> Iterator[None]:
             queue._manager.shutdown()
 
 
-def _pretrain(launch: ModuleType, way: str, observer: Observer):
+def _pretrain(launch: ModuleType, way: str, observer):
     from megatron.core.enums import ModelType
     from megatron.training import pretrain
     from megatron.training.argument_utils import (

@@ -145,30 +145,6 @@ def test_the_newest_checkpoint_is_the_last_one_whatever_the_clock_says(ranks, tm
     assert found == [[steps[1], steps[0]], [steps[2], steps[1]]]
 
 
-def save_after_dates_ahead(folder: Path) -> list[list[str]]:
-    """What is there after each save by a node that others, with clocks ahead, have saved before."""
-    from unittest import mock
-
-    run, found = Run(folder, keep=1), []
-    with mock.patch.object(time, "time", return_value=time.time() + 86400.0):
-        run.step()
-        assert run.save() is None
-    for _ in range(2):
-        # Lost, or restored from a backup.
-        (folder / "latest").unlink()
-        run.step()
-        assert run.save() is None
-        found.append(names(folder))
-    return found
-
-
-def test_a_new_checkpoint_stays_though_others_are_dated_ahead(ranks, tmp_path):
-    (found,) = ranks(1).run(save_after_dates_ahead, tmp_path)
-    assert found == [["latest", f"step_{step:08d}"] for step in (2, 3)]
-    dates = [json.loads(path.read_text())["saved_at"] for path in tmp_path.glob("*/state.json")]
-    assert all(date > time.time() + 80000.0 for date in dates)
-
-
 def lose_checkpoints(raw, lost: int) -> tuple[str | None, int]:
     """What a run calls missing at its end, and its failed saves, if a checkpoint is removed."""
     from moepp_megatron.features.callbacks.part import Callback

@@ -10,9 +10,8 @@ from rich.console import Console
 
 from moepp_megatron.config import ConfigError
 from moepp_megatron.data.prepare import PrepareSettings, prepare
-from moepp_megatron.interop.generate_request import GenerateRequest, Sampling
+from moepp_megatron.interop.generate_request import GenerateRequest
 from tests.commands import moepp
-from tests.interop.checkpoints import score
 from tests.parallel.checkpoint_runs import run_trainer, trainer_settings
 from tests.parallel.planted_pickles import STATEFUL, plant
 
@@ -130,38 +129,3 @@ def test_tokenizer_of_another_model_is_refused(checkpoint, tmp_path):
     config.write_text(config.read_text().replace("vocab_size: 320", "vocab_size: 200"))
     with pytest.raises(ConfigError, match=r"must not have more than model.vocab_size \(200\)"):
         GenerateRequest.read(tmp_path / "other", ["Document"])
-
-
-def greedy(checkpoint: Path, overrides: list[str], tokens: Path) -> list[int]:
-    """New tokens of a prompt, by the checkpoint's weights; prompt and they as `score` wants it."""
-    import torch.distributed as dist
-
-    from moepp_megatron.interop.decoding import continue_prompts
-    from moepp_megatron.interop.scoring import scoring_stages
-    from moepp_megatron.runtime.distributed import build_groups
-
-    request = GenerateRequest.read(checkpoint, ["Document 7"], overrides, dist.get_world_size(), 12)
-    scoring = request.scoring
-    build_groups(scoring.config, scoring.layout)
-    (new,) = continue_prompts(
-        scoring_stages(scoring),
-        scoring,
-        request.prompts,
-        request.max_new_tokens,
-        Sampling(temperature=0.0),
-        eod=request.tokenizer.eod,
-        vocab_size=scoring.config.model.vocab_size,
-    )
-    if dist.get_rank() == 0:
-        np.savez(tokens, input_ids=np.array([request.prompts[0] + new]))
-    return new
-
-
-def test_scores_of_the_checkpoint_lead_to_the_same_tokens(ranks, checkpoint, tmp_path):
-    ep2 = ["parallel.expert_model_parallel_size=2"]
-    new, same = ranks(2).run(greedy, checkpoint, ep2, tmp_path / "tokens.npz")
-    assert new == same
-    assert len(new) == 12
-    scores = ranks(1).run(score, checkpoint, tmp_path / "tokens.npz", [])[0]
-    likeliest = scores["logits"][0].argmax(axis=-1)
-    assert likeliest[-13:-1].tolist() == new

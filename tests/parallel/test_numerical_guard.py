@@ -1,7 +1,5 @@
 """A refused batch changes nothing on any rank; many in a row are dealt with by their cause."""
 
-from __future__ import annotations
-
 import functools
 import re
 import shutil

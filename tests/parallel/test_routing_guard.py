@@ -1,7 +1,5 @@
 """Routers that go wrong in training: caught, acted on, recovered from; alike on every rank."""
 
-from __future__ import annotations
-
 import json
 import math
 from pathlib import Path

@@ -7,16 +7,14 @@ from contextlib import ExitStack
 from pathlib import Path
 from unittest import mock
 
-import numpy as np
 import pytest
 import yaml
 
-from moepp_megatron.data.tokenizer import Tokenizer
 from tests.commands import moepp
 from tests.lm_eval_tasks import LAST, SQUARE, write_task
 from tests.parallel.checkpoint_runs import run_trainer, trainer_settings
 from tests.parallel.ranks import RankPools
-from tests.parallel.training_runs import EP2, PP2, TP2, VANILLA
+from tests.parallel.training_runs import EP2, PP2, TP2
 
 # To import it takes seconds, which the ranks spend already.
 if importlib.util.find_spec("lm_eval") is None:
@@ -184,31 +182,6 @@ def test_the_scores_are_those_of_the_export(ranks, tasks, corpus, tmp_path, layo
     assert scores["square/acc"] == expected["square/acc"]
     # fp32 beside fp64.
     assert scores["last/perplexity"] == pytest.approx(expected["last/perplexity"], rel=1e-4)
-
-
-def test_the_vanilla_layer_has_no_limit_either(ranks, tasks, corpus, tmp_path):
-    vanilla = VANILLA | LIMIT | {"balance_coeff": 0.0}
-    scores = trained(ranks, tasks, corpus, tmp_path, parallel=EP2, moe=vanilla)
-    tokenizer = Tokenizer.load(corpus)
-    rows, counts = [], []
-    for document in DOCUMENTS["last"]:
-        before, whole = document["text"], f"{document['text']} {document['last']}"
-        rows.append(tokenizer.encode(whole)[-33:])
-        counts.append(len(tokenizer.encode(whole)) - len(tokenizer.encode(before)))
-    padded = [row + [0] * (33 - len(row)) for row in rows]
-    np.savez(tmp_path / "t.npz", input_ids=np.array(padded))
-    words = ("--tokens", tmp_path / "t.npz", "--out", tmp_path / "s.npz")
-    done = moepp("score", tmp_path / "run", *words)
-    assert done.returncode == 0, done.stderr
-    with np.load(tmp_path / "s.npz") as file:
-        logprobs = file["token_logprobs"]
-    sums = [
-        values[len(row) - 1 - count : len(row) - 1].sum()
-        for values, row, count in zip(logprobs, rows, counts, strict=True)
-    ]
-    expected = math.exp(-sum(sums) / len(sums))
-    # As above.
-    assert scores["last/perplexity"] == pytest.approx(expected, rel=1e-4)
 
 
 def test_the_command(corpus, tmp_path):

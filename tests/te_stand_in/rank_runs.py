@@ -1,7 +1,5 @@
 """What expert-parallel ranks do for tests with the stand-in; ranks import these by name."""
 
-from __future__ import annotations
-
 from contextlib import nullcontext
 
 import torch

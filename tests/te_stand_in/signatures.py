@@ -5,8 +5,6 @@
 In a process of its own: the stand-in goes by the name of the package. `tests/gpu` compares.
 """
 
-from __future__ import annotations
-
 import importlib
 import inspect
 import json

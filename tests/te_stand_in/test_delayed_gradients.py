@@ -3,8 +3,6 @@
 The same products of the same operands are added up in the same order, so they are equal to the bit.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

@@ -1,7 +1,5 @@
 """Attention within documents: Transformer Engine's packed sequences against the mask."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from transformer_engine.pytorch import DotProductAttention

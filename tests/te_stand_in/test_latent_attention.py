@@ -1,7 +1,5 @@
 """Transformer Engine's modules make the models of megatron-core's own; latent attention in FP8."""
 
-from __future__ import annotations
-
 import re
 
 import pytest

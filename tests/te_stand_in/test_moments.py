@@ -1,7 +1,5 @@
 """Adam's moments in bf16: what a step, a checkpoint and the planner make of them."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import Tensor

@@ -1,7 +1,5 @@
 """Attention and rotations of Transformer Engine's extension: shapes, and what cuDNN asks."""
 
-from __future__ import annotations
-
 import torch
 
 from tests.fake_gpu.engine.functions import HOST, function, new

@@ -3,8 +3,6 @@
 `pybind.cpp` names functions, enums and most arguments; `extensions.h` has the types of all.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace

@@ -4,8 +4,6 @@ The stub, `transformer_engine_torch`, has the names, arguments and enums of the 
 what pybind would refuse, and answers with `functions.FUNCTIONS`.
 """
 
-from __future__ import annotations
-
 import functools
 import importlib
 import inspect

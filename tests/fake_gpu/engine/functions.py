@@ -5,8 +5,6 @@ matrix products of cuBLAS on Hopper. Arguments have the names of its source; wha
 not name, it does not look at.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from typing import Any

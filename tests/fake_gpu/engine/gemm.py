@@ -1,7 +1,5 @@
 """Matrix products of Transformer Engine on Hopper: sizes, dtypes and what cuBLAS asks of FP8."""
 
-from __future__ import annotations
-
 import math
 
 import torch

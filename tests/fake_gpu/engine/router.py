@@ -1,7 +1,5 @@
 """The fused router of Transformer Engine's extension: shapes, and what router.cpp checks."""
 
-from __future__ import annotations
-
 import torch
 
 from tests.fake_gpu.engine.functions import FUNCTIONS, function, new
