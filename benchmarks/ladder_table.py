@@ -32,7 +32,7 @@ from benchmarks.ladder_run import (
     flop_per_token,
 )
 from moepp_megatron.runtime.atomic import write_atomic
-from moepp_megatron.tools.experiments.pilot.statistics import Estimate, t_below, t_quantile
+from moepp_megatron.tools.experiments.statistics import Estimate, t_below, t_quantile
 
 FILE = Path(__file__).parent / "results" / "ladder.jsonl"
 EQUAL = {"steps": "equal steps", "flop": "equal FLOP"}

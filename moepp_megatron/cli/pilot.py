@@ -17,7 +17,7 @@ from moepp_megatron.config import Layout, check_config, load_config
 from moepp_megatron.config.exit_codes import FAILED, STOPPED
 
 if TYPE_CHECKING:
-    from moepp_megatron.tools.experiments.pilot.pilot import Pilot, PilotResult
+    from moepp_megatron.tools.experiments.pilot.pilot import Pilot
 
 
 def pilot(
@@ -71,8 +71,7 @@ def pilot(
     """
     settings = load_config(config, overrides or [])
     from moepp_megatron.tools.experiments.pilot.arms import claim
-    from moepp_megatron.tools.experiments.pilot.pilot import Pilot, PilotPlan
-    from moepp_megatron.tools.experiments.pilot.verdict import FEWEST_SEEDS
+    from moepp_megatron.tools.experiments.pilot.pilot import SESSIONS, Pilot, first_seeds
     from moepp_megatron.tools.experiments.runner import Interrupted, RunFailed
 
     first = settings.training.seed
@@ -82,32 +81,26 @@ def pilot(
         config=settings,
         steps=steps or settings.training.train_iters,
         seeds=range(first, first + seeds),
-        plan=PilotPlan(first=max(seeds, FEWEST_SEEDS)),
+        first=seeds,
         command=shlex.join(["moepp", *sys.argv[1:]]),
     )
     _check_runs(whole, collect)
-    claim(whole.folder, whole.runs)
-    whole = replace(whole, plan=whole.plan.claim(whole.folder))
+    claim(whole.folder, whole.first_runs)
+    whole = replace(whole, first=first_seeds(whole.folder, seeds))
+    training = whole.first_runs[0].config.training
+    tokens = whole.steps * training.global_batch_size * settings.model.seq_length
+    echo(
+        f"{seeds} seeds of 5 models, vanilla for {whole.steps:,} steps ({tokens:,} tokens); "
+        f"{SESSIONS} sessions of speed; decided after every {whole.look} seeds"
+    )
     try:
-        _announce(whole)
-        _finish(_collected(whole) if collect else _run(whole))
+        _show(_collected(whole) if collect else _run(whole))
     except Interrupted as stop:
         echo(str(stop), err=True)
         raise typer.Exit(STOPPED) from None
     except RunFailed as failure:
         echo(f"error: {failure}", err=True)
         raise typer.Exit(FAILED) from None
-
-
-def _announce(whole: Pilot) -> None:
-    from moepp_megatron.tools.experiments.pilot.pilot import SESSIONS
-
-    training = whole.first_arms[0].config.training
-    tokens = whole.steps * training.global_batch_size * whole.config.model.seq_length
-    echo(
-        f"{len(whole.seeds)} seeds of 5 models, vanilla for {whole.steps:,} steps ({tokens:,} "
-        f"tokens); {SESSIONS} sessions of speed; decided after every {whole.plan.first} seeds"
-    )
 
 
 def _run(whole: Pilot) -> Pilot:
@@ -117,20 +110,26 @@ def _run(whole: Pilot) -> Pilot:
     from moepp_megatron.tools.report.progress import progress
 
     left = len(missing(whole.runs))
-    if not whole.matched_arms:
-        left += SESSIONS + 2 * len(whole.seeds)
+    if whole.speed is None:
+        left += len(missing(whole.sessions)) if whole.sessions else SESSIONS
+        left += 2 * len(whole.seeds)
     with progress(left) as advance:
         return whole.run(advance)
 
 
 def _collected(whole: Pilot) -> Pilot:
-    """Write what can be run now, and say how to time MoE++ where that comes next."""
+    """Write what can be run now, and say what is missing."""
     from moepp_megatron.tools.experiments.pilot.arms import claim
     from moepp_megatron.tools.experiments.runner import missing
 
-    whole = whole.matching()
     claim(whole.folder, whole.runs)
-    sessions = missing(whole.sessions())
+    left, sessions = len(missing(whole.runs)), missing(whole.sessions)
+    if left:
+        echo(
+            f"{left} of {len(whole.runs)} runs are missing; their configurations are in "
+            f"{whole.folder / 'configs'}",
+            err=True,
+        )
     if sessions:
         echo("speed: run these where the models will train, one after the other", err=True)
     for session in sessions:
@@ -139,40 +138,22 @@ def _collected(whole: Pilot) -> Pilot:
     return whole
 
 
-def _write(whole: Pilot) -> PilotResult | None:
-    """Write results of whole seeds; None if there are none."""
+def _show(whole: Pilot) -> None:
+    """Write and print results of whole seeds."""
     from moepp_megatron.runtime.atomic import write_atomic
-    from moepp_megatron.tools.experiments.pilot.page import write_pilot_page
+    from moepp_megatron.tools.experiments.pilot.page import print_pilot, write_pilot_page
     from moepp_megatron.tools.experiments.pilot.pilot import result_of
 
     found = result_of(whole)
     if found is None:
-        return None
-    result, runs = found
-    content = json.dumps(asdict(result), indent=1) + "\n"
-    write_atomic(whole.folder / "pilot.json", content.encode())
-    write_pilot_page(result, runs, whole.folder / "pilot.html")
-    return result
-
-
-def _finish(whole: Pilot) -> None:
-    from moepp_megatron.tools.experiments.pilot.page import print_pilot
-    from moepp_megatron.tools.experiments.runner import missing
-
-    left = len(missing(whole.runs))
-    if left:
-        echo(
-            f"{left} of {len(whole.runs)} runs are missing; their configurations are in "
-            f"{whole.folder / 'configs'}",
-            err=True,
-        )
-    result = _write(whole)
-    if result is None:
         echo("no seed is finished by every model yet", err=True)
         return
-    print_pilot(result)
-    echo(f"results      {whole.folder / 'pilot.json'}")
-    echo(f"page         {whole.folder / 'pilot.html'}")
+    numbers, page = whole.folder / "pilot.json", whole.folder / "pilot.html"
+    write_atomic(numbers, (json.dumps(asdict(found[0]), indent=1) + "\n").encode())
+    write_pilot_page(*found, page)
+    print_pilot(found[0])
+    echo(f"results      {numbers}")
+    echo(f"page         {page}")
 
 
 def _check_runs(whole: Pilot, collect: bool) -> None:
@@ -181,10 +162,10 @@ def _check_runs(whole: Pilot, collect: bool) -> None:
     from moepp_megatron.runtime.fit import check_fit
 
     warn(*check_config(whole.config))
-    arms = whole.first_arms
+    runs = whole.first_runs
     if collect:
         return
-    for arm in arms:
-        Layout.from_config(arm.config, whole.nproc)
-        check_fit(arm.config)
+    for run in runs[:3]:
+        Layout.from_config(run.config, whole.nproc)
+        check_fit(run.config)
     warn(*check_data(whole.config))

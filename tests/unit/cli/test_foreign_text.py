@@ -17,9 +17,9 @@ from moepp_megatron.observe.status import StatusSink, read_status
 from moepp_megatron.runtime.printable import make_logs_printable
 from moepp_megatron.tools.experiments.pilot.page import print_pilot
 from moepp_megatron.tools.experiments.pilot.pilot import ArmOutcome, PilotResult
-from moepp_megatron.tools.experiments.pilot.statistics import Interval
 from moepp_megatron.tools.experiments.pilot.verdict import Verdict
 from moepp_megatron.tools.experiments.scaling.page import ScaleRecord, print_records
+from moepp_megatron.tools.experiments.statistics import Interval
 from moepp_megatron.tools.profiling.summary import ProfileSummary, _SummaryRow
 from moepp_megatron.tools.report.profile import print_summary
 from tests.unit.tools.report.conftest import synthetic_config, synthetic_records, write_run

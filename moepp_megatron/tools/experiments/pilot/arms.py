@@ -104,31 +104,26 @@ def first_arms(config: Config, steps: int) -> list[Arm]:
     ]
 
 
-def matched_arms(config: Config, steps: int, equal_time: int, width: int) -> list[Arm]:
+def matched_arms(config: Config, steps: int, equal_time: int, share: float) -> list[Arm]:
     """The arms that match MoE++: itself in vanilla's time, and vanilla in its compute.
+
+    The narrowed experts are as wide as does `share` of the work, rounded to what divides CONFIG's
+    own width, up to 16, so that products keep their alignment.
 
     Args:
         config: The configuration that `first_arms` was given.
         steps: Its steps.
         equal_time: Steps of MoE++ in vanilla's time.
-        width: Inner width of the FFN experts of the narrowed vanilla model.
+        share: Share of MoE++'s selections that goes to FFN experts.
     """
+    unit = math.gcd(config.expert_ffn_hidden_size, 16)
+    width = max(round(share * config.expert_ffn_hidden_size / unit), 1) * unit
     overrides = [f"moe.ffn_hidden_size={width}"]
     narrow = with_overrides(vanilla(_with_steps(config, steps)), overrides)
     return [
         Arm("equal_time", "MoE++, vanilla's time", _with_steps(config, equal_time)),
         Arm("narrow", f"vanilla, {width} wide", narrow),
     ]
-
-
-def narrow_width(config: Config, share: float) -> int:
-    """The experts' width at which vanilla's FFN experts do `share` of their work.
-
-    Rounded to what divides CONFIG's own width, up to 16, so that products keep their alignment.
-    """
-    width = config.expert_ffn_hidden_size
-    unit = math.gcd(width, 16)
-    return max(round(share * width / unit), 1) * unit
 
 
 def _with_steps(config: Config, steps: int) -> Config:

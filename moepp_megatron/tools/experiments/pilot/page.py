@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from moepp_megatron.tools.experiments.pilot.pilot import Outcomes, PilotResult
-from moepp_megatron.tools.experiments.pilot.statistics import Interval
+from moepp_megatron.tools.experiments.statistics import Interval
 from moepp_megatron.tools.report import formatting
 from moepp_megatron.tools.report.blocks import (
     Block,

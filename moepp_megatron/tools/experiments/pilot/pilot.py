@@ -3,14 +3,15 @@
 1. Vanilla, MoE++ and the short runs, seed by seed.
 2. Sessions that time MoE++ against vanilla, its routing held at the share it has shown.
 3. MoE++ for vanilla's time and vanilla narrowed to MoE++'s compute, with the same seeds. Steps and
-   width are fixed by the first look and are kept when seeds are added.
+   width follow from the runs of the first call and the sessions, also when seeds are added.
 
-DIR/plan.json  written by the first call, completed once MoE++ was timed
+DIR/plan.json  the number of seeds of the first call
 """
 
 from __future__ import annotations
 
 import functools
+import json
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -18,9 +19,8 @@ from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 
-from pydantic import BaseModel, ValidationError
-
 from moepp_megatron.config import Config, ConfigError
+from moepp_megatron.config.json_file import read_json
 from moepp_megatron.runtime.atomic import write_atomic
 from moepp_megatron.tools.experiments.pilot.arms import (
     Arm,
@@ -30,71 +30,52 @@ from moepp_megatron.tools.experiments.pilot.arms import (
     claim,
     first_arms,
     matched_arms,
-    narrow_width,
     session,
 )
-from moepp_megatron.tools.experiments.pilot.statistics import Estimate, Interval, PooledLosses
-from moepp_megatron.tools.experiments.pilot.verdict import Verdict, judge, level_of, sentence
+from moepp_megatron.tools.experiments.pilot.verdict import (
+    FEWEST_SEEDS,
+    Verdict,
+    judge,
+    level_of,
+    sentence,
+)
 from moepp_megatron.tools.experiments.runner import run_missing
+from moepp_megatron.tools.experiments.statistics import Estimate, Interval, PooledLosses
 from moepp_megatron.tools.experiments.timed_step import TimedStepTrial
 
 PLAN_FILE = "plan.json"
 SESSIONS = 5
-"""Sessions that time MoE++."""
 # Outcomes by arm and seed.
 Outcomes = Mapping[ArmKind, Mapping[int, RunOutcome]]
 
 
-class Match(BaseModel, extra="forbid", frozen=True):
-    """Measurements of MoE++, and the arms that follow.
+def first_seeds(folder: Path, seeds: int) -> int:
+    """Seeds of the pilot's first call; those of this one, which are written, if it is the first.
 
-    Attributes:
-        ffn_share: FFN share of its selections, mean over the seeds of the first look.
-        log_time_ratio: Logarithm of its step time over vanilla's, mean over sessions.
-        error: Standard error of that.
-        steps: Its steps in vanilla's time.
-        width: Inner width of the experts of the vanilla model with its compute.
+    Raises:
+        ConfigError: This call has fewer, or the file is damaged.
     """
-
-    ffn_share: float
-    log_time_ratio: float
-    error: float
-    steps: int
-    width: int
-
-
-class PilotPlan(BaseModel, extra="forbid", frozen=True):
-    """What a pilot fixes before any decision.
-
-    Attributes:
-        first: Seeds of the first look; the k-th look comes after k times as many.
-        match: Measurements; None before MoE++ was timed.
-    """
-
-    first: int
-    match: Match | None = None
-
-    def write(self, folder: Path) -> None:
-        """Write the file."""
-        write_atomic(folder / PLAN_FILE, (self.model_dump_json(indent=1) + "\n").encode())
-
-    def claim(self, folder: Path) -> PilotPlan:
-        """The folder's own plan, or else this one, which is written; ConfigError: it is damaged."""
-        try:
-            return PilotPlan.model_validate_json((folder / PLAN_FILE).read_bytes())
-        except FileNotFoundError:
-            self.write(folder)
-            return self
-        except (OSError, ValidationError):
-            raise ConfigError(
-                f"--out ({folder}) must hold a readable {PLAN_FILE} of this version, and its own "
-                "is not; choose another folder"
-            ) from None
+    file = folder / PLAN_FILE
+    if not file.exists():
+        write_atomic(file, f"{json.dumps({'first': seeds})}\n".encode())
+    try:
+        first = int(read_json(file)["first"])
+    except (OSError, ValueError, KeyError, TypeError):
+        raise ConfigError(
+            f"--out ({folder}) must hold a readable {PLAN_FILE} of this version, and its own is "
+            "not; choose another folder"
+        ) from None
+    if seeds < first:
+        raise ConfigError(
+            f"--seeds ({seeds}) must be no fewer than at the beginning ({first}), whose runs "
+            "decide what is compared; give as many"
+        )
+    return first
 
 
 @dataclass(frozen=True)
 class Pilot:
-    """A pilot, finished or not.
+    """A pilot as far as it was when its properties were first read; `replace` reads them again.
 
     Attributes:
         folder: DIR, absolute.
@@ -102,7 +83,7 @@ class Pilot:
         config: CONFIG with its overrides.
         steps: Steps of a run of vanilla and MoE++.
         seeds: All seeds.
-        plan: What is fixed.
+        first: Seeds of the first call.
         command: The command line.
     """
 
@@ -111,64 +92,57 @@ class Pilot:
     config: Config
     steps: int
     seeds: Sequence[int]
-    plan: PilotPlan
+    first: int
     command: str
 
-    @functools.cached_property
-    def first_arms(self) -> list[Arm]:
-        """The arms of the first stage."""
-        return first_arms(self.config, self.steps)
+    @property
+    def look(self) -> int:
+        """Seeds of the first look; the k-th look comes after k times as many."""
+        return max(self.first, FEWEST_SEEDS)
 
     @functools.cached_property
-    def matched_arms(self) -> list[Arm]:
-        """The arms that match MoE++; none before it was timed."""
-        match = self.plan.match
-        if match is None:
-            return []
-        return matched_arms(self.config, self.steps, match.steps, match.width)
+    def first_runs(self) -> list[PilotRun]:
+        """The runs of the first stage."""
+        return self._runs_of(first_arms(self.config, self.steps))
 
     @functools.cached_property
     def runs(self) -> list[PilotRun]:
-        """All runs that are known, in their order."""
-        pairs = [*product(self.seeds, self.first_arms), *product(self.seeds, self.matched_arms)]
+        """All runs that are known, in their order; those that match MoE++ once it was timed."""
+        speed, share = self.speed, self._share
+        if speed is None or share is None:
+            return self.first_runs
+        steps = max(round(self.steps * math.exp(-speed.mean)), 1)
+        return self.first_runs + self._runs_of(matched_arms(self.config, self.steps, steps, share))
+
+    def _runs_of(self, arms: Sequence[Arm]) -> list[PilotRun]:
+        pairs = product(self.seeds, arms)
         return [PilotRun.of(self.folder, self.nproc, arm, seed) for seed, arm in pairs]
 
+    @functools.cached_property
     def _share(self) -> float | None:
-        """FFN share of MoE++'s runs of the first look; None before they have finished."""
-        runs = [run.result() for run in self.runs if run.arm.kind == "moepp"][: self.plan.first]
-        shares = [outcome.ffn_share for outcome in runs if outcome is not None]
+        """FFN share of MoE++'s runs of the first call; None before they have finished."""
+        runs = [run for run in self.first_runs if run.arm.kind == "moepp"][: self.first]
+        shares = [outcome.ffn_share for run in runs if (outcome := run.result()) is not None]
         return statistics.fmean(shares) if len(shares) == len(runs) else None
 
+    @functools.cached_property
     def sessions(self) -> list[TimedStepTrial]:
-        """The sessions; none before the runs of the first look, or once they were used."""
-        share = self._share()
-        if share is None or self.plan.match is not None:
+        """The sessions; none before the runs of the first call."""
+        if self._share is None:
             return []
-        run = next(run for run in self.runs if run.arm.kind == "moepp")
-        return [session(run, share, n + 1) for n in range(SESSIONS)]
+        run = next(run for run in self.first_runs if run.arm.kind == "moepp")
+        return [session(run, self._share, number) for number in range(1, SESSIONS + 1)]
 
-    def matching(self) -> Pilot:
-        """The pilot with its matching arms, if MoE++ was timed in full; writes the plan."""
-        found = [trial.result() for trial in self.sessions()]
-        ratios = [-math.log(both.speedup) for both in found if both is not None]
-        share = self._share()
-        if share is None or len(ratios) < SESSIONS:
-            return self
-        ratio = Estimate.of(ratios)
-        assert ratio.error is not None, "several sessions"
-        match = Match(
-            ffn_share=share,
-            log_time_ratio=ratio.mean,
-            error=ratio.error,
-            steps=max(round(self.steps * math.exp(-ratio.mean)), 1),
-            width=narrow_width(self.config, share),
+    @functools.cached_property
+    def speed(self) -> Estimate | None:
+        """Logarithm of MoE++'s step time over vanilla's; None before all sessions."""
+        found = [both.speedup for each in self.sessions if (both := each.result()) is not None]
+        return (
+            Estimate.of([-math.log(ratio) for ratio in found]) if len(found) == SESSIONS else None
         )
-        plan = self.plan.model_copy(update={"match": match})
-        plan.write(self.folder)
-        return replace(self, plan=plan)
 
     def run(self, progress: Callable[[str], object]) -> Pilot:
-        """Do what is not finished; return the pilot with its matching arms.
+        """Do what is not finished; return the finished pilot.
 
         Args:
             progress: Called with the title of each run before it is begun.
@@ -178,10 +152,9 @@ class Pilot:
             RunFailed: A run failed.
             ConfigError: A matching arm breaks a rule, or the folder belongs to other settings.
         """
-        claim(self.folder, self.runs)
-        run_missing(self.runs, progress)
-        run_missing(self.sessions(), progress)
-        whole = self.matching()
+        run_missing(self.first_runs, progress)
+        run_missing(replace(self).sessions, progress)
+        whole = replace(self)
         claim(self.folder, whole.runs)
         run_missing(whole.runs, progress)
         return whole
@@ -242,47 +215,37 @@ def result_of(pilot: Pilot) -> tuple[PilotResult, Outcomes] | None:
     Raises:
         RunFailed: If a finished run has diverged.
     """
-    plan, arms = pilot.plan, [*pilot.first_arms, *pilot.matched_arms]
-    runs = _finished(pilot, arms)
-    seeds = list(runs["vanilla"])
-    if plan.match is None or not seeds:
+    arms = {run.arm.kind: run.arm for run in pilot.runs}
+    found = {
+        (run.arm.kind, run.seed): outcome
+        for run in pilot.runs
+        if (outcome := run.result()) is not None
+    }
+    seeds = [seed for seed in pilot.seeds if all((kind, seed) in found for kind in arms)]
+    if pilot.speed is None or not seeds:
         return None
-    look = len(seeds) // plan.first
-    if look > 0:
-        # Decided by the runs of the look only: one seed more is not another look.
-        seeds = seeds[: look * plan.first]
-        runs = {kind: {seed: of[seed] for seed in seeds} for kind, of in runs.items()}
+    look = len(seeds) // pilot.look
+    # Decided by the runs of the look only: one seed more is not another look.
+    seeds = seeds[: look * pilot.look] or seeds
+    runs = {kind: {seed: found[kind, seed] for seed in seeds} for kind in arms}
     losses = PooledLosses(
         {kind: {seed: run.valid_loss for seed, run in of.items()} for kind, of in runs.items()}
     )
-    speed = Estimate(plan.match.log_time_ratio, plan.match.error, SESSIONS - 1)
-    vanilla, _, short = pilot.first_arms
     in_runs = _log_time_ratio(runs["moepp"], runs["vanilla"])
     level = level_of(max(look, 1))
-    log_tokens = math.log(vanilla.steps / short.steps)
-    found = judge(losses, log_tokens, speed, in_runs, level if look else None)
+    log_tokens = math.log(arms["vanilla"].steps / arms["short"].steps)
+    verdict = judge(losses, log_tokens, pilot.speed, in_runs, level if look else None)
     result = PilotResult(
         command=pilot.command,
         seeds=seeds,
         look=look,
-        next_seeds=(look + 1) * plan.first,
+        next_seeds=(look + 1) * pilot.look,
         level=level,
-        arms=[_arm_outcome(arm, runs, losses) for arm in arms],
-        verdict=found,
-        sentence=sentence(found, None if look else plan.first),
+        arms=[_arm_outcome(arm, runs, losses) for arm in arms.values()],
+        verdict=verdict,
+        sentence=sentence(verdict, None if look else pilot.look),
     )
     return result, runs
-
-
-def _finished(pilot: Pilot, arms: Sequence[Arm]) -> Outcomes:
-    """Outcomes of the seeds that every arm has finished."""
-    found: dict[tuple[ArmKind, int], RunOutcome] = {}
-    for run in pilot.runs:
-        outcome = run.result()
-        if outcome is not None:
-            found[run.arm.kind, run.seed] = outcome
-    whole = [seed for seed in pilot.seeds if all((arm.kind, seed) in found for arm in arms)]
-    return {arm.kind: {seed: found[arm.kind, seed] for seed in whole} for arm in arms}
 
 
 def _arm_outcome(arm: Arm, runs: Outcomes, losses: PooledLosses) -> ArmOutcome:

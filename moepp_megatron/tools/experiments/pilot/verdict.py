@@ -22,7 +22,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from moepp_megatron.tools.experiments.pilot.statistics import Estimate, Interval, PooledLosses
+from moepp_megatron.tools.experiments.statistics import Estimate, Interval, PooledLosses
 
 LEVEL = 0.025
 """Maximum probability of "pays" where MoE++ does not, in any number of looks."""

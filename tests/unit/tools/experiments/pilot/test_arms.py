@@ -9,7 +9,6 @@ from moepp_megatron.experts import FFN_ONLY
 from moepp_megatron.tools.experiments.pilot.arms import (
     first_arms,
     matched_arms,
-    narrow_width,
     run_outcome,
 )
 from moepp_megatron.tools.report.series import Numbers
@@ -33,7 +32,7 @@ def test_the_first_stage() -> None:
 def test_matching_arms() -> None:
     config = config_of()
     moepp = first_arms(config, 40)[1]
-    longer, narrow = matched_arms(config, 40, equal_time=47, width=32)
+    longer, narrow = matched_arms(config, 40, equal_time=47, share=0.6)
     assert (longer.name, longer.kind) == ("MoE++, vanilla's time", "equal_time")
     assert longer.steps == 47
     assert longer.config.moe == moepp.config.moe
@@ -46,7 +45,8 @@ def test_matching_arms() -> None:
 
 @pytest.mark.parametrize(("share", "width"), [(0.5, 32), (0.7, 32), (0.9, 48), (0.01, 16)])
 def test_narrow_widths_keep_their_alignment(share: float, width: int) -> None:
-    assert narrow_width(config_of(), share) == width
+    narrow = matched_arms(config_of(), 40, 47, share)[1]
+    assert narrow.config.expert_ffn_hidden_size == width
 
 
 def test_all_runs_validate_on_the_same_and_end_their_schedule() -> None:

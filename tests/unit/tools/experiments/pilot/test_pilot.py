@@ -17,8 +17,8 @@ from moepp_megatron.tools.experiments.pilot.page import print_pilot, write_pilot
 from moepp_megatron.tools.experiments.pilot.pilot import (
     PLAN_FILE,
     Pilot,
-    PilotPlan,
     PilotResult,
+    first_seeds,
     result_of,
 )
 from moepp_megatron.tools.experiments.runner import run_missing
@@ -41,10 +41,9 @@ KINDS: dict[str, ArmKind] = {
 
 
 def pilot_in(path: Path, seeds: int) -> Pilot:
-    plan = PilotPlan(first=2)
-    pilot = Pilot(path, 1, config_of(), 8, range(7, 7 + seeds), plan, "moepp pilot")
-    claim(path, pilot.runs)
-    return replace(pilot, plan=plan.claim(path))
+    pilot = Pilot(path, 1, config_of(), 8, range(7, 7 + seeds), min(seeds, 3), "moepp pilot")
+    claim(path, pilot.first_runs)
+    return pilot
 
 
 def result(path: Path, seeds: int) -> PilotResult:
@@ -85,19 +84,16 @@ def ranks(monkeypatch: pytest.MonkeyPatch) -> Ranks:
 
 
 def test_arms_then_speed_then_matching_arms(tmp_path: Path, ranks: Ranks) -> None:
-    found = result(tmp_path, 2)
+    found = result(tmp_path, 3)
     kinds = [
         "session" if "session" in name else name.rpartition("-seed")[0] for name in ranks.started
     ]
-    assert kinds[6:11] == ["session"] * 5
-    assert set(kinds[11:]) == {"moepp-vanillas-time", "vanilla-32-wide"}
-    assert len(kinds) == 2 * 3 + 5 + 2 * 2
-    match = pilot_in(tmp_path, 2).plan.match
-    assert match.log_time_ratio == pytest.approx(-math.log(SPEEDUP))
-    assert match.steps == round(8 * SPEEDUP)
-    # The records' share of 0.6, of 48 channels in units of 16.
-    assert (match.ffn_share, match.width) == (pytest.approx(0.6), 32)
-    assert (found.look, found.next_seeds) == (1, 4)
+    assert kinds[9:14] == ["session"] * 5
+    assert set(kinds[14:]) == {"moepp-vanillas-time", "vanilla-32-wide"}
+    assert len(kinds) == 3 * 3 + 5 + 2 * 3
+    # The records' share of 0.6 is 32 of 48 channels, in units of 16.
+    assert found.arms[3].steps == round(8 * SPEEDUP)
+    assert (found.look, found.next_seeds) == (1, 6)
     assert [arm.kind for arm in found.arms] == [
         *("vanilla", "moepp", "short", "equal_time", "narrow")
     ]
@@ -112,38 +108,37 @@ def test_arms_then_speed_then_matching_arms(tmp_path: Path, ranks: Ranks) -> Non
 
 def test_nothing_is_decided_where_the_runs_show_another_speed_than_the_sessions(tmp_path, ranks):
     ranks.step_s *= 1.015
-    found = result(tmp_path, 2)
+    found = result(tmp_path, 3)
     assert (found.verdict.answer, found.verdict.speeds_agree) == ("undecided", False)
     assert found.sentence.startswith("Undecided: a MoE++ step takes 0.812 of vanilla's time")
 
 
 def test_nothing_is_known_before_moepp_was_timed(tmp_path: Path, ranks: Ranks) -> None:
-    pilot = pilot_in(tmp_path, 2)
-    assert pilot.sessions() == []
+    pilot = pilot_in(tmp_path, 3)
+    assert pilot.sessions == []
     run_missing(pilot.runs)
-    assert len(pilot.sessions()) == 5
-    assert result_of(pilot) is None
+    assert len(replace(pilot).sessions) == 5
+    assert result_of(replace(pilot)) is None
 
 
 def test_more_seeds_keep_what_was_fixed_and_wait_for_the_next_look(tmp_path, ranks) -> None:
-    result(tmp_path, 2)
-    before = (tmp_path / PLAN_FILE).read_bytes()
+    result(tmp_path, 3)
     ranks.started.clear()
-    # The third seed counts at the look of four.
-    assert result(tmp_path, 3).seeds == [7, 8]
+    # The fourth seed counts at the look of six.
+    assert result(tmp_path, 4).seeds == [7, 8, 9]
     assert len(ranks.started) == 5, "every arm with the new seed; no session"
-    assert (tmp_path / PLAN_FILE).read_bytes() == before
-    found = result(tmp_path, 4)
-    assert found.seeds == [7, 8, 9, 10]
+    found = result(tmp_path, 6)
+    assert found.seeds == [7, 8, 9, 10, 11, 12]
     assert (found.look, found.level) == (2, pytest.approx(0.025 / 4))
 
 
-def test_the_plan_is_that_of_the_beginning(tmp_path: Path) -> None:
-    pilot_in(tmp_path, 1)
-    assert PilotPlan(first=9).claim(tmp_path).first == 2
+def test_later_calls_have_no_fewer_seeds(tmp_path: Path) -> None:
+    assert [first_seeds(tmp_path, seeds) for seeds in (3, 9)] == [3, 3]
+    with pytest.raises(ConfigError, match=r"--seeds \(2\) must be no fewer .* \(3\)"):
+        first_seeds(tmp_path, 2)
     (tmp_path / PLAN_FILE).write_text("{")
     with pytest.raises(ConfigError, match="must hold a readable plan.json"):
-        PilotPlan(first=3).claim(tmp_path)
+        first_seeds(tmp_path, 3)
 
 
 @pytest.mark.parametrize("budget", [{}, {"target_ffn_per_token": 1.0, "controller": "tau"}])
@@ -160,7 +155,7 @@ EVIL = "<script>alert('1')</script> & $\\frac{1}$ [red]\u00e9"
 
 
 def test_numbers_are_on_the_page_and_in_the_terminal(tmp_path, ranks, capsys) -> None:
-    found, runs = result_of(pilot_in(tmp_path, 2).run(lambda title: None))
+    found, runs = result_of(pilot_in(tmp_path, 3).run(lambda title: None))
     arm = replace(found.arms[1], name=EVIL)
     found = replace(found, command=EVIL, arms=[found.arms[0], arm, *found.arms[2:]])
     page = write_pilot_page(found, runs, tmp_path / "pilot.html").read_text(encoding="ascii")

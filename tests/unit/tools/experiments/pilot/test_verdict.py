@@ -4,7 +4,6 @@ import math
 
 import pytest
 
-from moepp_megatron.tools.experiments.pilot.statistics import Estimate, Interval, PooledLosses
 from moepp_megatron.tools.experiments.pilot.verdict import (
     LEVEL,
     Verdict,
@@ -12,6 +11,7 @@ from moepp_megatron.tools.experiments.pilot.verdict import (
     level_of,
     sentence,
 )
+from moepp_megatron.tools.experiments.statistics import Estimate, Interval, PooledLosses
 
 RATIO = math.log(0.85)
 VALUE = 0.1

@@ -6,7 +6,7 @@ import statistics
 import numpy as np
 import pytest
 
-from moepp_megatron.tools.experiments.pilot.statistics import (
+from moepp_megatron.tools.experiments.statistics import (
     Estimate,
     Interval,
     PooledLosses,
