@@ -41,6 +41,8 @@ class Found:
 
     Attributes:
         case: The case.
+        at: Steps before the event, of a pair before the second: fewer than batches where some were
+            refused.
         causes: Step, cause and first suspect step of every event and every change of its cause.
         actions: Steps of actions beyond warning.
         steps: Steps that were judged.
@@ -49,6 +51,7 @@ class Found:
     """
 
     case: Case
+    at: int
     causes: list[tuple[int, str, int]] = field(default_factory=list)
     actions: list[int] = field(default_factory=list)
     steps: int = 0
@@ -56,15 +59,10 @@ class Found:
     ended: str = ""
 
     @property
-    def at(self) -> int:
-        """Steps before the event, of a pair before the second."""
-        return int(self.case.what.split()[2]) if self.case.kind == "pair" else 0
-
-    @property
     def kind(self) -> str:
         """Kind of the event, of a pair of the second one."""
         fault, at = fault_of(self.case)
-        is_last = fault and at == self.at
+        is_last = fault and at == _batches(self.case)
         if is_last and fault in OF_MODEL:
             return "other fault"
         if self.case.kind == "pair":
@@ -97,9 +95,15 @@ class Found:
     def is_wrong(self) -> bool:
         """Whether something was done where no weights were damaged."""
         fault, at = fault_of(self.case)
-        # A fault that comes first has been undone when the second event comes.
-        end = self.at if fault and at < self.at else 10**9
-        return any(not (fault and at < step <= end) for step in self.actions)
+        # A fault that comes first has been undone when the second event comes; an alert about
+        # refused batches has the number of the step before them.
+        first, last = (self.at, 10**9) if at == _batches(self.case) else (0, self.at)
+        return any(not (fault and first <= step <= last) for step in self.actions)
+
+
+def _batches(case: Case) -> int:
+    """Batches before the event, of a pair before the second."""
+    return int(case.what.split()[2]) if case.kind == "pair" else 0
 
 
 def observed(series: dict[str, NDArray[Any]]) -> Iterator[Observed]:
@@ -118,7 +122,7 @@ def observed(series: dict[str, NDArray[Any]]) -> Iterator[Observed]:
 def replay(case: Case, work: Path) -> Found:
     """Play a recorded case to a monitor; what routers have become is taken as usual."""
     base = work / f"base {case.base.name}.npz"
-    found, last = Found(case), None
+    found, last = Found(case, _batches(case)), None
     monitor = ShiftMonitor(10_000.0, (1, 2, 3), [f"expert {index}" for index in range(12)])
     runs = [dict(np.load(path)) for path in (base, work / f"{case.name}.npz")]
     for step, each in enumerate((step for run in runs for step in observed(run)), 1 - SAVED):
@@ -138,7 +142,9 @@ def live(case: Case, work: Path) -> Found:
     """What a run in which the guard acted has left."""
     base = json.loads((work / f"base {case.base.name}.json").read_text())
     result = json.loads((work / f"{case.name}.json").read_text())
-    found = Found(case, ended=result["ended"])
+    before = _batches(case)
+    at = result["step"][before - 1] - SAVED if before else 0
+    found = Found(case, at, ended=result["ended"])
     shifts = ("shift", "router_fault")
     for alert in result["alerts"]:
         step = alert["step"] - SAVED
@@ -180,9 +186,7 @@ def row(found: Found) -> list[str]:
     first = "-" if found.first_alert is None else str(found.first_alert)
     acted = ", ".join(map(str, found.actions[:3])) or "-"
     rest = found.rest.strip() + (f" ENDED {found.ended}" if found.ended else "")
-    before = sum(step <= 0 for step, *_ in found.causes)
-    early = f"{before} before" if before else ""
-    return [found.case.name, first, found.cause or "-", acted, found.late, rest, early]
+    return [found.case.name, first, found.cause or "-", acted, found.late, rest]
 
 
 def sums(all_found: list[Found]) -> Iterator[str]:
@@ -216,7 +220,7 @@ def main() -> None:
     end, judge = (".json", live) if arguments.live else (".npz", replay)
     there = [case for case in cases(arguments.set) if (work / f"{case.name}{end}").exists()]
     all_found = [judge(case, work) for case in there]
-    head = ("run", "reported", "cause", "acted", "since late", "after", "alerts")
+    head = ("run", "reported", "cause", "acted", "since late", "after")
     print("\n".join([table(head, map(row, all_found)), *sums(all_found)]))
 
 
