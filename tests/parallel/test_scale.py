@@ -21,10 +21,10 @@ def measure(raw):
 
 def test_bytes_are_those_that_the_routing_asks_for(ranks):
     first, second = ranks(2).run(measure, CONFIG)
-    assert (first.ranks, first.tokens) == (2, 80)
-    assert first.measured_ffn_fraction == pytest.approx(
+    assert (first["ranks"], first["tokens"]) == (2, 80)
+    assert first["measured_ffn_fraction"] == pytest.approx(
         0.5, abs=0.02
     )  # 40 picks, rounded an expert
     # No more than every pick away from home, there and back, each of 32 floats, 2 layers.
-    assert first.vanilla_a2a_bytes == second.vanilla_a2a_bytes < 80 * 2 * 2 * 2 * 32 * 4
-    assert first.moepp_a2a_bytes == second.moepp_a2a_bytes < first.vanilla_a2a_bytes
+    assert first["vanilla_a2a_bytes"] == second["vanilla_a2a_bytes"] < 80 * 2 * 2 * 2 * 32 * 4
+    assert first["moepp_a2a_bytes"] == second["moepp_a2a_bytes"] < first["vanilla_a2a_bytes"]

@@ -1,8 +1,19 @@
-"""`moepp bench step`: whole training steps, MoE++ and vanilla in turn on the same ranks."""
+"""`moepp bench step`: whole training steps, MoE++ and vanilla in turn on the same ranks.
+
+A result is what `--json` writes:
+
+    ranks, tokens                 ranks of the run, and tokens of a step over all of them
+    tau, phi                      weight of a zero-computation expert in the balance; FFN share
+    measured_ffn_fraction         the counted share
+    vanilla_ms, moepp_ms          median milliseconds per step
+    speedup                       vanilla time over MoE++ time, median of the rounds' ratios
+    vanilla_a2a_bytes, moepp_a2a_bytes
+                                  hidden vectors' bytes that leave their ranks in forward passes
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -18,35 +29,6 @@ from moepp_megatron.training.batches import rank_batches
 from moepp_megatron.training.parts.routing_counts import RoutingCountsPart
 from moepp_megatron.training.setup import build_training_model
 from moepp_megatron.training.step import training_step
-
-
-@dataclass(frozen=True)
-class TimedStep:
-    """Both models' steps.
-
-    Attributes:
-        ranks: Ranks of the run.
-        tau: Weight of a zero-computation expert in the balance.
-        phi: FFN experts' share of all selections, as the routing was held.
-        measured_ffn_fraction: The counted share.
-        tokens: Tokens of a step, over all ranks.
-        vanilla_ms: Median milliseconds per step.
-        moepp_ms: The same of MoE++.
-        speedup: Vanilla time over MoE++ time, median of the rounds' ratios.
-        vanilla_a2a_bytes: Hidden vectors' bytes that leave their ranks in a step's forward passes.
-        moepp_a2a_bytes: The same of MoE++.
-    """
-
-    ranks: int
-    tau: float
-    phi: float
-    measured_ffn_fraction: float
-    tokens: int
-    vanilla_ms: float
-    moepp_ms: float
-    speedup: float
-    vanilla_a2a_bytes: int
-    moepp_a2a_bytes: int
 
 
 class _Stepper:
@@ -73,7 +55,7 @@ class _Stepper:
         dist.barrier()
 
 
-def run_step_benchmark(config: Config, layout: Layout, rounds: int) -> TimedStep:
+def run_step_benchmark(config: Config, layout: Layout, rounds: int) -> dict[str, Any]:
     """Measure; every rank must call, and all get the result of their own clock.
 
     Args:
@@ -85,18 +67,16 @@ def run_step_benchmark(config: Config, layout: Layout, rounds: int) -> TimedStep
     times = interleaved({n: s.step for n, s in steppers.items()}, rounds, warmup=2)
     counted = {name: stepper.routing.collect() for name, stepper in steppers.items()}
     training, moe = config.training, config.moe
-    return TimedStep(
-        ranks=layout.world_size,
-        tau=moe.tau,
-        phi=moe.ffn_share,
-        measured_ffn_fraction=float(counted["moepp"]["ffn_fraction"]),  # type: ignore[arg-type]
-        tokens=training.global_batch_size * config.model.seq_length,
-        vanilla_ms=times["vanilla"].median_ms,
-        moepp_ms=times["moepp"].median_ms,
-        speedup=speedup(times["vanilla"], times["moepp"]),
-        vanilla_a2a_bytes=int(counted["vanilla"]["a2a_bytes"]),  # type: ignore[call-overload]
-        moepp_a2a_bytes=int(counted["moepp"]["a2a_bytes"]),  # type: ignore[call-overload]
-    )
+    return {
+        "ranks": layout.world_size,
+        "tau": moe.tau,
+        "phi": moe.ffn_share,
+        "measured_ffn_fraction": counted["moepp"]["ffn_fraction"],
+        "tokens": training.global_batch_size * config.model.seq_length,
+        "speedup": speedup(times["vanilla"], times["moepp"]),
+        **{f"{name}_ms": timed.median_ms for name, timed in times.items()},
+        **{f"{name}_a2a_bytes": numbers["a2a_bytes"] for name, numbers in counted.items()},
+    }
 
 
 def _hold_all(models: list[torch.nn.Module], config: Config, layout: Layout) -> None:

@@ -16,7 +16,7 @@ from moepp_megatron.tools.experiments.runner import Trial
 
 
 class BothSteps(BaseModel, frozen=True, allow_inf_nan=False):
-    """Both models' steps, fields of `tools.bench.step.TimedStep`."""
+    """Both models' steps, of what `tools.bench.step` writes."""
 
     phi: float
     tokens: int

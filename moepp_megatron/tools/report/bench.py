@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from moepp_megatron.runtime.atomic import write_result
 from moepp_megatron.runtime.terminal import Console
-from moepp_megatron.tools.bench.step import TimedStep
 from moepp_megatron.tools.report.terminal import titled_table, wide_console
 
 _Result = dict[str, Any]
@@ -72,30 +70,27 @@ def _part(result: _Result, side: str, name: str) -> str:
     return f"{milliseconds:.1f}" + (f" ({milliseconds / bound:.1f})" if bound else "")
 
 
-def print_step(result: TimedStep) -> None:
+def print_step(result: _Result) -> None:
     """Print both models' step times and bytes."""
-    title = f"Training step on {result.ranks} rank{'s' if result.ranks > 1 else ''}, tau "
-    title += f"{result.tau:g}, {result.tokens} tokens"
+    ranks, tokens = result["ranks"], result["tokens"]
+    title = f"Training step on {ranks} rank{'s' if ranks > 1 else ''}, tau {result['tau']:g}, "
+    title += f"{tokens} tokens"
     names = ("model", "FFN share", "ms per step", "tokens/s", "all-to-all MB")
     table = titled_table(title, *names, words=1)
-    rows = (
-        ("vanilla", 1.0, result.vanilla_ms, result.vanilla_a2a_bytes),
-        ("MoE++", result.measured_ffn_fraction, result.moepp_ms, result.moepp_a2a_bytes),
-    )
-    for name, share, milliseconds, sent in rows:
-        rate = result.tokens / milliseconds * 1e3
-        table.add_row(
-            name, f"{share:.3f}", f"{milliseconds:.1f}", f"{rate:,.0f}", f"{sent / 1e6:.1f}"
-        )
+    shares = {"vanilla": 1.0, "moepp": result["measured_ffn_fraction"]}
+    for model, name in (("vanilla", "vanilla"), ("moepp", "MoE++")):
+        milliseconds, sent = result[f"{model}_ms"], result[f"{model}_a2a_bytes"]
+        rate = tokens / milliseconds * 1e3
+        numbers = (f"{milliseconds:.1f}", f"{rate:,.0f}", f"{sent / 1e6:.1f}")
+        table.add_row(name, f"{shares[model]:.3f}", *numbers)
     console = Console()
     console.print(table)
     console.print(
-        f"MoE++ is {result.speedup:.2f} times as fast (median of the rounds' ratios); "
-        f"without anything but FFN experts it could be {1 / result.phi:.2f} times"
+        f"MoE++ is {result['speedup']:.2f} times as fast (median of the rounds' ratios); "
+        f"without anything but FFN experts it could be {1 / result['phi']:.2f} times"
     )
 
 
-def write_records(path: Path, results: TimedStep | Sequence[_Result]) -> None:
+def write_records(path: Path, results: _Result | Sequence[_Result]) -> None:
     """Write a step's result, or a list of those of layers, as JSON."""
-    content = asdict(results) if isinstance(results, TimedStep) else results
-    write_result(path, (json.dumps(content, indent=1) + "\n").encode())
+    write_result(path, (json.dumps(results, indent=1) + "\n").encode())

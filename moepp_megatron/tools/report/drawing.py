@@ -116,14 +116,6 @@ def _with_variables(svg: str) -> str:
     return _COLOUR.sub(variable, svg).replace(start, start + style, 1)
 
 
-def legend_above(axes: Axes, ncols: int = 3) -> None:
-    """A legend over the axes, where no line runs."""
-    figure = axes.get_figure(root=True)
-    assert figure is not None, "axes of a figure"
-    handles, labels = axes.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper left", ncols=ncols, borderaxespad=0.2)
-
-
 def plain(text: str) -> str:
     """Text for a plot, so that matplotlib neither reads a formula in it nor takes it for hidden."""
     # A label that begins with an underscore is left out of legends.
@@ -133,18 +125,6 @@ def plain(text: str) -> str:
 def short_name(name: str) -> str:
     """The name with its beginning cut off where it is long: paths differ at their ends."""
     return name if len(name) <= _LONGEST_NAME else "..." + name[3 - _LONGEST_NAME :]
-
-
-def draw_healthy(axes: Axes, ends: tuple[float, float] | None) -> None:
-    """Draw a pale band over the range of a healthy run; nothing without a range."""
-    if ends is not None:
-        axes.axhspan(*ends, color=GREEN, alpha=0.16, linewidth=0, zorder=0, label="healthy")
-
-
-def draw_level(axes: Axes, level: tuple[str, float]) -> None:
-    """A dashed line to compare with, by its name in the legend."""
-    label, height = level
-    axes.axhline(height, color=VERMILION, linestyle="--", linewidth=1.2, label=label)
 
 
 def plot_style() -> AbstractContextManager[None]:
@@ -203,21 +183,3 @@ def smooth(values: np.ndarray, reach: int | None = None) -> np.ndarray:
     window = np.ones(2 * reach + 1)
     counts = np.convolve(np.ones(len(values)), window, mode="same")
     return np.convolve(values, window, mode="same") / counts
-
-
-def draw_noisy(
-    axes: Axes,
-    steps: np.ndarray,
-    values: np.ndarray,
-    colour: str,
-    label: str | None = None,
-    dashes: str | tuple[int, tuple[float, ...]] = "-",
-) -> None:
-    """Draw a line; with many points, pale raw values behind their moving mean."""
-    x, y = thin(steps, values)
-    marker = "o" if len(x) <= 12 else None
-    if len(x) < 60:
-        axes.plot(x, y, color=colour, label=label, linestyle=dashes, marker=marker, markersize=3.5)
-        return
-    axes.plot(*envelope(steps, values), color=colour, alpha=0.25, linewidth=1.0)
-    axes.plot(x, smooth(y), color=colour, label=label, linestyle=dashes)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -15,11 +16,9 @@ from moepp_megatron.tools.report.alerts import mark_alerts
 from moepp_megatron.tools.report.blocks import Plot
 from moepp_megatron.tools.report.drawing import (
     BLUE,
-    draw_healthy,
-    draw_level,
-    draw_noisy,
+    GREEN,
+    VERMILION,
     envelope,
-    legend_above,
     new_figure,
     plain,
     smooth,
@@ -30,6 +29,8 @@ from moepp_megatron.tools.report.drawing import (
 from moepp_megatron.tools.report.series import Series
 
 Dashes = str | tuple[int, tuple[float, ...]]
+# Points from which a line is smoothed, and up to which each of them is marked.
+_MANY, _FEW = 60, 12
 
 
 @dataclass(frozen=True)
@@ -85,12 +86,15 @@ def line_plot(title: str, caption: str, lines: Sequence[PlotLine], frame: Frame)
     drawn = [line for line in lines if len(line.points.x) >= (1 if line.marker else 2)]
     if not drawn or (all(x.marker for x in drawn) and not all(x.marker for x in lines)):
         return Plot(title, caption, None, _too_few(title, lines, frame), wide=frame.wide)
-    axes = new_figure(13.2 if frame.wide else 6.4, frame.height).subplots()
+    figure = new_figure(13.2 if frame.wide else 6.4, frame.height)
+    axes = figure.subplots()
     for line in drawn:
         _draw(axes, line)
-    draw_healthy(axes, frame.healthy)
-    for level in frame.levels:
-        draw_level(axes, level)
+    if frame.healthy is not None:
+        pale: Any = {"color": GREEN, "alpha": 0.16, "linewidth": 0, "zorder": 0}
+        axes.axhspan(*frame.healthy, label="healthy", **pale)
+    for label, height in frame.levels:
+        axes.axhline(height, color=VERMILION, linestyle="--", linewidth=1.2, label=label)
     mark_alerts(axes, frame.alerts, drawn[0].points.x)
     axes.set_ylabel(frame.axis)
     if frame.show is formatting.percent:
@@ -103,31 +107,34 @@ def line_plot(title: str, caption: str, lines: Sequence[PlotLine], frame: Frame)
         step_axis(axes)
     if frame.change is not None:
         frame.change(axes)
-    if len(axes.get_legend_handles_labels()[1]) > 1:
-        legend_above(axes, ncols=4 if frame.wide else 3)
-    figure = axes.get_figure(root=True)
-    assert figure is not None, "made with its figure"
+    handles, labels = axes.get_legend_handles_labels()
+    if len(labels) > 1:
+        # Over the axes, where no line runs.
+        columns = 4 if frame.wide else 3
+        place: Any = {"loc": "outside upper left", "borderaxespad": 0.2}
+        figure.legend(handles, labels, ncols=columns, **place)
     words = "; ".join(_words(line, frame) for line in drawn)
     return Plot(title, caption, svg_data_uri(figure), f"{title}: {words}.", wide=frame.wide)
 
 
 def _draw(axes: Axes, line: PlotLine) -> None:
-    x, y = envelope(*line.points)
-    label = plain(line.label)
+    """Draw a line; with many points, pale raw values behind their moving mean."""
+    style: Any = {"color": line.colour, "label": plain(line.label), "linestyle": line.dashes}
+    if line.marker or line.raw:
+        axes.plot(*envelope(*line.points), marker=line.marker, markersize=4.5, **style)
+        return
+    x, y = thin(*line.points)
     if line.band is not None:
-        (x, low), (_, high) = (
-            thin(line.points.x, edge, extreme)
+        low, high = (
+            thin(line.points.x, edge, extreme)[1]
             for edge, extreme in zip(line.band, (np.minimum, np.maximum), strict=True)
         )
         axes.fill_between(x, low, high, color=line.colour, alpha=0.15, linewidth=0)
-        y = thin(*line.points)[1]
-        axes.plot(x, smooth(y) if len(y) >= 60 else y, color=line.colour, label=label)
-    elif line.marker:
-        axes.plot(x, y, color=line.colour, marker=line.marker, markersize=4.5, label=label)
-    elif line.raw:
-        axes.plot(x, y, color=line.colour, linestyle=line.dashes, linewidth=1.5, label=label)
-    else:
-        draw_noisy(axes, *line.points, line.colour, label, line.dashes)
+    elif len(x) >= _MANY:
+        axes.plot(*envelope(*line.points), color=line.colour, alpha=0.25, linewidth=1.0)
+    marker = "o" if len(x) <= _FEW else ""
+    y = smooth(y) if len(y) >= _MANY else y
+    axes.plot(x, y, marker=marker, markersize=3.5, **style)
 
 
 def _words(line: PlotLine, frame: Frame) -> str:

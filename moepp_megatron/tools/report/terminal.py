@@ -45,16 +45,14 @@ def plain_table(*columns: str, words: int = 0) -> Table:
     return table
 
 
-def table_of(block: blocks.Table, columns: Sequence[str] = ()) -> Table:
-    """A page's table for the terminal; `columns` names those that are shown, if not all are."""
-    places = [place for place, name in enumerate(block.head) if not columns or name in columns]
+def table_of(block: blocks.Table) -> Table:
+    """A page's table for the terminal."""
     table = plain_table()
-    for place in places:
+    for place, name in enumerate(block.head):
         is_number = bool(block.rows) and block.rows[0][place].look == "number"
-        _add_columns(table, [block.head[place]], words=0 if is_number else 1)
+        _add_columns(table, [name], words=0 if is_number else 1)
     for row in block.rows:
-        cells = [row[place] for place in places]
-        table.add_row(*(f"{c.text} [{c.note}]" if c.note else c.text for c in cells))
+        table.add_row(*(f"{c.text} [{c.note}]" if c.note else c.text for c in row))
     return table
 
 

@@ -12,7 +12,6 @@ from PIL import Image
 
 from moepp_megatron.tools.report import drawing
 from moepp_megatron.tools.report.drawing import (
-    legend_above,
     new_figure,
     plot_style,
     svg_data_uri,
@@ -31,7 +30,6 @@ def test_a_picture_has_a_colour_for_light_and_one_for_dark() -> None:
         axes = figure.subplots()
         axes.plot([0, 1], [0, 1], color=drawing.BLUE, label="a")
         axes.plot([0, 1], [1, 0], color="#cc79a7", label="b")
-        legend_above(axes)
         content = _svg(svg_data_uri(figure))
     used = set(re.findall(r"var\(--([0-9a-f]{6})\)", content))
     assert {drawing.BLUE[1:], drawing.INK[1:], drawing.MUTED[1:], drawing.GRID[1:]} <= used
