@@ -143,10 +143,10 @@ def measure(run: Run, out: Path) -> dict[str, Any]:
     from moepp_megatron.features.budget.part import BudgetPart
     from moepp_megatron.runtime.distributed import build_groups
     from moepp_megatron.training.batches import rank_batches
-    from moepp_megatron.training.collect import mean_loss
     from moepp_megatron.training.parts.routing_counts import RoutingCountsPart
     from moepp_megatron.training.setup import build_training_model
     from moepp_megatron.training.step import training_step
+    from moepp_megatron.training.step_sums import mean_loss
 
     config = configuration(run, out)
     layout = Layout.from_config(config, 1)

@@ -203,11 +203,11 @@ def train(run: Run, out: Path) -> tuple[Any, Config, Layout, list[float], list[f
     from benchmarks.fresh_ranks import forget_model
     from moepp_megatron.features.budget.part import BudgetPart
     from moepp_megatron.training.batches import rank_batches
-    from moepp_megatron.training.collect import mean_loss
     from moepp_megatron.training.part import Parts
     from moepp_megatron.training.parts.routing_counts import RoutingCountsPart
     from moepp_megatron.training.setup import build_training_model
     from moepp_megatron.training.step import training_step
+    from moepp_megatron.training.step_sums import mean_loss
 
     config = config_of(run, out)
     layout = Layout.from_config(config, 1)

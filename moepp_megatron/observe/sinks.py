@@ -4,7 +4,7 @@ import functools
 import logging
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -153,21 +153,13 @@ class Sinks:
 
 
 @dataclass(frozen=True)
-class WandbRun:
-    """Arguments with which a run at W&B is opened."""
-
-    settings: WandbSection
-    name: str
-    config: Mapping[str, Any]
-
-
-@dataclass(frozen=True)
 class SinkSettings:
     """Arguments to open sinks.
 
     Attributes:
         phi: Target of the FFN share, which the console shows.
         resume_step: The first step that will be written; see `JsonlSink`.
+        name, config: The run's name and configuration for W&B.
         moe_layers: Numbers of the MoE layers in the model, from 1; by default 1, 2, ...
     """
 
@@ -176,7 +168,9 @@ class SinkSettings:
     phi: float
     total_steps: int
     resume_step: int | None = None
-    wandb: WandbRun | None = None
+    wandb: WandbSection = WandbSection()
+    name: str = ""
+    config: Mapping[str, Any] = field(default_factory=dict)
     moe_layers: Sequence[int] = ()
     plugins: Sequence[str] = ()
 
@@ -187,11 +181,12 @@ def _tensorboard(run: SinkSettings) -> Sink:
 
 
 def _wandb(run: SinkSettings) -> Sink | None:
-    if run.wandb is None:
+    if run.wandb.project is None:
         return None
-    settings, name, config = run.wandb.settings, run.wandb.name, run.wandb.config
     resumes = run.resume_step is not None and run.resume_step > 1
-    return WandbSink(settings, run.run_dir, name, config, run.experts, resumes, run.moe_layers)
+    return WandbSink(
+        run.wandb, run.run_dir, run.name, run.config, run.experts, resumes, run.moe_layers
+    )
 
 
 # What opens each view of a run, or nothing where it is not wanted.

@@ -14,7 +14,7 @@ from moepp_megatron.config import Config
 from moepp_megatron.file_names import CONFIG_FILE
 from moepp_megatron.observe.alert_sinks import AlertSinks, open_alert_sinks
 from moepp_megatron.observe.alerts import Alert
-from moepp_megatron.observe.sinks import Sinks, SinkSettings, WandbRun, open_sinks
+from moepp_megatron.observe.sinks import Sinks, SinkSettings, open_sinks
 from moepp_megatron.training.checkpoint import CheckpointWriter
 from moepp_megatron.training.checkpoint.files import Progress
 from moepp_megatron.training.run_folder import RunFolder
@@ -129,17 +129,12 @@ def open_run_sinks(config: Config, progress: Progress) -> Sinks | None:
             phi=moe.ffn_share,
             total_steps=config.training.train_iters,
             resume_step=progress.step + 1,
-            wandb=_wandb(config),
+            wandb=config.observe.wandb,
+            name=config.run.name,
+            config=config.model_dump(mode="json"),
             moe_layers=[
                 number for number, is_moe in enumerate(config.router_pattern, start=1) if is_moe
             ],
             plugins=config.observe.sinks,
         )
     )
-
-
-def _wandb(config: Config) -> WandbRun | None:
-    settings = config.observe.wandb
-    if settings.project is None:
-        return None
-    return WandbRun(settings, config.run.name, config.model_dump(mode="json"))

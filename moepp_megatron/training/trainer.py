@@ -28,7 +28,6 @@ from moepp_megatron.training.checkpoint import (
 from moepp_megatron.training.checkpoint.files import read_record
 from moepp_megatron.training.checkpoint.read import start_lines
 from moepp_megatron.training.checkpoint.retention import lack_of_space
-from moepp_megatron.training.collect import mean_loss
 from moepp_megatron.training.part import Outcome, PartContext, Parts, Pause, Rollback, Step, Stop
 from moepp_megatron.training.parts.order import STATES, build_parts, states_of
 from moepp_megatron.training.resilience.supervisor import Supervisor
@@ -37,6 +36,7 @@ from moepp_megatron.training.schedule import BatchSizes, planned_samples
 from moepp_megatron.training.setup import TrainingModel, build_training_model
 from moepp_megatron.training.signals import StopRequest
 from moepp_megatron.training.step import Batch, training_step
+from moepp_megatron.training.step_sums import mean_loss
 
 logger = logging.getLogger(__name__)
 

@@ -21,7 +21,7 @@ def train_in_bridge(raw, steps: int, way: str):
     from megatron.core.utils import get_model_config
 
     from moepp_megatron.training.batches import rank_batches
-    from moepp_megatron.training.collect import mean_loss
+    from moepp_megatron.training.step_sums import mean_loss
 
     config, layout = begin(raw)
     provider = _provider(config, way)

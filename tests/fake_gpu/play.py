@@ -260,10 +260,10 @@ class _Run:
         from moepp_megatron.features.tokens import part as token_groups
         from moepp_megatron.training import step as step_module
         from moepp_megatron.training.checkpoint.files import Progress
-        from moepp_megatron.training.collect import mean_loss
         from moepp_megatron.training.part import Step
         from moepp_megatron.training.signals import StopRequest
         from moepp_megatron.training.step import training_step
+        from moepp_megatron.training.step_sums import mean_loss
         from tests.parallel.training_runs import counting_parts
 
         config, parts = self.config, self.case.parts

@@ -279,10 +279,10 @@ def train_upcycled(
     from moepp_megatron.interop.upcycle import Additions, upcycle
     from moepp_megatron.training.batches import rank_batches
     from moepp_megatron.training.checkpoint import read_checkpoint
-    from moepp_megatron.training.collect import mean_loss
     from moepp_megatron.training.parts.routing_counts import RoutingCountsPart
     from moepp_megatron.training.setup import build_training_model
     from moepp_megatron.training.step import training_step
+    from moepp_megatron.training.step_sums import mean_loss
     from tests.parallel.training_runs import SyntheticDataset
 
     if dist.get_rank() == 0:

@@ -79,8 +79,8 @@ def train_between(raw, folder: Path, last: int, start: Path | None = None) -> li
     """Losses from a checkpoint (or step 0) to step `last`, which is saved into `folder`."""
     from moepp_megatron.training.batches import rank_batches
     from moepp_megatron.training.checkpoint import Progress, read_checkpoint
-    from moepp_megatron.training.collect import mean_loss
     from moepp_megatron.training.step import training_step
+    from moepp_megatron.training.step_sums import mean_loss
 
     config, layout, model = begin_training(raw)
     progress = Progress() if start is None else read_checkpoint(start, model, config).progress

@@ -133,9 +133,9 @@ def checksum_of(parameters) -> int:
 def _watch(trainer, found: Found, faults: tuple[Fault, ...]):
     """Plant the faults and write down what happens; both from outside of the guard."""
     from moepp_megatron.features.guard.part import RoutingGuardPart
-    from moepp_megatron.training.collect import mean_loss
     from moepp_megatron.training.part import Part, Rollback
     from moepp_megatron.training.parts.routing_counts import RoutingCountsPart
+    from moepp_megatron.training.step_sums import mean_loss
 
     selections = part_of(trainer, RoutingCountsPart).selections
     planted: list[Fault] = []

@@ -57,9 +57,9 @@ def train(raw, steps: int, shift: int) -> Run:
     from moepp_megatron.features.budget.part import BudgetPart
     from moepp_megatron.moe.layer import moepp_layers
     from moepp_megatron.training.batches import rank_batches
-    from moepp_megatron.training.collect import mean_loss
     from moepp_megatron.training.parts.routing_counts import RoutingCountsPart
     from moepp_megatron.training.step import training_step
+    from moepp_megatron.training.step_sums import mean_loss
 
     config, layout, model = begin_training(raw)
     routing = RoutingCountsPart(model, config, layout)

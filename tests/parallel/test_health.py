@@ -22,9 +22,9 @@ def measure(raw):
     """Fields of a measured step, of one that is not, and the measured step's loss."""
     from moepp_megatron.features.router_health.part import RouterHealthPart
     from moepp_megatron.training.batches import rank_batches
-    from moepp_megatron.training.collect import mean_loss
     from moepp_megatron.training.parts.routing_counts import RoutingCountsPart
     from moepp_megatron.training.step import training_step
+    from moepp_megatron.training.step_sums import mean_loss
 
     config, layout, model = begin_training(raw)
     routing = RoutingCountsPart(model, config, layout)

@@ -40,9 +40,9 @@ def record(raw, prepare=None) -> tuple[list[float], bool]:
 
     from moepp_megatron.features.profile.part import ProfilePart
     from moepp_megatron.training.batches import rank_batches
-    from moepp_megatron.training.collect import mean_loss
     from moepp_megatron.training.setup import build_training_model
     from moepp_megatron.training.step import training_step
+    from moepp_megatron.training.step_sums import mean_loss
 
     config, layout = begin(raw)
     model = build_training_model(config)

@@ -76,8 +76,8 @@ def train_upstream(raw) -> tuple[list[float], list[float]]:
     """Losses and gradient norms of megatron-core's model."""
     from moepp_megatron.training import setup
     from moepp_megatron.training.batches import rank_batches
-    from moepp_megatron.training.collect import mean_loss
     from moepp_megatron.training.step import training_step
+    from moepp_megatron.training.step_sums import mean_loss
 
     config, layout = begin(raw)
     original, setup.build_model = setup.build_model, upstream_model

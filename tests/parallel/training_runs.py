@@ -151,12 +151,12 @@ def train(raw, steps: int, prepare=None):
     """Train on this rank's layout."""
     from moepp_megatron.training.batches import rank_batches
     from moepp_megatron.training.checkpoint.files import Progress
-    from moepp_megatron.training.collect import mean_loss
     from moepp_megatron.training.part import Parts, Step
     from moepp_megatron.training.parts.order import part_kinds
     from moepp_megatron.training.parts.routing_counts import RoutingCountsPart
     from moepp_megatron.training.setup import build_training_model
     from moepp_megatron.training.step import training_step
+    from moepp_megatron.training.step_sums import mean_loss
 
     config, layout = begin(raw)
     model = build_training_model(config)

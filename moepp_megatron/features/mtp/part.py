@@ -8,9 +8,8 @@ from typing import Any
 import torch
 
 from moepp_megatron.config import Layout
-from moepp_megatron.training.collect import sum_over_ranks
 from moepp_megatron.training.part import Part, PartContext, Step
-from moepp_megatron.training.step_sums import first_of_tensor_ranks
+from moepp_megatron.training.step_sums import first_of_tensor_ranks, sum_over_ranks
 
 
 class MultiTokenPredictionPart(Part):

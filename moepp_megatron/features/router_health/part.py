@@ -13,11 +13,11 @@ from torch import Tensor
 from moepp_megatron.config import Config, Layout
 from moepp_megatron.moe.layer import decoder_moepp_layers, moepp_layers
 from moepp_megatron.moe.router_health import RouterHealth
-from moepp_megatron.training.collect import sum_over_ranks
 from moepp_megatron.training.part import Part, PartContext, Step
 from moepp_megatron.training.parts.routing_counts import RoutingCountsPart
 from moepp_megatron.training.setup import TrainingModel
 from moepp_megatron.training.step import Batch
+from moepp_megatron.training.step_sums import sum_over_ranks
 
 
 class RouterHealthPart(Part):

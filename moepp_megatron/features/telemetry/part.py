@@ -23,9 +23,9 @@ from moepp_megatron.features.telemetry.sampler import (
 )
 from moepp_megatron.runtime.nvml import Nvml, NvmlUnavailableError
 from moepp_megatron.training.checkpoint.files import Progress
-from moepp_megatron.training.collect import sum_over_ranks
 from moepp_megatron.training.part import Part, PartContext, Step
 from moepp_megatron.training.signals import StopRequest
+from moepp_megatron.training.step_sums import sum_over_ranks
 
 logger = logging.getLogger(__name__)
 

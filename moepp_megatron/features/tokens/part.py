@@ -27,10 +27,14 @@ from moepp_megatron.moe.layer import moe_statistics
 from moepp_megatron.moe.statistics import RoutingStatistics
 from moepp_megatron.moe.token_tags import TokenTags
 from moepp_megatron.observe.alerts import Alert
-from moepp_megatron.training.collect import sum_over_ranks
 from moepp_megatron.training.part import Part, PartContext, State, Step, Why
 from moepp_megatron.training.step import Batch
-from moepp_megatron.training.step_sums import StepCounts, Summand, first_of_tensor_ranks
+from moepp_megatron.training.step_sums import (
+    StepCounts,
+    Summand,
+    first_of_tensor_ranks,
+    sum_over_ranks,
+)
 
 
 class SourcesPart(Part):

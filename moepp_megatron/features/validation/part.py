@@ -9,10 +9,10 @@ import torch
 
 from moepp_megatron.config import Config, Layout
 from moepp_megatron.training.batches import rank_batches
-from moepp_megatron.training.collect import mean_loss
 from moepp_megatron.training.part import Part, PartContext, Step
 from moepp_megatron.training.setup import TrainingModel
 from moepp_megatron.training.step import run_schedule
+from moepp_megatron.training.step_sums import mean_loss
 
 
 class ValidationPart(Part):

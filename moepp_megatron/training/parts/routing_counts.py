@@ -16,10 +16,9 @@ from moepp_megatron.moe.layer import moe_statistics
 from moepp_megatron.moe.margins import edges
 from moepp_megatron.moe.spec import router_pattern
 from moepp_megatron.moe.statistics import BALANCE, Z_LOSS, tracked_losses
-from moepp_megatron.training.collect import sum_over_ranks
 from moepp_megatron.training.part import Part, PartContext, Step
 from moepp_megatron.training.setup import TrainingModel
-from moepp_megatron.training.step_sums import Summand
+from moepp_megatron.training.step_sums import Summand, sum_over_ranks
 
 
 class RoutingCountsPart(Part):
