@@ -11,7 +11,6 @@ from moepp_megatron.cli.echo import echo
 if TYPE_CHECKING:
     from moepp_megatron.data.manifest import Manifest
     from moepp_megatron.data.verify import FileState
-    from moepp_megatron.runtime.terminal import Console
 
 app = typer.Typer(
     help="""Prepare, check and show training data.
@@ -131,19 +130,16 @@ def prepare(
     if prepared.up_to_date:
         echo(f"{out}: up to date, {prepared.manifest.tokens:,} tokens")
     else:
-        _print_summary(console, prepared.manifest)
+        _print_summary(prepared.manifest)
         echo(f"{out}: written, {prepared.manifest.tokens:,} tokens")
 
 
-def _print_summary(console: "Console", manifest: "Manifest") -> None:
-    from rich.table import Table
-
+def _print_summary(manifest: "Manifest") -> None:
     from moepp_megatron.data.manifest import MAX_SOURCES
+    from moepp_megatron.tools.report.terminal import plain_table, print_uncut
 
     kept = "documents" if manifest.chat is None else "conversations"
-    table = Table("source", title=kept)
-    for column in ("files", "MB", kept, "skipped", "tokens"):
-        table.add_column(column, justify="right")
+    table = plain_table("source", "files", "MB", kept, "skipped", "tokens", words=1)
     for source in manifest.sources:
         table.add_row(
             source.name,
@@ -153,7 +149,7 @@ def _print_summary(console: "Console", manifest: "Manifest") -> None:
             f"{source.skipped:,}",
             f"{source.tokens:,}",
         )
-    console.print(table)
+    print_uncut(table)
     for reason, count in manifest.skipped_reasons.items():
         echo(f"skipped {count:,}: {reason}")
     if manifest.chat is not None:
@@ -200,10 +196,9 @@ def verify(
             f"DIR ({folder}) must have a manifest, and a pair of .bin and .idx made elsewhere has "
             "neither hashes nor vocabulary to check; see: moepp data show"
         )
-    console = Console()
-    with track(console, "verify", sum(manifest.files.values())) as advance:
+    with track(Console(), "verify", sum(manifest.files.values())) as advance:
         states = verify_data(folder, manifest, advance)
-    _print_states(console, states)
+    _print_states(states)
     problems = [state.problem for state in states if state.problem]
     if problems:
         raise damaged("DIR", folder, ", ".join(problems))
@@ -215,15 +210,12 @@ def verify(
     echo(f"{folder}: intact, {manifest.documents:,} documents, {manifest.tokens:,} tokens")
 
 
-def _print_states(console: "Console", states: "list[FileState]") -> None:
-    from rich.table import Table
-    from rich.text import Text
+def _print_states(states: "list[FileState]") -> None:
+    from moepp_megatron.tools.report.terminal import plain_table, print_uncut
 
-    table = Table("file")
-    table.add_column("bytes", justify="right")
-    table.add_column("state")
+    table = plain_table("file", "state", "bytes", words=2)
     for state in states:
         size = "-" if state.size is None else f"{state.size:,}"
         sound = "intact" if state.compared else "no hash; intact as far as is known"
-        table.add_row(state.name, size, Text(state.problem or sound))
-    console.print(table)
+        table.add_row(state.name, state.problem or sound, size)
+    print_uncut(table)

@@ -14,7 +14,6 @@ from moepp_megatron.cli.planned import planned_samples
 if TYPE_CHECKING:
     from moepp_megatron.data.manifest import Manifest
     from moepp_megatron.data.show import Corpus, StageShares
-    from moepp_megatron.runtime.terminal import Console
 
 
 def show(
@@ -50,9 +49,7 @@ def show(
     from moepp_megatron.config import ConfigError, load_config
     from moepp_megatron.config.blends import Folder, blends_of, folders_of
     from moepp_megatron.data.show import Corpus, planned_shares
-    from moepp_megatron.runtime.terminal import Console
 
-    console = Console()
     if not what.is_file() or what.suffix in (".bin", ".idx"):
         if overrides:
             raise ConfigError(
@@ -71,40 +68,35 @@ def show(
         tokenizer = tokenizer or config.data.tokenizer
         corpora = {path: Corpus(folder) for path, folder in folders.items()}
         for stage in planned_shares(config, corpora, planned_samples(config)):
-            _print_stage(console, stage)
+            _print_stage(stage)
     for path, folder in folders.items():
-        _print_counts(console, folder.path, corpora[path].manifest)
+        _print_counts(folder.path, corpora[path].manifest)
     first = next(iter(folders))
     _print_sample(folders[first].path, corpora[first], document, tokens, tokenizer)
 
 
-def _print_stage(console: Console, stage: StageShares) -> None:
-    from rich.table import Table
+def _print_stage(stage: StageShares) -> None:
+    from moepp_megatron.tools.report.terminal import plain_table, print_uncut
 
-    title = f"{stage.name}: steps {stage.first_step + 1:,} to {stage.last_step:,}"
-    table = Table("folder", title=title)
-    for column in ("share", "tokens", "epochs"):
-        table.add_column(column, justify="right")
+    table = plain_table("folder", "share", "tokens", "epochs", words=1)
     for share in stage.shares:
         table.add_row(
             str(share.path), f"{share.share:.1%}", f"{share.tokens:,.0f}", f"{share.epochs:.3g}"
         )
-    console.print(table)
+    print_uncut(f"{stage.name}: steps {stage.first_step + 1:,} to {stage.last_step:,}", table)
 
 
-def _print_counts(console: Console, path: Path, manifest: Manifest) -> None:
-    from rich.table import Table
+def _print_counts(path: Path, manifest: Manifest) -> None:
+    from moepp_megatron.tools.report.terminal import plain_table, print_uncut
 
-    table = Table("source", title=str(path))
     kept = "documents" if manifest.chat is None else "conversations"
-    for column in (kept, "tokens", "share"):
-        table.add_column(column, justify="right")
+    table = plain_table("source", kept, "tokens", "share", words=1)
     # Padding is of no source.
     total = sum(source.tokens for source in manifest.sources)
     for source in manifest.sources:
         share = source.tokens / max(total, 1)
         table.add_row(source.name, f"{source.documents:,}", f"{source.tokens:,}", f"{share:.1%}")
-    console.print(table)
+    print_uncut(str(path), table)
     parts = "documents" if manifest.chat is None else "sequences"
     echo(f"{path}: {manifest.documents:,} {parts}, {manifest.tokens:,} tokens")
     if manifest.is_bare:

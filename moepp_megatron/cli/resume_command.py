@@ -1,4 +1,4 @@
-"""The command that resumes a run: made here, printed by `train`, shown by `monitor`."""
+"""The command that resumes a run: printed by `train`, shown by `monitor`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from moepp_megatron.cli.echo import echo
 from moepp_megatron.observe.status import RESUME_COMMAND
 
 # Set by scripts that change folder: where their user's shell is.
@@ -32,11 +31,6 @@ def resume_command(arguments: Sequence[str]) -> str:
 def is_given() -> bool:
     """True if a script has given the command that starts it again."""
     return bool(os.environ.get(RESUME_COMMAND))
-
-
-def print_resume_command(command: str | None) -> None:
-    """Print the command as the last line."""
-    echo(f"to resume:\n{command}")
 
 
 def _program() -> list[str]:

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 import typer
 
 from moepp_megatron.cli.echo import echo
-from moepp_megatron.cli.resume_command import print_resume_command
 from moepp_megatron.config import Config
 from moepp_megatron.config.exit_codes import FAILED
 from moepp_megatron.runtime.optional import missing
@@ -40,7 +39,7 @@ def print_end(request: TrainRequest, result: TrainResult, prints_command: bool) 
         # Said last: by the launcher that has claimed the folder, if one has.
         own_claim = is_rank_0 and inherited_claim() is None
         if own_claim or (request.starts_ranks and prints_command):
-            print_resume_command(request.start.resume_command)
+            echo(f"to resume:\n{request.start.resume_command}")
         leave(STOPPED)
     if is_rank_0:
         if not result.stopped:
