@@ -46,6 +46,7 @@ AXES = {
     "dispatcher": DISPATCHERS,
     "logits_norm_std": (None, 1.5),
     "constant_temperature": (1.0, 0.4),
+    "moe_z_loss_coeff": (None, 0.3),
 }
 CROSSED = ("gate_normalization", "score_function", "mixture", "capacity_factor")
 
@@ -59,6 +60,8 @@ class Run:
     hidden: Tensor
     logits: Tensor
     expected: ReferenceOutput
+    padded: Tensor
+    balance: Tensor
     input_grads: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def check(self) -> None:
@@ -70,6 +73,15 @@ class Run:
             assert_close(actual.view(expected.shape), expected, f"gradient of {name}")
         for name, actual, expected in gradient_pairs(self.layer, self.reference):
             assert_close(actual, expected, f"gradient of {name}")
+        statistics, moepp = self.layer.statistics, self.layer.moepp
+        counts, tokens = self.expected.selected_TE.sum(dim=0), int((~self.padded).sum())
+        assert statistics.selected.tolist() == counts.tolist()
+        assert statistics.num_tokens == tokens
+        if moepp.balance_coeff:
+            assert_close(statistics.balance_loss, self.balance, "balance loss")
+        if moepp.capacity_factor is not None:
+            limits = torch.tensor(capacities(moepp, tokens), device=counts.device)
+            assert statistics.dropped == (counts - limits).clamp(min=0).sum()
 
 
 def case_settings():
@@ -123,45 +135,58 @@ def moepp_of(case, **changes) -> MoEPPConfig:
     return MoEPPConfig(**(settings | changes))
 
 
-def reference_balance_loss(logits: Tensor, moepp: MoEPPConfig, num_sequences: int) -> Tensor:
-    """L_b of [T, E] logits, T ordered [position, sequence]; the mean over sequences if so set."""
-    if moepp.balance_scope != "sequence":
-        num_sequences = 1
+def reference_losses(
+    logits: Tensor, moepp: MoEPPConfig, num_sequences: int, padded: Tensor
+) -> tuple[Tensor, Tensor]:
+    """L_b and the z-loss of [T, E] logits, T ordered [position, sequence], without padding."""
+    logits = logits.view(-1, num_sequences, logits.shape[-1])
+    valid = ~padded.view(-1, num_sequences)
+    groups = [logits[valid]]
+    if moepp.balance_scope == "sequence":
+        groups = [logits[valid[:, b], b] for b in range(num_sequences) if valid[:, b].any()]
     losses = []
-    for sequence in range(num_sequences):
-        _, selected, scores = select_experts(logits[sequence::num_sequences], moepp)
+    for tokens in groups:
+        _, selected, scores = select_experts(tokens, moepp)
         losses.append(balance_loss(scores, selected, moepp))
-    return torch.stack(losses).mean()
+    return torch.stack(losses).mean(), torch.logsumexp(logits[valid], dim=-1).square().mean()
 
 
 def run_both(
-    layer: MoEPPLayer, hidden: Tensor, previous: Tensor | None, loss_scale: float = 1.0
+    layer: MoEPPLayer,
+    hidden: Tensor,
+    previous: Tensor | None,
+    loss_scale: float = 1.0,
+    padding: Tensor | None = None,
 ) -> Run:
-    """Forward and backward of the layer and of the reference on [s, b, D] and [s, b, E]."""
+    """Forward and backward of both on [s, b, D] and [s, b, E], with [b, s] `padding`."""
     reference = reference_of(layer)
     moepp = layer.moepp
     if moepp.selection_bias:
         reference.selection_bias_E = layer.router.expert_bias
     num_tokens, num_sequences = hidden.shape[0] * hidden.shape[1], hidden.shape[1]
+    padded = torch.zeros(num_tokens, dtype=torch.bool, device=hidden.device)
+    if padding is not None:
+        padded = padding.T.reshape(-1)
     MoEAuxLossAutoScaler.set_loss_scale(torch.tensor(loss_scale))
 
     x = hidden.clone().requires_grad_()
     z = None if previous is None else previous.clone().requires_grad_()
-    output, logits = layer(x, z)
+    output, logits = layer(x, z, padding_mask=padding)
     weight_of_output = torch.randn_like(output)
     weight_of_logits = torch.randn_like(logits) * 0.1
     ((output * weight_of_output).sum() + (logits * weight_of_logits).sum()).backward()
 
     x_ref = hidden.float().view(num_tokens, -1).clone().requires_grad_()
     z_ref = None if previous is None else previous.view(num_tokens, -1).clone().requires_grad_()
-    expected = reference(x_ref, z_ref)
+    expected = reference(x_ref, z_ref, padded_T=None if padding is None else padded)
     loss = (expected.hidden_TD * weight_of_output.view_as(expected.hidden_TD)).sum()
     loss = loss + (expected.logits_TE * weight_of_logits.view_as(expected.logits_TE)).sum()
-    balance = reference_balance_loss(expected.logits_TE, moepp, num_sequences)
-    tokens = num_tokens if layer.config.calculate_per_token_loss else 1
-    (loss + loss_scale * moepp.balance_coeff * tokens * balance).backward()
+    balance, z_loss = reference_losses(expected.logits_TE, moepp, num_sequences, padded)
+    tokens = (~padded).sum() if layer.config.calculate_per_token_loss else 1
+    added = moepp.balance_coeff * balance + (layer.config.moe_z_loss_coeff or 0.0) * z_loss
+    (loss + loss_scale * tokens * added).backward()
 
-    run = Run(layer, reference, output, logits, expected)
+    run = Run(layer, reference, output, logits, expected, padded, balance)
     run.input_grads["the input"] = (x.grad, x_ref.grad)
     if z is not None and layer.router.residual_weight is not None:
         run.input_grads["the previous logits"] = (z.grad, z_ref.grad)
@@ -187,22 +212,12 @@ def check_setting(case, device: torch.device | None = None) -> None:
         has_residual=case["has_residual"],
         calculate_per_token_loss=case["calculate_per_token_loss"],
         dispatcher=case["dispatcher"],
+        moe_z_loss_coeff=case["moe_z_loss_coeff"],
         device=device,
     )
     hidden, previous = inputs(moepp, device=device)
-    run = run_both(layer, hidden, previous if case["has_residual"] else None)
-    run.check()
-
-    selected = run.expected.selected_TE
-    assert layer.statistics.selected.tolist() == selected.sum(dim=0).tolist()
-    assert layer.statistics.num_tokens == 24
-    balance = reference_balance_loss(run.expected.logits_TE, moepp, hidden.shape[1])
-    assert_close(layer.statistics.balance_loss, balance, "balance loss")
-    if moepp.capacity_factor is not None:
-        limits = torch.tensor(capacities(moepp, 24), device=device)
-        over = (selected.sum(dim=0) - limits).clamp(min=0)
-        assert layer.statistics.dropped == over.sum()
-        assert layer.statistics.dropped > 0
+    run_both(layer, hidden, previous if case["has_residual"] else None).check()
+    assert moepp.capacity_factor is None or layer.statistics.dropped > 0
 
 
 @pytest.mark.parametrize("per_token_loss", [True, False])
@@ -332,35 +347,17 @@ def test_shared_expert_joins_unscaled():
     assert_close(output.view(24, -1), routed + layer.shared_experts(hidden).view(24, -1), "output")
 
 
-def test_z_loss_and_jitter_are_megatrons():
-    moepp = MoEPPConfig(num_ffn_experts=4, balance_coeff=0.0)
-    layer = build_layer(moepp, moe_z_loss_coeff=0.3)
+def test_jitter_is_megatrons():
+    moepp = MoEPPConfig(num_ffn_experts=4)
+    layer = build_layer(moepp, moe_input_jitter_eps=0.1)
     hidden, previous = inputs(moepp)
-    z = previous.clone().requires_grad_()
-    output, logits = layer(hidden, z)
-    output.sum().backward()
-    with_z_loss = z.grad.clone()
-
-    plain = build_layer(moepp)
-    plain.load_state_dict(layer.state_dict())
-    z_plain = previous.clone().requires_grad_()
-    output_plain, logits_plain = plain(hidden, z_plain)
-    # ST-MoE: the mean over tokens of logsumexp(z)^2, times the tokens under per-token loss.
-    z_loss = torch.logsumexp(logits_plain.view(24, -1), dim=-1).square().sum() * 0.3
-    (output_plain.sum() + z_loss).backward()
-    assert torch.equal(output, output_plain)
-    assert torch.equal(logits, logits_plain)
-    assert_close(with_z_loss, z_plain.grad, "gradient of the previous logits")
-
-    jittered = build_layer(moepp, moe_input_jitter_eps=0.1)
-    jittered.load_state_dict(layer.state_dict())
     torch.manual_seed(3)
-    _, logits_jittered = jittered(hidden, previous)
+    _, logits = layer(hidden, previous)
     torch.manual_seed(3)
     noise = torch.empty_like(hidden).uniform_(0.9, 1.1)
     expected = (hidden * noise) @ layer.router.weight.T
     expected = expected + previous @ layer.router.residual_weight.T
-    assert_close(logits_jittered, expected, "jittered logits")
+    assert_close(logits, expected, "logits")
 
 
 def test_evaluation_computes_the_same_output():

@@ -4,14 +4,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from torch import Tensor
 
 from moepp_megatron.experts import FFN_ONLY
-from moepp_megatron.moe.capacity import capacities
 from moepp_megatron.moe.config import MoEPPConfig
 from moepp_megatron.moe.layer import MoEPPLayer, VanillaMoELayer
-from moepp_megatron.moe.reference import ReferenceOutput, balance_loss, select_experts
 from tests.parallel.training_runs import FULL
 from tests.unit.moe.builders import (
     HIDDEN,
@@ -21,11 +18,11 @@ from tests.unit.moe.builders import (
     build_layer,
     build_model,
     build_transformer_layer,
-    gradient_pairs,
     randomize,
     reference_of,
 )
 from tests.unit.moe.test_kernels import compiled
+from tests.unit.moe.test_layer_against_reference import inputs, run_both
 
 __all__ = ["compiled"]  # A fixture.
 
@@ -41,63 +38,16 @@ def mask() -> Tensor:
     return padding
 
 
-def reference_losses(
-    expected: ReferenceOutput, moepp: MoEPPConfig, padded: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Balance loss and z-loss of the tokens [T] that are not padding, T in [s, b] order."""
-    logits = expected.logits_TE.view(LENGTH, BATCH, -1)
-    valid = ~padded.view(LENGTH, BATCH)
-    groups = [logits[valid]]
-    if moepp.balance_scope == "sequence":
-        groups = [logits[valid[:, b], b] for b in range(BATCH) if valid[:, b].any()]
-    losses = []
-    for tokens in groups:
-        _, selected, scores = select_experts(tokens, moepp)
-        losses.append(balance_loss(scores, selected, moepp))
-    return torch.stack(losses).mean(), torch.logsumexp(logits[valid], dim=-1).square().mean()
-
-
-def check_layer(layer: MoEPPLayer, z_loss: float = 0.0) -> ReferenceOutput:
-    """Compare output, logits, every gradient and all counts with the reference's."""
-    moepp, padding = layer.moepp, mask()
-    reference = reference_of(layer)
-    MoEAuxLossAutoScaler.set_loss_scale(torch.tensor(1.0))
-    padded = padding.T.reshape(-1)
-    hidden, previous = (torch.randn(LENGTH, BATCH, n) for n in (HIDDEN, moepp.num_experts))
-    # What padded tokens hold must not matter.
+def check_layer(layer: MoEPPLayer) -> None:
+    """Output, logits, every gradient and all counts are the reference's, whatever padding holds."""
+    padding = mask()
+    hidden, previous = inputs(layer.moepp, LENGTH, BATCH)
     hidden[padding.T], previous[padding.T] = 1e4, 1e4
-    leaves = [t.clone().requires_grad_() for t in (hidden, previous)]
-    output, logits = layer(*leaves, padding_mask=padding)
-    to_output, to_logits = torch.randn_like(output), torch.randn_like(logits) * 0.1
-    ((output * to_output).sum() + (logits * to_logits).sum()).backward()
-
-    ref_leaves = [t.flatten(0, 1).clone().requires_grad_() for t in (hidden, previous)]
-    expected = reference(*ref_leaves, padded_T=padded)
-    balance, z = reference_losses(expected, moepp, padded)
-    tokens = (~padded).sum() if layer.config.calculate_per_token_loss else 1
-    loss = (expected.hidden_TD * to_output.flatten(0, 1)).sum()
-    loss = loss + (expected.logits_TE * to_logits.flatten(0, 1)).sum()
-    (loss + tokens * (moepp.balance_coeff * balance + z_loss * z)).backward()
-
-    assert_close(output.flatten(0, 1), expected.hidden_TD, "output")
-    assert_close(logits.flatten(0, 1), expected.logits_TE, "logits")
-    assert torch.equal(output[padding.T], torch.zeros(int(padding.sum()), HIDDEN))
-    assert not logits[padding.T].any()
-    for leaf, ref in zip(leaves, ref_leaves, strict=True):
-        assert not leaf.grad[padding.T].any()
-        assert_close(leaf.grad.flatten(0, 1), ref.grad, "gradient of an input")
-    for name, actual, wanted in gradient_pairs(layer, reference):
-        assert_close(actual, wanted, f"gradient of {name}")
-
-    statistics = layer.statistics
-    assert statistics.num_tokens == (~padded).sum()
-    assert statistics.selected.tolist() == expected.selected_TE.sum(dim=0).tolist()
-    assert_close(statistics.balance_loss, balance, "balance loss")
-    if moepp.capacity_factor is not None:
-        limits = torch.tensor(capacities(moepp, int((~padded).sum())))
-        over = (expected.selected_TE.sum(dim=0) - limits).clamp(min=0).sum()
-        assert statistics.dropped == over > 0
-    return expected
+    run = run_both(layer, hidden, previous, padding=padding)
+    run.check()
+    of_padding = (run.hidden, run.logits, *(grad for grad, _ in run.input_grads.values()))
+    assert not any(tensor[padding.T].any() for tensor in of_padding)
+    assert layer.moepp.capacity_factor is None or layer.statistics.dropped > 0
 
 
 LAYERS = {
@@ -130,7 +80,7 @@ def test_layer_against_reference(compiled, fused, name):
     moepp, dispatcher, changes = LAYERS[name]
     config = MoEPPConfig(num_ffn_experts=4, balance_coeff=0.5, fused=fused, **moepp)
     layer = build_layer(config, dispatcher=dispatcher, **changes)
-    check_layer(layer, changes.get("moe_z_loss_coeff", 0.0))
+    check_layer(layer)
 
 
 def test_recomputed_layer():
