@@ -11,7 +11,17 @@ import pytest
 
 from tests.gpu.program import on_ranks
 from tests.gpu.runs import train_on_device, train_on_one_half, train_with_graphs
-from tests.parallel.training_runs import assemble, compare, difference, settings, train
+from tests.parallel.training_runs import (
+    CP2,
+    EP2,
+    PP2,
+    TP2,
+    assemble,
+    compare,
+    difference,
+    settings,
+    train,
+)
 from tests.te_stand_in.models import RECIPES
 
 pytestmark = pytest.mark.gpu
@@ -86,10 +96,10 @@ def test_cuda_graphs_with_transformer_engine(real_transformer_engine, tmp_path):
 
 LAYOUTS = {
     "data parallel": {"use_distributed_optimizer": True},
-    "expert parallel": {"expert_model_parallel_size": 2},
-    "tensor parallel": {"tensor_model_parallel_size": 2, "sequence_parallel": True},
-    "pipeline": {"pipeline_model_parallel_size": 2},
-    "context parallel": {"context_parallel_size": 2},
+    "expert parallel": EP2,
+    "tensor parallel": TP2,
+    "pipeline": PP2,
+    "context parallel": CP2,
 }
 
 
@@ -117,7 +127,7 @@ def test_a_rank_without_a_row_in_fp8(two_cards, transformer_engine, tmp_path, re
         folder.mkdir()
         raw = settings(
             moe={"num_zero_experts": 2},
-            parallel={"expert_model_parallel_size": 2},
+            parallel=EP2,
             precision={"dtype": "bf16", **precision},
         )
         results = on_ranks(folder, train_on_one_half, raw, 3, nproc=2, transformer_engine=True)
@@ -146,7 +156,7 @@ def test_flex_trains_like_the_all_to_all(deepep, tmp_path, backend):
             moe=moe,
             model={"hidden_size": 128},
             precision={"dtype": "bf16"},
-            parallel={"expert_model_parallel_size": 2},
+            parallel=EP2,
         )
         results = on_ranks(folder, train_on_device, raw, STEPS, nproc=2)
         runs.append(assemble([(run, pieces) for run, pieces, _ in results]))

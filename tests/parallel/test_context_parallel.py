@@ -134,29 +134,23 @@ def summed_gradients():
     return local.grad.float().unique().tolist()
 
 
-def refusal(**changes):
-    from megatron.core import parallel_state
-
-    from moepp_megatron.model.attention import ContextParallelAttention
-
-    parallel_state.initialize_model_parallel(context_parallel_size=2)
-    arguments = {key: changes.pop(key) for key in ("cp_comm_type",) if key in changes}
-    with pytest.raises(ValueError, match="must be") as caught:
-        core_attention(ContextParallelAttention, attention_config(2, 6, **changes), **arguments)
-    return str(caught.value)
-
-
-def forward_refusal(tokens, **arguments):
+def refusal(tokens, given, **changes):
+    """Of a module made with `changes`, and called with so many tokens and `given` besides."""
     import torch
     from megatron.core import parallel_state
 
     from moepp_megatron.model.attention import ContextParallelAttention
 
     parallel_state.initialize_model_parallel(context_parallel_size=2)
-    module = core_attention(ContextParallelAttention, attention_config(2, 6))
-    tensors = [torch.zeros(tokens, 1, 6, 8) for _ in range(3)]
+    arguments = {key: changes.pop(key) for key in ("cp_comm_type",) if key in changes}
+
+    def attention():
+        config = attention_config(2, 6, **changes)
+        module = core_attention(ContextParallelAttention, config, **arguments)
+        module(*[torch.zeros(tokens, 1, 6, 8)] * 3, **({"attention_mask": None} | given))
+
     with pytest.raises(ValueError, match="must be") as caught:
-        module(*tensors, **({"attention_mask": None} | arguments))
+        attention()
     return str(caught.value)
 
 
@@ -246,15 +240,15 @@ def test_gradients_are_added_in_fp32(ranks):
     ],
 )
 def test_settings_that_would_change_the_result_are_refused(ranks, changes, message):
-    for text in ranks(2).run(refusal, **changes):
+    for text in ranks(2).run(refusal, 4, {}, **changes):
         assert text.startswith(message)
         assert "or Transformer Engine" in text
 
 
 def test_masks_and_odd_lengths_are_refused(ranks):
-    for text in ranks(2).run(forward_refusal, 4, attention_bias="bias"):
+    for text in ranks(2).run(refusal, 4, {"attention_bias": "bias"}):
         assert text.startswith("attention_bias (str) must be None")
-    for text in ranks(2).run(forward_refusal, 3):
+    for text in ranks(2).run(refusal, 3, {}):
         assert text.startswith("sequence length of a context-parallel rank (3) must be divisible")
 
 

@@ -1,8 +1,6 @@
 """`moepp doctor` on two ranks: one answer for all of them, with its exit code."""
 
 import json
-import subprocess
-from pathlib import Path
 
 import pytest
 
@@ -11,16 +9,11 @@ from tests.commands import moepp
 pytestmark = pytest.mark.parallel
 
 
-def _doctor(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    return moepp("doctor", *arguments, cwd=folder)
-
-
 def test_two_ranks_answer_once_and_measure_together(tmp_path):
     """A GPU count that no machine of this kind has makes it an error, which must come through."""
     out = tmp_path / "doctor.json"
-    done = _doctor(
-        "--nproc", "2", "--preflight", "--gpus", "999", "--out", str(out), folder=tmp_path
-    )
+    words = ("--nproc", 2, "--preflight", "--gpus", 999, "--out", out)
+    done = moepp("doctor", *words, cwd=tmp_path)
     assert done.returncode == 3, done.stderr
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1

@@ -6,6 +6,7 @@ from moepp_megatron.config import parse_config
 from moepp_megatron.config.flops import training_flops_per_token
 from moepp_megatron.observe.metrics import read_metrics
 from tests.parallel.resilience_runs import run_trainer, trainer_settings
+from tests.parallel.training_runs import EP2
 
 pytestmark = pytest.mark.parallel
 
@@ -15,7 +16,7 @@ def test_telemetry_stands_beside_every_step(ranks, tmp_path):
     card.write_text("name: card\nkind: cpu\nfp32_tflops: 0.5\n")
     raw = trainer_settings(
         tmp_path,
-        parallel={"expert_model_parallel_size": 2},
+        parallel=EP2,
         training={"train_iters": 2, "global_batch_size": 4, "micro_batch_size": 1},
         optimizer={"warmup_iters": 0},
         telemetry={"interval_s": 1.0, "hardware": str(card)},
