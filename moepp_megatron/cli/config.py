@@ -87,7 +87,7 @@ def keys(
     matching = [one for one in settings if one.name.startswith(wanted)]
     matching = matching or [one for one in settings if wanted in one.name]
     if not matching:
-        from moepp_megatron.config.known_keys import nearest_setting
+        from moepp_megatron.config.mistakes import nearest_setting
 
         sections = ", ".join(dict.fromkeys(one.name.partition(".")[0] for one in settings))
         near = nearest_setting(wanted)

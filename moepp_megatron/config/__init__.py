@@ -6,16 +6,15 @@ choices.py        comma-separated values of command-line options
 divisibility.py   divisibility, the most common rule, with a remedy that can be typed in
 errors.py         the two errors a user can cause
 exit_codes.py     exit statuses of commands and ranks
-field_errors.py   turns pydantic's errors into problems with name, value, rule and remedy
 flops.py          floating-point operations of training, counted from the configuration
 from_megatron.py  turns a Megatron-LM command line into a configuration
 hardware.py       rated numbers of a kind of GPU, and the limits of a healthy one
 json_file.py      reads JSON that somebody else may have written: in bounds
-known_keys.py     names of sections and keys: words, earlier names, and the nearest of unknown ones
 layout.py         the rank grid
 load.py           loads a checked Config from a YAML file
 megatron_file.py  reads the arguments of a Megatron-LM run from its script or YAML
 megatron_flags.py Megatron-LM's arguments and the settings
+mistakes.py       unknown names and refused values, each with the remedy; names of earlier versions
 origins.py        where each value of a configuration comes from
 parameters.py     exact parameter counts from the configuration, before any model is built
 paths.py          refuses texts that cannot be a path of this machine

@@ -13,8 +13,7 @@ from pydantic import ValidationError
 
 from moepp_megatron.config.checks import check_config
 from moepp_megatron.config.errors import ConfigError
-from moepp_megatron.config.field_errors import field_problems
-from moepp_megatron.config.known_keys import as_current, refuse_unknown_keys
+from moepp_megatron.config.mistakes import as_current, field_problems, refuse_unknown_keys
 from moepp_megatron.config.problem import raise_problems
 from moepp_megatron.config.schema import Config, Section
 from moepp_megatron.config.sections import is_optional, section_models, subsection

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from pydantic import Field
-
 from moepp_megatron.config.plugins import Plugin
 from moepp_megatron.config.problem import Problem
 from moepp_megatron.config.rows import (
@@ -33,18 +31,17 @@ class _ParameterGroup(Section):
     """Weight decay; null is optimizer.weight_decay for matrices and 0 for vectors"""
 
 
-def _group(description: str) -> _ParameterGroup:
-    group: _ParameterGroup = Field(default_factory=_ParameterGroup, description=description)
-    return group
-
-
 class ParameterGroups(Section):
     """Kinds of parameters, of which each parameter has one at most."""
 
-    router: _ParameterGroup = _group("Routers, with gating residuals and the shared experts' gate")
-    constants: _ParameterGroup = _group("Vectors and mixing weights of constant experts")
-    embeddings: _ParameterGroup = _group("Embedding and output layer")
-    norms_and_biases: _ParameterGroup = _group("Norms, and biases of linear layers")
+    router: _ParameterGroup = _ParameterGroup()
+    """Routers, with gating residuals and the shared experts' gate"""
+    constants: _ParameterGroup = _ParameterGroup()
+    """Vectors and mixing weights of constant experts"""
+    embeddings: _ParameterGroup = _ParameterGroup()
+    """Embedding and output layer"""
+    norms_and_biases: _ParameterGroup = _ParameterGroup()
+    """Norms, and biases of linear layers"""
 
 
 def _moments_need(wrong: Condition, must: str, remedy: str) -> Rule:
