@@ -12,10 +12,9 @@ from typing import Any
 from unittest import mock
 
 from moepp_megatron.observe.alerts import Alert
-from tests.parallel.resilience_runs import Without
-from tests.parallel.training_runs import SyntheticDataset, begin, part_of, settings, with_first_part
+from tests.parallel.resilience_runs import Without, datasets, trainer_settings
+from tests.parallel.training_runs import SyntheticDataset, begin, merged, part_of, with_first_part
 
-BATCH = 8
 # Of a data set: more than the longest run takes. Frequencies of tokens are counted over all.
 BATCHES = 130
 # The batch from which on some data sets are other data.
@@ -61,23 +60,16 @@ class Found:
     saved: dict[str, Any] = field(default_factory=dict)
 
 
+WATCHED = {
+    "model": {"init_method_std": 0.1},
+    "optimizer": {"lr": 3e-3, "decay_style": "constant", "warmup_iters": 0},
+    "resilience": {"guard": False, "divergence_interval": 5},
+}
+
+
 def guard_settings(folder: Path, **sections):
     """A small configuration whose files go to `folder`."""
-    folder.mkdir(parents=True, exist_ok=True)
-    tokenizer = folder / "tokenizer.json"
-    tokenizer.write_text("{}")
-    raw = settings(**sections)
-    raw["model"] |= {"num_layers": 2, "init_method_std": 0.1}
-    raw["run"] = {"dir": str(folder)}
-    raw["data"] = {"path": str(folder), "tokenizer": str(tokenizer)}
-    raw["optimizer"] = {"lr": 3e-3, "decay_style": "constant", **sections.get("optimizer", {})}
-    defaults = {"global_batch_size": BATCH, "micro_batch_size": 4, "seed": 7, "eval_iters": 0}
-    raw["training"] = {**defaults, **sections.get("training", {})}
-    raw.setdefault("resilience", {"guard": False, "divergence_interval": 5})
-    # Nobody looks at what this measures.
-    raw.setdefault("telemetry", {"interval_s": 0.0})
-    raw["observe"] = {"token_groups": False, **sections.get("observe", {})}
-    return raw
+    return trainer_settings(folder, **merged(WATCHED, sections))
 
 
 def run(
@@ -97,20 +89,12 @@ def run(
         copies_every: Steps between copies of the routers; by default as in the package.
     """
     from moepp_megatron.features.guard import copies
-    from moepp_megatron.observe.sinks import VIEWS
-    from moepp_megatron.training import trainer as module
+    from moepp_megatron.training.trainer import Trainer
 
     config, layout = begin(raw)
     dataset = Without(DATA[data](config, BATCHES), without)
-    with (
-        mock.patch.dict(module.DATASETS, gpt=lambda *_: (dataset, dataset, None)),
-        mock.patch.object(module.Tokenizer, "load", return_value=None),
-        mock.patch.object(copies, "COPY_INTERVAL", copies_every),
-        mock.patch.dict(VIEWS),
-    ):
-        # No test that runs this looks at TensorBoard.
-        del VIEWS["TensorBoard output"]
-        trainer = module.Trainer(config, layout)
+    with datasets(dataset, dataset), mock.patch.object(copies, "COPY_INTERVAL", copies_every):
+        trainer = Trainer(config, layout)
         found = Found()
         _watch(trainer, found, faults)
         trainer.run()

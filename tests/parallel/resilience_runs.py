@@ -41,19 +41,14 @@ def run_trainer(
     import torch.distributed as dist
 
     from moepp_megatron.features.data_stages import part as data_stages
-    from moepp_megatron.observe.sinks import VIEWS
     from moepp_megatron.training import trainer as module
     from moepp_megatron.training.resilience import numerical_guard
 
     config, layout = begin(raw)
     dataset = Without(_dataset(config, data), without)
     with ExitStack() as stack:
-        # No test that runs this looks at TensorBoard.
-        stack.enter_context(mock.patch.dict(VIEWS))
-        del VIEWS["TensorBoard output"]
-        stack.enter_context(mock.patch.dict(module.DATASETS, gpt=lambda *_: (dataset, None, None)))
+        stack.enter_context(datasets(dataset))
         stack.enter_context(mock.patch.object(data_stages, "corpus_identity", return_value=corpus))
-        stack.enter_context(mock.patch.object(module.Tokenizer, "load", return_value=None))
         # Runs are short: a jump is judged from the second loss on.
         stack.enter_context(mock.patch.object(numerical_guard, "JUDGED", 0))
         trainer = module.Trainer(config, layout)
@@ -68,6 +63,21 @@ def run_trainer(
             stack.enter_context(mock.patch.object(module.StopRequest, "agreed", agreed))
         trainer.run()
     return trainer.pause_reason
+
+
+@contextmanager
+def datasets(train, validation=None) -> Iterator[None]:
+    """Trainers have these data, and no TensorBoard, at which no test looks."""
+    from moepp_megatron.observe.sinks import VIEWS
+    from moepp_megatron.training import trainer
+
+    with (
+        mock.patch.dict(trainer.DATASETS, gpt=lambda *_: (train, validation, None)),
+        mock.patch.object(trainer.Tokenizer, "load", return_value=None),
+        mock.patch.dict(VIEWS),
+    ):
+        del VIEWS["TensorBoard output"]
+        yield
 
 
 def why_it_fails(*args, **named) -> str:
