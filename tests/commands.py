@@ -15,7 +15,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from tests import warm
 from tests.parallel.ranks import fork_server
@@ -29,22 +29,22 @@ def slowdown() -> float:
     return max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
 
 
-def moepp(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+def moepp(*arguments, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
     """Runs a command in a fork of the server of ranks; ranks that it starts are real ones."""
     return forked(["-m", MODULE, *map(str, arguments)], cwd)
 
 
-def module(name: str, *arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
+def module(name: str, *arguments, cwd: Path) -> subprocess.CompletedProcess[str]:
     """As `moepp`, any module: `python -m name arguments`."""
     return forked(["-m", name, *map(str, arguments)], cwd)
 
 
-def program(path: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
+def program(path: Path, *arguments) -> subprocess.CompletedProcess[str]:
     """As `moepp`, a Python program, in its own folder."""
     return forked([str(path), *map(str, arguments)], path.parent)
 
 
-def cold(*arguments: object) -> subprocess.CompletedProcess[str]:
+def cold(*arguments) -> subprocess.CompletedProcess[str]:
     """Runs a command as a shell does."""
     command = [sys.executable, "-m", MODULE, *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
@@ -62,7 +62,7 @@ class Begun:
         cwd: Path | None = None,
         environment: dict[str, str] | None = None,
         new_session: bool = False,
-    ) -> None:
+    ):
         environment = dict(os.environ) if environment is None else environment
         outputs = (str(output), str(errors or output))
         folder = str(cwd or Path.cwd())
@@ -91,18 +91,18 @@ class Begun:
             raise subprocess.TimeoutExpired(self.args, timeout or 0.0)
         return code
 
-    def send_signal(self, number: int) -> None:
+    def send_signal(self, number: int):
         if self.poll() is None:
             os.kill(self.pid, number)
 
-    def kill(self) -> None:
+    def kill(self):
         self.send_signal(signal.SIGKILL)
 
 
 class Heard(Begun):
     """One whose output, stdout and stderr together, is read while it comes."""
 
-    def __init__(self, words: Sequence[str], folder: Path, **options: Any) -> None:
+    def __init__(self, words: Sequence[str], folder: Path, **options):
         fifo = Path(tempfile.mkdtemp(dir=folder), "output")
         os.mkfifo(fifo)
         super().__init__(words, fifo, **options)

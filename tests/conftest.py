@@ -52,7 +52,7 @@ if HAS_CARDS:
     os.environ["NVIDIA_TF32_OVERRIDE"] = "0"
 
 
-def _import_triton_for_its_interpreter() -> None:
+def _import_triton_for_its_interpreter():
     """Have kernels interpreted where there is no GPU (tests/unit/moe/test_kernels.py)."""
     if HAS_CARDS:
         return
@@ -93,7 +93,7 @@ def no_rank_outlives_its_file() -> Iterator[None]:
 
 
 @pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
+def small_disk(tmp_path) -> Iterator[Path]:
     """A file system of its own, of 30 MiB."""
     folder = tmp_path / "disk"
     folder.mkdir()
@@ -110,7 +110,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
-def pytest_addoption(parser: pytest.Parser) -> None:
+def pytest_addoption(parser: pytest.Parser):
     group = parser.getgroup("moepp_megatron")
     group.addoption(
         "--quick",
@@ -132,7 +132,7 @@ def pytest_report_header(config: pytest.Config) -> str:
     return f"quick: {quick.summary()}" if _is_quick(config) else ""
 
 
-def pytest_configure(config: pytest.Config) -> None:
+def pytest_configure(config: pytest.Config):
     if _is_quick(config):
         config.args = [str(quick.ROOT / each) for each in quick.chosen()]
         # A few cases on ranks: one worker starts them once.
@@ -143,11 +143,11 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 @pytest.hookimpl(optionalhook=True)
-def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
+def pytest_xdist_make_scheduler(config, log):
     return timetable.scheduler(config, log)
 
 
-def pytest_collection_finish() -> None:
+def pytest_collection_finish():
     """Collections of garbage need not walk what lives as long as this process."""
     gc.collect()
     gc.freeze()
@@ -158,7 +158,7 @@ def pytest_collection_finish() -> None:
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
-def pytest_sessionfinish(session: pytest.Session) -> Generator[None, object, object]:
+def pytest_sessionfinish(session) -> Generator[None, object, object]:
     result = yield
     terminal = session.config.pluginmanager.get_plugin("terminalreporter")
     if terminal is not None and session.exitstatus == 0:
@@ -167,7 +167,7 @@ def pytest_sessionfinish(session: pytest.Session) -> Generator[None, object, obj
 
 
 @pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config, items):
     if hasattr(config, "workerinput"):
         timetable.longest_first(items)
     gpu_items = []

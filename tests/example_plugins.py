@@ -17,9 +17,7 @@ def install(folder: Path) -> Path:
     return folder
 
 
-def write_entry_points(
-    folder: Path, groups: dict[str, dict[str, str]], name: str = "example"
-) -> None:
+def write_entry_points(folder: Path, groups: dict[str, dict[str, str]], name: str = "example"):
     """What an installed package says it has."""
     info = folder / f"{name}-1.0.dist-info"
     info.mkdir()

@@ -1,13 +1,11 @@
 """Figures that are made but not rendered: rendering takes half of the time of a short command."""
 
-from typing import Any
-
 import matplotlib.figure
 
 _render = matplotlib.figure.Figure.savefig
 
 
-def save_empty(figure: Any, target: Any, **options: Any) -> None:
+def save_empty(figure, target, **options):
     """What takes `Figure.savefig`'s place: SVG has no content, other formats are rendered."""
     if options.get("format") == "svg":
         target.write('<svg><style type="text/css"></style></svg>')
@@ -15,6 +13,6 @@ def save_empty(figure: Any, target: Any, **options: Any) -> None:
         _render(figure, target, **options)
 
 
-def leave_unrendered() -> None:
+def leave_unrendered():
     """From here on, in this process and its forks."""
     matplotlib.figure.Figure.savefig = save_empty  # type: ignore[assignment]

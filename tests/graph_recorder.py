@@ -25,15 +25,15 @@ HOST_READS = ("_local_scalar_dense", "nonzero.default", "masked_select", "unique
 class CPUGraph:
     """Stands for `torch.cuda.CUDAGraph`."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         self.operations: list[tuple[Any, Any, Any, list[Any]]] = []
         self.replays = 0
 
-    def register_generator_state(self, state: Any) -> None:
+    def register_generator_state(self, state):
         pass
 
     @torch.no_grad()
-    def replay(self) -> None:
+    def replay(self):
         self.replays += 1
         for function, args, kwargs, outputs in self.operations:
             again = tree_flatten(function(*args, **kwargs))[0]
@@ -46,13 +46,11 @@ class CPUGraph:
 
 
 class _Recording(TorchDispatchMode):
-    def __init__(self, graph: CPUGraph) -> None:
+    def __init__(self, graph: CPUGraph):
         super().__init__()
         self._graph = graph
 
-    def __torch_dispatch__(
-        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if any(name in str(function) for name in HOST_READS):
             raise RuntimeError(f"operation not permitted when stream is capturing: {function}")
@@ -64,7 +62,7 @@ class _Recording(TorchDispatchMode):
 
 
 @contextlib.contextmanager
-def _capture(graph: CPUGraph, **kwargs: Any) -> Iterator[None]:
+def _capture(graph: CPUGraph, **kwargs) -> Iterator[None]:
     with _Recording(graph):
         yield
 
@@ -75,7 +73,7 @@ def cpu_graphs() -> Iterator[None]:
     from megatron.core.tensor_parallel.random import CudaRNGStatesTracker
     from megatron.core.transformer import cuda_graphs
 
-    def nothing(*args: Any, **kwargs: Any) -> None:
+    def nothing(*args, **kwargs):
         pass
 
     with pytest.MonkeyPatch.context() as patch:

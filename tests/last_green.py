@@ -3,11 +3,9 @@
 import json
 import platform
 import subprocess
-from collections.abc import Mapping
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -17,7 +15,7 @@ LAST_GREEN = Path(__file__).with_suffix(".json")
 LONG = ("matrix", "slow")
 
 
-def record(config: pytest.Config, stats: Mapping[str, list[Any]], path: Path = LAST_GREEN) -> None:
+def record(config: pytest.Config, stats, path: Path = LAST_GREEN):
     """Write down that all long tests passed, if this run left none of them out."""
     found = {name: [each for each in stats.get(name, []) if _is_long(each)] for name in stats}
     option = config.option
@@ -41,6 +39,6 @@ def record(config: pytest.Config, stats: Mapping[str, list[Any]], path: Path = L
     path.write_text(json.dumps(said, indent=1) + "\n", encoding="ascii")
 
 
-def _is_long(found: Any) -> bool:
+def _is_long(found) -> bool:
     """Take an item or a report."""
     return any(mark in getattr(found, "keywords", ()) for mark in LONG)

@@ -2,7 +2,6 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 import yaml
 
@@ -32,7 +31,7 @@ LAST = {
 }
 
 
-def write_task(folder: Path, task: dict[str, Any], documents: list[dict[str, Any]]) -> Path:
+def write_task(folder: Path, task, documents) -> Path:
     """A task's file and, beside it, its documents; returns the file."""
     folder.mkdir(exist_ok=True)
     name = task["task"]

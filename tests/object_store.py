@@ -4,7 +4,6 @@ import itertools
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable
-from typing import Any
 
 import pytest
 
@@ -15,7 +14,7 @@ _NUMBERS = itertools.count(1)
 class Store:
     """A server on localhost with one bucket."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         pytest.importorskip("multistorageclient", reason="needs multi-storage-client[boto3]")
         server = pytest.importorskip("moto.server", reason="needs moto[s3,server]")
         pytest.importorskip("boto3")
@@ -38,12 +37,12 @@ class Store:
         self.client.create_bucket(Bucket=self.bucket)
         self.forget()
 
-    def start(self) -> None:
+    def start(self):
         """Serve, at the same address and with the same objects as before."""
         from werkzeug.serving import WSGIRequestHandler, make_server
 
         class Quiet(WSGIRequestHandler):
-            def log(self, *_: Any) -> None:
+            def log(self, *_):
                 pass
 
         self._is_dead = lambda method, key: False
@@ -53,12 +52,12 @@ class Store:
         self._port = self._server.server_port
         threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True).start()
 
-    def stop(self) -> None:
+    def stop(self):
         self._is_dead = lambda method, key: True
         self._server.shutdown()
         self._server.server_close()
 
-    def stop_at(self, method: str, text: str, number: int = 1) -> None:
+    def stop_at(self, method: str, text: str, number: int = 1):
         """Stop at a request with `text` in its path, before it is answered."""
         count = itertools.count(1)
 
@@ -71,16 +70,16 @@ class Store:
 
         self._is_dead = is_dead
 
-    def deny(self, *methods: str) -> None:
+    def deny(self, *methods: str):
         self._is_denied = lambda method, key: method in methods
 
-    def forget(self) -> None:
+    def forget(self):
         """Count anew."""
         self.requests.clear()
         self.received = self.sent = 0
 
     @property
-    def client(self) -> Any:
+    def client(self):
         import boto3
 
         return boto3.client(
@@ -104,13 +103,13 @@ class Store:
         content: bytes = self.client.get_object(Bucket=self.bucket, Key=key)["Body"].read()
         return content
 
-    def write(self, key: str, content: bytes) -> None:
+    def write(self, key: str, content: bytes):
         self.client.put_object(Bucket=self.bucket, Key=key, Body=content)
 
-    def delete(self, key: str) -> None:
+    def delete(self, key: str):
         self.client.delete_object(Bucket=self.bucket, Key=key)
 
-    def _answer(self, environment: dict[str, Any], start: Any) -> Iterable[bytes]:
+    def _answer(self, environment, start) -> Iterable[bytes]:
         method, key = environment["REQUEST_METHOD"], environment["PATH_INFO"]
         if self._is_dead(method, key):
             raise ConnectionAbortedError("the store has stopped")

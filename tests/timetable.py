@@ -8,7 +8,6 @@ some folders. `durations.json` says how long each file took; it is written anew 
 import json
 from collections import Counter, defaultdict
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -36,7 +35,7 @@ def recorded() -> dict[str, float]:
     return seconds
 
 
-def longest_first(items: list[pytest.Item]) -> None:
+def longest_first(items: list[pytest.Item]):
     """Order the units of the items; within a unit nothing moves."""
     known = recorded()
     expected: defaultdict[str, float] = defaultdict(float)
@@ -45,7 +44,7 @@ def longest_first(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: (-expected[unit_of(item.nodeid)], unit_of(item.nodeid)))
 
 
-def scheduler(config: pytest.Config, log: Any) -> Any:
+def scheduler(config: pytest.Config, log):
     """Give each worker the next unit."""
     from xdist.scheduler import LoadScopeScheduling
 
@@ -59,12 +58,12 @@ def scheduler(config: pytest.Config, log: Any) -> Any:
 class Record:
     """Writes down how long each file took."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         self._took: defaultdict[str, float] = defaultdict(float)
 
-    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+    def pytest_runtest_logreport(self, report: pytest.TestReport):
         self._took[_file_of(report.nodeid)] += report.duration
 
-    def pytest_sessionfinish(self) -> None:
+    def pytest_sessionfinish(self):
         seconds = {file: round(took, 1) for file, took in sorted(self._took.items())}
         DURATIONS.write_text(json.dumps(seconds, indent=0) + "\n", encoding="ascii")

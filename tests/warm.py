@@ -39,7 +39,7 @@ from typing import Any, NoReturn
 _exec = subprocess.Popen._execute_child  # type: ignore[attr-defined]
 
 
-def install() -> None:
+def install():
     """Fork from here on, in this process and in those that it forks."""
     subprocess.Popen._execute_child = _execute_child  # type: ignore[attr-defined]
 
@@ -103,7 +103,7 @@ def _status_of(words: Sequence[str]) -> int:
     return 0
 
 
-def _forget_the_parent() -> None:
+def _forget_the_parent():
     """What an exec would have ended: handlers, hooks at exit, what is known of children."""
     signal.set_wakeup_fd(-1)
     for number in signal.valid_signals():
@@ -128,14 +128,14 @@ def _forget_the_parent() -> None:
     gc.freeze()
 
 
-def _reopen_output() -> None:
+def _reopen_output():
     for number, name in ((1, "stdout"), (2, "stderr")):
         raw = open(number, "wb", 0, closefd=False)  # noqa: SIM115
         # Whatever is printed is there when a test kills the process.
         setattr(sys, name, io.TextIOWrapper(raw, write_through=True))
 
 
-def _words(command: object) -> list[str] | None:
+def _words(command) -> list[str] | None:
     """A command from its "-m" or its program on; None if it is not one for a fork."""
     if not isinstance(command, list | tuple) or command[0] != sys.executable:
         return None
@@ -146,19 +146,19 @@ def _words(command: object) -> list[str] | None:
 
 
 def _execute_child(
-    self: Any,
-    args: Any,
-    executable: Any,
-    preexec_fn: Any,
+    self,
+    args,
+    executable,
+    preexec_fn,
     close_fds: bool,
-    pass_fds: Any,
-    cwd: Any,
-    env: Any,
-    startupinfo: Any,
-    creationflags: Any,
+    pass_fds,
+    cwd,
+    env,
+    startupinfo,
+    creationflags,
     shell: bool,
-    *more: Any,
-) -> None:
+    *more,
+):
     """Of `subprocess.Popen`; `more` are six ends of pipes, who to be, and the session."""
     words = None if shell or executable or pass_fds else _words(args)
     if words is None:
@@ -186,7 +186,7 @@ def _execute_child(
     self._close_pipe_fds(*ends)
 
 
-def _take_files(stdin: int, stdout: int, stderr: int) -> None:
+def _take_files(stdin: int, stdout: int, stderr: int):
     """Make these the files 0, 1 and 2 (-1: as they are), and close all others."""
     # High numbers first, lest one of the three is overwritten before it is taken.
     taken = [None if file == -1 else os.dup(file) for file in (stdin, stdout, stderr)]
