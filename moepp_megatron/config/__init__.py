@@ -24,7 +24,6 @@ reference.py      every setting with type, default, unit, range and meaning, fro
 regular_file.py   reads regular files that somebody else may have made, up to a limit
 rows.py           rules as rows: what is wrong where, what must hold, what to write instead
 sections.py       the sections by name, and what they declare of themselves
-split.py          the data split: weights of the train, validation and test parts
 stages.py         which transformer layers each pipeline stage holds
 vanilla.py        the vanilla model that a MoE++ configuration is compared with
 world_size.py     rules that depend on the number of ranks
@@ -40,7 +39,7 @@ from moepp_megatron.config.layout import Layout, RankCoordinates
 from moepp_megatron.config.load import load_config, parse_config, with_overrides
 from moepp_megatron.config.parameters import ParameterCounts, checkpoint_bytes, count_parameters
 from moepp_megatron.config.schema import Config
-from moepp_megatron.config.split import parse_split
+from moepp_megatron.config.schema.data import parse_split
 from moepp_megatron.config.stages import stage_layers
 
 __all__ = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
@@ -10,10 +11,13 @@ from moepp_megatron.config.plugins import Plugin
 from moepp_megatron.config.problem import Problem
 from moepp_megatron.config.rows import Rule, each, no_effect_where, refuse
 from moepp_megatron.config.schema.section import ConfigPath, Section, Unit
-from moepp_megatron.config.split import parse_split
 
 if TYPE_CHECKING:
     from moepp_megatron.config.schema import Config
+
+
+# Of a corpus that has none of its own.
+DEFAULT_SPLIT = "98,2,0"
 
 
 class BlendPart(Section):
@@ -48,11 +52,22 @@ def _blends_name_a_folder_once(config: Config) -> Iterator[Problem]:
                 yield Problem(f"{name}[{index}].path", str(parts[index].path), rule, remedy)
 
 
+def parse_split(text: str) -> tuple[float, float, float] | None:
+    """Weights of `train,validation,test`, or None unless they are three numbers of 0 or more."""
+    try:
+        weights = [float(part) for part in text.split(",")]
+    except ValueError:
+        return None
+    if len(weights) != 3 or any(not math.isfinite(w) or w < 0 for w in weights):
+        return None
+    return weights[0], weights[1], weights[2]
+
+
 def _split_has_three_parts(config: Config) -> Iterator[Problem]:
     """Three weights, something to train on, and something to validate on if that is asked for."""
     text, evaluated = config.data.split, config.training.eval_iters
     weights = parse_split(text) if text is not None else (1.0, 1.0, 1.0)
-    remedy = "use '98,2,0'"
+    remedy = f"use '{DEFAULT_SPLIT}'"
     if weights is None:
         rule = "must be three numbers of 0 or more, separated by commas: train, validation, test"
     elif weights[0] <= 0:
