@@ -122,6 +122,11 @@ def first(*rules: Rule) -> Rule:
     return rule
 
 
+def table[T](*members: T) -> tuple[T, ...]:
+    """The rows that a section declares, as a tuple of any length, which those of bases are too."""
+    return members
+
+
 def no_effect_where(applies: Condition, reason: str, names: str, remedy: str) -> Rule:
     """A rule: none of `names` (one or more, with spaces) has an effect where `applies` is true."""
     rules = (

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from moepp_megatron.config.plugins import Plugin
 from moepp_megatron.config.problem import Problem
-from moepp_megatron.config.rows import Rule, each, no_effect_where, refuse
+from moepp_megatron.config.rows import each, no_effect_where, refuse, table
 from moepp_megatron.config.schema.section import ConfigPath, Section, Unit
 
 if TYPE_CHECKING:
@@ -113,7 +113,7 @@ class EngineDataSection(Section):
     megatron_flags: ClassVar[str] = (
         "split num-workers reset-position-ids:true reset-attention-mask:true eod-mask-loss:true"
     )
-    own_rules: ClassVar[tuple[Rule, ...]] = (
+    own_rules = table(
         _split_has_three_parts,
         refuse(
             "data.blend",
@@ -130,14 +130,14 @@ class EngineDataSection(Section):
         ),
         _blends_name_a_folder_once,
     )
-    excludes: ClassVar[tuple[tuple[str, str, str], ...]] = (
+    excludes = table(
         (
             "data.reset_attention_mask",
             "training.cuda_graphs",
             "a graph's inputs are of fixed sizes, without documents or padding",
         ),
     )
-    no_effect: ClassVar[tuple[Rule, ...]] = (
+    no_effect = table(
         no_effect_where(
             lambda c: not c.data.reset_attention_mask,
             "on attention, which depends only on distances; only metrics by position change",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from moepp_megatron.config.divisibility import divisible
-from moepp_megatron.config.rows import Rule, first, group, refuse
+from moepp_megatron.config.rows import first, group, refuse, table
 from moepp_megatron.config.schema.latent_attention import LatentAttentionSection
 from moepp_megatron.config.schema.section import Section, Unit
 
@@ -79,7 +79,7 @@ class EngineModelSection(Section):
         "norm-epsilon layernorm-epsilon=norm_epsilon init-method-std qk-layernorm:true "
         "add-qkv-bias=qkv_bias:true untie-embeddings-and-output-weights=tie_embeddings:false"
     )
-    own_rules: ClassVar[tuple[Rule, ...]] = (
+    own_rules = table(
         group(
             lambda c: c.model.latent_attention is None and c.model.kv_channels is None,
             first(

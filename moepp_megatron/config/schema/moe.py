@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 from moepp_megatron.config.divisibility import divisible
 from moepp_megatron.config.problem import Problem
 from moepp_megatron.config.rows import (
-    Rule,
     each,
     first,
     group,
     no_effect_where,
     no_effect_with,
     refuse,
+    table,
     values,
 )
 from moepp_megatron.config.schema.section import Section, Unit
@@ -139,7 +139,7 @@ class EngineMoESection(Section, LayerSettings):  # type: ignore[misc]
         "moe-router-enable-expert-bias=selection_bias:true "
         "moe-enable-deepep=flex_backend:deepep"
     )
-    own_rules: ClassVar[tuple[Rule, ...]] = (
+    own_rules = table(
         refuse(
             "moe.router_topk",
             lambda c: c.moe.router_topk > c.moe.num_experts,
@@ -286,14 +286,14 @@ class EngineMoESection(Section, LayerSettings):  # type: ignore[misc]
             ),
         ),
     )
-    excludes: ClassVar[tuple[tuple[str, str, str], ...]] = (
+    excludes = table(
         (
             "moe.constants_shared",
             "parallel.overlap_moe_expert_parallel_comm",
             "each layer's backward pass runs by itself, which is not tested with it",
         ),
     )
-    no_effect: ClassVar[tuple[Rule, ...]] = (
+    no_effect = table(
         no_effect_where(
             lambda c: c.moe.num_zero_computation_experts == 0,
             "without zero-computation experts",

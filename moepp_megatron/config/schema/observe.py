@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from moepp_megatron.config.plugins import Plugin
-from moepp_megatron.config.rows import Rule, no_effect_where, refuse
+from moepp_megatron.config.rows import no_effect_where, refuse, table
 from moepp_megatron.config.schema.section import FilledText, Section
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ class EngineObserveSection(Section):
     that the address is in no file; null is off"""
 
     engine_defaults = {"health_interval": 0}
-    own_rules: ClassVar[tuple[Rule, ...]] = (
+    own_rules = table(
         # The address is a secret: it is read from the environment and never part of a message.
         refuse(
             "observe.webhook_url_env",
@@ -53,7 +53,7 @@ class EngineObserveSection(Section):
             value=lambda c: "...",
         ),
     )
-    no_effect: ClassVar[tuple[Rule, ...]] = (
+    no_effect = table(
         no_effect_where(
             lambda c: c.observe.wandb.project is None,
             "without observe.wandb.project",

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 from moepp_megatron.config.divisibility import batch_sizes, must_divide
 from moepp_megatron.config.problem import Problem
 from moepp_megatron.config.rows import (
-    Rule,
     each,
     first,
     group,
     no_effect_with,
     no_effect_without,
     refuse,
+    table,
     values,
 )
 from moepp_megatron.config.schema.section import Section, Unit
@@ -157,7 +157,7 @@ class EngineTrainingSection(Section):
         "deterministic-mode=deterministic:true "
         "recompute-activations=recompute_granularity:selective"
     )
-    own_rules: ClassVar[tuple[Rule, ...]] = (
+    own_rules = table(
         _batch_ramp_rises_to_the_batch,
         _micro_batches_divide_global_batch,
         group(
@@ -222,7 +222,7 @@ class EngineTrainingSection(Section):
             ),
         ),
     )
-    excludes: ClassVar[tuple[tuple[str, str, str], ...]] = (
+    excludes = table(
         (
             "training.cuda_graphs",
             "training.recompute_granularity",
@@ -239,7 +239,7 @@ class EngineTrainingSection(Section):
             "megatron-core keeps a layer's FP8 state with each graph and updates it twice",
         ),
     )
-    no_effect: ClassVar[tuple[Rule, ...]] = (
+    no_effect = table(
         no_effect_without(
             "training.recompute_granularity",
             "training.recompute_method training.recompute_num_layers training.recompute_modules",

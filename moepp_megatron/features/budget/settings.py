@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import model_validator
 
 from moepp_megatron.config.problem import Problem
-from moepp_megatron.config.rows import Rule, first, group, no_effect_where, refuse
+from moepp_megatron.config.rows import first, group, no_effect_where, refuse, table
 from moepp_megatron.config.schema.moe import Controller, EngineMoESection
 from moepp_megatron.config.schema.section import Section, Unit
 
@@ -127,7 +127,7 @@ class BudgetSettings(EngineMoESection):  # type: ignore[misc]  # as EngineMoESec
         """The controller of the FFN share."""
         return self.budget.held_by
 
-    own_rules: ClassVar[tuple[Rule, ...]] = (
+    own_rules = table(
         group(
             lambda c: c.moe.budget.acts and c.moe.num_zero_computation_experts == 0,
             first(
@@ -166,7 +166,7 @@ class BudgetSettings(EngineMoESection):  # type: ignore[misc]  # as EngineMoESec
             "use null, or drop moe.budget",
         ),
     )
-    no_effect: ClassVar[tuple[Rule, ...]] = (
+    no_effect = table(
         no_effect_where(
             lambda c: c.moe.budget.target_ffn_per_token is not None,
             "with moe.budget.target_ffn_per_token, from which tau follows",

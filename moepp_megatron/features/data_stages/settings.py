@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Annotated, ClassVar
+from typing import TYPE_CHECKING, Annotated
 
 from moepp_megatron.config.blends import first_step
 from moepp_megatron.config.problem import Problem
-from moepp_megatron.config.rows import Rule, each, group, refuse
+from moepp_megatron.config.rows import each, group, refuse, table
 from moepp_megatron.config.schema.data import BlendPart
 from moepp_megatron.config.schema.section import Section, Unit
 
@@ -60,7 +60,7 @@ class DataStageSettings(Section):
     stages: list[DataStage] = []
     """Blends that replace the one before at a step or a number of tokens, in order"""
 
-    own_rules: ClassVar[tuple[Rule, ...]] = (
+    own_rules = table(
         refuse(
             "data.stages",
             lambda c: c.data.stages and c.data.path is None and not c.data.blend,
@@ -86,4 +86,6 @@ class DataStageSettings(Section):
         ),
         _stages_follow_each_other,
     )
-    no_effect: ClassVar[tuple[Rule, ...]] = (_stages_behind_the_end,)
+    no_effect = table(
+        _stages_behind_the_end,
+    )

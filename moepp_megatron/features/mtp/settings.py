@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
-from moepp_megatron.config.rows import Rule, group, no_effect_with, refuse
+from moepp_megatron.config.rows import group, no_effect_with, refuse, table
 from moepp_megatron.config.schema.section import Section, Unit
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ class MultiTokenPredictionSettings(Section):
         }
 
     megatron_flags: ClassVar[str] = "mtp-num-layers mtp-loss-scaling-factor"
-    own_rules: ClassVar[tuple[Rule, ...]] = (
+    own_rules = table(
         group(
             lambda c: c.model.mtp_num_layers > 0,
             refuse(
@@ -52,7 +52,7 @@ class MultiTokenPredictionSettings(Section):
             ),
         ),
     )
-    excludes: ClassVar[tuple[tuple[str, str, str], ...]] = (
+    excludes = table(
         (
             "moe.constants_shared",
             "model.mtp_num_layers",
@@ -74,7 +74,7 @@ class MultiTokenPredictionSettings(Section):
             "these layers have not been tested with weights in FP8",
         ),
     )
-    no_effect: ClassVar[tuple[Rule, ...]] = (
+    no_effect = table(
         no_effect_with(
             "model.mtp_num_layers",
             0,

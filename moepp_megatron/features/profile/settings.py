@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from moepp_megatron.config.problem import Problem
-from moepp_megatron.config.rows import Rule, WorldSizeRule, no_effect_without
+from moepp_megatron.config.rows import WorldSizeRule, no_effect_without, table
 from moepp_megatron.config.schema.section import Section, Unit
 
 if TYPE_CHECKING:
@@ -48,9 +48,11 @@ class ProfileSettings(Section):
     """Ranks that record them; null is all, without which waiting for late ranks cannot be
     distinguished from transfer"""
 
-    own_rules: ClassVar[tuple[Rule, ...]] = (_profiled_steps_follow_each_other,)
+    own_rules = table(
+        _profiled_steps_follow_each_other,
+    )
     world_size_rules: ClassVar[tuple[WorldSizeRule, ...]] = (_profiled_ranks_exist,)
     of_one_run: ClassVar[str] = "profile_steps profile_ranks"
-    no_effect: ClassVar[tuple[Rule, ...]] = (
+    no_effect = table(
         no_effect_without("training.profile_steps", "training.profile_ranks", "name some steps"),
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, ClassVar
 
-from moepp_megatron.config.rows import Rule, each, entries, no_effect_with
+from moepp_megatron.config.rows import each, entries, no_effect_with, table
 from moepp_megatron.config.schema.section import ConfigPath, Section, Unit
 
 
@@ -17,7 +17,7 @@ class ValidationSettings(Section):
     """Global batches per validation; 0 never validates"""
 
     megatron_flags: ClassVar[str] = "eval-interval eval-iters"
-    no_effect: ClassVar[tuple[Rule, ...]] = (
+    no_effect = table(
         no_effect_with(
             "training.eval_iters",
             0,
@@ -34,7 +34,7 @@ class ValidationSets(Section):
     """Further validation sets, {name: folder}, each with its own loss: the validation part of a
     folder that is trained on, all documents of any other"""
 
-    own_rules: ClassVar[tuple[Rule, ...]] = (
+    own_rules = table(
         # They name metrics, in records and in what others read.
         each(
             entries("data.validation"),
