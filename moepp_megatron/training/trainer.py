@@ -131,15 +131,15 @@ class Trainer:
                 logs = step.updated and self._is_logged(step.number)
                 if logs:
                     record = self._record(step)
-                stays = self._judge(step)
-                if stays:
+                is_kept = self._judge(step)
+                if is_kept:
                     for part in parts:
                         part.after_step(step, record if logs else None)
                 # A request may have come while the host was busy after the step's read. Elsewhere
                 # it has only queued the optimizer's work, and the next step's read comes at once.
-                asked = stop.seen if stays and not logs else stop.agreed()
+                asked = stop.seen if is_kept and not logs else stop.agreed()
                 self.stopped = asked or self.pause_reason is not None
-                if stays and self._saves_now() or self.stopped:
+                if is_kept and self._saves_now() or self.stopped:
                     with supervisor.during("save"):
                         self._save()
                 self._announce_saves()
