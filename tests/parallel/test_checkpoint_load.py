@@ -76,13 +76,9 @@ def _truncate(path: Path):
 @pytest.mark.parametrize(
     ("name", "harm", "why"),
     [
+        # More of them: tests/unit/training/test_checkpoint_find.py.
         ("__1_0.distcp", _flip, "__1_0.distcp is damaged"),
-        ("__0_0.distcp", _truncate, "__0_0.distcp has "),
-        ("__0_0.distcp", Path.unlink, "__0_0.distcp is missing"),
         ("metadata.json", Path.unlink, "metadata.json is missing"),
-        ("integrity.json", Path.unlink, "integrity.json is missing"),
-        ("integrity.json", _truncate, "integrity.json is damaged"),
-        ("state.json", _truncate, "state.json cannot be read"),
         (".metadata", _flip, ".metadata is damaged"),
         ("config.yaml", _truncate, "config.yaml has "),
     ],
