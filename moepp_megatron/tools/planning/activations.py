@@ -10,11 +10,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from moepp_megatron.tools.planning.attention import LatentAttention
 from moepp_megatron.tools.planning.grid import Grid
 from moepp_megatron.tools.planning.parts import Layer
 from moepp_megatron.tools.planning.traffic import distinct_targets
-from moepp_megatron.tools.planning.workload import Workload
+from moepp_megatron.tools.planning.workload import LatentAttention, Workload
 
 # GPUs of a node.
 _JOINED_RANKS = 8

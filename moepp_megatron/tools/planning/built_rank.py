@@ -14,10 +14,9 @@ import torch.distributed as dist
 from moepp_megatron.config import Config, Layout, stage_layers
 from moepp_megatron.runtime import cpu_support, distributed
 from moepp_megatron.runtime.optional import have_transformer_engine
-from moepp_megatron.tools.planning.attention import LatentAttention
 from moepp_megatron.tools.planning.grid import Grid
 from moepp_megatron.tools.planning.memory import memory_of
-from moepp_megatron.tools.planning.workload import Workload
+from moepp_megatron.tools.planning.workload import LatentAttention, Workload
 
 _ATTENTION = ("tp", "cp", "dp", "pp")
 _EXPERTS = ("etp", "ep", "edp", "pp")

@@ -10,6 +10,7 @@ from functools import lru_cache
 from moepp_megatron.tools.planning.grid import Grid
 from moepp_megatron.tools.planning.machine import Machine
 from moepp_megatron.tools.planning.parts import (
+    TRAVELLING,
     Layer,
     LayerPart,
     embedding_part,
@@ -19,7 +20,6 @@ from moepp_megatron.tools.planning.parts import (
 from moepp_megatron.tools.planning.rates import Work, work_seconds
 from moepp_megatron.tools.planning.traffic import layer_traffic
 from moepp_megatron.tools.planning.workload import Workload
-from moepp_megatron.tools.planning.zero_computation import seconds_during_rows
 
 # Names besides those of parts.py, in the order of plots.
 RECOMPUTE, TENSOR, CONTEXT = "recomputation", "tensor parallel", "context parallel"
@@ -95,7 +95,7 @@ def layer_time(
         clock.exchange(traffic.experts, repeats * traffic.experts, share if overlaps else 0.0)
         local = [part for part in parts if part.name in ("shared_expert", "zero_computation")]
         overlapped = [
-            seconds_during_rows(load, grid, machine, works, traffic.experts)
+            _seconds_during_rows(load, grid, machine, works, traffic.experts)
             for works in ([p.forward for p in local], [p.backward for p in local])
         ]
         clock.hide(EXCHANGE, overlapped[0], overlapped[1] + (repeats - 1) * overlapped[0])
@@ -110,6 +110,22 @@ def edge_time(load: Workload, grid: Grid, machine: Machine, is_last: bool) -> Pa
     clock = _LayerClock(machine, 1.0, load.graphs)
     clock.add(output_part(load, grid) if is_last else embedding_part(load, grid))
     return clock.time()
+
+
+def _seconds_during_rows(
+    load: Workload, grid: Grid, machine: Machine, works: Sequence[Work], exchange: float
+) -> float:
+    """Seconds of an exchange during which this rank computes, `works` on each of its two ways.
+
+    Shared experts compute on the way there, these on the way back (`moe/layer.py`). The combined
+    schedule has its own rule. With expert-tensor parallelism rows are gathered, too: left out.
+    """
+    travels = load.experts.dispatcher in TRAVELLING and grid.ep > 1 and grid.etp == 1
+    is_combined = grid.expert_overlap or grid.unpaired
+    if is_combined or not travels or load.experts.is_vanilla:
+        return 0.0
+    most = exchange / 2 * (1.0 - machine.reached.overlap_slowdown)
+    return sum(min(work_seconds(work, machine), most) for work in works)
 
 
 def _core_seconds(work: Work, machine: Machine) -> float:

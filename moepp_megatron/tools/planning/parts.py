@@ -9,14 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import assert_never
+from typing import Literal, assert_never
 
 from moepp_megatron.tools.planning.grid import Grid
 from moepp_megatron.tools.planning.rates import Work, linear_products, linear_work
 from moepp_megatron.tools.planning.traffic import distinct_targets
 from moepp_megatron.tools.planning.workload import Workload
-from moepp_megatron.tools.planning.zero_computation import local_work, mixing_logits
 
+# Dispatchers whose rows travel during computation.
+TRAVELLING = ("alltoall", "alltoall_dedup")
 # Kernels of the attention forward besides its projections: rotations, layouts, core.
 _CORE_KERNELS = 10
 # Kernels of the router beside its products, forward and backward: megatron-core's operations one by
@@ -143,7 +144,7 @@ def _router(load: Workload, grid: Grid, has_residual: bool) -> LayerPart:
     tokens, wide = grid.tokens(load.seq), experts.num_experts
     (width, depth), *others = experts.router_shapes(load.hidden, is_first=not has_residual)
     # The gate's first product and the constant experts' are one.
-    shapes = [(width + mixing_logits(load), depth), *others]
+    shapes = [(width + _mixing_logits(load), depth), *others]
     forward, backward = linear_products(tokens, shapes, load.numbers.dtype)
     # fp32 logits, scores, map and probabilities: about eight passes over [T, E].
     moved = 8.0 * 4 * tokens * wide
@@ -236,6 +237,46 @@ def _zero_computation(load: Workload, grid: Grid) -> LayerPart:
     """`y = s x + A V`: no token is gathered, sorted or sent."""
     ahead, back = local_work(load, grid)
     return LayerPart("zero_computation", ahead, back, _again(grid, "moe", ahead))
+
+
+def local_form(load: Workload, grid: Grid) -> Literal["combined", "apart", "plain"]:
+    """The form in which zero-computation experts are computed.
+
+    Combined: in the kernel that returns FFN experts' rows to their tokens, where nothing travels.
+    Apart: in one kernel (`moe.kernels.combine.add_local`). Plain: in PyTorch's operations.
+    """
+    if not load.local_fused:
+        return "plain"
+    return "combined" if grid.ep == 1 and load.experts.dispatcher in TRAVELLING else "apart"
+
+
+def _mixing_logits(load: Workload) -> int:
+    """Outputs of the constant experts' own gate, `U x`: the router's product computes them too."""
+    return sum(n for n, k in load.experts.local_matmuls(load.hidden) if k == load.hidden)
+
+
+def local_work(load: Workload, grid: Grid) -> tuple[Work, Work]:
+    """Forward and backward work of `y = s x + A V`, without `U x`."""
+    tokens = grid.tokens(load.seq)
+    tensor = tokens * load.hidden * load.numbers.activation_bytes
+    matmuls = [(n, k) for n, k in load.experts.local_matmuls(load.hidden) if k != load.hidden]
+    ahead, back = linear_products(tokens, matmuls, load.numbers.dtype)
+    form = local_form(load, grid)
+    if form == "plain":
+        forward = Work(ahead, moved=3.0 * tensor, kernels=5)
+        return forward, Work(back, moved=6.0 * tensor, kernels=8)
+    # Tensors [T, D] of the kernel, those of its products too: x; apart also the output, which is
+    # read again. Backward x and its gradient, apart also the output's gradient.
+    # Apart, gradients of hidden states and gates meet those of the rows in sums of their own.
+    tensors, kernels = {"combined": ((1.0, 2.0), (0, 0)), "apart": ((3.0, 3.0), (1, 4))}[form]
+    moved = [
+        max(count * tensor - sum(product.moved for product in products), 0.0)
+        for count, products in zip(tensors, (ahead, back), strict=True)
+    ]
+    # Gradients of the gates, then of V: parts added up, rounded.
+    after = 1 + (2 if matmuls else 0)
+    forward = Work(ahead, 0.0, 0, moved[0], kernels[0])
+    return forward, Work(back, 0.0, 0, moved[1], kernels[1] + after)
 
 
 def embedding_part(load: Workload, grid: Grid) -> LayerPart:

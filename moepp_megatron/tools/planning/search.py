@@ -15,14 +15,13 @@ from itertools import product
 
 from moepp_megatron.config import Config, ConfigError
 from moepp_megatron.config.schema.moe import HIDDEN_ALIGNMENT
-from moepp_megatron.tools.planning.attention import LatentAttention
 from moepp_megatron.tools.planning.grid import FULL, Dispatcher, Grid, Recompute, States
 from moepp_megatron.tools.planning.imbalance import AssumedRouting
 from moepp_megatron.tools.planning.layout_costs import LayoutCosts
 from moepp_megatron.tools.planning.machine import Machine
 from moepp_megatron.tools.planning.overlay import with_states
 from moepp_megatron.tools.planning.step import Cost
-from moepp_megatron.tools.planning.workload import NumberFormats, Workload
+from moepp_megatron.tools.planning.workload import LatentAttention, NumberFormats, Workload
 
 # arXiv 2603.07685, section 9.1: below this, context parallelism costs more than it gives.
 _LEAST_TOKENS_PER_CONTEXT_RANK = 4096

@@ -12,8 +12,7 @@ from rich.table import Table
 from moepp_megatron.runtime.atomic import write_result
 from moepp_megatron.tools.planning.measured.compare import Range, error_range, published
 from moepp_megatron.tools.planning.memory import GIB
-from moepp_megatron.tools.planning.plan import Plan
-from moepp_megatron.tools.planning.planned import Planned
+from moepp_megatron.tools.planning.plan import Plan, Planned
 from moepp_megatron.tools.planning.traffic import placement
 from moepp_megatron.tools.report import formatting
 from moepp_megatron.tools.report.terminal import print_uncut, titled_table

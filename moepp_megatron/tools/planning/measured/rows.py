@@ -23,11 +23,10 @@ from moepp_megatron.config.regular_file import read_text
 from moepp_megatron.config.schema import Config
 from moepp_megatron.config.stages import Stages, expand_pipeline_layout, stages_of
 from moepp_megatron.config.yaml_file import parse_yaml
-from moepp_megatron.tools.planning.attention import LatentAttention
 from moepp_megatron.tools.planning.grid import Grid
 from moepp_megatron.tools.planning.imbalance import FORCED_BALANCE, AssumedRouting, early
 from moepp_megatron.tools.planning.pipeline import even_stages
-from moepp_megatron.tools.planning.workload import Workload
+from moepp_megatron.tools.planning.workload import LatentAttention, Workload
 
 Scope = Literal["in", "near", "out", "alt"]
 

@@ -9,7 +9,7 @@ from moepp_megatron.config import Config, with_overrides
 from moepp_megatron.tools.planning.grid import Grid
 from moepp_megatron.tools.planning.imbalance import LEARNED
 from moepp_megatron.tools.planning.machine import Machine
-from moepp_megatron.tools.planning.planned import Planned, planned_of, ramp_stages
+from moepp_megatron.tools.planning.plan import Planned, planned_of, ramp_stages
 from moepp_megatron.tools.planning.step import step_time
 from moepp_megatron.tools.planning.workload import Workload
 from moepp_megatron.training.schedule import batch_stages

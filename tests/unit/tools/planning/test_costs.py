@@ -10,7 +10,6 @@ from moepp_megatron.config import Config, parse_config, with_overrides
 from moepp_megatron.config.flops import forward_flops_per_token
 from moepp_megatron.config.hardware import load_hardware
 from moepp_megatron.tools.planning.activations import kept_bytes, output_bytes
-from moepp_megatron.tools.planning.attention import GroupedQuery
 from moepp_megatron.tools.planning.grid import FULL, Grid
 from moepp_megatron.tools.planning.imbalance import FORCED_BALANCE, LEARNED
 from moepp_megatron.tools.planning.layer_time import HOST, METADATA, PassTime, layer_time
@@ -33,7 +32,7 @@ from moepp_megatron.tools.planning.traffic import (
     hierarchical_rows,
     layer_traffic,
 )
-from moepp_megatron.tools.planning.workload import NumberFormats, Workload
+from moepp_megatron.tools.planning.workload import GroupedQuery, NumberFormats, Workload
 
 
 def configured(**moe: object) -> Config:

@@ -9,11 +9,10 @@ import pytest
 
 from moepp_megatron.config import Layout, count_parameters, load_config, parse_config
 from moepp_megatron.config.flops import forward_flops_per_token
-from moepp_megatron.tools.planning.attention import LatentAttention, attention_of
 from moepp_megatron.tools.planning.grid import Grid
 from moepp_megatron.tools.planning.memory import fullest_rank, memory_of, rank_memory
 from moepp_megatron.tools.planning.pipeline import even_stages
-from moepp_megatron.tools.planning.workload import Workload
+from moepp_megatron.tools.planning.workload import LatentAttention, Workload, attention_of
 from tests.unit.tools.planning.rank_builds import WORLD, build
 from tests.unit.tools.planning.test_built_rank import settings
 

@@ -8,10 +8,15 @@ from moepp_megatron.config import with_overrides
 from moepp_megatron.tools.planning.grid import FULL, Dispatcher, Grid
 from moepp_megatron.tools.planning.layer_time import EXCHANGE, PassTime, layer_time
 from moepp_megatron.tools.planning.machine import Machine
-from moepp_megatron.tools.planning.parts import Layer, LayerPart, layer_parts
+from moepp_megatron.tools.planning.parts import (
+    Layer,
+    LayerPart,
+    layer_parts,
+    local_form,
+    local_work,
+)
 from moepp_megatron.tools.planning.rates import Product, work_seconds
 from moepp_megatron.tools.planning.workload import Workload
-from moepp_megatron.tools.planning.zero_computation import local_form, local_work
 from tests.unit.tools.planning.test_costs import LOAD, configured
 
 WITHOUT_KERNELS = Workload.from_config(with_overrides(configured(), ["moe.fused=false"]))
