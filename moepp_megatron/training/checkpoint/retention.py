@@ -67,6 +67,7 @@ logger = logging.getLogger(__name__)
 # Hidden, so that no listing takes them for checkpoints.
 _INCOMPLETE = "incomplete"
 _DISCARDED = "discarded"
+_LEFT = "removing %s, which a save that did not finish has left"
 
 
 class Pruner:
@@ -146,20 +147,16 @@ def remove_leftovers(folder: Path) -> None:
     itself, so what they have left is deleted too. In object storage that is what has no manifest.
     """
     if isinstance(folder, ObjectPath):
-        _remove_unfinished(folder)
+        for path in list_checkpoints(folder):
+            if isinstance(path, ObjectPath) and not (path / MANIFEST_FILE).is_file():
+                logger.info(_LEFT, path)
+                path.delete_below()
         return
     for kind in (_INCOMPLETE, _DISCARDED):
         for path in sorted(folder.glob(f".{PREFIX}*.{kind}-*")):
             if not _is_being_written(path):
-                logger.info("removing %s, which a save that did not finish has left", path)
+                logger.info(_LEFT, path)
                 shutil.rmtree(path, ignore_errors=True)
-
-
-def _remove_unfinished(folder: ObjectPath) -> None:
-    for path in list_checkpoints(folder):
-        if isinstance(path, ObjectPath) and not (path / MANIFEST_FILE).is_file():
-            logger.info("removing %s, which a save that did not finish has left", path)
-            path.delete_below()
 
 
 def _is_being_written(path: Path) -> bool:

@@ -10,7 +10,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
@@ -129,36 +128,10 @@ def _is_key(value: Any, wrappers: dict[Any, Any]) -> bool:
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class RankTimes:
-    """Mean seconds per step in an interval, [ranks]: `busy_s` leaves out waiting for others."""
-
-    busy_s: list[float]
-    wall_s: list[float]
-
-    @property
-    def slowest(self) -> int:
-        """The rank with the longest own time."""
-        return max(range(len(self.busy_s)), key=self.busy_s.__getitem__)
-
-    @property
-    def ratio(self) -> float:
-        """The slowest rank's own time over the median of all ranks.
-
-        The lower median is used: with two ranks it is the other one's time, not the mean.
-        """
-        return self.busy_s[self.slowest] / max(statistics.median_low(self.busy_s), 1e-9)
-
-    @property
-    def waiting_fraction(self) -> float:
-        """Share of the time that goes into waiting, over all ranks."""
-        return 1.0 - sum(self.busy_s) / max(sum(self.wall_s), 1e-9)
-
-
 class StragglerDetector(_CollectiveClock):
     """Measures this rank's steps, and compares them with the others' every `interval` steps.
 
-    From the ratio `threshold` on the log names the slowest rank.
+    From `threshold` times the median on the log names the slowest rank.
     """
 
     def __init__(self, interval: int, threshold: float) -> None:
@@ -174,34 +147,42 @@ class StragglerDetector(_CollectiveClock):
         self.counting = True
         self._began = time.perf_counter()
 
-    def end_step(self, step: int) -> RankTimes | None:
-        """End a step; every rank must call. The comparison, in steps that have one."""
+    def end_step(self, step: int) -> dict[str, int | float]:
+        """End a step; every rank must call. The comparison as metrics, in steps that have one."""
         self._wall_s += time.perf_counter() - self._began
         self.counting = False
         self._waiting_s += self.read()
         self._steps += 1
         if step % self._interval != 0:
-            return None
-        times = self._gather()
+            return {}
+        busy_s, wall_s = self._gather()
         self._steps, self._wall_s, self._waiting_s = 0, 0.0, 0.0
-        if times.ratio >= self._threshold and dist.get_rank() == 0:
+        slowest = max(range(len(busy_s)), key=busy_s.__getitem__)
+        # The lower median: with two ranks it is the other one's time, not the mean.
+        ratio = busy_s[slowest] / max(statistics.median_low(busy_s), 1e-9)
+        if ratio >= self._threshold and dist.get_rank() == 0:
             logger.warning(
                 "step %d: rank %d is a straggler: %.3f s a step of its own, %.2f times the "
                 "median of %d ranks (resilience.straggler_threshold: %g); look at its node",
                 step,
-                times.slowest,
-                times.busy_s[times.slowest],
-                times.ratio,
-                len(times.busy_s),
+                slowest,
+                busy_s[slowest],
+                ratio,
+                len(busy_s),
                 self._threshold,
             )
-        return times
+        return {
+            "slowest_rank": slowest,
+            "slowest_rank_ratio": ratio,
+            "waiting_fraction": 1.0 - sum(busy_s) / max(sum(wall_s), 1e-9),
+        }
 
-    def _gather(self) -> RankTimes:
+    def _gather(self) -> tuple[list[float], list[float]]:
+        """Mean seconds per step of each rank without waiting for others, and with it."""
         own = max(self._wall_s - self._waiting_s, 0.0) / self._steps
         mine = torch.tensor([own, self._wall_s / self._steps], dtype=torch.float64)
         mine = mine.to(torch.cuda.current_device())
         everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
         dist.all_gather(everyone, mine)
         busy_s, wall_s = torch.stack(everyone).T.tolist()
-        return RankTimes(busy_s, wall_s)
+        return busy_s, wall_s

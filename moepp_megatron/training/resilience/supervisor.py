@@ -15,7 +15,7 @@ from torch import Tensor
 
 from moepp_megatron.config import Config
 from moepp_megatron.model.fp8_weights import plain_value
-from moepp_megatron.training.resilience.stragglers import RankTimes, StragglerDetector
+from moepp_megatron.training.resilience.stragglers import StragglerDetector
 from moepp_megatron.training.resilience.watchdog import FIRST_STEP, STEP, Activity, Watchdog
 from moepp_megatron.training.setup import TrainingModel
 
@@ -139,7 +139,7 @@ class Supervisor:
         self._model, self._divergence_interval = model, settings.divergence_interval
         self.activity = Activity()
         self._steps_begun = 0
-        self._comparison: RankTimes | None = None
+        self._metrics: dict[str, int | float] = {}
         self._watchdog: Watchdog | None = None
         if settings.hang_timeout_s > 0:
             self._watchdog = Watchdog(
@@ -183,18 +183,12 @@ class Supervisor:
 
     def end_step(self, step: int) -> None:
         """End step `step`; every rank must call. SilentDivergenceError if copies differ."""
-        self._comparison = self._stragglers.end_step(step) if self._stragglers else None
+        if self._stragglers is not None:
+            self._metrics = self._stragglers.end_step(step)
         if self._divergence_interval > 0 and step % self._divergence_interval == 0:
             with self._model.gathered_parameters():
                 _check_shared_parameters(self._model.models, step)
 
     def metrics(self) -> dict[str, int | float]:
         """Optional fields of the step's record."""
-        comparison = self._comparison
-        if comparison is None:
-            return {}
-        return {
-            "slowest_rank": comparison.slowest,
-            "slowest_rank_ratio": comparison.ratio,
-            "waiting_fraction": comparison.waiting_fraction,
-        }
+        return self._metrics
