@@ -142,13 +142,7 @@ class Supervisor:
         self._metrics: dict[str, int | float] = {}
         self._watchdog: Watchdog | None = None
         if settings.hang_timeout_s > 0:
-            self._watchdog = Watchdog(
-                Path(config.run.dir),
-                dist.get_rank(),
-                dist.get_world_size(),
-                self.activity,
-                settings,
-            )
+            self._watchdog = Watchdog(Path(config.run.dir), self.activity, settings)
         self._stragglers: StragglerDetector | None = None
         if settings.straggler_interval > 0 and dist.get_world_size() > 1:
             self._stragglers = StragglerDetector(

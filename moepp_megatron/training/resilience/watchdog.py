@@ -90,17 +90,10 @@ class Watchdog:
     hang, `hangs/`; `settings.hang_timeout_s` is above 0.
     """
 
-    def __init__(
-        self,
-        run_dir: Path,
-        rank: int,
-        world_size: int,
-        activity: Activity,
-        settings: ResilienceSection,
-    ) -> None:
+    def __init__(self, run_dir: Path, activity: Activity, settings: ResilienceSection) -> None:
         self._folder = HeartbeatFolder(run_dir / "heartbeats")
         self._hangs = run_dir / "hangs"
-        self._rank, self._world_size = rank, world_size
+        self._rank, self._world_size = dist.get_rank(), dist.get_world_size()
         self._activity, self._settings = activity, settings
         tick = settings.hang_timeout_s / _LOOKS
         self._tick_s = min(max(tick, _SHORTEST_TICK_S), _LONGEST_TICK_S)
