@@ -29,7 +29,7 @@ from moepp_megatron.runtime.distributed import Agreement
 from moepp_megatron.training.alerts import lost_output
 from moepp_megatron.training.batches import sample_index
 from moepp_megatron.training.part import Outcome, Part, PartContext, Step, Stop
-from moepp_megatron.training.run_folder.holder import check_kind
+from moepp_megatron.training.run_folder.ownership import check_kind
 from moepp_megatron.training.schedule import BatchSizes
 from moepp_megatron.training.step import Batch
 

@@ -24,7 +24,8 @@ from moepp_megatron.runtime.disk import is_full
 from moepp_megatron.runtime.object_store import ObjectPath, place
 from moepp_megatron.training.checkpoint import list_checkpoints
 from moepp_megatron.training.checkpoint.retention import remove_leftovers
-from moepp_megatron.training.run_folder.holder import (
+from moepp_megatron.training.run_folder.move_aside import configuration_files, move_aside
+from moepp_megatron.training.run_folder.ownership import (
     OwnerMark,
     beating,
     check_kinds,
@@ -36,7 +37,6 @@ from moepp_megatron.training.run_folder.holder import (
     refuse_unshared,
     refusing_unwritable,
 )
-from moepp_megatron.training.run_folder.move_aside import configuration_files, move_aside
 from moepp_megatron.version import __version__
 
 

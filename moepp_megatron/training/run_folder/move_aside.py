@@ -16,7 +16,7 @@ from moepp_megatron.runtime.object_store import ObjectPath
 from moepp_megatron.training.checkpoint import list_checkpoints
 from moepp_megatron.training.checkpoint.files import PREFIX
 from moepp_megatron.training.checkpoint.find import checkpoints_of
-from moepp_megatron.training.run_folder.holder import OwnerMark, is_same, marked_owner
+from moepp_megatron.training.run_folder.ownership import OwnerMark, is_same, marked_owner
 
 
 def move_aside(config: Config, checkpoints: Path, config_file: Path | None = None) -> list[str]:

@@ -14,7 +14,7 @@ from moepp_megatron.observe.status import StatusSink
 from moepp_megatron.runtime.atomic import create_atomic
 from moepp_megatron.training.checkpoint import find_checkpoint, list_checkpoints
 from moepp_megatron.training.checkpoint.retention import Pruner
-from moepp_megatron.training.run_folder import RunFolder, Start, holder
+from moepp_megatron.training.run_folder import RunFolder, Start, ownership
 from tests.unit.training.conftest import config_of
 
 RESUME, OVERWRITE = Start(resume=True), Start(overwrite=True)
@@ -91,9 +91,9 @@ def test_of_two_at_once_one_is_let_in(of, place, tmp_path, is_stale: bool) -> No
 
 def test_without_locks_too(of, place, tmp_path, monkeypatch) -> None:
     """The other one is let in between the look and the mark."""
-    look, others = holder.OwnerMark.refuse_other, ["a"]
+    look, others = ownership.OwnerMark.refuse_other, ["a"]
 
-    def look_early(mark: holder.OwnerMark) -> None:
+    def look_early(mark: ownership.OwnerMark) -> None:
         look(mark)
         if others:
             enter(of(others.pop()))
@@ -102,7 +102,7 @@ def test_without_locks_too(of, place, tmp_path, monkeypatch) -> None:
         raise OSError
 
     monkeypatch.setattr(fcntl, "flock", no_locks)
-    monkeypatch.setattr(holder.OwnerMark, "refuse_other", look_early)
+    monkeypatch.setattr(ownership.OwnerMark, "refuse_other", look_early)
     with pytest.raises(ConfigError, match=REFUSED.format("runs/a")):
         enter(of("b"))
     assert mark_of(place) == f"{tmp_path / 'runs' / 'a'}\n"
@@ -173,7 +173,7 @@ def test_a_full_disk_of_checkpoints_is_no_claim(of, place, tmp_path, write, monk
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
         create_atomic(path, content)
 
-    monkeypatch.setattr(holder, "create_atomic", full)
+    monkeypatch.setattr(ownership, "create_atomic", full)
     with RunFolder(of("a")).claim(Start()):
         assert (place / "owner").exists()
     always.append(True)

@@ -25,7 +25,7 @@ from moepp_megatron.observe.status import (
     read_status,
     write_status,
 )
-from moepp_megatron.training.run_folder import RunFolder, Start, folder, holder
+from moepp_megatron.training.run_folder import RunFolder, Start, folder, ownership
 from tests.unit.training.conftest import config_of
 
 RESUME, OVERWRITE = Start(resume=True), Start(overwrite=True)
@@ -350,12 +350,12 @@ def test_another_host_is_judged_by_its_beat(run, beats: bool, monkeypatch) -> No
             done.set()
             touching.join()
         return
-    monkeypatch.setattr(holder, "SILENT_S", 0.1)
+    monkeypatch.setattr(ownership, "SILENT_S", 0.1)
     enter(config_in(run), RESUME)
 
 
 def test_whoever_is_in_beats_and_lets_nobody_else_in(run, monkeypatch) -> None:
-    monkeypatch.setattr(holder, "BEAT_S", 0.05)
+    monkeypatch.setattr(ownership, "BEAT_S", 0.05)
     with RunFolder(config_in(run)).claim(Start()):
         os.utime(run / "status.json", ns=(0, 0))
         with pytest.raises(ConfigError, match="must not"):
