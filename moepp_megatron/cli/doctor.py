@@ -58,9 +58,6 @@ def doctor(
             metavar="[FILE.json]",
         ),
     ] = None,
-    out: Annotated[
-        Path | None, typer.Option(help="Write the JSON to this file too.", metavar="FILE.json")
-    ] = None,
     hardware: Annotated[
         str | None,
         typer.Option(
@@ -98,9 +95,7 @@ def doctor(
         load_hardware(hardware)
     rank = RankEnvironment.read()
     if nproc > 1 and not rank.is_launched:
-        options = option_words(
-            preflight=preflight, json=json_file, out=out, hardware=hardware, gpus=gpus
-        )
+        options = option_words(preflight=preflight, json=json_file, hardware=hardware, gpus=gpus)
         arguments = [] if config is None else ["--", str(config), *(overrides or [])]
         start_ranks(nproc, ["doctor", *options, *arguments])
         return
@@ -116,43 +111,28 @@ def doctor(
     findings = examine_ranks(request, rank) if rank.is_launched else examine_machine(request)
     if findings is None:
         return
-    _show(findings, preflight, json_file, out)
+    _show(findings, preflight, json_file)
     _leave(findings)
 
 
-def _show(
-    findings: list[Finding], preflight: bool, json_file: Path | None, out: Path | None
-) -> None:
+def _show(findings: list[Finding], preflight: bool, json_file: Path | None) -> None:
+    from moepp_megatron.runtime.atomic import write_result
+    from moepp_megatron.runtime.terminal import Console
     from moepp_megatron.tools.doctor.finding import Severity, counts, findings_table
 
-    text = json.dumps({"findings": [finding.as_dict() for finding in findings]}, indent=2)
-    for option, file in (("--json", json_file), ("--out", out)):
-        if file is not None:
-            _write(option, file, text)
+    if json_file is not None:
+        content = {"findings": [finding.as_dict() for finding in findings]}
+        write_result(json_file, (json.dumps(content, indent=2) + "\n").encode())
     if preflight:
         for finding in findings:
             if finding.severity >= Severity.WARNING:
                 echo(f"{finding.severity.name.lower()}: {finding.line()}", err=True)
-    if preflight:
         echo(counts(findings))
-    else:
-        from moepp_megatron.runtime.terminal import Console
-
-        # A log has no width; rich would take 80 columns, too narrow for three of text.
-        console = Console(width=None if sys.stdout.isatty() else 140)
-        console.print(findings_table(findings))
-        console.print(counts(findings))
-
-
-def _write(option: str, file: Path, text: str) -> None:
-    from moepp_megatron.runtime.atomic import write_atomic
-
-    try:
-        write_atomic(file, (text + "\n").encode("ascii"))
-    except OSError as error:
-        raise UnfitError(
-            f"{option} ({file}) must be writable ({error.strerror}); name another file"
-        ) from None
+        return
+    # A log has no width; rich would take 80 columns, too narrow for three of text.
+    console = Console(width=None if sys.stdout.isatty() else 140)
+    console.print(findings_table(findings))
+    console.print(counts(findings))
 
 
 def _leave(findings: list[Finding]) -> None:

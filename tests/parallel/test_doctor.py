@@ -12,7 +12,7 @@ pytestmark = pytest.mark.parallel
 def test_two_ranks_answer_once_and_measure_together(tmp_path):
     """A GPU count that no machine of this kind has makes it an error, which must come through."""
     out = tmp_path / "doctor.json"
-    words = ("--nproc", 2, "--preflight", "--gpus", 999, "--out", out)
+    words = ("--nproc", 2, "--preflight", "--gpus", 999, "--json", out)
     done = moepp("doctor", *words, cwd=tmp_path)
     assert done.returncode == 3, done.stderr
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]

@@ -37,11 +37,6 @@ def _tail_shares(run: RunData) -> np.ndarray | None:
     return mean_of(r.expert_share for r in tail(run.records) if r.expert_share)
 
 
-def _tail_layer_shares(run: RunData) -> np.ndarray | None:
-    """[MoE layers, E] float64 mean ``layer_expert_share`` of the last tenth; None without it."""
-    return mean_of(r.layer_expert_share for r in tail(run.records) if r.layer_expert_share)
-
-
 def _balanced_share(config: RunConfig, kind: str) -> float:
     """Share of one expert of this kind under perfect balance."""
     if kind == "FFN":
@@ -52,7 +47,8 @@ def _balanced_share(config: RunConfig, kind: str) -> float:
 def _layer_heat_map(run: RunData) -> Plot:
     """Share of every expert in every MoE layer."""
     title = "Expert share by MoE layer"
-    shares = _tail_layer_shares(run)
+    records = tail(run.records)
+    shares = mean_of(r.layer_expert_share for r in records if r.layer_expert_share)
     if shares is None or not np.isfinite(shares).all():
         return Plot(
             title,

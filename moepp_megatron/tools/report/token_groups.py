@@ -22,24 +22,19 @@ def source_table(run: RunData) -> Table | None:
     if not len(places):
         return None
     newest = tail(places)
-    before = tail(places[: -len(newest)]) if len(places) > len(newest) else places[:0]
     rows, busiest = [], _busiest(run, newest)
     for name in _sources(run):
-        loss = _mean(run, newest, "source_loss", name)
-        change = loss - _mean(run, before, "source_loss", name)
         rows.append(
             [
                 Cell(name),
                 number(formatting.percent(_mean(run, newest, "source_tokens", name))),
-                number(_shown(loss)),
-                number(f"{change:+.3f}" if math.isfinite(change) else "-"),
+                number(_shown(_mean(run, newest, "source_loss", name))),
                 number(_shown(_mean(run, newest, "source_ffn_share", name), formatting.percent)),
                 Cell(busiest.get(name, "-")),
             ]
         )
-    head = ("Data source", "Tokens", "Loss", "Change", "FFN share", "Busiest expert")
-    caption = "Means over the last tenth of the records; the change is that since the tenth before."
-    return Table(head, rows, caption)
+    head = ("Data source", "Tokens", "Loss", "FFN share", "Busiest expert")
+    return Table(head, rows, "Means over the last tenth of the records.")
 
 
 def token_plots(run: RunData) -> list[Plot]:

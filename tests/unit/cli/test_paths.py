@@ -83,7 +83,7 @@ def test_the_walk_has_found_the_places():
     found = {(" ".join(path), parameter.name) for path, parameter, _ in PLACES}
     assert len(found) > 40
     assert {("train", "config"), ("data prepare", "out"), ("inspect", "text")} <= found
-    assert {("convert hf-to-mcore", "source"), ("monitor", "run"), ("doctor", "out")} <= found
+    assert {("convert hf-to-mcore", "source"), ("monitor", "run"), ("doctor", "json_file")} <= found
 
 
 @pytest.mark.parametrize(
@@ -158,7 +158,6 @@ def test_a_path_that_looks_alike_is_one(tmp_path, moepp):
         ("config from-megatron x.txt --out x.yaml", "(x.yaml) must not exist yet; use another"),
         ("plan x.yaml --out gpu.yaml", "--out (gpu.yaml) must not exist yet"),
         ("plan x.yaml --json x.txt", "--json (x.txt) must not exist yet"),
-        ("doctor x.yaml --out gpu.yaml", "--out (gpu.yaml) must not exist yet"),
         ("report run --out gpu.yaml", "--out (gpu.yaml) must not exist yet"),
         ("report run --out run/notes.md", "--out (run/notes.md) must not exist yet"),
         ("report run --out run/metadata.json", "must not replace RUN"),

@@ -238,7 +238,7 @@ MODEL = str(ROOT / "configs" / "models" / "moepp_0.6b_8_4.yaml")
 FULL = {
     "config keys": ["config", "keys", "moe.tau", "--json", "FILE"],
     "config show": ["config", "show", str(QUICKSTART), "--json", "FILE"],
-    "doctor": ["doctor", "--out", "FILE.json"],
+    "doctor": ["doctor", "--json", "FILE.json"],
     "report": ["report", "RUN", "--out", "FILE"],
     "plan": ["plan", MODEL, "--gpus", "8", "--gpu", "h100", "--json", "FILE"],
     "data prepare": ["data", "prepare", "README.md", "--out", "FILE"],

@@ -46,9 +46,9 @@ def test_table_and_plots_of_the_page(run: Path) -> None:
     rows = {name.text: [cell.text for cell in row] for name, *row in table.rows}
     assert list(rows) == list(SHARES)
     web = rows["web <b>"]
-    # Records 19 and 20, beside 17 and 18.
-    assert web == ["60.0%", "4.2050", "-0.020", "60.0%", "zero 0, 50.0%"]
-    assert (rows["chat"][1], rows["chat"][4]) == ("-", "-")
+    # Records 19 and 20.
+    assert web == ["60.0%", "4.2050", "60.0%", "zero 0, 50.0%"]
+    assert (rows["chat"][1], rows["chat"][3]) == ("-", "-")
     with plot_style():
         plots = {plot.title: plot for plot in token_plots(data)}
     assert list(plots) == [
