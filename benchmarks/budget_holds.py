@@ -190,7 +190,7 @@ def _block(model: Any) -> None:
 @torch.no_grad()
 def _upcycle(model: Any, config: Config) -> None:
     """Give zero-computation experts the router rows and the bias of an upcycled model."""
-    from moepp_megatron.interop.upcycle_router import new_rows, noise, selection_bias
+    from moepp_megatron.interop.upcycle import new_rows, noise, selection_bias
     from moepp_megatron.moe.layer import moepp_layers
 
     ffn = config.moe.num_ffn_experts

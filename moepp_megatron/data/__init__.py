@@ -1,7 +1,6 @@
 """Turns text into batches: corpus, tokenizer, Megatron indexed datasets, loader.
 
 blending.py         one order of samples over several folders, stage by stage
-chat_records.py     conversations in the forms that people keep them in
 chat_template.py    conversations as text, and which tokens of it are answers
 compressed.py       source files that may be compressed
 conversations.py    conversations as training samples
@@ -19,7 +18,7 @@ manifest.py         `manifest.json`: what a prepared folder holds and what it wa
 npz.py              arrays of files of numpy.savez
 megatron_files.py   Megatron's own PREFIX.bin and PREFIX.idx, made elsewhere
 prepare.py          `moepp data prepare`
-prepare_chat.py     writes a folder of conversations: encoded, packed, marked
+prepare_chat.py     reads conversations of every form, writes a folder of them: encoded, packed
 prepared_data.py    whether a configuration's data are there and fit its model
 progress.py         progress by bytes: a bar on a terminal, a few plain lines elsewhere
 same_tokenizer.py   checks that a tokenizer is the one whose token ids a corpus or a model uses

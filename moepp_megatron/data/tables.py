@@ -15,7 +15,7 @@ from moepp_megatron.runtime.optional import how_to_install
 
 TABLES = ("parquet", "arrow")
 CONVERSATION_KEYS = ({"messages"}, {"conversations"}, {"instruction", "output"})
-"""Keys or columns of conversations in the forms that `chat_records` reads."""
+"""Keys or columns of conversations in the forms that `prepare_chat` reads."""
 _ARROW_FILE, _STREAM_IN_FILE = b"ARROW1", 8
 # Numbers of fields in Arrow's Message.fbs.
 _HEADER, _BATCH_OF_DICTIONARY, _BUFFERS, _COMPRESSION = 2, 1, 2, 3

@@ -31,7 +31,6 @@ to_hf.py                converts a checkpoint of ours to a Hugging Face checkpoi
 to_mcore.py             converts a Hugging Face checkpoint to ours, tensor by tensor
 to_megatron_lm.py       converts a checkpoint of ours to one that Megatron-LM's own loop loads
 upcycle.py              turns checkpoints of other models into MoE++ models that compute the same
-upcycle_router.py       the new parameters of an upcycled model
 upcycle_sources.py      the kinds of models that can be upcycled, with the names of their tensors
 vllm/                   exports as a model of vLLM's own
 zeda.py                 ZEDA's format both ways: Qwen3-MoE with zero experts

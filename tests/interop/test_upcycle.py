@@ -168,7 +168,7 @@ def test_bias_bounds_every_score_of_an_added_expert():
     """Worst tokens: those that point along an added row, away from the FFN rows."""
     import torch
 
-    from moepp_megatron.interop.upcycle_router import new_rows, noise, selection_bias
+    from moepp_megatron.interop.upcycle import new_rows, noise, selection_bias
 
     ffn, norm = 0.3 * noise(1, "ffn", (5, 24)), 1.0 + 0.5 * noise(1, "norm", (24,))
     rows = torch.cat([ffn, new_rows(ffn, norm, noise(1, "added", (3, 24)))])

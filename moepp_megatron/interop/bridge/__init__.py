@@ -1,8 +1,7 @@
 """MoE++ models in Megatron-Bridge, and with it in NeMo-RL. Importing this registers the formats.
 
 provider.py   `MoEPPModelProvider`, and the layers of a plain `GPTModelProvider`
-formats.py    the bridges: Hugging Face folders in and out
-mapping.py    one parameter of a model by the tensor rules of its format
+formats.py    the bridges: Hugging Face folders in and out, by the tensor rules of a format
 
 NeMo-RL imports what `policy.megatron_cfg.bridge_plugins` lists, such as this module. A script
 imports it before `AutoBridge.from_hf_pretrained`.

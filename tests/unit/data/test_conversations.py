@@ -13,13 +13,12 @@ from pyarrow import parquet
 from rich.console import Console
 
 from moepp_megatron.config import ConfigError, parse_config
-from moepp_megatron.data.chat_records import messages_of
 from moepp_megatron.data.chat_template import ChatTemplate, UnusableChat
 from moepp_megatron.data.conversations import DOCUMENTS, PADDING
 from moepp_megatron.data.datasets import build_datasets
 from moepp_megatron.data.manifest import Manifest
 from moepp_megatron.data.prepare import Prepared, PrepareSettings, prepare
-from moepp_megatron.data.prepare_chat import pack
+from moepp_megatron.data.prepare_chat import messages_of, pack
 from moepp_megatron.data.prepared_data import check_data
 from moepp_megatron.data.tokenizer import Tokenizer
 from moepp_megatron.data.verify import verify
