@@ -39,10 +39,11 @@ from moepp_megatron.config.layout import Layout, RankCoordinates
 from moepp_megatron.config.load import load_config, parse_config, with_overrides
 from moepp_megatron.config.parameters import ParameterCounts, checkpoint_bytes, count_parameters
 from moepp_megatron.config.schema import Config
-from moepp_megatron.config.schema.data import parse_split
+from moepp_megatron.config.schema.data import DEFAULT_SPLIT, parse_split
 from moepp_megatron.config.stages import stage_layers
 
 __all__ = [
+    "DEFAULT_SPLIT",
     "Config",
     "ConfigError",
     "Layout",

@@ -3,9 +3,9 @@
 from collections.abc import Iterable, Sequence
 from itertools import accumulate, pairwise
 
+from moepp_megatron.config import DEFAULT_SPLIT, parse_split
 from moepp_megatron.config.blends import Blend, Folder, folders_of
 from moepp_megatron.config.errors import ConfigError
-from moepp_megatron.config.schema.data import DEFAULT_SPLIT, parse_split
 from moepp_megatron.data.manifest import Manifest
 
 _ALL_TO_VALIDATION = "0,1,0"
