@@ -206,9 +206,9 @@ class RoutingGuardPart(Part):
 
     def _newest_healthy(self, event: Event, step: Step, values: Values) -> int:
         """The newest step before a rule held, or before the shift that it is about."""
-        newest = step.number - event.steps
-        since = int(cast(float, values["since"]))
-        return min(newest, since - 1) if since and self._is_of_shift(event.rule) else newest
+        newest, of_shift = step.number - event.steps, cast(float, values["newest_healthy"])
+        is_known = self._is_of_shift(event.rule) and not math.isnan(of_shift)
+        return min(newest, int(of_shift)) if is_known else newest
 
     def _put_routers_back(self, begun: Sequence[Event]) -> bool:
         """Put routers back once if rules that begin to hold want it; True if they are back."""
@@ -280,7 +280,7 @@ class RoutingGuardPart(Part):
         event = monitor.event
         values |= {**monitor.metrics, "calm": float(monitor.is_calm), "router_fault": monitor.fault}
         values["loss_high"] = float(monitor.is_loss_high)
-        values["since"] = 0.0 if event is None else float(event.since)
+        values["newest_healthy"] = math.nan if event is None else float(event.newest_healthy)
         values["shift"] = 0.0 if event is None else event.evidence
         found: Values = self._agreement.from_first(values)
         return found

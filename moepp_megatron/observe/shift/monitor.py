@@ -83,6 +83,12 @@ class ShiftEvent:
     is_fault: bool = False  # routing or logits have moved while token ids have not
     is_mended: bool = False  # the routers have been put back since
 
+    @property
+    def newest_healthy(self) -> int:
+        """Newest step whose checkpoint has nothing of the change."""
+        # A step shows the weights that the update of the step before it has left.
+        return self.since - (1 if self.cause == "data" else 2)
+
 
 class ShiftMonitor:
     """Judges all series of one step after the other.
