@@ -41,7 +41,7 @@ _UNJUDGED = 10
 
 
 @dataclass(frozen=True)
-class ChartSettings:
+class _ChartSettings:
     """Settings of the chart of one kind of series."""
 
     weight: float  # of the newest step in the mean: smaller finds smaller changes, later
@@ -59,14 +59,14 @@ class ChartSettings:
 
 
 CHARTS = {
-    "loss": ChartSettings(0.2, 0.1, 0.05, memory=60, floor=0.01, limit=1.2),
+    "loss": _ChartSettings(0.2, 0.1, 0.05, memory=60, floor=0.01, limit=1.2),
     # Logarithm of the spread of the sequences' losses: a further text makes them differ more.
-    "spread": ChartSettings(0.2, 0.1, 0.05, memory=60, floor=0.01, limit=1.5),
-    "routing": ChartSettings(0.3, 0.1, 0.05, memory=60, floor=1.0, limit=1.3, sudden=1.5),
+    "spread": _ChartSettings(0.2, 0.1, 0.05, memory=60, floor=0.01, limit=1.5),
+    "routing": _ChartSettings(0.3, 0.1, 0.05, memory=60, floor=1.0, limit=1.3, sudden=1.5),
     # Logarithm of the size of the logits.
-    "scale": ChartSettings(0.5, 0.3, 0.0, memory=60, floor=0.1, sudden=1.5),
+    "scale": _ChartSettings(0.5, 0.3, 0.0, memory=60, floor=0.1, sudden=1.5),
     # Independent tokens have spread 1, and a group of few tokens less.
-    "tokens": ChartSettings(0.05, 0.002, 0.0, memory=500, floor=0.5, warmup=60, kept=40),
+    "tokens": _ChartSettings(0.05, 0.002, 0.0, memory=500, floor=0.5, warmup=60, kept=40),
 }
 
 
@@ -84,7 +84,7 @@ class Detector:
         jump: The largest rise of that within one step.
     """
 
-    def __init__(self, settings: ChartSettings, false_alarm_steps: float, groups: int = 1) -> None:
+    def __init__(self, settings: _ChartSettings, false_alarm_steps: float, groups: int = 1) -> None:
         self._settings, self._groups = settings, groups
         charts = [1, *[groups] * groups] if groups > 1 else [1]
         rates = [1.0 - 1.0 / (each * false_alarm_steps) for each in charts]

@@ -33,7 +33,7 @@ from moepp_megatron.tools.planning.workload import Workload
 
 
 @dataclass(frozen=True, slots=True)
-class StepEnd:
+class _StepEnd:
     """Costs of the end of a step, in seconds."""
 
     reduce: float  # reduce-scatter (or all-reduce) of gradients
@@ -46,7 +46,7 @@ class StepEnd:
         return reduce + max(self.gather - (forward_s if grid.param_overlap else 0.0), 0.0)
 
 
-def _step_end(load: Workload, grid: Grid, machine: Machine, stages: Stages) -> StepEnd:
+def _step_end(load: Workload, grid: Grid, machine: Machine, stages: Stages) -> _StepEnd:
     """The end of a step.
 
     The first stage starts first and ends last, so that its transfers count; the slowest optimizer
@@ -65,7 +65,7 @@ def _step_end(load: Workload, grid: Grid, machine: Machine, stages: Stages) -> S
     else:
         reduce *= 2  # an all-reduce is a reduce-scatter and an all-gather
     optimizers = [_optimizer(load, grid, machine, of_rank) for of_rank in dict.fromkeys(ranks)]
-    return StepEnd(reduce, gather, max(optimizers))
+    return _StepEnd(reduce, gather, max(optimizers))
 
 
 def _optimizer(load: Workload, grid: Grid, machine: Machine, parameters: RankParameters) -> float:
@@ -119,7 +119,7 @@ class Cost:
 
 
 @dataclass(frozen=True, slots=True)
-class CriticalPath:
+class _CriticalPath:
     """What a step's time is made of: the slowest rank's passes, what comes between and after."""
 
     alone: PassTime  # of the slowest rank, a micro-batch
@@ -127,7 +127,7 @@ class CriticalPath:
     passes: tuple[float, float]  # number of both
     sending: float  # seconds in which the slowest rank is held up by its messages
     bubble: float  # idle time of the slowest rank
-    end: StepEnd
+    end: _StepEnd
     data: float  # seconds of the end's communication that nothing hides
 
     def cost(self) -> Cost:
@@ -147,13 +147,13 @@ class CriticalPath:
 
 def critical_path(
     load: Workload, grid: Grid, machine: Machine, skew: float, stages: Stages
-) -> CriticalPath:
+) -> _CriticalPath:
     """The critical path of a step in a legal layout; `skew`: rows of the fullest rank over mean."""
     alone = _stage_passes(load, layer_key(grid.apart), machine, skew, stages)
     paired = alone
     if grid.expert_overlap:
         paired = _stage_passes(load, layer_key(grid), machine, skew, stages)
-    transfer = stage_transfers(load, grid, machine)
+    transfer = _stage_transfers(load, grid, machine)
     micro_batches = grid.micro_batches(load.batch)
     apart, together = pipeline.split_passes(grid.pp, grid.vpp, micro_batches, grid.expert_overlap)
     sending = [
@@ -174,7 +174,7 @@ def critical_path(
     # A step begins and ends with passes of the first stage, which run alone: beside them its
     # parameters and gradients travel.
     end = _step_end(load, grid, machine, stages)
-    return CriticalPath(
+    return _CriticalPath(
         alone[slowest],
         paired[slowest],
         (apart, together),
@@ -235,17 +235,17 @@ def _stage_passes(
 
 
 @dataclass(frozen=True, slots=True)
-class PlannedTransfer:
+class _PlannedTransfer:
     """One message between pipeline stages, seconds."""
 
     blocking: float  # time for which it holds up its sender
     overlapped: float  # delay of its arrival, while its sender continues
 
 
-def stage_transfers(load: Workload, grid: Grid, machine: Machine) -> PlannedTransfer:
+def _stage_transfers(load: Workload, grid: Grid, machine: Machine) -> _PlannedTransfer:
     """A message between pipeline stages."""
     if grid.pp == 1:
-        return PlannedTransfer(0.0, 0.0)
+        return _PlannedTransfer(0.0, 0.0)
     size = grid.tokens(load.seq) * load.hidden * load.numbers.activation_bytes
     if load.experts.gating_residual:
         # Router logits travel with the hidden states, as fp32.
@@ -253,4 +253,4 @@ def stage_transfers(load: Workload, grid: Grid, machine: Machine) -> PlannedTran
     across = placement(grid, "pp", machine.per_node).nodes > 1
     seconds = send_seconds(across, size, machine)
     share = 1.0 - machine.reached.point_to_point_overlap if grid.vpp > 1 else 1.0
-    return PlannedTransfer(seconds * share, seconds * (1.0 - share))
+    return _PlannedTransfer(seconds * share, seconds * (1.0 - share))

@@ -28,11 +28,11 @@ def healthy_range(name: str) -> tuple[float, float] | None:
 
 def wrong_text(wrong: str) -> str:
     """A row's `wrong`, with the condition of a rule of the guard written out."""
-    rule = guard_rule(wrong)
+    rule = _guard_rule(wrong)
     return wrong if rule is None else _condition(rule)
 
 
-def guard_rule(name: str) -> Any:
+def _guard_rule(name: str) -> Any:
     """A default rule of the routing guard; None for another name."""
     return None if GUARD is None else GUARD().merged_rules().get(name)
 
