@@ -1,7 +1,6 @@
 """Records to write."""
 
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 
@@ -12,8 +11,8 @@ from moepp_megatron.observe.metrics import StepMetrics
 def make_record() -> Callable[..., StepMetrics]:
     """Builds a record of one step of a layer with 2 FFN and 2 zero-computation experts."""
 
-    def make(step: int = 1, **changes: Any) -> StepMetrics:
-        values: dict[str, Any] = {
+    def make(step: int = 1, **changes) -> StepMetrics:
+        values = {
             "step": step,
             "tokens": 512 * step,
             "loss": 5.25,

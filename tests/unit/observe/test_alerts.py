@@ -6,7 +6,6 @@ import math
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 
 import pytest
 
@@ -79,7 +78,7 @@ def service():
         one.server_close()
 
 
-def test_alerts_of_a_resumed_run_follow_the_earlier_ones(tmp_path: Path):
+def test_alerts_of_a_resumed_run_follow_the_earlier_ones(tmp_path):
     path = tmp_path / "alerts.jsonl"
     first = AlertFile(path)
     first.send(make_alert(120, value=math.nan, layer=3))
@@ -95,7 +94,7 @@ def test_alerts_of_a_resumed_run_follow_the_earlier_ones(tmp_path: Path):
     assert read_alerts(path) == read_alerts(tmp_path / "none.jsonl") == []
 
 
-def test_a_failing_sink_keeps_no_alert_from_the_others(tmp_path: Path, caplog):
+def test_a_failing_sink_keeps_no_alert_from_the_others(tmp_path, caplog):
     class Failing:
         def send(self, alert: Alert) -> None:
             raise OSError("disk gone")
@@ -111,7 +110,7 @@ def test_a_failing_sink_keeps_no_alert_from_the_others(tmp_path: Path, caplog):
     assert "Failing could not take an alert: disk gone" in caplog.text
 
 
-def test_a_run_without_a_webhook_writes_and_says(tmp_path: Path):
+def test_a_run_without_a_webhook_writes_and_says(tmp_path):
     said: list[str] = []
     threads = set(threading.enumerate())
     sinks = open_alert_sinks(tmp_path, "quick", said.append)
@@ -122,7 +121,7 @@ def test_a_run_without_a_webhook_writes_and_says(tmp_path: Path):
     assert set(threading.enumerate()) <= threads
 
 
-def test_an_alert_is_posted(service, tmp_path: Path, monkeypatch):
+def test_an_alert_is_posted(service, tmp_path, monkeypatch):
     server = service(200)
     monkeypatch.setenv("HOOK", server.address)
     sinks = open_alert_sinks(tmp_path, "quick", print, webhook_url_env="HOOK")

@@ -47,7 +47,7 @@ def evidence(judge: Detector, course: Course, steps: Iterable[int], seed: int) -
 
 
 @pytest.mark.parametrize(("kind", "course"), [("loss", falling), ("routing", routed(SHARES))])
-def test_usual_steps_are_no_change(kind: str, course: Course) -> None:
+def test_usual_steps_are_no_change(kind, course):
     judged = 0
     for seed in range(6):
         found = evidence(detector(kind), course, range(400), seed)
@@ -59,7 +59,7 @@ def test_usual_steps_are_no_change(kind: str, course: Course) -> None:
 
 
 @pytest.mark.parametrize("layers", [3, 1])
-def test_another_routing_is_found_at_once(layers: int) -> None:
+def test_another_routing_is_found_at_once(layers):
     """Of all layers and of one."""
     other = np.tile(SHARES, (3, 1))
     other[:layers] = SHARES[::-1]
@@ -73,7 +73,7 @@ def test_another_routing_is_found_at_once(layers: int) -> None:
 
 
 @pytest.mark.parametrize(("jump", "within"), [(1.0, 5), (0.4, 8)])
-def test_a_loss_that_leaves_its_course_is_found(jump: float, within: int) -> None:
+def test_a_loss_that_leaves_its_course_is_found(jump, within):
     """The smaller is four spreads of a batch, of which no step counts in full."""
     for sign in (1.0, -1.0):
         judge = detector("loss")
@@ -83,14 +83,14 @@ def test_a_loss_that_leaves_its_course_is_found(jump: float, within: int) -> Non
         assert max(judge.add(step) for step in steps) > 1.0
 
 
-def test_one_odd_step_is_no_change() -> None:
+def test_one_odd_step_is_no_change():
     judge = detector("loss")
     evidence(judge, falling, range(150), 3)
     found = judge.add(np.array([9.0]))
     assert max([found, *evidence(judge, falling, range(150, 160), 4)]) < 1.0
 
 
-def test_after_a_new_beginning_the_next_change_is_found_too() -> None:
+def test_after_a_new_beginning_the_next_change_is_found_too():
     """What is usual begins with the step; 10 steps later all is judged as before."""
     judge = detector("loss")
     evidence(judge, falling, range(150), 5)
@@ -104,7 +104,7 @@ def test_after_a_new_beginning_the_next_change_is_found_too() -> None:
     assert max(judge.add(step + 2.0) for step in higher[:5]) > 1.0
 
 
-def test_distance_is_in_spreads_from_the_course() -> None:
+def test_distance_is_in_spreads_from_the_course():
     judge = detector("loss")
     assert judge.distance(1.0, 20) is None
     evidence(judge, falling, range(300), 6)
@@ -114,7 +114,7 @@ def test_distance_is_in_spreads_from_the_course() -> None:
 
 
 @pytest.mark.parametrize("cut", [1, 40, 155])
-def test_a_state_continues_to_the_bit(cut: int) -> None:
+def test_a_state_continues_to_the_bit(cut):
     """Through JSON, before anything is known, in the warm-up, and while steps are suspect."""
     course = routed(SHARES)
     whole, parts = detector("routing"), detector("routing")

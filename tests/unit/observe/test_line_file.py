@@ -48,13 +48,13 @@ LOSSES = [rotate, rotate_and_create, remove, move_folder, shutil.rmtree]
 
 
 @pytest.fixture
-def run(tmp_path: Path) -> Path:
+def run(tmp_path) -> Path:
     (tmp_path / "run").mkdir()
     return tmp_path / "run"
 
 
 @pytest.mark.parametrize("lose", LOSSES)
-def test_what_follows_is_under_the_name_again(make_record, run: Path, caplog, lose):
+def test_what_follows_is_under_the_name_again(make_record, run, caplog, lose):
     sink, alerts = JsonlSink(run / "metrics.jsonl"), AlertFile(run / "alerts.jsonl")
     for step in (1, 2):
         sink.write(make_record(step))
@@ -77,7 +77,7 @@ def test_what_follows_is_under_the_name_again(make_record, run: Path, caplog, lo
     ]
 
 
-def test_records_that_are_removed_before_the_end_are_a_failure(make_record, run: Path):
+def test_records_that_are_removed_before_the_end_are_a_failure(make_record, run):
     sink = JsonlSink(run / "metrics.jsonl")
     sink.write(make_record(1))
     remove(run)
@@ -113,7 +113,7 @@ def other_run(folder: Path) -> Iterator[None]:
         sleeper.communicate()
 
 
-def test_a_run_that_took_the_name_keeps_it_for_itself(make_record, run: Path):
+def test_a_run_that_took_the_name_keeps_it_for_itself(make_record, run):
     sink = JsonlSink(run / "metrics.jsonl")
     sink.write(make_record(1))
     move_folder(run)
@@ -126,7 +126,7 @@ def test_a_run_that_took_the_name_keeps_it_for_itself(make_record, run: Path):
 
 
 @pytest.mark.parametrize("state", ["ended", "running"])
-def test_a_folder_from_a_backup_is_written_on(make_record, run: Path, state):
+def test_a_folder_from_a_backup_is_written_on(make_record, run, state):
     """Its status may be that of an earlier start of the run, which is gone."""
     sink = JsonlSink(run / "metrics.jsonl")
     shutil.rmtree(run)
@@ -137,7 +137,7 @@ def test_a_folder_from_a_backup_is_written_on(make_record, run: Path, state):
     assert steps_in(run / "metrics.jsonl") == [2]
 
 
-def test_the_status_is_there_again(make_record, run: Path):
+def test_the_status_is_there_again(make_record, run):
     sink: StatusSink = StatusSink(run)
     (run / "status.json").unlink()
     sink.write(make_record(1))

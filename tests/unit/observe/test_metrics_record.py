@@ -3,7 +3,6 @@
 import json
 import math
 import tracemalloc
-from pathlib import Path
 
 import pytest
 
@@ -36,7 +35,7 @@ def test_a_line_has_the_promised_keys_and_no_empty_ones(make_record):
     assert sorted(json.loads(line)) == sorted(REQUIRED)
 
 
-def test_optional_and_unknown_keys_survive_a_round_trip(make_record, tmp_path: Path):
+def test_optional_and_unknown_keys_survive_a_round_trip(make_record, tmp_path):
     record = make_record(valid_loss=5.5, layer_expert_share=[[0.5, 0.25, 0.25, 0.0]], own_key=7)
     path = tmp_path / "metrics.jsonl"
     path.write_text(record.to_json_line())
@@ -44,7 +43,7 @@ def test_optional_and_unknown_keys_survive_a_round_trip(make_record, tmp_path: P
     assert json.loads(path.read_text())["own_key"] == 7
 
 
-def test_numbers_that_are_not_finite_stay_standard_json(make_record, tmp_path: Path):
+def test_numbers_that_are_not_finite_stay_standard_json(make_record, tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text(make_record(loss=math.nan, grad_norm=math.inf).to_json_line())
     values = json.loads(path.read_text(), parse_constant=pytest.fail)
@@ -55,7 +54,7 @@ def test_numbers_that_are_not_finite_stay_standard_json(make_record, tmp_path: P
 
 
 @pytest.mark.parametrize("key", REQUIRED)
-def test_a_record_without_a_required_key_is_refused_by_name(make_record, tmp_path: Path, key: str):
+def test_a_record_without_a_required_key_is_refused_by_name(make_record, tmp_path, key):
     values = json.loads(make_record().to_json_line())
     del values[key]
     path = tmp_path / "metrics.jsonl"
@@ -65,28 +64,28 @@ def test_a_record_without_a_required_key_is_refused_by_name(make_record, tmp_pat
 
 
 @pytest.mark.parametrize("torn", [b'{"step": 3, "tok', b"\x00\x00\x00", b"\xff{"])
-def test_a_torn_last_line_is_ignored(make_record, tmp_path: Path, torn: bytes):
+def test_a_torn_last_line_is_ignored(make_record, tmp_path, torn):
     path = tmp_path / "metrics.jsonl"
     whole = make_record(1).to_json_line() + make_record(2).to_json_line()
     path.write_bytes(whole.encode() + torn)
     assert [r.step for r in read_metrics(path)] == [1, 2]
 
 
-def test_a_damaged_line_before_the_last_is_an_error(make_record, tmp_path: Path):
+def test_a_damaged_line_before_the_last_is_an_error(make_record, tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text(make_record(1).to_json_line() + "{oops\n" + make_record(2).to_json_line())
     with pytest.raises(MetricsError, match=r"metrics\.jsonl:2: is not a JSON object"):
         read_metrics(path)
 
 
-def test_steps_that_were_run_again_count_once(make_record, tmp_path: Path):
+def test_steps_that_were_run_again_count_once(make_record, tmp_path):
     path = tmp_path / "metrics.jsonl"
     records = [make_record(s, loss=float(i)) for i, s in enumerate([1, 2, 3, 2, 3, 4])]
     path.write_text("".join(r.to_json_line() for r in records))
     assert [(r.step, r.loss) for r in read_metrics(path)] == [(1, 0), (2, 3), (3, 4), (4, 5)]
 
 
-def test_missing_and_empty_files_are_named_with_a_remedy(tmp_path: Path):
+def test_missing_and_empty_files_are_named_with_a_remedy(tmp_path):
     path = tmp_path / "metrics.jsonl"
     with pytest.raises(MetricsError, match=r"metrics\.jsonl: cannot be read .*moepp train"):
         read_metrics(path)
@@ -95,7 +94,7 @@ def test_missing_and_empty_files_are_named_with_a_remedy(tmp_path: Path):
         read_metrics(path)
 
 
-def test_records_take_hardly_any_memory(make_record, tmp_path: Path):
+def test_records_take_hardly_any_memory(make_record, tmp_path):
     path = tmp_path / "metrics.jsonl"
     with path.open("w") as file:
         for step in range(1, 1001):
@@ -113,7 +112,7 @@ def test_records_take_hardly_any_memory(make_record, tmp_path: Path):
     assert peak < path.stat().st_size / 10
 
 
-def test_a_damaged_line_is_named_before_the_rest_is_read(make_record, tmp_path: Path):
+def test_a_damaged_line_is_named_before_the_rest_is_read(make_record, tmp_path):
     path, seen = tmp_path / "metrics.jsonl", []
     path.write_text(make_record(1).to_json_line() + "{oops\n" + make_record(2).to_json_line())
     with pytest.raises(MetricsError, match=r"metrics\.jsonl:2: "):
@@ -121,7 +120,7 @@ def test_a_damaged_line_is_named_before_the_rest_is_read(make_record, tmp_path: 
     assert seen == [1]
 
 
-def test_a_line_beyond_any_record_is_not_read_whole(make_record, tmp_path: Path, monkeypatch):
+def test_a_line_beyond_any_record_is_not_read_whole(make_record, tmp_path, monkeypatch):
     monkeypatch.setattr(metrics, "LONGEST_LINE", 1 << 10)
     path = tmp_path / "metrics.jsonl"
     lines = make_record(1).to_json_line(), "x" * 5000 + "\n", make_record(2).to_json_line()
@@ -133,14 +132,14 @@ def test_a_line_beyond_any_record_is_not_read_whole(make_record, tmp_path: Path,
 
 
 @pytest.mark.parametrize("key", ["step", "tokens", "a2a_bytes", "num_zeros"])
-def test_a_count_beyond_64_bits_is_refused(make_record, tmp_path: Path, key: str):
+def test_a_count_beyond_64_bits_is_refused(make_record, tmp_path, key):
     path = tmp_path / "metrics.jsonl"
     path.write_text(json.dumps(json.loads(make_record().to_json_line()) | {key: 10**400}) + "\n")
     with pytest.raises(MetricsError, match=rf"metrics\.jsonl:1: {key}: Input should be less"):
         read_metrics(path)
 
 
-def test_a_file_that_changes_while_it_is_read(make_record, tmp_path: Path):
+def test_a_file_that_changes_while_it_is_read(make_record, tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text("".join(make_record(step).to_json_line() for step in (1, 2, 3)))
     records = read_metrics(path)

@@ -2,7 +2,6 @@
 
 import json
 import math
-from typing import Any
 
 import pytest
 
@@ -22,7 +21,7 @@ HIGH = CompleteRule("high", "loss", limit=1.0, is_above=True, clear=1.0)
 NAN = math.nan
 
 
-def course(rule: CompleteRule, values: list[Any]) -> list[tuple[int, int, bool]]:
+def course(rule: CompleteRule, values) -> list[tuple[int, int, bool]]:
     """Step, layer and whether it begins, of every event."""
     judge = RuleJudge([rule], LAYERS)
     return [
@@ -47,18 +46,16 @@ def course(rule: CompleteRule, values: list[Any]) -> list[tuple[int, int, bool]]
         ([0.2] * 3 + [0.6] * 3 + [0.2] * 3, [(3, True), (6, False), (9, True)]),
     ],
 )
-def test_a_rule_holds_and_ends_after_steps_in_a_row(
-    values: list[float], events: list[tuple[int, bool]]
-) -> None:
+def test_a_rule_holds_and_ends_after_steps_in_a_row(values, events):
     assert course(LOW, values) == [(step, WHOLE_MODEL, begins) for step, begins in events]
 
 
-def test_layers_are_judged_by_themselves() -> None:
+def test_layers_are_judged_by_themselves():
     values = [[0.2, 0.9]] * 2 + [[0.2, 0.2]] * 3
     assert course(LOW, values) == [(3, 2, True), (5, 4, True)]
 
 
-def test_layers_that_are_not_measured_in_every_step_continue() -> None:
+def test_layers_that_are_not_measured_in_every_step_continue():
     """The steps between count, as they do for the whole model, and the event says how many."""
     judge = RuleJudge([LOW], LAYERS)
     found = [judge.judge({"share": [0.2, 0.9]} if step % 2 else {}) for step in range(1, 6)]
@@ -67,7 +64,7 @@ def test_layers_that_are_not_measured_in_every_step_continue() -> None:
     assert (event.layer, event.begins, event.steps) == (2, True, 3)
 
 
-def test_a_missing_metric_changes_nothing() -> None:
+def test_a_missing_metric_changes_nothing():
     judge = RuleJudge([HIGH], LAYERS)
     assert judge.judge({}) == []
     (event,) = judge.judge({"loss": 2.0})
@@ -75,7 +72,7 @@ def test_a_missing_metric_changes_nothing() -> None:
     assert judge.judge({"loss": 2.0}) == []
 
 
-def test_a_state_continues() -> None:
+def test_a_state_continues():
     values = [[0.2, 0.9], [0.2, 0.2], [0.2, 0.2], [0.9, 0.2], [0.9, 0.2], [0.9, 0.2]]
     for cut in range(len(values)):
         judge = RuleJudge([LOW], LAYERS)
@@ -90,7 +87,7 @@ def test_a_state_continues() -> None:
     assert RuleJudge([LOW], [2], judge.state()).state() == [["low", 2, False, 0]]
 
 
-def test_a_reset_ends_what_had_begun() -> None:
+def test_a_reset_ends_what_had_begun():
     judge = RuleJudge([HIGH, LOW], LAYERS)
     judge.judge({"loss": 2.0, "share": [0.2, 0.2]})
     (event,) = judge.forget()
@@ -99,7 +96,7 @@ def test_a_reset_ends_what_had_begun() -> None:
     assert judge.judge({"loss": 2.0})
 
 
-def test_default_rules_are_complete_and_few() -> None:
+def test_default_rules_are_complete_and_few():
     rules = effective_rules(RoutingGuardSection())
     assert len(rules) <= 8
     assert len({rule.name for rule in rules}) == len(rules)
@@ -110,13 +107,13 @@ def test_default_rules_are_complete_and_few() -> None:
     assert {rule.name for rule in DEFAULT_RULES} == {"shift", *REMEDIES}
 
 
-def test_where_a_budget_holds_the_share_no_rule_judges_it() -> None:
+def test_where_a_budget_holds_the_share_no_rule_judges_it():
     names = {rule.name for rule in effective_rules(RoutingGuardSection())}
     owned = {rule.name for rule in effective_rules(RoutingGuardSection(), has_budget=True)}
     assert names - owned == {"few_ffn_experts"}
 
 
-def test_a_rule_of_the_user_changes_a_default_one() -> None:
+def test_a_rule_of_the_user_changes_a_default_one():
     own = GuardRule(name="few_ffn_experts", below=0.1, action="rollback")
     gone = GuardRule(name="shift", action="none")
     rules = {r.name: r for r in effective_rules(RoutingGuardSection(rules=[own, gone]))}

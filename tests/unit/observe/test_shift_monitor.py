@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import pytest
@@ -29,8 +28,8 @@ class Run:
     def observed(
         self,
         loss: float = 0.0,
-        shares: Any = SHARES,
-        groups: Any = GROUP_SHARES,
+        shares=SHARES,
+        groups=GROUP_SHARES,
         logits: float = 1.0,
     ) -> Observed:
         chance = self._chance
@@ -47,7 +46,7 @@ class Run:
             chance.multinomial(TOKENS, mixed / mixed.sum()).astype(np.float64),
         )
 
-    def take(self, steps: int, **changes: Any) -> list[str | None]:
+    def take(self, steps: int, **changes) -> list[str | None]:
         """The event's cause after each step."""
         causes = []
         for _ in range(steps):
@@ -82,7 +81,7 @@ def trained(seed: int = 1) -> Run:
         ({"loss": 1.0}, "unknown"),
     ],
 )
-def test_the_cause_is_known_within_ten_steps(changes: dict[str, Any], cause: str) -> None:
+def test_the_cause_is_known_within_ten_steps(changes, cause):
     for seed in range(3):
         run = trained(seed)
         found = run.take(10, **changes)
@@ -97,7 +96,7 @@ def test_the_cause_is_known_within_ten_steps(changes: dict[str, Any], cause: str
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_a_mixture_is_a_change_of_the_data_since_its_first_step(seed: int) -> None:
+def test_a_mixture_is_a_change_of_the_data_since_its_first_step(seed):
     """Its evidence grows for many steps; a checkpoint among them is not one from before it."""
     run = trained(seed)
     groups = 0.975 * GROUP_SHARES + 0.025 * OTHER_GROUPS
@@ -109,7 +108,7 @@ def test_a_mixture_is_a_change_of_the_data_since_its_first_step(seed: int) -> No
 
 
 @pytest.mark.parametrize("gap", range(14, 35, 4))
-def test_data_that_change_again_are_no_fault_of_the_routers(gap: int) -> None:
+def test_data_that_change_again_are_no_fault_of_the_routers(gap):
     """Token ids are judged again ten steps after a change; before, they say nothing."""
     run = trained()
     run.take(gap, **DATA)
@@ -118,7 +117,7 @@ def test_data_that_change_again_are_no_fault_of_the_routers(gap: int) -> None:
     assert "router" not in back
 
 
-def test_what_grows_step_by_step_is_not_of_the_routers_alone() -> None:
+def test_what_grows_step_by_step_is_not_of_the_routers_alone():
     """A learning rate or a weight decay that is too high moves logits a little in each step."""
     run = trained()
     found = [run.take(1, logits=1.15**step, loss=0.1 * step)[0] for step in range(1, 9)]
@@ -127,14 +126,14 @@ def test_what_grows_step_by_step_is_not_of_the_routers_alone() -> None:
 
 
 @pytest.mark.parametrize("is_refused", [True, False])
-def test_refused_batches_confirm_no_fault_of_the_routers(is_refused: bool) -> None:
+def test_refused_batches_confirm_no_fault_of_the_routers(is_refused):
     run = trained()
     for _ in range(6):
         run.monitor.add(SAVED + 1, run.observed(shares=OTHER_SHARES), is_refused)
     assert (run.monitor.fault > 0.0) is not is_refused
 
 
-def test_a_change_is_one_event_and_then_usual() -> None:
+def test_a_change_is_one_event_and_then_usual():
     """Ten steps after its last alarm it is over; other data that follow are another event."""
     run = trained()
     causes = run.take(40, **DATA)
@@ -146,7 +145,7 @@ def test_a_change_is_one_event_and_then_usual() -> None:
     assert "data" in run.take(6), "the old data"
 
 
-def test_what_is_only_suspect_at_a_switch_raises_no_alarm_later() -> None:
+def test_what_is_only_suspect_at_a_switch_raises_no_alarm_later():
     """Routing that moves slowly behind the data must not look like a fault of the routers."""
     run = trained()
     for step in range(40):
@@ -155,7 +154,7 @@ def test_what_is_only_suspect_at_a_switch_raises_no_alarm_later() -> None:
         assert cause in (None, "unknown", "data")
 
 
-def test_routers_that_were_put_back_are_as_before() -> None:
+def test_routers_that_were_put_back_are_as_before():
     run = trained()
     while run.monitor.fault <= 1.0:
         run.take(1, shares=OTHER_SHARES)
@@ -167,20 +166,20 @@ def test_routers_that_were_put_back_are_as_before() -> None:
     assert "router" in run.take(5, shares=OTHER_SHARES)
 
 
-def test_routers_that_stay_as_they_are_become_usual() -> None:
+def test_routers_that_stay_as_they_are_become_usual():
     run = trained()
     run.take(5, shares=OTHER_SHARES)
     run.monitor.resolve_fault(is_mended=False)
     assert run.take(30, shares=OTHER_SHARES)[-1] is None
 
 
-def test_healthy_routers_are_known_by_calm_steps() -> None:
+def test_healthy_routers_are_known_by_calm_steps():
     run = trained()
     run.take(1, logits=20.0)
     assert not run.monitor.is_calm, "before there is an alarm"
 
 
-def test_what_has_moved_is_named() -> None:
+def test_what_has_moved_is_named():
     run = trained()
     while run.monitor.event is None or run.monitor.event.cause != "router":
         run.take(1, shares=OTHER_SHARES, logits=20.0)
@@ -190,7 +189,7 @@ def test_what_has_moved_is_named() -> None:
     assert "times as large" in text
 
 
-def test_what_is_not_known_is_not_judged() -> None:
+def test_what_is_not_known_is_not_judged():
     """One sequence has no spread."""
     run = Run()
     for step in range(1, 121):
@@ -206,7 +205,7 @@ def test_what_is_not_known_is_not_judged() -> None:
 
 
 @pytest.mark.parametrize("cut", [20, SAVED + 1, SAVED + 3])
-def test_a_state_continues_to_the_bit(cut: int) -> None:
+def test_a_state_continues_to_the_bit(cut):
     steps = Run()
     observed = [steps.observed() for _ in range(SAVED)]
     observed += [steps.observed(**DATA) for _ in range(20)]
@@ -222,7 +221,7 @@ def test_a_state_continues_to_the_bit(cut: int) -> None:
     assert again.state() == whole.state()
 
 
-def test_neighbouring_ids_are_in_different_groups() -> None:
+def test_neighbouring_ids_are_in_different_groups():
     groups = group_of(np.arange(4096))
     assert set(groups.tolist()) == set(range(GROUPS))
     assert (np.diff(groups) != 0).all()

@@ -13,7 +13,6 @@ import time
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 from rich.console import Console
@@ -34,7 +33,7 @@ def steps_in(path: Path) -> list[int]:
     return [json.loads(line)["step"] for line in path.read_text().splitlines()]
 
 
-def test_every_record_is_one_whole_write(make_record, tmp_path: Path, monkeypatch):
+def test_every_record_is_one_whole_write(make_record, tmp_path, monkeypatch):
     writes = []
     real_write = os.write
     monkeypatch.setattr(os, "write", lambda fd, data: writes.append(data) or real_write(fd, data))
@@ -48,7 +47,7 @@ def test_every_record_is_one_whole_write(make_record, tmp_path: Path, monkeypatc
     assert writes == [make_record(s).to_json_line().encode() for s in (1, 2)]
 
 
-def test_a_short_write_leaves_whole_lines_and_says_so(make_record, tmp_path: Path, monkeypatch):
+def test_a_short_write_leaves_whole_lines_and_says_so(make_record, tmp_path, monkeypatch):
     sink = JsonlSink(tmp_path / "metrics.jsonl")
     sink.write(make_record(1))
     real_write = os.write
@@ -61,7 +60,7 @@ def test_a_short_write_leaves_whole_lines_and_says_so(make_record, tmp_path: Pat
     sink.close()
 
 
-def test_records_wait_for_a_full_disk(make_record, tmp_path: Path, monkeypatch, caplog):
+def test_records_wait_for_a_full_disk(make_record, tmp_path, monkeypatch, caplog):
     sink = _RetryingSink(JsonlSink(tmp_path / "metrics.jsonl"))
     sink.write(make_record(1))
     real_write = os.write
@@ -87,7 +86,7 @@ def test_records_wait_for_a_full_disk(make_record, tmp_path: Path, monkeypatch, 
 @pytest.mark.parametrize(
     ("resume_step", "expected"), [(None, [1, 2, 3, 4]), (3, [1, 2, 4]), (9, [1, 2, 3, 4]), (0, [4])]
 )
-def test_resuming_repairs_the_file(make_record, tmp_path: Path, resume_step, expected):
+def test_resuming_repairs_the_file(make_record, tmp_path, resume_step, expected):
     path = tmp_path / "metrics.jsonl"
     path.write_text("".join(make_record(s).to_json_line() for s in (1, 2, 3)) + '{"step": 4, "lo')
     sink = JsonlSink(path, resume_step)
@@ -115,7 +114,7 @@ def test_a_damaged_file_is_set_aside_and_what_can_be_read_is_kept(
     assert len(caplog.messages) == 2
 
 
-def test_what_a_rollback_undoes_leaves_the_file(make_record, tmp_path: Path):
+def test_what_a_rollback_undoes_leaves_the_file(make_record, tmp_path):
     sink = JsonlSink(tmp_path / "metrics.jsonl")
     for step in (1, 2, 3, 4):
         sink.write(make_record(step, loss=step))
@@ -269,7 +268,7 @@ def test_a_training_ends_well_though_nothing_can_be_printed(loss, by_sink_first)
     assert (done.returncode, done.stderr) == (0, "ended\n")
 
 
-def written(folder: Path) -> Any:
+def written(folder: Path):
     """What TensorBoard reads, all of it."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -280,7 +279,7 @@ def scalars(folder: Path, tag: str) -> list[tuple[int, float]]:
     return [(event.step, event.value) for event in written(folder).Scalars(tag)]
 
 
-def test_tensorboard_gets_every_number(make_record, tmp_path: Path):
+def test_tensorboard_gets_every_number(make_record, tmp_path):
     sink = TensorBoardSink(tmp_path, EXPERTS)
     sink.write(make_record(1, valid_loss=5.5, layer_ffn_fraction=[0.5, 0.75], own_key=2.0))
     by_source = {"web text": 4.0}
@@ -298,7 +297,7 @@ def test_tensorboard_gets_every_number(make_record, tmp_path: Path):
     assert shares == [0.3125, 0.3125, 0.25, 0.125]
 
 
-def test_tensorboard_hides_what_a_rollback_undoes(make_record, tmp_path: Path):
+def test_tensorboard_hides_what_a_rollback_undoes(make_record, tmp_path):
     sink = TensorBoardSink(tmp_path, EXPERTS)
     for step in (1, 2, 3):
         sink.write(make_record(step))
@@ -308,7 +307,7 @@ def test_tensorboard_hides_what_a_rollback_undoes(make_record, tmp_path: Path):
     assert scalars(tmp_path, "loss/train") == [(1, 5.25), (2, 7.0)]
 
 
-def test_tensorboard_goes_on_with_room(make_record, small_disk: Path, caplog, capsys):
+def test_tensorboard_goes_on_with_room(make_record, small_disk, caplog, capsys):
     # Every record is longer than the buffer of the file, so that it is written at once.
     long = {f"key_{number}": number for number in range(500)}
     sink = TensorBoardSink(small_disk / "tensorboard", EXPERTS)
@@ -328,7 +327,7 @@ def test_tensorboard_goes_on_with_room(make_record, small_disk: Path, caplog, ca
     assert "Traceback" not in capsys.readouterr().err
 
 
-def test_tensorboard_survives_a_clock_that_is_set_back(make_record, tmp_path: Path, monkeypatch):
+def test_tensorboard_survives_a_clock_that_is_set_back(make_record, tmp_path, monkeypatch):
     from tensorboard.summary.writer import event_file_writer
 
     ahead = [1e11]
@@ -350,7 +349,7 @@ def test_tensorboard_survives_a_clock_that_is_set_back(make_record, tmp_path: Pa
     assert steps[-1] == 4
 
 
-def test_tensorboard_gets_histograms_of_lists(make_record, tmp_path: Path):
+def test_tensorboard_gets_histograms_of_lists(make_record, tmp_path):
     sink = TensorBoardSink(tmp_path, EXPERTS)
     for step in range(1, 12):
         tokens = [[0.25, 0.5, 0.25], [math.nan, 0.5, 0.5]]
@@ -373,7 +372,7 @@ def test_tensorboard_gets_histograms_of_lists(make_record, tmp_path: Path):
     assert list(shares.bucket) == [0.3125, 0.3125, 0.25, 0.125]
 
 
-def test_tensorboard_numbers_layers_as_alerts_and_pages_do(make_record, tmp_path: Path):
+def test_tensorboard_numbers_layers_as_alerts_and_pages_do(make_record, tmp_path):
     """By their place in the model, from 1: of layers 1 to 4 the second and the fourth are MoE."""
     fan = open_sinks(SinkSettings(tmp_path, EXPERTS, phi=0.5, total_steps=1, moe_layers=[2, 4]))
     health = {"gate_entropy": [1.0, 2.0]}

@@ -29,7 +29,7 @@ def append(path: Path, text: str) -> None:
         file.write(text)
 
 
-def test_lines_come_once_and_whole(tmp_path: Path):
+def test_lines_come_once_and_whole(tmp_path):
     path = tmp_path / "file"
     reader = Tail(path)
     assert look(reader) == (False, [])
@@ -42,7 +42,7 @@ def test_lines_come_once_and_whole(tmp_path: Path):
     assert reader.mtime is not None
 
 
-def test_a_cut_half_line_is_not_seen(tmp_path: Path):
+def test_a_cut_half_line_is_not_seen(tmp_path):
     """What a full disk leaves: half a line that its writer takes back."""
     path = tmp_path / "file"
     reader = Tail(path)
@@ -54,7 +54,7 @@ def test_a_cut_half_line_is_not_seen(tmp_path: Path):
 
 
 @pytest.mark.parametrize("content", ["", "one\n", "one\nnew\n", "ONE\ntwo\nmore\n"])
-def test_a_file_cut_or_changed_in_place_starts_over(tmp_path: Path, content):
+def test_a_file_cut_or_changed_in_place_starts_over(tmp_path, content):
     path = tmp_path / "file"
     path.write_text("one\ntwo\n")
     reader = Tail(path)
@@ -67,7 +67,7 @@ def test_a_file_cut_or_changed_in_place_starts_over(tmp_path: Path, content):
     assert look(reader) == (False, [b"next"])
 
 
-def test_a_replaced_or_removed_file_starts_over(tmp_path: Path):
+def test_a_replaced_or_removed_file_starts_over(tmp_path):
     path, other = tmp_path / "file", tmp_path / "other"
     path.write_text("one\ntwo\n")
     reader = Tail(path)
@@ -80,7 +80,7 @@ def test_a_replaced_or_removed_file_starts_over(tmp_path: Path):
     assert look(reader) == (False, [])
 
 
-def test_only_new_bytes_are_read(tmp_path: Path, monkeypatch):
+def test_only_new_bytes_are_read(tmp_path, monkeypatch):
     path = tmp_path / "file"
     path.write_text("x" * 100_000 + "\n")
     reader = Tail(path)
@@ -93,7 +93,7 @@ def test_only_new_bytes_are_read(tmp_path: Path, monkeypatch):
     assert sum(read) <= tail.FINGERPRINT + 4 * tail.CHUNK
 
 
-def test_what_a_resume_drops_is_dropped(make_record, tmp_path: Path):
+def test_what_a_resume_drops_is_dropped(make_record, tmp_path):
     path = tmp_path / "metrics.jsonl"
     sink = JsonlSink(path)
     for step in (1, 2, 3):
@@ -106,7 +106,7 @@ def test_what_a_resume_drops_is_dropped(make_record, tmp_path: Path):
     assert len(lines) == 1
 
 
-def test_what_a_rollback_undoes_is_dropped(make_record, tmp_path: Path):
+def test_what_a_rollback_undoes_is_dropped(make_record, tmp_path):
     path = tmp_path / "metrics.jsonl"
     sink = JsonlSink(path)
     for step in (1, 2, 3):

@@ -44,7 +44,7 @@ def open_sink(folder: Path, resumes: bool = False) -> WandbSink:
     return WandbSink(OFFLINE, folder, "quick", {"moe": {"tau": 0.75}}, EXPERTS, resumes)
 
 
-def test_records_and_settings_arrive(make_record, tmp_path: Path, monkeypatch):
+def test_records_and_settings_arrive(make_record, tmp_path, monkeypatch):
     wandb = StandIn()
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     sink = open_sink(tmp_path)
@@ -69,7 +69,7 @@ def test_records_and_settings_arrive(make_record, tmp_path: Path, monkeypatch):
     assert wandb.finished == 1
 
 
-def test_a_resumed_run_keeps_its_id_and_a_new_one_does_not(tmp_path: Path, monkeypatch):
+def test_a_resumed_run_keeps_its_id_and_a_new_one_does_not(tmp_path, monkeypatch):
     wandb = StandIn()
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     for resumes in (False, True, False, True):
@@ -89,13 +89,13 @@ def test_open_sinks_trains_on_where_it_cannot_start(make_record, tmp_path, monke
     assert "0123secret" not in caplog.text
 
 
-def test_a_missing_package_is_named_on_use_and_not_before(tmp_path: Path, monkeypatch):
+def test_a_missing_package_is_named_on_use_and_not_before(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ImportError, match="-m pip install wandb$"):
         open_sink(tmp_path)
 
 
-def test_its_own_folder_is_not_the_package(tmp_path: Path, monkeypatch):
+def test_its_own_folder_is_not_the_package(tmp_path, monkeypatch):
     if have_wandb():
         pytest.skip("wandb is installed")
     (tmp_path / "wandb").mkdir()

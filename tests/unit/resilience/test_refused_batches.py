@@ -35,7 +35,7 @@ def is_sound(loss: float) -> bool:
 
 @pytest.mark.parametrize("seed", range(10))
 @pytest.mark.parametrize("count", [1, 3, 5])
-def test_cause(seed: int, count: int) -> None:
+def test_cause(seed, count):
     before = batches(SHARES, [3.0] * num_needed(count), seed)
     high = [7.0 + 0.1 * i for i in range(count)]
     refused = batches(OTHER_SHARES, high, seed + 100)
@@ -49,19 +49,19 @@ def test_cause(seed: int, count: int) -> None:
 
 
 @pytest.mark.parametrize("losses", [[], [7.0] * 3, [math.nan] * 3, [3.0, math.nan, 7.0]])
-def test_model_that_does_not_take_old_batches_is_damaged(losses: list[float]) -> None:
+def test_model_that_does_not_take_old_batches_is_damaged(losses):
     refused = batches(OTHER_SHARES, [7.0] * 3, 1)
     assert find_cause(refused, batches(SHARES, losses, 2), is_sound).cause == "model"
 
 
-def test_too_few_batches_never_count_as_moved() -> None:
+def test_too_few_batches_never_count_as_moved():
     one, other = ([b.selections_LE for b in batches(s, [3.0], 1)] for s in (SHARES, OTHER_SHARES))
     assert [num_needed(count) for count in (1, 2, 3, 5, 9)] == [20, 10, 7, 5, 9]
     assert _has_moved(one * 20, other)
     assert not _has_moved(one * 19, other)
 
 
-def test_state_is_restored_to_the_bit() -> None:
+def test_state_is_restored_to_the_bit():
     for batch in batches(SHARES, [1 / 3, math.nan], 4):
         state = batch.state()
         # Saving compares the ranks' states, and NaN is not equal.

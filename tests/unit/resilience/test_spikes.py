@@ -31,7 +31,7 @@ def _told(guard: NumericalGuard, losses: list[float]) -> list[str]:
 
 
 @pytest.mark.parametrize(("steps", "jump"), [(30, 4.2), (60, 3.0), (150, 2.0), (400, 1.2)])
-def test_a_jump_is_one_in_the_descent_too(steps: int, jump: float) -> None:
+def test_a_jump_is_one_in_the_descent_too(steps, jump):
     """The losses of before are higher than a jump now."""
     chance = random.Random(steps)
     guard = NumericalGuard(ResilienceSection())
@@ -45,7 +45,7 @@ def test_a_jump_is_one_in_the_descent_too(steps: int, jump: float) -> None:
     assert not _refuses(guard, usual - 2.0)
 
 
-def test_a_damaged_model_is_not_sound_because_its_loss_is_no_jump() -> None:
+def test_a_damaged_model_is_not_sound_because_its_loss_is_no_jump():
     """Batches from before that are nearer to the refused ones than to what they were."""
     guard = NumericalGuard(ResilienceSection())
     calm = [3.5 + 0.14 * math.sin(1.7 * i) for i in range(60)]
@@ -57,21 +57,21 @@ def test_a_damaged_model_is_not_sound_because_its_loss_is_no_jump() -> None:
     assert not _refuses(guard, expected + 9.4 * spread)
 
 
-def test_refused_jumps_do_not_hide_the_next_one() -> None:
+def test_refused_jumps_do_not_hide_the_next_one():
     guard = NumericalGuard(ResilienceSection())
     calm = [2.0 + 0.01 * (i % 7) for i in range(40)]
     assert not any(_refuses(guard, loss) for loss in calm)
     assert all(_refuses(guard, loss) for loss in (50.0, 9.0, 4.0))
 
 
-def test_losses_that_hardly_differ_leave_room() -> None:
+def test_losses_that_hardly_differ_leave_room():
     guard = NumericalGuard(ResilienceSection())
     assert not any(_refuses(guard, 2.0) for _ in range(60))
     assert not _refuses(guard, 2.2)
     assert _refuses(guard, 2.4)
 
 
-def test_accepted_data_are_what_is_usual() -> None:
+def test_accepted_data_are_what_is_usual():
     guard = NumericalGuard(SETTINGS)
     assert _told(guard, [2.0 + 0.1 * (i % 3) for i in range(40)]) == []
     assert _told(guard, [6.0, 6.1, 6.0]) == [""] * 3
@@ -80,7 +80,7 @@ def test_accepted_data_are_what_is_usual() -> None:
     assert _refuses(guard, 9.0)
 
 
-def test_a_batch_without_tokens_to_learn_from_says_so_and_is_no_fault() -> None:
+def test_a_batch_without_tokens_to_learn_from_says_so_and_is_no_fault():
     """It is not trained on, and however many come, no cause is sought."""
     guard = NumericalGuard(SETTINGS)
     for _ in range(5):
@@ -90,7 +90,7 @@ def test_a_batch_without_tokens_to_learn_from_says_so_and_is_no_fault() -> None:
     assert guard.refused == []
 
 
-def test_batches_refused_now_and_then_are_told_once_they_are_many() -> None:
+def test_batches_refused_now_and_then_are_told_once_they_are_many():
     guard = NumericalGuard(SETTINGS)
     calm = [2.0 + 0.01 * (i % 7) for i in range(70)]
     assert _told(guard, calm) == []
@@ -107,14 +107,14 @@ def test_batches_refused_now_and_then_are_told_once_they_are_many() -> None:
         assert _told(each, [*calm, 9.0, 9.0]) == ["", ""]
 
 
-def test_batches_refused_in_a_row_are_no_batches_refused_now_and_then() -> None:
+def test_batches_refused_in_a_row_are_no_batches_refused_now_and_then():
     guard = NumericalGuard(SETTINGS)
     assert _told(guard, [2.0] * 40 + [9.0] * 3) == [""] * 3
     guard.forget_refused()
     assert _told(guard, [2.0, 9.0]) == [""]
 
 
-def test_the_parameter_that_is_not_finite_is_named() -> None:
+def test_the_parameter_that_is_not_finite_is_named():
     """Or else the one whose gradient is not."""
     model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
     assert _first_non_finite([model]) is None

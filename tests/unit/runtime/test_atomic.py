@@ -26,7 +26,7 @@ def write(out: Path, text: str) -> None:
 
 
 @pytest.mark.parametrize("exchange", [True, False], ids=["exchange", "two renames"])
-def test_folder_is_replaced_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exchange: bool):
+def test_folder_is_replaced_whole(tmp_path, monkeypatch, exchange):
     if not exchange:
         monkeypatch.setattr(atomic, "exchange", lambda first, second: False)
     out = tmp_path / "parent" / "out"
@@ -36,7 +36,7 @@ def test_folder_is_replaced_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert [path.name for path in out.parent.iterdir()] == ["out"]
 
 
-def test_exchange_swaps_two_names(tmp_path: Path):
+def test_exchange_swaps_two_names(tmp_path):
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
         (tmp_path / name / name).touch()
@@ -46,7 +46,7 @@ def test_exchange_swaps_two_names(tmp_path: Path):
     assert (tmp_path / "b" / "a").exists()
 
 
-def test_failure_leaves_the_old_folder(tmp_path: Path):
+def test_failure_leaves_the_old_folder(tmp_path):
     out = tmp_path / "out"
     write(out, "old")
 
@@ -75,7 +75,7 @@ def test_a_folder_is_one_writers_where_the_file_system_has_locks(tmp_path, monke
     assert (out / "file").read_text() == "new"
 
 
-def test_who_waits_for_a_lock_gets_it_when_it_is_free(tmp_path: Path):
+def test_who_waits_for_a_lock_gets_it_when_it_is_free(tmp_path):
     holder, other = (os.open(tmp_path, os.O_RDONLY) for _ in range(2))
     try:
         assert lock(holder, waits=True)
@@ -94,7 +94,7 @@ def test_who_waits_for_a_lock_gets_it_when_it_is_free(tmp_path: Path):
     os.close(other)
 
 
-def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path: Path):
+def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path):
     out = tmp_path / "out"
     write(out, "old")
 
@@ -110,7 +110,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path: Path):
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_a_failed_atomic_write_leaves_the_old_file(tmp_path: Path, monkeypatch):
+def test_a_failed_atomic_write_leaves_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "file"
     path.write_text("old")
 
@@ -124,7 +124,7 @@ def test_a_failed_atomic_write_leaves_the_old_file(tmp_path: Path, monkeypatch):
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_file_follows_the_umask_and_keeps_its_suffix_while_it_is_written(tmp_path: Path):
+def test_a_file_follows_the_umask_and_keeps_its_suffix_while_it_is_written(tmp_path):
     path = tmp_path / "trace.json.gz"
     with whole_file(path) as temporary:
         assert temporary.name.startswith(".trace.json.gz.")
@@ -137,7 +137,7 @@ def test_a_file_follows_the_umask_and_keeps_its_suffix_while_it_is_written(tmp_p
     assert path.stat().st_mode == plain.stat().st_mode
 
 
-def test_a_folder_that_cannot_be_made_is_called_as_the_user_does(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_made_is_called_as_the_user_does(tmp_path):
     (tmp_path / "file").touch()
     out = tmp_path / "file" / "out"
     refused = pytest.raises(ConfigError, match=r"^DST \(.*out\) cannot be written")
@@ -145,7 +145,7 @@ def test_a_folder_that_cannot_be_made_is_called_as_the_user_does(tmp_path: Path)
         pass
 
 
-def test_a_file_that_is_there_is_not_created_again(tmp_path: Path, monkeypatch) -> None:
+def test_a_file_that_is_there_is_not_created_again(tmp_path, monkeypatch):
     create_atomic(tmp_path / "file", b"first")
     with pytest.raises(FileExistsError):
         create_atomic(tmp_path / "file", b"second")

@@ -1,14 +1,12 @@
 """What CPU ranks change in torch, seen by other packages in the same process."""
 
 from datetime import timedelta
-from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 
 from tests.commands import program
-from tests.parallel.ranks import RankPools
 
 _SCRIPT = """
 from moepp_megatron.runtime import cpu_support
@@ -21,7 +19,7 @@ assert torch.arange(2, device="cuda").device.type == "cpu"
 """
 
 
-def test_a_context_of_a_device_still_acts_on_factories(tmp_path: Path) -> None:
+def test_a_context_of_a_device_still_acts_on_factories(tmp_path):
     """Transformers builds models so; with other devices, their rotary frequencies stay garbage."""
     (tmp_path / "program.py").write_text(_SCRIPT)
     done = program(tmp_path / "program.py")
@@ -49,5 +47,5 @@ def _two_groups() -> None:
 
 
 @pytest.mark.parallel
-def test_groups_share_a_device(ranks: RankPools) -> None:
+def test_groups_share_a_device(ranks):
     ranks(2).run(_two_groups)

@@ -38,7 +38,7 @@ def test_errors_that_are_each_others_cause_end():
     assert disk.refusal(first) is None
 
 
-def test_room_of_a_folder_that_is_still_to_be_made(tmp_path: Path):
+def test_room_of_a_folder_that_is_still_to_be_made(tmp_path):
     # Other processes write to the same disk meanwhile; a factor leaves room for them.
     there, to_be_made = disk.free_bytes(tmp_path), disk.free_bytes(tmp_path / "a" / "b")
     assert there / 2 < to_be_made < there * 2
@@ -47,5 +47,5 @@ def test_room_of_a_folder_that_is_still_to_be_made(tmp_path: Path):
 @pytest.mark.parametrize(
     ("count", "text"), [(0, "0.0 MiB"), (12 << 20, "12.0 MiB"), (3 << 40, "3,072.0 GiB")]
 )
-def test_bytes_for_people(count: int, text: str):
+def test_bytes_for_people(count, text):
     assert disk.show_bytes(count) == text

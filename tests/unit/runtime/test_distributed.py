@@ -1,7 +1,5 @@
 """Groups of a rank are gone after it returns and after a user's error: the exit code is kept."""
 
-from pathlib import Path
-
 from tests.commands import program
 
 SCRIPT = """
@@ -23,7 +21,7 @@ stop()
 """
 
 
-def test_groups_end_with_the_block_and_with_a_users_error(tmp_path: Path) -> None:
+def test_groups_end_with_the_block_and_with_a_users_error(tmp_path):
     (tmp_path / "program.py").write_text(SCRIPT)
     done = program(tmp_path / "program.py")
     assert done.returncode == 0, done.stderr
@@ -49,7 +47,7 @@ with initialized(RankEnvironment()):
 """
 
 
-def test_a_file_that_is_cut_while_it_is_read_is_named(tmp_path: Path) -> None:
+def test_a_file_that_is_cut_while_it_is_read_is_named(tmp_path):
     (tmp_path / "program.py").write_text(CUT)
     done = program(tmp_path / "program.py")
     assert done.returncode != 0

@@ -1,7 +1,7 @@
 """What megatron-core is told about the process groups that it makes."""
 
 import inspect
-from typing import Any, get_args
+from typing import get_args
 
 import pytest
 import torch
@@ -16,8 +16,8 @@ from tests.parallel.training_runs import settings
 
 
 @pytest.mark.parametrize(("backend", "given"), [("nccl", ["ep", "ep_dp"]), ("gloo", None)])
-def test_groups_of_high_priority_are_nccls(monkeypatch, backend: str, given: list[str] | None):
-    told: dict[str, Any] = {}
+def test_groups_of_high_priority_are_nccls(monkeypatch, backend, given):
+    told = {}
     monkeypatch.setattr(parallel_state, "initialize_model_parallel", lambda **kw: told.update(kw))
     monkeypatch.setattr(megatron_random, "model_parallel_cuda_manual_seed", lambda *_, **__: None)
     monkeypatch.setattr(torch, "manual_seed", lambda _: None)
@@ -29,7 +29,7 @@ def test_groups_of_high_priority_are_nccls(monkeypatch, backend: str, given: lis
     assert told["high_priority_stream_groups"] == given
 
 
-def test_megatron_core_makes_groups_of_these_names() -> None:
+def test_megatron_core_makes_groups_of_these_names():
     """It takes a name that it does not know without a word."""
     field = ParallelSection.model_fields["high_priority_stream_groups"]
     (choices,) = get_args(field.annotation)

@@ -7,20 +7,18 @@ import sys
 import tomllib
 from pathlib import Path
 
-import pytest
-
 from moepp_megatron.runtime.optional import OF_ALL, TRANSFORMER_ENGINE, how_to_install
 
 ROOT = Path(__file__).parents[3]
 PACKAGE = ROOT / "moepp_megatron"
 
 
-def test_the_command_is_for_the_python_that_runs() -> None:
+def test_the_command_is_for_the_python_that_runs():
     command = shlex.split(how_to_install("transformers>=5", "wandb"))
     assert command == [sys.executable, "-m", "pip", "install", "transformers>=5", "wandb"]
 
 
-def test_an_extra_of_a_clone_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_extra_of_a_clone_that_is_not_installed(monkeypatch):
     """A registry might have another package of this name."""
     assert "moepp_megatron[all]" in how_to_install("moepp_megatron[all]")
     monkeypatch.setattr(sys, "path", [])
@@ -44,7 +42,7 @@ def named_in_messages() -> set[str]:
     return found
 
 
-def test_every_requirement_is_one_of_the_project() -> None:
+def test_every_requirement_is_one_of_the_project():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     wanted = [*project["dependencies"], *sum(project["optional-dependencies"].values(), [])]
     # megatron-core is asked for in the tested version, which lies in the project's range.
@@ -54,7 +52,7 @@ def test_every_requirement_is_one_of_the_project() -> None:
     assert named <= known
 
 
-def test_each_package_of_the_extra_has_a_use() -> None:
+def test_each_package_of_the_extra_has_a_use():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extra = [package.partition(">")[0] for package in project["optional-dependencies"]["all"]]
     assert sorted(named.partition(" (")[0] for named in OF_ALL.values()) == extra
@@ -62,7 +60,7 @@ def test_each_package_of_the_extra_has_a_use() -> None:
     assert base == ["torch", "megatron-core"]
 
 
-def test_no_message_has_a_command_of_its_own() -> None:
+def test_no_message_has_a_command_of_its_own():
     """A registry does not have this package, and `pip` may be another environment's."""
     own = {"runtime/optional.py", "interop/hf_files/configuration_moepp.py"}
     for path in PACKAGE.rglob("*.py"):
@@ -74,6 +72,6 @@ def test_no_message_has_a_command_of_its_own() -> None:
         assert name in own or not plain, name
 
 
-def test_transformer_engine_is_installed_by_an_option_that_exists() -> None:
+def test_transformer_engine_is_installed_by_an_option_that_exists():
     script, option = TRANSFORMER_ENGINE.split()[:2]
     assert f"{option})" in (ROOT / script).read_text()

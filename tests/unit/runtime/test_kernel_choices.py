@@ -8,7 +8,6 @@ from dataclasses import replace
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import pytest
 
@@ -16,7 +15,7 @@ from moepp_megatron.config import load_config
 from moepp_megatron.runtime import backends, optional
 
 ROOT = Path(__file__).parents[3]
-APEX: dict[str, dict[str, Any]] = {
+APEX = {
     "apex": {},
     "apex.normalization": {},
     "apex.normalization.fused_layer_norm": {"fused_rms_norm_affine": lambda *args: "fused"},
@@ -27,13 +26,13 @@ APEX: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture
-def install(monkeypatch: pytest.MonkeyPatch) -> Any:
+def install(monkeypatch):
     """Puts modules where imports find them, and a GPU beside them."""
     import torch
 
     cached = [f for f in vars(optional).values() if isinstance(f, functools._lru_cache_wrapper)]
 
-    def install(*packages: dict[str, dict[str, Any]], gpu: bool = True) -> None:
+    def install(*packages, gpu: bool = True) -> None:
         for package in packages:
             for name, content in package.items():
                 module = ModuleType(name)
@@ -58,7 +57,7 @@ def lines() -> list[str]:
     return [choice.line() for choice in backends.kernel_choices()]
 
 
-def test_attention_experts_and_permutation(install: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_attention_experts_and_permutation(install, monkeypatch):
     import torch
 
     install(gpu=False)
@@ -82,7 +81,7 @@ def test_attention_experts_and_permutation(install: Any, monkeypatch: pytest.Mon
     ]
 
 
-def test_cross_entropy(install: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cross_entropy(install, monkeypatch):
     install(gpu=False)
     assert backends.chosen_cross_entropy("auto") == "unfused"
     monkeypatch.setattr(backends, "have_triton", lambda: True)
@@ -102,7 +101,7 @@ def norm_and_accumulation() -> tuple[str, str]:
     return found["RMSNorm"], found["gradient accumulation of linear layers"]
 
 
-def test_each_part_of_apex_that_was_not_built_has_its_own_fallback(install: Any) -> None:
+def test_each_part_of_apex_that_was_not_built_has_its_own_fallback(install):
     """apex is built with any subset of its extensions, and needs a GPU."""
     install()
     assert norm_and_accumulation() == ("torch", "torch")
@@ -121,12 +120,12 @@ def test_each_part_of_apex_that_was_not_built_has_its_own_fallback(install: Any)
         ("amp_C", ("torch", "apex")),
     ],
 )
-def test_parts_of_apex(install: Any, missing: str, expected: tuple[str, str]) -> None:
+def test_parts_of_apex(install, missing, expected):
     install({name: content for name, content in APEX.items() if name != missing})
     assert norm_and_accumulation() == expected
 
 
-def test_apex_accumulates_more_than_transformer_engine(install: Any, monkeypatch) -> None:
+def test_apex_accumulates_more_than_transformer_engine(install, monkeypatch):
     install()
     monkeypatch.setattr(backends, "have_transformer_engine", lambda: True)
     assert norm_and_accumulation() == ("Transformer Engine", "Transformer Engine")
@@ -157,7 +156,7 @@ def test_what_megatron_core_has_chosen_is_named(install, monkeypatch, module, pa
     assert implementations()["gradient norm and scaling"] == package
 
 
-def test_the_log_has_one_line_with_every_choice(install: Any) -> None:
+def test_the_log_has_one_line_with_every_choice(install):
     install()
     line = backends._choices_line()
     assert "\n" not in line
@@ -165,7 +164,7 @@ def test_the_log_has_one_line_with_every_choice(install: Any) -> None:
         assert choice.line() in line
 
 
-def test_a_run_on_a_cpu_has_nothing_to_say_of_packages_for_gpus(install: Any, monkeypatch) -> None:
+def test_a_run_on_a_cpu_has_nothing_to_say_of_packages_for_gpus(install, monkeypatch):
     """None is used, and none could be; on a GPU, or where one is used, the line matters."""
     import torch
 
@@ -183,7 +182,7 @@ def test_a_run_on_a_cpu_has_nothing_to_say_of_packages_for_gpus(install: Any, mo
     assert backends.choices_to_log(config) == backends._choices_line("unfused")
 
 
-def test_a_process_with_an_apex_on_its_path(tmp_path: Path) -> None:
+def test_a_process_with_an_apex_on_its_path(tmp_path):
     """An apex of the modules that megatron-core asks for."""
     files = {
         "apex/__init__.py": "",

@@ -4,8 +4,6 @@ import dataclasses
 import socket
 import sys
 
-import pytest
-
 from moepp_megatron.config.exit_codes import LOST
 from moepp_megatron.runtime.launch import LaunchOptions, run_ranks
 from moepp_megatron.runtime.nodes import Meeting, Nodes
@@ -13,13 +11,13 @@ from moepp_megatron.runtime.nodes import Meeting, Nodes
 NODES = Nodes(2, 0, "127.0.0.1", join_timeout_s=900, restart_timeout_s=120)
 
 
-def test_first_meeting_may_take_the_longer_time() -> None:
+def test_first_meeting_may_take_the_longer_time():
     meeting = Meeting(NODES, now=0.0)
     assert meeting.failure(False, 899.0) is None
     assert meeting.failure(False, 901.0) == "the 2 machines did not meet at 127.0.0.1 within 900 s"
 
 
-def test_meeting_after_a_failure_is_given_up_sooner() -> None:
+def test_meeting_after_a_failure_is_given_up_sooner():
     meeting = Meeting(NODES, now=0.0)
     # Ranks may run for as long as they like.
     for now in (10.0, 100_000.0):
@@ -30,7 +28,7 @@ def test_meeting_after_a_failure_is_given_up_sooner() -> None:
     assert "did not come back within 120 s after a failure (--restart-timeout)" in failure
 
 
-def test_each_restart_has_the_whole_time() -> None:
+def test_each_restart_has_the_whole_time():
     meeting = Meeting(NODES, now=0.0)
     for start in (0.0, 1000.0):
         assert meeting.failure(True, start) is None
@@ -38,7 +36,7 @@ def test_each_restart_has_the_whole_time() -> None:
             assert meeting.failure(False, now) is None
 
 
-def test_machine_that_nobody_joins_says_so_and_ends(capfd: pytest.CaptureFixture[str]) -> None:
+def test_machine_that_nobody_joins_says_so_and_ends(capfd):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -50,7 +48,7 @@ def test_machine_that_nobody_joins_says_so_and_ends(capfd: pytest.CaptureFixture
     assert sys.executable not in printed
 
 
-def test_port_of_another_program_is_named(capfd: pytest.CaptureFixture[str]) -> None:
+def test_port_of_another_program_is_named(capfd):
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()

@@ -14,7 +14,7 @@ GPU = SimpleNamespace(pci_domain_id=1, pci_bus_id=0x1B, pci_device_id=0)
 
 
 @pytest.fixture
-def system(tmp_path: Path) -> Path:
+def system(tmp_path) -> Path:
     """A machine with two nodes, of which the GPU hangs at the second."""
     _write(tmp_path / "bus/pci/devices" / ADDRESS / "numa_node", "1\n")
     for node, cores in enumerate(("0-3,8-11", "4-7,12,14-15")):
@@ -27,12 +27,12 @@ def _write(path: Path, text: str) -> None:
     path.write_text(text)
 
 
-def test_cores_of_the_gpus_node_are_near(system: Path) -> None:
+def test_cores_of_the_gpus_node_are_near(system):
     assert distributed._cores_near(ADDRESS, system) == {4, 5, 6, 7, 12, 14, 15}
 
 
 @pytest.mark.parametrize("content", ["-1\n", "7\n", "", None])
-def test_where_nothing_is_known_no_core_is_near(system: Path, content: str | None) -> None:
+def test_where_nothing_is_known_no_core_is_near(system, content):
     path = system / "bus/pci/devices" / ADDRESS / "numa_node"
     if content is None:
         path.unlink()

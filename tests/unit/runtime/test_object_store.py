@@ -16,7 +16,7 @@ from tests.object_store import Store
 
 
 @pytest.fixture
-def store(monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
+def store(monkeypatch) -> Iterator[Store]:
     made = Store()
     for name, value in made.environment.items():
         monkeypatch.setenv(name, value)

@@ -46,7 +46,7 @@ def installed(tmp_path, monkeypatch):
         function.cache_clear()
 
 
-def test_deep_ep_without_its_nccl(installed) -> None:
+def test_deep_ep_without_its_nccl(installed):
     """DeepEP 2 asserts at import, which megatron-core does not catch."""
     installed(
         "deep_ep", __init__='from deep_ep import sub\nassert False, "Cannot find: nccl"', sub=""
@@ -67,7 +67,7 @@ def test_deep_ep_without_its_nccl(installed) -> None:
     assert "EP_NCCL_ROOT_DIR" in finding.remedy
 
 
-def test_transformer_engine_without_its_part_for_torch(installed) -> None:
+def test_transformer_engine_without_its_part_for_torch(installed):
     """Half of megatron-core would take it for a package that is there."""
     installed("transformer_engine", __init__="")
     failure = optional.import_failure("transformer_engine")
@@ -79,7 +79,7 @@ def test_transformer_engine_without_its_part_for_torch(installed) -> None:
 
 
 @pytest.mark.parametrize("package", ["transformer_engine", "deep_ep"])
-def test_torch_loads_what_a_package_links_to(installed, tmp_path, package: str) -> None:
+def test_torch_loads_what_a_package_links_to(installed, tmp_path, package):
     """The wheels of both find libnccl.so.2 only in a process that has imported torch."""
     installed(package, __init__="import sys; assert 'torch' in sys.modules", pytorch="")
     program = "from moepp_megatron.runtime import optional; import sys; "
@@ -89,7 +89,7 @@ def test_torch_loads_what_a_package_links_to(installed, tmp_path, package: str) 
     assert found == "None\n"
 
 
-def test_a_gpu_without_transformer_engine_is_worth_a_warning(monkeypatch) -> None:
+def test_a_gpu_without_transformer_engine_is_worth_a_warning(monkeypatch):
     import torch
 
     assert package_warnings() == []
@@ -102,7 +102,7 @@ def test_a_gpu_without_transformer_engine_is_worth_a_warning(monkeypatch) -> Non
     assert packages._check_backend(engine).severity is Severity.NOTE
 
 
-def test_packages_that_are_sound_or_absent_stay(installed) -> None:
+def test_packages_that_are_sound_or_absent_stay(installed):
     installed("transformer_engine", __init__="", pytorch="")
     assert optional.import_failure("transformer_engine") is None
     import transformer_engine.pytorch  # noqa: F401
@@ -110,7 +110,7 @@ def test_packages_that_are_sound_or_absent_stay(installed) -> None:
     assert optional.import_failure("deep_ep") is None
 
 
-def test_what_triton_compiles_with(monkeypatch, tmp_path) -> None:
+def test_what_triton_compiles_with(monkeypatch, tmp_path):
     monkeypatch.delenv("CC", raising=False)
     monkeypatch.setattr(fit.sysconfig, "get_paths", lambda scheme: {"include": tmp_path})
     monkeypatch.setattr(shutil, "which", lambda name: None)
@@ -126,7 +126,7 @@ def test_what_triton_compiles_with(monkeypatch, tmp_path) -> None:
     assert packages._check_compiler().severity is Severity.OK
 
 
-def test_a_run_whose_kernels_cannot_start_is_refused_at_once(monkeypatch) -> None:
+def test_a_run_whose_kernels_cannot_start_is_refused_at_once(monkeypatch):
     monkeypatch.setattr(fit, "have_triton", lambda: True)
     monkeypatch.setattr(fit, "compiler_obstacle", lambda: ("a C compiler", "install gcc"))
     with pytest.raises(UnfitError) as refused:
@@ -150,7 +150,7 @@ RECOMPUTES = (
 )
 
 
-def test_what_the_extension_is_compiled_with(monkeypatch, tmp_path) -> None:
+def test_what_the_extension_is_compiled_with(monkeypatch, tmp_path):
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setattr(fit.sysconfig, "get_paths", lambda scheme: {"include": tmp_path})
     there: set[str] = set()
@@ -172,7 +172,7 @@ def test_what_the_extension_is_compiled_with(monkeypatch, tmp_path) -> None:
     assert fit.extension_obstacle()[0] == "a C++ compiler (CXX is mycxx, which is not there)"
 
 
-def test_a_run_whose_extension_cannot_be_compiled_is_refused_at_once(monkeypatch) -> None:
+def test_a_run_whose_extension_cannot_be_compiled_is_refused_at_once(monkeypatch):
     config = load_config(MODEL, RECOMPUTES)
     monkeypatch.setattr(fit, "extension_obstacle", lambda: None)
     fit.check_fit(config)
@@ -188,7 +188,7 @@ def test_a_run_whose_extension_cannot_be_compiled_is_refused_at_once(monkeypatch
     assert packages._check_config(config).severity is Severity.ERROR
 
 
-def test_an_extension_that_does_not_compile_is_said_before_the_model_is_built(monkeypatch) -> None:
+def test_an_extension_that_does_not_compile_is_said_before_the_model_is_built(monkeypatch):
     from megatron.core.tensor_parallel import random
 
     from moepp_megatron.training import setup
@@ -204,7 +204,7 @@ def test_an_extension_that_does_not_compile_is_said_before_the_model_is_built(mo
 
 
 @pytest.mark.parametrize("variable", ["TRITON_CACHE_DIR", "TORCH_EXTENSIONS_DIR"])
-def test_what_is_compiled_is_kept_where_nobody_else_writes(monkeypatch, tmp_path, variable) -> None:
+def test_what_is_compiled_is_kept_where_nobody_else_writes(monkeypatch, tmp_path, variable):
     monkeypatch.setattr(rank_environment.tempfile, "gettempdir", lambda: str(tmp_path))
 
     def cache() -> str | None:

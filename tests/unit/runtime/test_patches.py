@@ -32,7 +32,7 @@ class Owner:
         return "own"
 
 
-def test_an_object_is_as_before() -> None:
+def test_an_object_is_as_before():
     owner = Owner()
     owner.kind = "object"
     with replaced(owner, method=lambda: "other", kind="replaced"):
@@ -41,7 +41,7 @@ def test_an_object_is_as_before() -> None:
     assert owner.method() == "own"
 
 
-def test_what_is_replaced_twice_is_undone_in_reverse() -> None:
+def test_what_is_replaced_twice_is_undone_in_reverse():
     owner, module = Owner(), SimpleNamespace(value=1)
     replacements = Replacements()
     for value in (2, 3):
@@ -52,7 +52,7 @@ def test_what_is_replaced_twice_is_undone_in_reverse() -> None:
     assert vars(owner) == {}
 
 
-def test_a_failure_undoes_it_too() -> None:
+def test_a_failure_undoes_it_too():
     owner = Owner()
     with pytest.raises(RuntimeError), replaced(owner, kind="replaced"):
         raise RuntimeError
@@ -68,7 +68,7 @@ def _users() -> set[str]:
     }
 
 
-def test_every_module_that_patches_is_in_the_table() -> None:
+def test_every_module_that_patches_is_in_the_table():
     assert _users() == {patch.module for patch in PATCHES}
 
 
@@ -110,7 +110,7 @@ def _foreign_assignments(tree: ast.AST) -> Iterator[str]:
                 yield ast.unparse(target)
 
 
-def test_the_scan_sees_every_way() -> None:
+def test_the_scan_sees_every_way():
     source = """
 import torch.distributed as dist
 from torch import cuda
@@ -132,7 +132,7 @@ def f(optimizer):
     }
 
 
-def test_nothing_is_patched_in_another_way() -> None:
+def test_nothing_is_patched_in_another_way():
     found = {
         (name, what)
         for name, tree in TREES.items()

@@ -6,7 +6,6 @@ import re
 import socket
 import tempfile
 from types import SimpleNamespace
-from typing import Any
 
 import psutil
 import pytest
@@ -137,7 +136,7 @@ OVERLAPPED = EP | {"overlap_moe_expert_parallel_comm": True}
 FLEX = {"dispatcher": "flex"}
 
 
-def layout(parallel: dict[str, Any] | None = None, moe: dict[str, Any] | None = None) -> Config:
+def layout(parallel=None, moe=None) -> Config:
     sizes = {"hidden_size": 512, "seq_length": 64}  # what flex and context parallelism can divide
     return parse_config(
         settings(parallel=parallel or {}, moe=moe or {}, model=sizes, precision={"dtype": "bf16"})

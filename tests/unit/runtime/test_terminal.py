@@ -25,7 +25,7 @@ def test_what_a_terminal_obeys_is_escaped():
 
 
 @pytest.mark.parametrize("terminal", [False, True])
-def test_a_table_holds_no_control_characters_but_styles(terminal: bool):
+def test_a_table_holds_no_control_characters_but_styles(terminal):
     out = io.StringIO()
     table = Table("name")
     table.add_row(Text(HOSTILE))
@@ -49,7 +49,7 @@ def test_every_console_is_this_one():
             pytest.fail(f"{path} makes a console of rich's own")
 
 
-def test_an_error_that_quotes_a_file_is_escaped(tmp_path: Path):
+def test_an_error_that_quotes_a_file_is_escaped(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     name = "\\u001b[2Jtensor"
     header = f'{{"{name}": 1}}'.encode()

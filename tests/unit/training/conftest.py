@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -17,7 +16,7 @@ from moepp_megatron.training.checkpoint.files import (
 from tests.parallel.training_runs import settings
 
 
-def config_of(**sections: dict[str, Any]) -> Config:
+def config_of(**sections) -> Config:
     """A small configuration with some settings changed."""
     small = {"model": {"num_layers": 2}, "moe": {"num_ffn_experts": 4}}
     names = small | sections
@@ -29,7 +28,7 @@ def write() -> Callable[..., Path]:
     """Writes a checkpoint: `write(folder, step, saved_at, **sections)`."""
 
     def write_checkpoint(
-        folder: Path, step: int, saved_at: float | None = None, **sections: dict[str, Any]
+        folder: Path, step: int, saved_at: float | None = None, **sections
     ) -> Path:
         path = folder / checkpoint_name(step)
         path.mkdir(parents=True)

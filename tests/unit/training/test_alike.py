@@ -48,7 +48,7 @@ OTHER = {"optimizer": {"lr": 5e-4}}
         ),
     ],
 )
-def test_each_rank_is_told_the_same(ranks: list[dict], told: str) -> None:
+def test_each_rank_is_told_the_same(ranks, told):
     (line,) = said(*ranks)
     assert line.startswith(told)
     assert bool(line) == bool(told)

@@ -42,7 +42,7 @@ def test_kill_ends_it():
     assert process.done()
 
 
-def test_signals_of_the_launcher_do_not_end_it(tmp_path: Path):
+def test_signals_of_the_launcher_do_not_end_it(tmp_path):
     ready = tmp_path / "ready"
 
     def survive() -> str:
@@ -58,7 +58,7 @@ def test_signals_of_the_launcher_do_not_end_it(tmp_path: Path):
     assert process.result() == "written"
 
 
-def test_orphan_dies_with_its_parent(tmp_path: Path):
+def test_orphan_dies_with_its_parent(tmp_path):
     code = f"""
 import os, signal, time
 from moepp_megatron.training.checkpoint.background import Background

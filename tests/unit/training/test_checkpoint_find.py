@@ -57,7 +57,7 @@ def record_of(**fields: object) -> bytes:
         ("common.pt", b"", "common.pt does not belong"),
     ],
 )
-def test_damage_names_the_file(write, tmp_path: Path, name, content, why):
+def test_damage_names_the_file(write, tmp_path, name, content, why):
     checkpoint = write(tmp_path, 5)
     if content is None:
         (checkpoint / name).unlink()
@@ -71,7 +71,7 @@ def test_damage_names_the_file(write, tmp_path: Path, name, content, why):
     assert find_checkpoint(tmp_path) == older
 
 
-def test_manifest_may_not_point_outside(write, tmp_path: Path):
+def test_manifest_may_not_point_outside(write, tmp_path):
     checkpoint = write(tmp_path, 5)
     content = json.loads((checkpoint / "integrity.json").read_text())
     content["files"]["../secret"] = "0" * 64
@@ -79,14 +79,14 @@ def test_manifest_may_not_point_outside(write, tmp_path: Path):
     assert "'../secret', which is not a file of this folder" in str(damage(checkpoint))
 
 
-def test_ranks_share_the_hashing_and_one_of_them_finds_the_damage(write, tmp_path: Path):
+def test_ranks_share_the_hashing_and_one_of_them_finds_the_damage(write, tmp_path):
     checkpoint = write(tmp_path, 5)
     (checkpoint / "__0_0.distcp").write_bytes(b"tensorz" * 100)
     found = [damage(checkpoint, part, 4) for part in range(4)]
     assert sum(reason is not None for reason in found) == 1
 
 
-def test_newest_is_the_last_written_not_the_highest_step(write, tmp_path: Path):
+def test_newest_is_the_last_written_not_the_highest_step(write, tmp_path):
     for step, saved_at in ((50, 1.0), (100, 2.0), (60, 3.0)):
         write(tmp_path, step, saved_at)
     names = [path.name for path in list_checkpoints(tmp_path)]
@@ -94,13 +94,13 @@ def test_newest_is_the_last_written_not_the_highest_step(write, tmp_path: Path):
 
 
 @pytest.mark.parametrize("name", ["", "checkpoints", "checkpoints/step_00000010"])
-def test_find_by_run_folder_and_checkpoint(write, tmp_path: Path, name: str):
+def test_find_by_run_folder_and_checkpoint(write, tmp_path, name):
     write(tmp_path / "checkpoints", 5)
     newest = write(tmp_path / "checkpoints", 10)
     assert find_checkpoint(tmp_path / name) == newest
 
 
-def test_what_a_live_run_removes_is_looked_for_again(write, tmp_path: Path, caplog):
+def test_what_a_live_run_removes_is_looked_for_again(write, tmp_path, caplog):
     first, second, third = (tmp_path / f"step_{step:08d}" for step in (5, 10, 15))
     write(tmp_path, 5)
 
@@ -134,7 +134,7 @@ def test_what_a_live_run_removes_is_looked_for_again(write, tmp_path: Path, capl
     assert caplog.messages == [f"{second} was removed by its run; the newest is taken again"]
 
 
-def test_find_skips_what_is_damaged_and_says_so(write, tmp_path: Path, caplog):
+def test_find_skips_what_is_damaged_and_says_so(write, tmp_path, caplog):
     older = write(tmp_path, 5)
     newest = write(tmp_path, 10)
     (newest / "__0_0.distcp").unlink()
@@ -142,7 +142,7 @@ def test_find_skips_what_is_damaged_and_says_so(write, tmp_path: Path, caplog):
     assert caplog.messages == [f"skipping checkpoint {newest}: __0_0.distcp is missing"]
 
 
-def test_find_follows_a_configured_folder(write, tmp_path: Path):
+def test_find_follows_a_configured_folder(write, tmp_path):
     elsewhere = write(tmp_path / "elsewhere", 5)
     run = tmp_path / "run"
     run.mkdir()
@@ -151,7 +151,7 @@ def test_find_follows_a_configured_folder(write, tmp_path: Path):
     assert find_checkpoint(run) == elsewhere
 
 
-def test_nothing_to_find_is_refused(tmp_path: Path):
+def test_nothing_to_find_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="must be a checkpoint folder or a run"):
         find_checkpoint(tmp_path)
     # An exported model.
@@ -161,7 +161,7 @@ def test_nothing_to_find_is_refused(tmp_path: Path):
 
 
 @pytest.mark.parametrize("step", [5, 20])
-def test_a_newer_format_is_refused_and_nothing_is_touched(write, tmp_path: Path, caplog, step: int):
+def test_a_newer_format_is_refused_and_nothing_is_touched(write, tmp_path, caplog, step):
     """It is no damage: an older one would be continued in its place. Wherever it is in the list."""
     newer, old = write(tmp_path, step), write(tmp_path, 10)
     record = json.loads(record_of(format_version=2, versions={"moepp_megatron": "9.8"}))
@@ -199,9 +199,7 @@ def test_a_newer_format_is_refused_and_nothing_is_touched(write, tmp_path: Path,
         (50, [100_000_000, 40, 30, 20]),
     ],
 )
-def test_where_a_date_lies_the_order_is_that_of_the_steps(
-    write, tmp_path: Path, days: float, latest: int | None, order: list[int]
-):
+def test_where_a_date_lies_the_order_is_that_of_the_steps(write, tmp_path, days, latest, order):
     lie = time.time() + 86400.0 * days
     for step, saved_at in ((20, lie), (30, 5.0), (40, 4.0), (100_000_000, 3.0)):
         write(tmp_path, step, saved_at)
@@ -213,7 +211,7 @@ def test_where_a_date_lies_the_order_is_that_of_the_steps(
 
 @pytest.mark.parametrize("keep", [1, 2])
 @pytest.mark.parametrize("saved_at", [0.5, 99.0])
-def test_what_was_just_written_is_never_pruned(write, tmp_path: Path, keep: int, saved_at: float):
+def test_what_was_just_written_is_never_pruned(write, tmp_path, keep, saved_at):
     """Whatever its date and its step: a run may have gone back."""
     for step in (5, 10, 15):
         write(tmp_path, step)
@@ -223,7 +221,7 @@ def test_what_was_just_written_is_never_pruned(write, tmp_path: Path, keep: int,
     assert left == ({"step_00000004", "step_00000015"} if keep == 2 else {written.name})
 
 
-def test_keep_counts_valid_ones_and_never_deletes_what_is_damaged(write, tmp_path: Path, caplog):
+def test_keep_counts_valid_ones_and_never_deletes_what_is_damaged(write, tmp_path, caplog):
     for step in (5, 10, 15, 20):
         write(tmp_path, step)
     (tmp_path / "step_00000015" / "__0_0.distcp").write_bytes(b"tensorz" * 100)
@@ -252,7 +250,7 @@ def test_keep_counts_valid_ones_and_never_deletes_what_is_damaged(write, tmp_pat
         ),
     ],
 )
-def test_other_shapes_are_refused_by_name(write, tmp_path: Path, sections, message):
+def test_other_shapes_are_refused_by_name(write, tmp_path, sections, message):
     checkpoint = write(tmp_path / "checkpoints", 5)
     with pytest.raises(ConfigError, match=message):
         check_compatible(checkpoint, config_of(**sections))
@@ -288,7 +286,7 @@ def test_what_is_drawn_is_counted_in_batches_of_one_size(write, tmp_path, batch,
     )
 
 
-def test_weights_alone_fit_every_optimizer(write, tmp_path: Path):
+def test_weights_alone_fit_every_optimizer(write, tmp_path):
     sections = {"optimizer": {"kind": "lion"}, "parallel": {"use_distributed_optimizer": False}}
     config = config_of(**sections, checkpoint={"load": "there", "load_optimizer": False})
     check_compatible(write(tmp_path, 5), config)
@@ -311,13 +309,13 @@ SAME = {
 
 
 @pytest.mark.parametrize(("saved", "asked"), SAME.values(), ids=SAME)
-def test_settings_are_compared_by_what_they_mean(write, tmp_path: Path, saved, asked):
+def test_settings_are_compared_by_what_they_mean(write, tmp_path, saved, asked):
     for there, here in ((saved, asked), (asked, saved)):
         checkpoint = write(tmp_path / str(id(there)), 5, moe=there)
         check_compatible(checkpoint, config_of(moe=here))
 
 
-def test_a_width_that_no_layer_has_does_not_count(write, tmp_path: Path):
+def test_a_width_that_no_layer_has_does_not_count(write, tmp_path):
     # Every layer is an MoE layer, whose experts have a width of their own.
     checkpoint = write(tmp_path, 5, model={"ffn_hidden_size": 99}, moe={"ffn_hidden_size": 48})
     check_compatible(checkpoint, config_of())
@@ -344,7 +342,7 @@ def test_a_width_that_no_layer_has_does_not_count(write, tmp_path: Path):
         ),
     ],
 )
-def test_what_means_something_else_is_one_line(write, tmp_path: Path, saved, asked, line):
+def test_what_means_something_else_is_one_line(write, tmp_path, saved, asked, line):
     checkpoint = write(tmp_path, 5, moe=saved)
     with pytest.raises(ConfigError, match=line) as caught:
         check_compatible(checkpoint, config_of(moe=asked))

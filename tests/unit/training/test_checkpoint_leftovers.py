@@ -34,13 +34,13 @@ def _leave(folder: Path, owner: str) -> Path:
     return path
 
 
-def test_what_a_living_process_writes_stays(tmp_path: Path, living: int):
+def test_what_a_living_process_writes_stays(tmp_path, living):
     path = _leave(tmp_path, f"{socket.gethostname()}-{living}-ab12")
     remove_leftovers(tmp_path)
     assert path.is_dir()
 
 
-def test_a_number_that_was_given_out_again_is_no_owner(tmp_path: Path, living: int):
+def test_a_number_that_was_given_out_again_is_no_owner(tmp_path, living):
     path = _leave(tmp_path, f"{socket.gethostname()}-{living}-ab12")
     os.utime(path, (1.0, 1.0))
     remove_leftovers(tmp_path)
@@ -48,7 +48,7 @@ def test_a_number_that_was_given_out_again_is_no_owner(tmp_path: Path, living: i
 
 
 @pytest.mark.parametrize("owner", ["{host}-{dead}-ab12", "other-host-1-ab12", "ab12", "{host}-x-1"])
-def test_what_nobody_writes_goes(tmp_path: Path, dead: int, owner: str):
+def test_what_nobody_writes_goes(tmp_path, dead, owner):
     path = _leave(tmp_path, owner.format(host=socket.gethostname(), dead=dead))
     (tmp_path / ".step_00000003.discarded-ab").mkdir()
     (tmp_path / "step_00000004").mkdir()
@@ -57,7 +57,7 @@ def test_what_nobody_writes_goes(tmp_path: Path, dead: int, owner: str):
     assert [left.name for left in tmp_path.iterdir()] == ["step_00000004"]
 
 
-def test_an_own_folder_is_a_leftover_once_it_is_no_longer_written(tmp_path: Path):
+def test_an_own_folder_is_a_leftover_once_it_is_no_longer_written(tmp_path):
     # A run removes leftovers when it has nothing under way.
     (tmp_path / incomplete_name("step_00000005")).mkdir()
     remove_leftovers(tmp_path)

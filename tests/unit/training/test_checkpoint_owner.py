@@ -22,13 +22,13 @@ REFUSED = r"checkpoint\.dir \(.+\) must not hold checkpoints of another run, and
 
 
 @pytest.fixture
-def place(tmp_path: Path) -> Path:
+def place(tmp_path) -> Path:
     """A checkpoint folder, and its parent, that are not there yet."""
     return tmp_path / "disk" / "shared"
 
 
 @pytest.fixture
-def of(tmp_path: Path, place: Path):
+def of(tmp_path, place):
     """Gives the configuration of the run of a name, with checkpoints in `place`."""
 
     def config(name: str, checkpoints: Path | None = place) -> Config:
@@ -51,7 +51,7 @@ def mark_of(place: Path) -> str:
 
 
 @pytest.mark.parametrize("start", [Start(), RESUME, OVERWRITE], ids=["", "resume", "overwrite"])
-def test_a_run_that_has_not_saved_yet_owns_its_folder(of, place, tmp_path, start: Start) -> None:
+def test_a_run_that_has_not_saved_yet_owns_its_folder(of, place, tmp_path, start):
     with RunFolder(of("a")).claim(Start()):
         StatusSink(tmp_path / "runs" / "a")
         assert mark_of(place) == f"{tmp_path / 'runs' / 'a'}\n"
@@ -73,7 +73,7 @@ def start_at_once(config: Config, barrier, answers) -> None:
 
 
 @pytest.mark.parametrize("is_stale", [False, True], ids=["new", "of a run that is gone"])
-def test_of_two_at_once_one_is_let_in(of, place, tmp_path, is_stale: bool) -> None:
+def test_of_two_at_once_one_is_let_in(of, place, tmp_path, is_stale):
     if is_stale:
         place.mkdir(parents=True)
         (place / "owner").write_text(f"{tmp_path / 'gone'}\n")
@@ -89,7 +89,7 @@ def test_of_two_at_once_one_is_let_in(of, place, tmp_path, is_stale: bool) -> No
     assert mark_of(place) == f"{tmp_path / 'runs' / winner}\n"
 
 
-def test_without_locks_too(of, place, tmp_path, monkeypatch) -> None:
+def test_without_locks_too(of, place, tmp_path, monkeypatch):
     """The other one is let in between the look and the mark."""
     look, others = ownership.OwnerMark.refuse_other, ["a"]
 
@@ -109,7 +109,7 @@ def test_without_locks_too(of, place, tmp_path, monkeypatch) -> None:
     assert [path.name for path in (tmp_path / "runs").iterdir()] == ["a"]
 
 
-def test_the_own_run_is_let_in_again(of, place, tmp_path, write) -> None:
+def test_the_own_run_is_let_in_again(of, place, tmp_path, write):
     enter(of("a"))
     # Before its first checkpoint, as the restart of a job, and after it.
     enter(of("a"), Start(resume=True, restarted=True))
@@ -123,7 +123,7 @@ def test_the_own_run_is_let_in_again(of, place, tmp_path, write) -> None:
     enter(of("b"), RESUME)
 
 
-def test_a_run_that_is_moved_aside_takes_its_checkpoints_along(of, place, tmp_path, write) -> None:
+def test_a_run_that_is_moved_aside_takes_its_checkpoints_along(of, place, tmp_path, write):
     enter(of("a"))
     shutil.copy(tmp_path / "runs" / "a" / "config.yaml", write(place, 5) / "config.yaml")
     enter(of("a"), OVERWRITE)
@@ -139,14 +139,14 @@ def test_a_run_that_is_moved_aside_takes_its_checkpoints_along(of, place, tmp_pa
 
 
 @pytest.mark.parametrize("mark", ["", "\0\0\0", "/\0", "runs/a\n", "/gone\n", "\udcff"])
-def test_marks_of_runs_that_are_not_there_count_for_nothing(of, place, tmp_path, mark: str) -> None:
+def test_marks_of_runs_that_are_not_there_count_for_nothing(of, place, tmp_path, mark):
     place.mkdir(parents=True)
     (place / "owner").write_bytes(os.fsencode(mark))
     enter(of("a"))
     assert mark_of(place) == f"{tmp_path / 'runs' / 'a'}\n"
 
 
-def test_a_start_from_which_no_run_came_leaves_nothing(of, place, tmp_path) -> None:
+def test_a_start_from_which_no_run_came_leaves_nothing(of, place, tmp_path):
     with RunFolder(of("a")).claim(Start()):
         assert (place / "owner").exists()
     assert list(tmp_path.iterdir()) == []
@@ -162,7 +162,7 @@ def test_a_start_from_which_no_run_came_leaves_nothing(of, place, tmp_path) -> N
     assert mark_of(place) == f"{tmp_path / 'runs' / 'a'}\n"
 
 
-def test_a_full_disk_of_checkpoints_is_no_claim(of, place, tmp_path, write, monkeypatch) -> None:
+def test_a_full_disk_of_checkpoints_is_no_claim(of, place, tmp_path, write, monkeypatch):
     """It is first freed of half-written checkpoints."""
     leftover = place / ".step_00000009.incomplete-abc"
     leftover.mkdir(parents=True)
@@ -183,7 +183,7 @@ def test_a_full_disk_of_checkpoints_is_no_claim(of, place, tmp_path, write, monk
     assert list(place.iterdir()) == []
 
 
-def test_links_are_followed(of, place, tmp_path) -> None:
+def test_links_are_followed(of, place, tmp_path):
     """Checkpoints of a run whose folder of them is a link are elsewhere, too."""
     place.mkdir(parents=True)
     for name in "ab":
@@ -195,7 +195,7 @@ def test_links_are_followed(of, place, tmp_path) -> None:
     enter(of("a"), Start(restarted=True))
 
 
-def test_the_mark_is_no_checkpoint(of, place, write) -> None:
+def test_the_mark_is_no_checkpoint(of, place, write):
     enter(of("a"))
     old, new = write(place, 5), write(place, 6)
     assert list_checkpoints(place) == [new, old]

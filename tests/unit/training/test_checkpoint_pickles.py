@@ -7,7 +7,6 @@ import pickle
 import tracemalloc
 import zipfile
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -35,7 +34,7 @@ from tests.parallel.planted_pickles import Bomb, stateful
 KEY = "common_state/shard_0_1"
 
 
-def write(folder: Path, places: dict[MetadataIndex, Any]) -> None:
+def write(folder: Path, places) -> None:
     """An index with one byte entry, which may have several places."""
     storage, content = {}, b""
     for index, value in places.items():
@@ -49,7 +48,7 @@ def write(folder: Path, places: dict[MetadataIndex, Any]) -> None:
     write_index(folder, Metadata({KEY: BytesStorageMetadata()}, storage_data=storage))
 
 
-def write_index(folder: Path, index: Any) -> None:
+def write_index(folder: Path, index) -> None:
     content = index if isinstance(index, bytes) else pickle.dumps(index)
     (folder / ".metadata").write_bytes(content)
 
@@ -74,7 +73,7 @@ def shard(folder: Path) -> TensorStorageMetadata:
     return tensor
 
 
-def test_second_place_of_a_name_is_looked_at(tmp_path: Path) -> None:
+def test_second_place_of_a_name_is_looked_at(tmp_path):
     exploded = tmp_path / "exploded"
     places = {MetadataIndex(KEY): Bomb(exploded), MetadataIndex(KEY, torch.Size([0])): "harmless"}
     write(tmp_path / "checkpoint", places)
@@ -86,7 +85,7 @@ def test_second_place_of_a_name_is_looked_at(tmp_path: Path) -> None:
     assert exploded.exists()
 
 
-def test_index_of_a_rank_is_refused(tmp_path: Path) -> None:
+def test_index_of_a_rank_is_refused(tmp_path):
     folder, exploded = tmp_path / "checkpoint", tmp_path / "exploded"
     write(folder, {MetadataIndex(KEY): "harmless"})
     assert unsafe_pickle(folder) is None
@@ -106,7 +105,7 @@ def test_index_of_a_rank_is_refused(tmp_path: Path) -> None:
     assert exploded.exists()
 
 
-def test_a_pickle_that_changes_what_it_names_is_refused(tmp_path: Path) -> None:
+def test_a_pickle_that_changes_what_it_names_is_refused(tmp_path):
     folder, exploded = tmp_path / "checkpoint", tmp_path / "exploded"
     write(folder, {MetadataIndex(KEY): "harmless"})
     write_index(folder, stateful((folder / ".metadata").read_bytes(), exploded))
@@ -128,7 +127,7 @@ def test_a_pickle_that_changes_what_it_names_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("code_is_allowed", [False, True])
-def test_megatron_core_is_given_nothing_but_data(tmp_path, monkeypatch, code_is_allowed: bool):
+def test_megatron_core_is_given_nothing_but_data(tmp_path, monkeypatch, code_is_allowed):
     """Even where nobody looked before, and where the environment allows code elsewhere."""
     if code_is_allowed:
         monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
@@ -142,14 +141,14 @@ def test_megatron_core_is_given_nothing_but_data(tmp_path, monkeypatch, code_is_
     assert ("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD" in os.environ) == code_is_allowed
 
 
-def test_what_the_environment_said_holds_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_the_environment_said_holds_again(monkeypatch):
     monkeypatch.setenv("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "0")
     with only_data():
         assert os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] == "1"
     assert os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] == "0"
 
 
-def test_index_is_the_one_that_torch_wrote(tmp_path: Path) -> None:
+def test_index_is_the_one_that_torch_wrote(tmp_path):
     folder = tmp_path / "checkpoint"
     write(folder, {MetadataIndex(KEY): "harmless"})
     tensor = shard(folder)
@@ -169,14 +168,14 @@ def deep(depth: int) -> bytes:
     return b"\x80\x04" + b"](" * depth + b"e" * depth + b"."
 
 
-def of(**fields: Any) -> Any:
+def of(**fields):
     """A harmless index with one field changed."""
     storage = {MetadataIndex("a"): _StorageInfo("__0_0.distcp", 0, 1)}
     content = {"state_dict_metadata": {"a": BytesStorageMetadata()}, "storage_data": storage}
     return Metadata(**(content | fields))
 
 
-def tensor_of(**fields: Any) -> Any:
+def tensor_of(**fields):
     chunk = ChunkStorageMetadata(torch.Size([0]), torch.Size([2]))
     content = {
         "properties": TensorProperties(dtype=torch.float32),
@@ -231,7 +230,7 @@ GLOBAL = b"X\x05\x00\x00\x00torchX\x04\x00\x00\x00Size\x93"
         (tensor_of(properties=TensorProperties(torch.float32, torch.sparse_coo)), "not strided"),
     ],
 )
-def test_anything_but_an_index_is_refused_in_one_line(tmp_path: Path, index: Any, why: str) -> None:
+def test_anything_but_an_index_is_refused_in_one_line(tmp_path, index, why):
     write_index(tmp_path, index)
     reason = unsafe_pickle(tmp_path)
     assert reason.startswith(".metadata ")
@@ -239,14 +238,14 @@ def test_anything_but_an_index_is_refused_in_one_line(tmp_path: Path, index: Any
     assert "\n" not in reason
 
 
-def test_an_index_that_contains_itself_is_refused(tmp_path: Path) -> None:
-    entries: dict[str, Any] = {}
+def test_an_index_that_contains_itself_is_refused(tmp_path):
+    entries = {}
     entries["a"] = entries
     write_index(tmp_path, of(state_dict_metadata=entries))
     assert "in place of a TensorStorageMetadata" in str(unsafe_pickle(tmp_path))
 
 
-def test_size_of_the_index_is_bounded(tmp_path: Path) -> None:
+def test_size_of_the_index_is_bounded(tmp_path):
     with (tmp_path / ".metadata").open("wb") as file:
         # Sparse: nothing but its length is there.
         file.truncate(MAX_BYTES + 1)
@@ -254,7 +253,7 @@ def test_size_of_the_index_is_bounded(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("values", [b"}", b"]", b"K\x01\x85", b"\x8c\x01a", b"]\x94(]]e"])
-def test_memory_of_the_index_is_bounded(tmp_path: Path, values: bytes, monkeypatch: Any) -> None:
+def test_memory_of_the_index_is_bounded(tmp_path, values, monkeypatch):
     """A byte of a pickle may be a dictionary."""
     monkeypatch.setattr(plain_pickle, "_MAX_MEMORY", 1 << 20)
     content = b"\x80\x04]" + (b"(" + values * 10_000 + b"e") * 10 + b"."
@@ -268,7 +267,7 @@ def test_memory_of_the_index_is_bounded(tmp_path: Path, values: bytes, monkeypat
 
 
 @pytest.mark.parametrize("size", [(2,), (1 << 62, 4)])
-def test_a_shard_of_more_bytes_than_it_has_is_refused(tmp_path: Path, size: tuple[int]) -> None:
+def test_a_shard_of_more_bytes_than_it_has_is_refused(tmp_path, size):
     """A tensor of one value that stands for all would otherwise take their memory."""
     begin, whole = torch.Size([0] * len(size)), torch.Size(size)
     chunks = [ChunkStorageMetadata(begin, whole)]
@@ -279,7 +278,7 @@ def test_a_shard_of_more_bytes_than_it_has_is_refused(tmp_path: Path, size: tupl
     assert "7 bytes hold a shard of" in str(unsafe_pickle(tmp_path))
 
 
-def packed(value: Any) -> bytes:
+def packed(value) -> bytes:
     """What torch saves of a value, compressed: torch reads that as well."""
     saved, smaller = io.BytesIO(), io.BytesIO()
     torch.save(value, saved)
@@ -291,7 +290,7 @@ def packed(value: Any) -> bytes:
 
 
 @pytest.mark.parametrize("is_tensor", [True, False])
-def test_a_record_that_unpacks_to_much_is_refused(tmp_path: Path, is_tensor: bool) -> None:
+def test_a_record_that_unpacks_to_much_is_refused(tmp_path, is_tensor):
     record = packed(torch.zeros(100_000) if is_tensor else [torch.zeros(100_000)])
     assert len(record) < 10_000
     key = "weight" if is_tensor else KEY

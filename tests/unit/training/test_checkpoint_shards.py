@@ -16,7 +16,7 @@ from moepp_megatron.training.checkpoint.optimizer import (
 
 
 @pytest.mark.parametrize("shape", [(), (5,), (3, 4), (1, 4), (4, 1), (2, 3, 2), (2, 1, 3, 2)])
-def test_boxes_hold_every_range_in_order_and_nothing_else(shape: tuple[int, ...]) -> None:
+def test_boxes_hold_every_range_in_order_and_nothing_else(shape):
     numel = math.prod(shape)
     numbers = torch.arange(numel).reshape(shape)
     for first in range(numel + 1):
@@ -56,7 +56,7 @@ def plain(key: str, data: torch.Tensor, rank: int, size: int) -> ShardedTensor:
 
 @pytest.mark.parametrize("make", [plain, gate_and_up])
 @pytest.mark.parametrize("cuts", [(0, 24), (0, 5, 24), (0, 11, 13, 24), (0, 12, 12, 24)])
-def test_ranks_shards_make_up_the_tensor(make, cuts: tuple[int, ...]) -> None:
+def test_ranks_shards_make_up_the_tensor(make, cuts):
     """Two tensor-parallel ranks, whose halves data-parallel ranks have cut anywhere."""
     whole, covered = None, None
     for rank in range(2):
@@ -89,7 +89,7 @@ def test_ranks_shards_make_up_the_tensor(make, cuts: tuple[int, ...]) -> None:
     assert covered.sum() == 48
 
 
-def test_values_that_are_read_arrive_in_the_optimizer() -> None:
+def test_values_that_are_read_arrive_in_the_optimizer():
     parameter = torch.nn.Parameter(torch.empty(6, 4))
     moment = torch.zeros(10)
     own = parameter.data.view(-1)[7:17]

@@ -1,7 +1,6 @@
 """What training starts from, decided before any rank starts, on folders without tensors."""
 
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -29,7 +28,7 @@ HARM = {"cut": _cut, "zeros": _zero, "gone": Path.unlink}
 
 
 @pytest.mark.parametrize("harm", HARM.values(), ids=HARM)
-def test_a_damaged_configuration_falls_back(write, tmp_path: Path, harm: Callable[[Path], None]):
+def test_a_damaged_configuration_falls_back(write, tmp_path, harm):
     write(tmp_path, 5)
     newest = write(tmp_path, 10)
     harm(newest / "config.yaml")
@@ -41,7 +40,7 @@ def test_a_damaged_configuration_falls_back(write, tmp_path: Path, harm: Callabl
     check_start(run, tmp_path / "own")
 
 
-def test_all_damaged_is_a_list_and_no_start_from_scratch(write, tmp_path: Path):
+def test_all_damaged_is_a_list_and_no_start_from_scratch(write, tmp_path):
     _cut(write(tmp_path, 5) / "config.yaml")
     (write(tmp_path, 10) / "__0_0.distcp").unlink()
     (tmp_path / "step_00000015").mkdir()
@@ -58,20 +57,20 @@ def test_all_damaged_is_a_list_and_no_start_from_scratch(write, tmp_path: Path):
     assert "restore one of them, or move them away" in line
 
 
-def test_no_checkpoint_at_all_is_a_start_from_scratch(tmp_path: Path):
+def test_no_checkpoint_at_all_is_a_start_from_scratch(tmp_path):
     (tmp_path / ".step_00000005.incomplete-host-1-ab").mkdir()
     check_start(AUTO, tmp_path)
     check_start(AUTO, tmp_path / "none")
 
 
-def test_a_sound_checkpoint_of_another_shape_is_refused_not_skipped(write, tmp_path: Path):
+def test_a_sound_checkpoint_of_another_shape_is_refused_not_skipped(write, tmp_path):
     write(tmp_path, 5, model={"hidden_size": 64})
     write(tmp_path, 10)
     with pytest.raises(ConfigError, match="hidden_size"):
         check_start(WIDER, tmp_path)
 
 
-def test_tokens_are_compared_too(write, tmp_path: Path):
+def test_tokens_are_compared_too(write, tmp_path):
     checkpoint = write(tmp_path / "checkpoints", 5)
     data = tmp_path / "data"
     data.mkdir()
@@ -84,7 +83,7 @@ def test_tokens_are_compared_too(write, tmp_path: Path):
         check_start(config, checkpoint.parent)
 
 
-def test_only_a_tokenizer_is_taken_into_checkpoints(tmp_path: Path, caplog):
+def test_only_a_tokenizer_is_taken_into_checkpoints(tmp_path, caplog):
     file = tmp_path / "tokenizer.json"
     assert tokenizer_files(file) == {}
     assert caplog.messages == []

@@ -1,7 +1,5 @@
 """The warning before the first step: checkpoints to come against what is free."""
 
-from pathlib import Path
-
 import pytest
 
 from moepp_megatron.config import checkpoint_bytes
@@ -44,7 +42,7 @@ def test_as_many_as_will_be_there_at_once(write, tmp_path, monkeypatch, keep, th
 
 
 @pytest.mark.parametrize(("interval", "step"), [(0, 0), (30, 100)])
-def test_nothing_to_save_needs_no_room(tmp_path: Path, monkeypatch, interval: int, step: int):
+def test_nothing_to_save_needs_no_room(tmp_path, monkeypatch, interval, step):
     monkeypatch.setattr(retention, "free_bytes", lambda _: 0)
     config = config_of(training=STEPS, checkpoint={"save_interval": interval})
     assert retention.lack_of_space(config, tmp_path, step) is None

@@ -26,7 +26,7 @@ EP2 = ["parallel.expert_model_parallel_size=2", "precision.dtype=bf16"]
         ["routes.record=routes", "routes.steps=2"],
     ],
 )
-def test_settings_of_training_alone_are_dropped(trained_with: list[str]) -> None:
+def test_settings_of_training_alone_are_dropped(trained_with):
     trained = load_config(QUICKSTART, trained_with)
     config = with_overrides(trained, FORWARD_ONLY)
     assert config.moe.dispatcher == "alltoall"

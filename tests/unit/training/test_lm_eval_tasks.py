@@ -4,7 +4,6 @@ import importlib.util
 import json
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import yaml
@@ -17,7 +16,7 @@ if importlib.util.find_spec("lm_eval") is None:
     pytest.skip("lm-eval is not installed (pip install 'lm-eval')", allow_module_level=True)
 
 # A token for each character.
-TOKENIZER: Any = SimpleNamespace(encode=lambda text: list(map(ord, text)), eod=0)
+TOKENIZER = SimpleNamespace(encode=lambda text: list(map(ord, text)), eod=0)
 DOCUMENT = {"question": "1?", "choices": [" a", " b"], "answer": 0}
 
 
@@ -32,7 +31,7 @@ def refusal(*files: Path) -> str:
     return str(refused.value)
 
 
-def test_a_task_that_is_right(tmp_path: Path) -> None:
+def test_a_task_that_is_right(tmp_path):
     from moepp_megatron.features.tasks.lm_eval_tasks import load_tasks, try_tasks
 
     write_task(tmp_path, SQUARE, [DOCUMENT])
@@ -56,13 +55,13 @@ def test_a_task_that_is_right(tmp_path: Path) -> None:
         ({"doc_to_text": "{{question"}, "is no task that lm-eval can build"),
     ],
 )
-def test_mistakes(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+def test_mistakes(tmp_path, changes, message):
     file = write_task(tmp_path, SQUARE, [DOCUMENT])
     file.write_text(yaml.safe_dump(SQUARE | changes))
     assert message in refusal(file)
 
 
-def test_mistakes_in_documents_and_names(tmp_path: Path) -> None:
+def test_mistakes_in_documents_and_names(tmp_path):
     missing = tmp_path / "none.yaml"
     assert "none.yaml) cannot be read (FileNotFoundError" in refusal(missing)
     file = write_task(tmp_path, SQUARE, [DOCUMENT])

@@ -1,6 +1,5 @@
 """The parts of a run: whose state is whose, in checkpoints of today and of before."""
 
-from collections.abc import Mapping
 from typing import Any
 
 import pytest
@@ -45,16 +44,16 @@ EARLIER = [
 
 
 @pytest.mark.parametrize(("extra", "states"), EARLIER)
-def test_states_of_earlier_checkpoints(extra: dict[str, Any], states: dict[str, Any]) -> None:
+def test_states_of_earlier_checkpoints(extra, states):
     assert states_of(extra) == states
     # Each key is that of a part.
     assert states.keys() <= {kind.key for kind in part_kinds()}
     assert states_of({STATES: states}) == states
 
 
-def test_all_that_an_earlier_checkpoint_has() -> None:
-    whole: dict[str, Any] = {}
-    expected: dict[str, Any] = {}
+def test_all_that_an_earlier_checkpoint_has():
+    whole = {}
+    expected = {}
     for extra, states in EARLIER:
         whole |= extra
         expected |= states
@@ -69,10 +68,10 @@ class Kept(Part):
     def __init__(self) -> None:
         self.loaded: list[tuple[Any, ...]] = []
 
-    def state(self) -> Mapping[str, Any]:
+    def state(self):
         return {"loaded": len(self.loaded)}
 
-    def load(self, state: Mapping[str, Any], why: Any, step: int) -> tuple[()]:
+    def load(self, state, why, step: int) -> tuple[()]:
         self.loaded.append((dict(state), why, step))
         return ()
 
@@ -85,7 +84,7 @@ class Stateless(Part):
     pass
 
 
-def test_each_part_has_its_own_state() -> None:
+def test_each_part_has_its_own_state():
     parts = Parts([kept := Kept(), Stateless(), Stateless()])
     parts.load({"other": {"a": 1}}, "resume", 0)
     parts.load({"kept": {"loaded": 1}, "other": {"a": 1}}, "rollback", 7)
@@ -93,7 +92,7 @@ def test_each_part_has_its_own_state() -> None:
     assert parts.state() == {"kept": {"loaded": 2}}
 
 
-def test_two_parts_of_one_key_are_refused() -> None:
+def test_two_parts_of_one_key_are_refused():
     with pytest.raises(ConfigError, match=r"^key \(kept\) of part Kept must be its own, and is"):
         Parts([Kept(), Kept()])
     with pytest.raises(ConfigError, match="^part Keyless must have a key, since it has a state"):

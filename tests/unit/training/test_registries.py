@@ -22,7 +22,7 @@ def allowed(section: str, key: str) -> set[str]:
     return set(get_args(own))
 
 
-def test_settings_and_registries_have_the_same_names() -> None:
+def test_settings_and_registries_have_the_same_names():
     assert allowed("optimizer", "kind") == set(OPTIMIZERS)
     assert allowed("optimizer", "decay_style") == set(SCHEDULES)
     assert allowed("data", "dataset") == set(DATASETS)
@@ -30,6 +30,6 @@ def test_settings_and_registries_have_the_same_names() -> None:
     assert allowed("moe", "dispatcher") == dispatchers
 
 
-def test_an_unknown_name_is_answered_with_the_known_ones() -> None:
+def test_an_unknown_name_is_answered_with_the_known_ones():
     with pytest.raises(ConfigError, match=r"^a.b \(c\) must be one of x, y; use one of these$"):
         pick({"x": 1, "y": 2}, "a.b", "c")

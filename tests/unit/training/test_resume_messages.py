@@ -24,11 +24,11 @@ def resumed(folder: Path, ranks: int = 1, **changes: dict) -> list[str]:
     return start_lines(folder, record, now, Layout.from_config(now, ranks))
 
 
-def test_the_same_run_says_only_where_it_goes_on(tmp_path: Path) -> None:
+def test_the_same_run_says_only_where_it_goes_on(tmp_path):
     assert resumed(tmp_path, run={"dir": "elsewhere"}) == [f"resumed from step 6 of {tmp_path}"]
 
 
-def test_other_versions_than_those_of_the_checkpoint_are_one_warning(tmp_path, monkeypatch) -> None:
+def test_other_versions_than_those_of_the_checkpoint_are_one_warning(tmp_path, monkeypatch):
     here = {**files.package_versions(), "triton": "9"}
     recorded = {**here, "torch": "2.3.4", "transformer-engine": "1.2"}
     # What an older version did not record is no difference.
@@ -45,7 +45,7 @@ def test_other_versions_than_those_of_the_checkpoint_are_one_warning(tmp_path, m
     )
 
 
-def test_a_longer_run_names_the_jump_of_the_learning_rate(tmp_path: Path) -> None:
+def test_a_longer_run_names_the_jump_of_the_learning_rate(tmp_path):
     # From 1e-3 at step 2 in a line to 1e-4 at step 10, or at step 18.
     assert resumed(tmp_path, training={"train_iters": 18})[1:] == [
         "  training.train_iters: 18; before: 10",
@@ -56,7 +56,7 @@ def test_a_longer_run_names_the_jump_of_the_learning_rate(tmp_path: Path) -> Non
     assert not any("learning rate" in line for line in lines)
 
 
-def test_layout_and_batch_are_named(tmp_path: Path) -> None:
+def test_layout_and_batch_are_named(tmp_path):
     lines = resumed(
         tmp_path,
         ranks=2,
@@ -70,7 +70,7 @@ def test_layout_and_batch_are_named(tmp_path: Path) -> None:
     assert lines[2:] == ["  training.global_batch_size: 16; before: 8"]
 
 
-def test_routers_that_were_trained_for_something_else_are_a_warning(tmp_path: Path) -> None:
+def test_routers_that_were_trained_for_something_else_are_a_warning(tmp_path):
     lines = resumed(tmp_path, moe={"router_topk": 1, "tau": 0.5, "balance_coeff": 0.02})
     assert len(lines) == 5
     assert lines[-1].startswith(
@@ -78,7 +78,7 @@ def test_routers_that_were_trained_for_something_else_are_a_warning(tmp_path: Pa
     )
 
 
-def test_settings_are_compared_by_what_they_mean(tmp_path: Path) -> None:
+def test_settings_are_compared_by_what_they_mean(tmp_path):
     sections = {"training": TRAINING, "optimizer": OPTIMIZER}
     before = config_of(**sections, data={"split": "0.98, 0.02, 0"}, moe={"layer_freq": [1, 1]})
     (tmp_path / "config.yaml").write_text(before.to_yaml())
@@ -94,7 +94,7 @@ def test_settings_are_compared_by_what_they_mean(tmp_path: Path) -> None:
     ]
 
 
-def test_weights_alone_are_no_resumed_run(tmp_path: Path) -> None:
+def test_weights_alone_are_no_resumed_run(tmp_path):
     config = config_of()
     lines = start_lines(tmp_path, None, config, Layout.from_config(config, 1))
     assert lines == [f"started from the weights of {tmp_path}"]

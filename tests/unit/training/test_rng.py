@@ -2,7 +2,6 @@
 
 import random
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import pytest
@@ -35,7 +34,7 @@ def _with_tensors(tracker: CudaRNGStatesTracker) -> Callable[[], float]:
 
 
 @pytest.fixture(params=[_with_generators, _with_tensors])
-def draw(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Any:
+def draw(monkeypatch, request):
     """A number of each stream."""
     tracker = CudaRNGStatesTracker()
     draw_from_tracker = request.param(tracker)
@@ -54,7 +53,7 @@ def draw(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Any
     return lambda: [stream() for stream in streams]
 
 
-def test_every_stream_goes_on_from_the_state_taken(draw: Callable[[], list[float]]) -> None:
+def test_every_stream_goes_on_from_the_state_taken(draw):
     state = rng.get_rng_state()
     first, second = draw(), draw()
     assert all(a != b for a, b in zip(first, second, strict=True))
@@ -62,7 +61,7 @@ def test_every_stream_goes_on_from_the_state_taken(draw: Callable[[], list[float
     assert [draw(), draw()] == [first, second]
 
 
-def test_a_refused_step_draws_its_numbers_again(draw: Callable[[], list[float]]) -> None:
+def test_a_refused_step_draws_its_numbers_again(draw):
     buffer = torch.zeros(2)
     model = torch.nn.Module()
     model.register_buffer("bias", buffer)

@@ -28,7 +28,7 @@ SHIFT = ShiftEvent(
 )
 
 
-def test_metrics_of_counts() -> None:
+def test_metrics_of_counts():
     # Two FFN experts and two others, 10 tokens with two experts each.
     selected = torch.tensor([[9.0, 3.0, 6.0, 2.0], [0.0, 0.0, 20.0, 0.0]], dtype=torch.float64)
     found = counted(selected, num_ffn=2, wanted_share=0.5)
@@ -45,7 +45,7 @@ def test_metrics_of_counts() -> None:
 
 
 @pytest.mark.parametrize("cause", get_args(Cause))
-def test_an_alert_of_a_shift_says_since_when_why_and_what_to_do(cause: Cause) -> None:
+def test_an_alert_of_a_shift_says_since_when_why_and_what_to_do(cause):
     event = Event(RULES["shift"], WHOLE_MODEL, True, 1.2)
     alert = alert_of(event, 71, "warn", shift=replace(SHIFT, cause=cause))
     assert (alert.rule, alert.severity, alert.action) == ("shift", "warning", "warn")
@@ -56,14 +56,14 @@ def test_an_alert_of_a_shift_says_since_when_why_and_what_to_do(cause: Cause) ->
     assert alert.text().endswith(f"action: warn; {alert.remedy}")
 
 
-def test_the_end_of_a_shift_is_no_recovery() -> None:
+def test_the_end_of_a_shift_is_no_recovery():
     event = Event(RULES["shift"], WHOLE_MODEL, False, 0.0)
     alert = alert_of(event, 90, "accepted as usual", shift=SHIFT)
     assert (alert.severity, alert.action, alert.remedy) == ("info", "accepted as usual", None)
     assert (alert.cause, alert.since, alert.value, alert.condition) == ("data", 68, 0.0, "")
 
 
-def test_a_fault_that_was_mended_asks_for_its_cause() -> None:
+def test_a_fault_that_was_mended_asks_for_its_cause():
     event = Event(RULES["router_fault"], WHOLE_MODEL, True, 1.4)
     shift = replace(SHIFT, cause="router")
     mended = alert_of(event, 71, "put_back of step 60", shift=shift)
@@ -74,7 +74,7 @@ def test_a_fault_that_was_mended_asks_for_its_cause() -> None:
     assert dry.remedy is not None
 
 
-def test_an_alert_of_a_layer() -> None:
+def test_an_alert_of_a_layer():
     rule = CompleteRule(
         "mine", "ffn_to_target", limit=0.25, is_above=False, clear=0.5, for_steps=20
     )

@@ -36,7 +36,7 @@ def draws(temperature: float, top_p: float, seed: int = 0) -> Counter[int]:
         (1e30, 1.0, [0.25] * 4),
     ],
 )
-def test_shares_of_draws(temperature: float, top_p: float, expected: list[float]) -> None:
+def test_shares_of_draws(temperature, top_p, expected):
     counts = draws(temperature, top_p)
     for token, share in enumerate(expected):
         # Five standard deviations of a binomial share.
@@ -44,7 +44,7 @@ def test_shares_of_draws(temperature: float, top_p: float, expected: list[float]
         assert abs(counts[token] / DRAWS - share) <= deviation, (token, counts)
 
 
-def test_last_bits_do_not_reorder_the_draws() -> None:
+def test_last_bits_do_not_reorder_the_draws():
     """Equal logits that another layout has a bit apart, in another order, give the same tokens."""
     vocab = 512
     noise = torch.rand(vocab, generator=torch.Generator().manual_seed(1)) * 1e-6
@@ -66,6 +66,6 @@ def test_last_bits_do_not_reorder_the_draws() -> None:
         ({"top_p": 1.5}, r"--top-p \(1.5\)"),
     ],
 )
-def test_settings_that_cannot_be_sampled_from(settings: dict[str, float], named: str) -> None:
+def test_settings_that_cannot_be_sampled_from(settings, named):
     with pytest.raises(ConfigError, match=named):
         Sampling(**settings)  # type: ignore[arg-type]

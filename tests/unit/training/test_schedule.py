@@ -40,7 +40,7 @@ WSD_STYLES = {
 
 
 @pytest.mark.parametrize("style", WSD_STYLES)
-def test_wsd_keeps_its_rate_until_its_last_steps(style: str) -> None:
+def test_wsd_keeps_its_rate_until_its_last_steps(style):
     config = schedule_of("WSD", wsd_decay_iters=DECAY, wsd_decay_style=style)
     assert learning_rate(config, 2) == pytest.approx(PEAK / 2)
     assert [learning_rate(config, step) for step in range(4, 13)] == [PEAK] * 9
@@ -49,7 +49,7 @@ def test_wsd_keeps_its_rate_until_its_last_steps(style: str) -> None:
 
 
 @pytest.mark.parametrize("style", ["cosine", "linear", "constant", "inverse-square-root", "WSD"])
-def test_an_optimizer_trains_with_the_rate_that_is_shown(style: str) -> None:
+def test_an_optimizer_trains_with_the_rate_that_is_shown(style):
     changes = {"wsd_decay_iters": DECAY} if style == "WSD" else {}
     config = schedule_of(style, **changes)
     optimizer = SimpleNamespace(param_groups=[{}])
@@ -65,7 +65,7 @@ def ramped(**changes: object) -> Config:
     return config_of(training=TRAINING | {"batch_ramp": ramp} | changes)
 
 
-def test_a_ramp_counts_tokens() -> None:
+def test_a_ramp_counts_tokens():
     stages = [BatchStage(1, 2, 0), BatchStage(4, 4, 6), BatchStage(7, 8, 18)]
     assert batch_stages(ramped()) == stages
     assert planned_samples(ramped()) == 3 * 2 + 3 * 4 + 14 * 8
@@ -73,7 +73,7 @@ def test_a_ramp_counts_tokens() -> None:
     assert planned_samples(config_of(training=TRAINING)) == 20 * 8
 
 
-def test_a_ramp_gives_each_rank_its_micro_batches() -> None:
+def test_a_ramp_gives_each_rank_its_micro_batches():
     config = ramped(micro_batch_size=1)
     layout = Layout.from_config(config, 2)
     sizes = BatchSizes(config)
@@ -91,7 +91,7 @@ def test_a_ramp_gives_each_rank_its_micro_batches() -> None:
     ("steps", "warmup"), [(200, 100), (101, 100), (100, 10), (40, 4), (8, 1), (2, 1), (1, 0)]
 )
 @pytest.mark.parametrize("style", ["cosine", "inverse-square-root"])
-def test_a_short_try_warms_up_for_a_tenth_of_its_steps(style: str, steps: int, warmup: int) -> None:
+def test_a_short_try_warms_up_for_a_tenth_of_its_steps(style, steps, warmup):
     optimizer = {"lr": PEAK, "decay_style": style, "warmup_iters": 100}
     config = config_of(training=TRAINING | {"train_iters": steps}, optimizer=optimizer)
     assert config.warmup_iters == warmup
@@ -102,7 +102,7 @@ def test_a_short_try_warms_up_for_a_tenth_of_its_steps(style: str, steps: int, w
     assert all(f"is taken for {warmup}, a tenth of the run" in line for line in told)
 
 
-def test_a_part_of_a_schedule_of_given_length_warms_up_as_the_whole() -> None:
+def test_a_part_of_a_schedule_of_given_length_warms_up_as_the_whole():
     optimizer = {"lr": PEAK, "warmup_iters": 3, "decay_iters": 40}
     whole, *parts = (
         config_of(training=TRAINING | {"train_iters": steps}, optimizer=optimizer)

@@ -1,7 +1,6 @@
 """`moepp bench`: results of tiny layers, and wrong usage."""
 
 import json
-from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
@@ -11,7 +10,7 @@ from moepp_megatron.config import ConfigError, UnfitError
 from tests.commands import moepp
 
 
-def test_layer_prints_tables_and_writes_json(tmp_path: Path) -> None:
+def test_layer_prints_tables_and_writes_json(tmp_path):
     # A process of its own: the command makes and destroys the default process group.
     command = ["bench", "layer"]
     command += ["--shapes", "0.6B", "--taus", "0.5", "--tokens", "32", "--rounds", "1"]
@@ -54,13 +53,13 @@ def test_layer_prints_tables_and_writes_json(tmp_path: Path) -> None:
         (["layer", "--shapes", ","], "--shapes (',') must name at least one"),
     ],
 )
-def test_wrong_usage(arguments: list[str], message: str) -> None:
+def test_wrong_usage(arguments, message):
     result = CliRunner().invoke(app, ["bench", *arguments])
     assert isinstance(result.exception, ConfigError)
     assert message in str(result.exception)
 
 
-def test_fp8_is_refused_with_the_reason_where_it_cannot_run(monkeypatch) -> None:
+def test_fp8_is_refused_with_the_reason_where_it_cannot_run(monkeypatch):
     from moepp_megatron.runtime.fit import FP8Machine
 
     for machine, reason in (

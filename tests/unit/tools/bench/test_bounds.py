@@ -27,14 +27,14 @@ LOAD = RoutedLoad(tokens=4, rows=4, ffn_tokens=3, used_tokens=2, busy_experts=2)
 CARD = bounds.CardResult("a card", {"fp32": 1.0, "bf16": 2.0}, 1.0)
 
 
-def test_load_counts_what_the_routing_asks_for() -> None:
+def test_load_counts_what_the_routing_asks_for():
     # The third token has a copy and a zero expert, the last a zero and an FFN expert.
     assert RoutedLoad.of(PICKS, SHAPE) == LOAD
     nothing = RoutedLoad.of(torch.tensor([[5, 3], [4, 5]]), SHAPE)
     assert nothing == RoutedLoad(tokens=2, rows=0, ffn_tokens=0, used_tokens=2, busy_experts=0)
 
 
-def test_moepp_layer_by_hand() -> None:
+def test_moepp_layer_by_hand():
     work = layer_work(SHAPE, LOAD, "bf16", topk=2, vanilla=False)
     # A vector is 16 bytes. Router: 4 inputs and 6 weights; logits before and G; logits, gates, map.
     router = 10 * 16 + 6 * (4 * 4 + 6 * 2) + 24 * 4 + 24 * 5
@@ -48,7 +48,7 @@ def test_moepp_layer_by_hand() -> None:
     assert work["zero_computation"] == MinimalWork(6 * 16 + 6 * 16)
 
 
-def test_fused_layer_moves_less() -> None:
+def test_fused_layer_moves_less():
     plain = layer_work(SHAPE, LOAD, "bf16", topk=2, vanilla=False)
     fused = layer_work(SHAPE, LOAD, "bf16", topk=2, vanilla=False, fused=True)
     assert {name: fused[name] for name in ("router", "dispatch", "experts")} == {
@@ -61,7 +61,7 @@ def test_fused_layer_moves_less() -> None:
     assert fused["zero_computation"] == MinimalWork(2 * 16 + 6 * 16 + 4 * 4 * 4)
 
 
-def test_vanilla_layer_has_no_residual_and_no_zero_computation() -> None:
+def test_vanilla_layer_has_no_residual_and_no_zero_computation():
     picks = torch.tensor([[0, 1]] * 4)
     vanilla = layer_work(SHAPE, RoutedLoad.of(picks, SHAPE), "fp32", topk=2, vanilla=True)
     assert set(vanilla) == {"router", "dispatch", "experts", "combine"}
@@ -70,14 +70,14 @@ def test_vanilla_layer_has_no_residual_and_no_zero_computation() -> None:
     assert vanilla["combine"] == MinimalWork((8 + 4) * 32)
 
 
-def test_fp8_multiplies_in_fp8_and_stores_in_bf16() -> None:
+def test_fp8_multiplies_in_fp8_and_stores_in_bf16():
     in_bf16 = layer_work(SHAPE, LOAD, "bf16", topk=2, vanilla=False)
     in_fp8 = layer_work(SHAPE, LOAD, "fp8", topk=2, vanilla=False)
     assert in_fp8.pop("experts") == dataclasses.replace(in_bf16.pop("experts"), dtype="fp8")
     assert in_fp8 == in_bf16
 
 
-def test_the_longer_of_moving_and_multiplying_is_the_bound() -> None:
+def test_the_longer_of_moving_and_multiplying_is_the_bound():
     work = {
         "moves": MinimalWork(2 * 10**9),
         "multiplies": MinimalWork(10**9, 4 * 10**12, "bf16"),
@@ -92,7 +92,7 @@ def test_the_longer_of_moving_and_multiplying_is_the_bound() -> None:
     }
 
 
-def test_the_paper_is_within_the_rates_of_an_h100() -> None:
+def test_the_paper_is_within_the_rates_of_an_h100():
     """0.6B, 16384 tokens, tau 0.75: experts bound by products, all else by memory."""
     from moepp_megatron.tools.bench.held_routing import balanced_selection, balanced_shares
     from moepp_megatron.tools.bench.shapes import SHAPES
@@ -109,7 +109,7 @@ def test_the_paper_is_within_the_rates_of_an_h100() -> None:
         assert (value.seconds(rated) > moving) == (part == "experts"), part
 
 
-def test_card_measures_products_and_copies() -> None:
+def test_card_measures_products_and_copies():
     result = bounds.measure_card(("fp32", "bf16", "fp8"), size=64, num_bytes=2**16)
     assert set(result.matmul_tflops) >= {"fp32", "bf16"}
     assert ("fp8" in result.matmul_tflops) == (bounds.card_obstacle("fp8") is None)
@@ -118,7 +118,7 @@ def test_card_measures_products_and_copies() -> None:
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp8"])
-def test_each_product_is_a_product(dtype: str) -> None:
+def test_each_product_is_a_product(dtype):
     """What is timed is the whole product of two full matrices, in that format."""
     torch.manual_seed(0)
     if dtype == "fp8" and torch.__version__.startswith("2.11."):
@@ -134,7 +134,7 @@ def test_each_product_is_a_product(dtype: str) -> None:
     assert (output.float() - expected).abs().max() <= 2**-8 * expected.abs().max()
 
 
-def test_nested_parts_are_counted_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nested_parts_are_counted_once(monkeypatch):
     clock = SimpleNamespace(time=0.0)
     monkeypatch.setattr("moepp_megatron.tools.bench.clock.now", lambda: clock.time)
     monkeypatch.setattr("moepp_megatron.tools.bench.clock.seconds", lambda begin, end: end - begin)
@@ -184,7 +184,7 @@ def test_nested_parts_are_counted_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "route" not in vars(layer), "the layer is as it was"
 
 
-def test_contestants_take_turns() -> None:
+def test_contestants_take_turns():
     order: list[str] = []
     contestants = {name: (lambda name=name: order.append(name)) for name in ("a", "b")}
     times = interleaved(contestants, rounds=3, warmup=1)

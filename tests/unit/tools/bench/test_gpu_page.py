@@ -2,8 +2,6 @@
 
 import json
 import re
-from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -23,7 +21,7 @@ LAYER = {
     "moepp_parts_ms": {"router": 0.25, "rest": 0.1},
     "moepp_bounds_ms": {"router": 0.125},
 }
-RESULTS: dict[str, Any] = {
+RESULTS = {
     "card": "NVIDIA <H100>",
     "driver": "580.95",
     "versions": {"torch": "2.15.0"},
@@ -69,7 +67,7 @@ def rows(html: str) -> list[list[str]]:
     return [re.findall(r"<t[dh][^>]*>(.*?)</t[dh]>", row) for row in found]
 
 
-def test_measured_stands_beside_expected(tmp_path: Path) -> None:
+def test_measured_stands_beside_expected(tmp_path):
     file, page = tmp_path / "h100.json", tmp_path / "h100.html"
     file.write_text(json.dumps(RESULTS))
     write_gpu_page(file, page)
@@ -94,7 +92,7 @@ def test_measured_stands_beside_expected(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [None, "{", '{"card": "x"}', "[]"])
-def test_what_is_no_results_file_is_one_line(tmp_path: Path, content: str | None) -> None:
+def test_what_is_no_results_file_is_one_line(tmp_path, content):
     file = tmp_path / "x.json"
     if content is not None:
         file.write_text(content)

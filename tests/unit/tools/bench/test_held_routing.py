@@ -14,7 +14,7 @@ from moepp_megatron.tools.bench.shapes import SHAPES
 
 @pytest.mark.parametrize("tau", [0.1, 0.75, 1.0])
 @pytest.mark.parametrize("num_tokens", [1, 37, 4096])
-def test_every_expert_gets_its_share_and_no_token_an_expert_twice(tau: float, num_tokens: int):
+def test_every_expert_gets_its_share_and_no_token_an_expert_twice(tau, num_tokens):
     shares = balanced_shares(8, 4, tau)
     picks = balanced_selection(num_tokens, shares, 2, torch.Generator().manual_seed(1))
     assert picks.shape == (num_tokens, 2)
@@ -26,7 +26,7 @@ def test_every_expert_gets_its_share_and_no_token_an_expert_twice(tau: float, nu
     assert abs(ffn - SHAPES["0.6B"].experts.phi(tau) * 2 * num_tokens) <= 1.0
 
 
-def test_held_router_selects_what_it_is_reported() -> None:
+def test_held_router_selects_what_it_is_reported():
     class Router(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -46,7 +46,7 @@ def test_held_router_selects_what_it_is_reported() -> None:
     assert torch.allclose(added.sum(dim=1), torch.full((64,), 2 * MARGIN))
 
 
-def test_paper_efficiency_follows_from_its_times() -> None:
+def test_paper_efficiency_follows_from_its_times():
     shape = SHAPES["0.6B"]
     assert shape.experts.phi(0.75) == pytest.approx(0.6)
     assert shape.paper_efficiency(0.75) == pytest.approx(535.3 / 427.6 * 0.6)

@@ -18,7 +18,7 @@ CALLS = range(1, 9)
 SECONDS = 30 * 60 - 90 - 10 * len(CALLS)
 
 
-def test_all_calls_fit_into_half_an_hour(tmp_path: Path) -> None:
+def test_all_calls_fit_into_half_an_hour(tmp_path):
     (tmp_path / "benchmarks").mkdir()
     shutil.copy(ROOT / "benchmarks/lent_gpu.sh", tmp_path / "benchmarks")
     stand_in = tmp_path / "benchmarks/gpu.sh"
@@ -48,7 +48,7 @@ def rehearse(folder: Path, call: int, timeout: float) -> dict:
     return json.loads((folder / "out/cpu.json").read_text())
 
 
-def test_a_call_leaves_its_record(tmp_path: Path) -> None:
+def test_a_call_leaves_its_record(tmp_path):
     found = rehearse(tmp_path, 1, 270)
     assert [(step["name"], step["exit_status"]) for step in found["steps"]] == [
         # First: without it there is no record, and tests may take until the limit.
@@ -60,7 +60,7 @@ def test_a_call_leaves_its_record(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-def test_every_call_within_its_limit(tmp_path: Path) -> None:
+def test_every_call_within_its_limit(tmp_path):
     for call in CALLS:
         found = rehearse(tmp_path, call, 600)
     assert all(step["exit_status"] in (0, 124) for step in found["steps"])
@@ -70,7 +70,7 @@ def piece(sm: int, code: bytes) -> bytes:
     return struct.pack("<HHIQ", 2, 257, 64, len(code)) + bytes(12) + struct.pack("<I32x", sm) + code
 
 
-def test_a_wheel_keeps_the_code_of_one_architecture(tmp_path: Path) -> None:
+def test_a_wheel_keeps_the_code_of_one_architecture(tmp_path):
     pieces = [piece(80, b"a" * 40), piece(90, b"b" * 24), piece(100, b"c" * 8)]
     container = struct.pack("<IHHQ", 0xBA55ED50, 1, 16, sum(map(len, pieces))) + b"".join(pieces)
     library = b"host code" + container + container + b"more host code"

@@ -8,7 +8,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
@@ -33,9 +32,9 @@ TESTS = """<testsuites><testsuite tests="4">
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
+def folder(tmp_path) -> Path:
     """What the steps leave: the FP8 step failed, the layer was run twice."""
-    contents: dict[str, Any] = {
+    contents = {
         "card.json": CARD,
         "layer_bf16.json": [{"shape": "0.6B", "efficiency": 0.96}],
         "step_bf16.json": {"speedup": 1.2},
@@ -61,7 +60,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_one_file_of_all_results(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_file_of_all_results(folder, monkeypatch):
     monkeypatch.setattr(record, "driver_version", lambda: "580.95.05")
     path = record.write_record(folder, folder / "results", "benchmarks/gpu.sh --steps card")
     assert path == folder / "results" / "nvidia_h100_80gb_hbm3.json"
@@ -92,7 +91,7 @@ def test_one_file_of_all_results(folder: Path, monkeypatch: pytest.MonkeyPatch) 
     ]
 
 
-def test_steps_that_were_cut_short_leave_the_others(folder: Path) -> None:
+def test_steps_that_were_cut_short_leave_the_others(folder):
     with (folder / "run_first/metrics.jsonl").open("a") as file:
         file.write('{"step": 3, "lo')
     (folder / "run_second").mkdir()
@@ -104,7 +103,7 @@ def test_steps_that_were_cut_short_leave_the_others(folder: Path) -> None:
     assert reason.startswith("unreadable: ")
 
 
-def test_records_of_two_machines_make_one(folder: Path) -> None:
+def test_records_of_two_machines_make_one(folder):
     """Of a machine that was lent twice, each time for other parts."""
     first = record.write_record(folder, folder / "first", "one")
     (folder / "layer_bf16.json").rename(folder / "layer_bf16_cutlass.json")
@@ -125,7 +124,7 @@ def test_records_of_two_machines_make_one(folder: Path) -> None:
         record.joined([first, second])
 
 
-def test_no_card_no_record(folder: Path) -> None:
+def test_no_card_no_record(folder):
     (folder / "card.json").unlink()
     with pytest.raises(ConfigError, match=r"card.json must be what `benchmarks.card` writ"):
         record.assemble(folder, "a command")
@@ -134,7 +133,7 @@ def test_no_card_no_record(folder: Path) -> None:
         record.assemble(folder, "a command")
 
 
-def test_a_cpu_is_no_card(folder: Path) -> None:
+def test_a_cpu_is_no_card(folder):
     (folder / "card.json").write_text(json.dumps(CARD | {"device": "cpu", "kind": "cpu"}))
     with pytest.raises(UnfitError, match="need a CUDA GPU; use --allow-cpu to try the script"):
         record.write_record(folder, folder, "a command")
@@ -156,7 +155,7 @@ def test_a_cpu_is_no_card(folder: Path) -> None:
         ([], 3, "needs a CUDA GPU; use --rehearse to try the script"),
     ],
 )
-def test_wrong_usage_of_the_script(arguments: list[str], status: int, message: str) -> None:
+def test_wrong_usage_of_the_script(arguments, status, message):
     if status == 3 and shutil.which("nvidia-smi"):
         pytest.skip("there is a card here")
     command = [str(ROOT / "benchmarks/gpu.sh"), *arguments]
@@ -173,7 +172,7 @@ def functions_of_the_script(*names: str) -> str:
     return "".join(f"{script[begin : script.index('\n}\n', begin)]}\n}}" for begin in begins)
 
 
-def test_an_interrupt_ends_the_part_and_the_script(tmp_path: Path) -> None:
+def test_an_interrupt_ends_the_part_and_the_script(tmp_path):
     """As a terminal's Ctrl-C, which reaches the script's group and not what `timeout` runs."""
     program = "set -euo pipefail; work=$1 commit=abc again= failed=0 limit= choice="
     program += functions_of_the_script("die", "interrupted", "passed", "run")
@@ -190,7 +189,7 @@ def test_an_interrupt_ends_the_part_and_the_script(tmp_path: Path) -> None:
     assert not (tmp_path / "steps.tsv").exists()
 
 
-def test_an_interrupt_right_after_the_start_of_a_part_ends_it(tmp_path: Path) -> None:
+def test_an_interrupt_right_after_the_start_of_a_part_ends_it(tmp_path):
     functions = functions_of_the_script("die", "interrupted", "passed", "run")
     waits = 'wait "$!"'
     assert waits in functions
@@ -205,7 +204,7 @@ def test_an_interrupt_right_after_the_start_of_a_part_ends_it(tmp_path: Path) ->
     assert script.returncode == 130
 
 
-def test_a_part_that_has_passed_is_not_run_again(tmp_path: Path) -> None:
+def test_a_part_that_has_passed_is_not_run_again(tmp_path):
     program = "set -euo pipefail; work=$1 commit=$2 again=$3 failed=0 limit= choice=$5"
     program += functions_of_the_script("passed", "run")
     program += '\nrun part bash -c "echo ran; exit $4" | grep -c "^ran"; exit 0'
@@ -230,7 +229,7 @@ def test_a_part_that_has_passed_is_not_run_again(tmp_path: Path) -> None:
     assert [line.split("\t")[1] for line in steps] == ["1", *["0"] * 9]
 
 
-def test_parts_end_at_the_limit(tmp_path: Path) -> None:
+def test_parts_end_at_the_limit(tmp_path):
     """One is cut off, the next is not started, and there is time left for the record."""
     program = (
         "set -euo pipefail; work=$1 commit=abc again= failed=0 limit=8 spare=2 choice= left=()"

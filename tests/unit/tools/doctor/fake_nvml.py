@@ -5,7 +5,6 @@ card is a healthy one with some answers replaced.
 """
 
 from types import SimpleNamespace
-from typing import Any
 
 import pynvml
 
@@ -18,7 +17,7 @@ _OF_LINKS = (
 _ALL_LINKS = 0xFFFFFFFF
 
 
-def answers(index: int = 0, **changes: Any) -> dict[str, Any]:
+def answers(index: int = 0, **changes):
     """What NVML answers about a healthy, idle card; a value may be an error to raise."""
     healthy = {
         "nvmlDeviceGetName": "NVIDIA H100 80GB HBM3",
@@ -71,7 +70,7 @@ class FakeNvml:
 
     def __init__(
         self,
-        *cards: dict[str, Any],
+        *cards,
         driver: str = "580.95.05",
         cuda: int = 13000,
         init_error: Exception | None = None,
@@ -82,7 +81,7 @@ class FakeNvml:
         self.xids: list[tuple[int, int]] = []
         self.is_open = False
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str):
         if not name.startswith("nvml") or isinstance(getattr(pynvml, name, None), int):
             return getattr(pynvml, name)
         if name.startswith(("nvmlDevice", "nvmlSystem")):
@@ -153,11 +152,11 @@ class FakeNvml:
     def nvmlDeviceGetNvLinkErrorCounter(self, handle: int, link: int, counter: int) -> int:
         return self._cards[handle]["link_errors"].get((link, counter), 0)
 
-    def nvmlDeviceGetFieldValues(self, handle: int, fields: list[Any]) -> list[SimpleNamespace]:
+    def nvmlDeviceGetFieldValues(self, handle: int, fields) -> list[SimpleNamespace]:
         return [self._field_value(self._cards[handle], field) for field in fields]
 
     @staticmethod
-    def _field_value(card: dict[str, Any], field: int | tuple[int, int]) -> SimpleNamespace:
+    def _field_value(card, field: int | tuple[int, int]) -> SimpleNamespace:
         # nvidia-ml-py leaves the scope of a bare number 0, which is the first link.
         number, link = field if isinstance(field, tuple) else (field, 0)
         value = card["fields"].get(number)
@@ -170,7 +169,7 @@ class FakeNvml:
         )
 
 
-def _answer(card: dict[str, Any], name: str) -> Any:
+def _answer(card, name: str):
     value = card[name]
     if isinstance(value, Exception):
         raise value

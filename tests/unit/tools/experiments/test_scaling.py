@@ -4,7 +4,6 @@ import json
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 from typer.testing import CliRunner
@@ -25,7 +24,7 @@ def config() -> Config:
     return load_config(QUICKSTART)
 
 
-def scale(out: Path, *arguments: str) -> Any:
+def scale(out: Path, *arguments: str):
     """`moepp scale` in this process."""
     return CliRunner().invoke(app, ["scale", str(QUICKSTART), "--out", str(out), *arguments])
 
@@ -42,7 +41,7 @@ def both_steps(moepp_s: float, vanilla_s: float, tokens: int = 4096) -> BothStep
     )
 
 
-def test_points_of_both_modes(config: Config) -> None:
+def test_points_of_both_modes(config):
     found, impossible = build_points(config, [1, 2, 4], ["auto"], ["strong", "weak"])
     points = [*found.values()]
     assert [(p.nproc, p.layout[-11:], p.global_batch_size, p.modes) for p in points] == [
@@ -59,7 +58,7 @@ def test_points_of_both_modes(config: Config) -> None:
     assert own.training.global_batch_size == 64
 
 
-def test_layouts_that_do_not_fit_are_left_out_with_the_reason(config: Config) -> None:
+def test_layouts_that_do_not_fit_are_left_out_with_the_reason(config):
     # Six ranks: the widest expert parallelism that divides 8 experts and 6 ranks is 2, and a
     # batch of 16 is no multiple of 6 ranks times 4.
     points, impossible = build_points(config, [2, 6], ["auto", "ep=4", "tp=2"], ["strong"])
@@ -73,7 +72,7 @@ def test_layouts_that_do_not_fit_are_left_out_with_the_reason(config: Config) ->
     assert "training.global_batch_size (16)" in impossible["6 ranks, auto, strong"]
 
 
-def test_weak_batch_grows_from_the_smallest_count(config: Config):
+def test_weak_batch_grows_from_the_smallest_count(config):
     points, _ = build_points(config, [2, 4], ["ep=1"], ["weak"])
     assert [(p.nproc, p.global_batch_size) for p in points.values()] == [(2, 16), (4, 32)]
 
@@ -81,12 +80,12 @@ def test_weak_batch_grows_from_the_smallest_count(config: Config):
 @pytest.mark.parametrize(
     "text", ["ep", "ep=0", "ep=x", "dp=2", "ep=1,ep=2", "", "ep=-1", "ep=2;tp=1"]
 )
-def test_malformed_layouts(text: str) -> None:
+def test_malformed_layouts(text):
     with pytest.raises(ConfigError, match="--layout"):
         parse_layout(text)
 
 
-def test_records_are_relative_to_the_fastest_layout_of_the_smallest_count(config: Config):
+def test_records_are_relative_to_the_fastest_layout_of_the_smallest_count(config):
     points, _ = build_points(config, [2, 4], ["ep=1", "ep=2"], ["strong"])
     times = {(2, "1"): 4.0, (2, "2"): 3.0, (4, "1"): 2.0, (4, "2"): 1.0}
     seconds = {point: times[point.nproc, point.layout[-7]] for point in points.values()}
@@ -102,7 +101,7 @@ def test_records_are_relative_to_the_fastest_layout_of_the_smallest_count(config
     assert records[1].tokens_per_s == pytest.approx(4096 / 3)
 
 
-def test_folder_of_another_test_is_refused(config: Config, tmp_path: Path) -> None:
+def test_folder_of_another_test_is_refused(config, tmp_path):
     # The configuration may be in the folder.
     (tmp_path / "config.yaml").write_text(config.to_yaml())
     claim(tmp_path, config, 20)
@@ -129,7 +128,7 @@ def test_folder_of_another_test_is_refused(config: Config, tmp_path: Path) -> No
         ("", "exit status 1; see "),
     ],
 )
-def test_reason_of_a_failure_is_from_the_log(tmp_path, monkeypatch, log: str, reason: str) -> None:
+def test_reason_of_a_failure_is_from_the_log(tmp_path, monkeypatch, log, reason):
     def failing(options: LaunchOptions, module: str, arguments: Sequence[str]) -> int:
         options.output.write_text(log)
         return 1
@@ -164,12 +163,10 @@ class FakeRanks:
 
 
 @pytest.fixture
-def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+def run(tmp_path, monkeypatch):
     """`run(fails)` calls `moepp scale`; returns the result and the points that were started."""
 
-    def call(
-        fails: Callable[[str], int | None] = lambda name: None, *arguments: str
-    ) -> tuple[Any, list[str]]:
+    def call(fails: Callable[[str], int | None] = lambda name: None, *arguments: str):
         ranks = FakeRanks(fails)
         monkeypatch.setattr("moepp_megatron.tools.experiments.runner.run_ranks", ranks)
         return scale(tmp_path, "--nproc", "1,2,4", *arguments), ranks.started
@@ -178,7 +175,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 @pytest.mark.usefixtures("unrendered")
-def test_failed_point_is_recorded_and_only_it_is_measured_again(run: Any, tmp_path: Path) -> None:
+def test_failed_point_is_recorded_and_only_it_is_measured_again(run, tmp_path):
     cursed = "n2_tp1-pp1-cp1-ep2-etp1_b32"
     result, started = run(lambda name: 1 if name == cursed else None)
     assert result.exit_code == 1, result.output
@@ -206,7 +203,7 @@ def test_failed_point_is_recorded_and_only_it_is_measured_again(run: Any, tmp_pa
     assert result.output == "", "nothing is left"
 
 
-def test_interrupted_point_is_neither_finished_nor_failed(run: Any, tmp_path: Path) -> None:
+def test_interrupted_point_is_neither_finished_nor_failed(run, tmp_path):
     result, started = run(lambda name: 130 if name.startswith("n2") else None)
     assert result.exit_code == 130
     assert [name[:2] for name in started] == ["n1", "n2"], "nothing after it was started"
@@ -215,7 +212,7 @@ def test_interrupted_point_is_neither_finished_nor_failed(run: Any, tmp_path: Pa
 
 
 @pytest.mark.usefixtures("unrendered")
-def test_two_commands_in_one_folder(run: Any, tmp_path: Path) -> None:
+def test_two_commands_in_one_folder(run, tmp_path):
     """The second is refused, whether it is to do everything or the point that is being done."""
     seen = []
 
@@ -234,7 +231,7 @@ def test_two_commands_in_one_folder(run: Any, tmp_path: Path) -> None:
         assert not ranks
 
 
-def test_batch_jobs_do_other_points_of_one_folder(run: Any) -> None:
+def test_batch_jobs_do_other_points_of_one_folder(run):
     names = run(lambda name: None, "--plan")[0].output.split()[::2]
     seen = []
 
@@ -248,7 +245,7 @@ def test_batch_jobs_do_other_points_of_one_folder(run: Any) -> None:
     assert started == [names[1]]
 
 
-def test_half_written_point_is_measured_again(run: Any, tmp_path: Path) -> None:
+def test_half_written_point_is_measured_again(run, tmp_path):
     name = "n1_tp1-pp1-cp1-ep1-etp1_b16"
     run(lambda name: None, "--point", name)
     assert name not in run(lambda name: None, "--plan")[0].output
@@ -257,7 +254,7 @@ def test_half_written_point_is_measured_again(run: Any, tmp_path: Path) -> None:
     assert f"{name} 1\n" in run(lambda name: None, "--plan")[0].output
 
 
-def test_records_and_page_of_a_whole_test(run: Any, tmp_path: Path) -> None:
+def test_records_and_page_of_a_whole_test(run, tmp_path):
     result, _ = run()
     records = json.loads((tmp_path / "scale.json").read_text())
     contract = {"nproc", "layout", "kind", "mode", "step_time_s", "tokens_per_s", "efficiency"}
@@ -277,7 +274,7 @@ def test_records_and_page_of_a_whole_test(run: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("unrendered")
-def test_plan_and_collect_for_batch_scripts(run: Any) -> None:
+def test_plan_and_collect_for_batch_scripts(run):
     result, started = run(lambda name: None, "--plan")
     assert started == []
     lines = result.output.splitlines()
@@ -310,13 +307,13 @@ def test_plan_and_collect_for_batch_scripts(run: Any) -> None:
         ),
     ],
 )
-def test_wrong_usage(tmp_path: Path, arguments: list[str], message: str) -> None:
+def test_wrong_usage(tmp_path, arguments, message):
     result = scale(tmp_path / "out", *arguments)
     assert isinstance(result.exception, ConfigError)
     assert message in str(result.exception)
 
 
-def test_folder_that_cannot_be_written(tmp_path: Path) -> None:
+def test_folder_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
     result = scale(tmp_path / "file" / "out")
     assert isinstance(result.exception, ConfigError)
@@ -324,7 +321,7 @@ def test_folder_that_cannot_be_written(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["status.json", "metrics.jsonl", "checkpoints/latest"])
-def test_folder_of_a_training_run_is_refused(tmp_path: Path, name: str) -> None:
+def test_folder_of_a_training_run_is_refused(tmp_path, name):
     (tmp_path / name).parent.mkdir(exist_ok=True)
     for file in (tmp_path / "config.yaml", tmp_path / name):
         file.write_text("the run's")
@@ -338,7 +335,7 @@ def test_folder_of_a_training_run_is_refused(tmp_path: Path, name: str) -> None:
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_ranks_of_somebody_else_are_refused(tmp_path, monkeypatch) -> None:
+def test_ranks_of_somebody_else_are_refused(tmp_path, monkeypatch):
     for name, value in {"RANK": "0", "WORLD_SIZE": "3"}.items():
         monkeypatch.setenv(name, value)
         monkeypatch.setenv(f"LOCAL_{name}", value)

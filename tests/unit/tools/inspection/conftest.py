@@ -33,7 +33,7 @@ def tokenizer() -> Tokenizer:
 
 
 @pytest.fixture(scope="session")
-def text(tokenizer: Tokenizer) -> TokenizedText:
+def text(tokenizer) -> TokenizedText:
     return tokenize(tokenizer, SOURCE, "words.py", 10_000)
 
 
@@ -68,5 +68,5 @@ def request_of(text: TokenizedText, out: Path, **changes: object) -> InspectRequ
 
 
 @pytest.fixture
-def make_request(text: TokenizedText, tmp_path: Path) -> Callable[..., InspectRequest]:
+def make_request(text, tmp_path) -> Callable[..., InspectRequest]:
     return lambda **changes: request_of(**{"text": text, "out": tmp_path / "page.html"} | changes)

@@ -23,7 +23,7 @@ def trace() -> Trace:
     )
 
 
-def test_groups_are_means_of_their_tokens() -> None:
+def test_groups_are_means_of_their_tokens():
     assert trace().ffn.tolist() == [[2, 1, 0, 2], [2, 0, 0, 1]]
     first, second = trace().groups(["a", None, "a", "b"], "xyzw")
     assert (first.name, first.count, first.ffn, first.loss) == ("x", 2, 1.0, 2.0)
@@ -39,7 +39,7 @@ def test_groups_are_means_of_their_tokens() -> None:
     assert (layer.ffn, layer.kinds) == (0.75, (0.375, 0.25, 0.25, 0.125))
 
 
-def test_extremes_name_tokens_that_are_frequent_enough() -> None:
+def test_extremes_name_tokens_that_are_frequent_enough():
     numbers = np.random.default_rng(0).integers(0, 5, 60)
     least, most, fewest = _extremes(invented_trace(60), numbers, [f"t{n}" for n in numbers], 2)
     assert least == 5
@@ -52,7 +52,7 @@ def test_extremes_name_tokens_that_are_frequent_enough() -> None:
     assert [group.name for group in fewest] == ["c", "b"]
 
 
-def test_json_has_every_selection_and_aggregate(make_request, text) -> None:
+def test_json_has_every_selection_and_aggregate(make_request, text):
     request = make_request()
     invented = invented_trace(len(text))
     content = json.loads(to_json(request, invented))

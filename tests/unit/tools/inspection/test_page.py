@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from moepp_megatron.data.token_classes import token_classes
 from moepp_megatron.tools.inspection.request import InspectRequest
-from moepp_megatron.tools.inspection.text import TokenizedText, tokenize
+from moepp_megatron.tools.inspection.text import tokenize
 from moepp_megatron.tools.report.inspection import write_inspection
 from tests.unit.tools.inspection.conftest import invented_trace
 
@@ -19,7 +19,7 @@ def shown(page: str) -> list[tuple[float, str, str]]:
     return [(float(s), html.unescape(p), html.unescape(t)) for s, p, t in _SPAN.findall(page)]
 
 
-def test_every_token_has_its_colour_and_path(make_request: Make, text: TokenizedText):
+def test_every_token_has_its_colour_and_path(make_request, text):
     request, trace = make_request(), invented_trace(len(text))
     assert write_inspection(request, trace) == [("page", request.out)]
     page = request.out.read_text(encoding="ascii")
@@ -43,7 +43,7 @@ def test_every_token_has_its_colour_and_path(make_request: Make, text: Tokenized
     assert request.out.read_text() == page
 
 
-def test_text_cannot_break_out(make_request: Make, tokenizer) -> None:
+def test_text_cannot_break_out(make_request, tokenizer):
     evil = "</span><script>alert('1')</script> <b>&amp; \u2028 caf\u00e9 \"> " * 3
     own = tokenize(tokenizer, evil, "<i>&", 1000)
     classes = token_classes(own.text, own.spans.tolist(), "text")

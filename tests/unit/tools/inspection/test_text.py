@@ -1,7 +1,5 @@
 """A text as tokens with their places."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import tokenizers
@@ -21,7 +19,7 @@ def whole(text) -> None:
     assert "".join(text.pieces) == text.text
 
 
-def test_pieces_make_up_the_text(tokenizer: Tokenizer) -> None:
+def test_pieces_make_up_the_text(tokenizer):
     text = tokenize(tokenizer, AWKWARD, "x", 1000)
     assert text.text == AWKWARD
     whole(text)
@@ -30,7 +28,7 @@ def test_pieces_make_up_the_text(tokenizer: Tokenizer) -> None:
     assert text.pieces[text.pieces.index("\U0001f916") + 1] == ""
 
 
-def test_trimmed_offsets_lose_no_white_space() -> None:
+def test_trimmed_offsets_lose_no_white_space():
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     vocabulary = {EOD_TOKEN: 0, **{c: i for i, c in enumerate(sorted(alphabet), start=1)}}
     backend = tokenizers.Tokenizer(models.BPE(vocabulary, []))
@@ -43,7 +41,7 @@ def test_trimmed_offsets_lose_no_white_space() -> None:
     assert len(text) == 8
 
 
-def test_limit_cuts_the_text(tokenizer: Tokenizer) -> None:
+def test_limit_cuts_the_text(tokenizer):
     text = tokenize(tokenizer, AWKWARD, "x", 5)
     assert len(text) == 5
     assert text.is_cut
@@ -51,7 +49,7 @@ def test_limit_cuts_the_text(tokenizer: Tokenizer) -> None:
     whole(text)
 
 
-def test_windows_follow_each_other(tokenizer: Tokenizer) -> None:
+def test_windows_follow_each_other(tokenizer):
     text = tokenize(tokenizer, AWKWARD, "x", 11)
     cut = windows(text, 4, filler=7)
     assert cut.shape == (3, 4)
@@ -60,7 +58,7 @@ def test_windows_follow_each_other(tokenizer: Tokenizer) -> None:
     assert np.array_equal(windows(text, 100, filler=7), [text.ids])
 
 
-def test_one_token_is_too_little(tokenizer: Tokenizer) -> None:
+def test_one_token_is_too_little(tokenizer):
     with pytest.raises(ConfigError, match=r"--text \(x, 1 tokens\) must have at least 2 tokens"):
         tokenize(tokenizer, "a", "x", 10)
 
@@ -76,7 +74,7 @@ def test_one_token_is_too_little(tokenizer: Tokenizer) -> None:
         ),
     ],
 )
-def test_unreadable_text_is_refused(tmp_path: Path, content: bytes | None, named: str) -> None:
+def test_unreadable_text_is_refused(tmp_path, content, named):
     path = tmp_path / "text.txt"
     if content is not None:
         path.write_bytes(content)
@@ -84,7 +82,7 @@ def test_unreadable_text_is_refused(tmp_path: Path, content: bytes | None, named
         read_text(path, 10)
 
 
-def test_no_more_is_read_than_the_limit_can_need(tmp_path: Path) -> None:
+def test_no_more_is_read_than_the_limit_can_need(tmp_path):
     (tmp_path / "text.txt").write_text("x" * 10_000)
     text, is_cut = read_text(tmp_path / "text.txt", 10)
     assert len(text) == 640

@@ -1,11 +1,9 @@
 """Builds ranks of layouts in a process of its own: a process has one set of groups at a time."""
 
-from typing import Any
-
 WORLD = 1024
 
 
-def build(raw: dict[str, Any], ranks: list[int]) -> list[tuple[Any, list[Any]]]:
+def build(raw, ranks: list[int]):
     """Each rank as built, and its comparisons."""
     from moepp_megatron.config import Layout, parse_config
     from moepp_megatron.tools.planning.built_rank import build_rank, check_rank

@@ -1,8 +1,6 @@
 """Ranks of 1,024-rank layouts, built alone, are those that the layout and the plan say."""
 
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
-from typing import Any
 
 import pytest
 
@@ -13,8 +11,8 @@ from moepp_megatron.tools.planning.built_rank import check_rank
 from tests.unit.tools.planning.rank_builds import WORLD, build
 
 
-def settings(parallel: dict[str, Any], **sections: dict[str, Any]) -> dict[str, Any]:
-    raw: dict[str, Any] = {
+def settings(parallel, **sections):
+    raw = {
         "run": {"dir": "runs/test"},
         "model": {
             "num_layers": 16,
@@ -97,7 +95,7 @@ FURTHER_DENSE = FURTHER | {"moe": FURTHER["moe"] | {"layer_freq": 2}}
     ],
     ids=["interleaved", "split experts", "one V", "further tokens", "dense further tokens"],
 )
-def test_ranks_are_what_the_layout_says(elsewhere: ProcessPoolExecutor, raw: dict[str, Any], ranks):
+def test_ranks_are_what_the_layout_says(elsewhere, raw, ranks):
     found = elsewhere.submit(build, raw, ranks).result()
     for rank, (built, checks) in zip(ranks, found, strict=True):
         assert built.rank == rank
@@ -107,7 +105,7 @@ def test_ranks_are_what_the_layout_says(elsewhere: ProcessPoolExecutor, raw: dic
         assert built.aligned_bytes >= built.gradient_bytes
 
 
-def test_shards_of_all_ranks_are_all_parameters(elsewhere: ProcessPoolExecutor) -> None:
+def test_shards_of_all_ranks_are_all_parameters(elsewhere):
     layout = {
         "tensor_model_parallel_size": 8,
         "sequence_parallel": True,
@@ -124,7 +122,7 @@ def test_shards_of_all_ranks_are_all_parameters(elsewhere: ProcessPoolExecutor) 
     assert sum(one.mean_shard for one in built) == pytest.approx(dense + 2 * experts)
 
 
-def test_what_differs_is_said(elsewhere: ProcessPoolExecutor, monkeypatch, capsys) -> None:
+def test_what_differs_is_said(elsewhere, monkeypatch, capsys):
     config = parse_config(INTERLEAVED)
     layout = Layout.from_config(config, WORLD)
     [(built, _)] = elsewhere.submit(build, INTERLEAVED, [300]).result()

@@ -1,7 +1,6 @@
 """Uneven routing as a distribution."""
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,19 +16,19 @@ from moepp_megatron.tools.planning.imbalance import (
 )
 
 
-def test_forced_balance_and_a_single_rank_are_even() -> None:
+def test_forced_balance_and_a_single_rank_are_even():
     assert rank_load(FORCED_BALANCE, 64, 8, 1000) == EVEN
     assert rank_load(LEARNED, 64, 1, 1000) == EVEN
 
 
-def test_learned_routing_is_as_uneven_as_published() -> None:
+def test_learned_routing_is_as_uneven_as_published():
     # arXiv 2408.15664, table 2: MaxVio 0.52 of 64 experts. 400 draws know the mean to 0.01.
     load = rank_load(LEARNED, 64, 64, 10**8)
     assert load.mean == pytest.approx(1.52, abs=0.03)
     assert 1 < load.median < load.p90 < load.p99
 
 
-def test_evenness_is_found_again() -> None:
+def test_evenness_is_found_again():
     rng = np.random.default_rng(3)
     selections = 4096
     popularity = rng.dirichlet(np.full(16, 12.0), size=3000)
@@ -38,7 +37,7 @@ def test_evenness_is_found_again() -> None:
     assert evenness_of(shares, selections) == pytest.approx(12.0, rel=0.06)
 
 
-def test_even_shares_have_no_finite_evenness() -> None:
+def test_even_shares_have_no_finite_evenness():
     assert evenness_of([[0.25] * 4], 100) == float("inf")
     for bad in ([], [[0.0, 0.0]]):
         with pytest.raises(ValueError, match="must"):
@@ -58,7 +57,7 @@ def line(step: int, shares: list[float]) -> str:
     return json.dumps(content)
 
 
-def test_routing_of_a_recorded_run(tmp_path: Path) -> None:
+def test_routing_of_a_recorded_run(tmp_path):
     # Two FFN experts and a zero expert; only the later half counts.
     shares = [[0.5, 0.0, 0.5], [0.5, 0.0, 0.5], [0.3, 0.2, 0.5], [0.2, 0.3, 0.5]]
     (tmp_path / "metrics.jsonl").write_text(
@@ -70,7 +69,7 @@ def test_routing_of_a_recorded_run(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [None, "not json", "{}", line(1, [0.5, 0.5])])
-def test_a_run_without_shares_is_refused(tmp_path: Path, content: str | None) -> None:
+def test_a_run_without_shares_is_refused(tmp_path, content):
     path = tmp_path / "metrics.jsonl"
     if content is not None:
         path.write_text(content)

@@ -6,7 +6,6 @@ import statistics
 import pytest
 
 from moepp_megatron.tools.planning.grid import Grid
-from moepp_megatron.tools.planning.machine import Machine
 from moepp_megatron.tools.planning.traffic import (
     Placement,
     all_to_all_seconds,
@@ -23,7 +22,7 @@ PLAIN = {8: (1265, 1277), 16: (5774, 5628), 32: (8059, 7815), 64: (9164, 8727)}
 HYBRID = {8: (661, 624), 16: (1485, 1688), 32: (3064, 3088), 64: (4626, 4398)}
 
 
-def test_plain_exchange_takes_the_measured_times(h100: Machine) -> None:
+def test_plain_exchange_takes_the_measured_times(h100):
     errors = []
     for ranks, (dispatch, combine) in PLAIN.items():
         seconds = all_to_all_seconds(Placement(ranks, 8), TOKENS * TOPK * ROW, h100)
@@ -43,7 +42,7 @@ def of_four_groups(targets: int) -> float:
     return targets * (1 - missed)
 
 
-def test_hierarchical_exchange_takes_the_measured_times(h100: Machine) -> None:
+def test_hierarchical_exchange_takes_the_measured_times(h100):
     errors = []
     for ranks, (dispatch, combine) in HYBRID.items():
         nodes = ranks // 8
@@ -61,7 +60,7 @@ def test_hierarchical_exchange_takes_the_measured_times(h100: Machine) -> None:
     assert max(map(abs, errors[:2] + errors[4:])) < 0.08
 
 
-def test_ranks_fill_nodes_in_order() -> None:
+def test_ranks_fill_nodes_in_order():
     grid = Grid(64, tp=2, cp=2, pp=2, ep=16)
     where = {
         name: placement(grid, name, per_node=8) for name in ("tp", "cp", "dp", "pp", "ep", "edp")
@@ -76,14 +75,14 @@ def test_ranks_fill_nodes_in_order() -> None:
     assert where["edp"] == Placement(2, 1)
 
 
-def test_a_group_of_one_costs_nothing(h100: Machine) -> None:
+def test_a_group_of_one_costs_nothing(h100):
     alone = Placement(1, 1)
     assert gather_seconds(alone, 1e9, h100) == 0
     assert all_to_all_seconds(alone, 1e9, h100) == 0
     assert hierarchical_seconds(alone, 1e9, 1e9, h100) == 0
 
 
-def test_distinct_targets() -> None:
+def test_distinct_targets():
     assert distinct_targets(1, 8) == 1
     assert distinct_targets(4, 0) == 0
     assert distinct_targets(2, 2) == pytest.approx(1.5)

@@ -3,7 +3,6 @@
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -40,11 +39,11 @@ def shown_on() -> list[Comparison]:
     return held_out()
 
 
-def rows() -> list[dict[str, Any]]:
+def rows():
     return [*json.loads(SET_NUMBERS.read_text()), *json.loads(HELD_OUT.read_text())]
 
 
-def row(which: str, **changes: Any) -> dict[str, Any]:
+def row(which: str, **changes):
     [found] = [one for one in rows() if one["name"] == which]
     settings = {**found["settings"], **changes.pop("settings", {})}
     return {**found, "settings": settings, **changes}
@@ -61,7 +60,7 @@ def runs_of(tmp_path: Path, *entries: object) -> list[Run]:
     return read_runs(path)
 
 
-def test_runs_that_set_no_number_are_met_as_the_docs_say(shown_on: list[Comparison]) -> None:
+def test_runs_that_set_no_number_are_met_as_the_docs_say(shown_on):
     # The bounds that the project set itself; what is reached stands in docs/planning.md.
     bounds = {"bf16 MoE": 0.12, "FP8 MoE": 0.12, "B200": 0.15, "dense FP8": 0.12}
     found = family_errors(shown_on)
@@ -70,13 +69,13 @@ def test_runs_that_set_no_number_are_met_as_the_docs_say(shown_on: list[Comparis
         assert found[family].median <= bound, (family, found[family])
 
 
-def test_ratios_that_set_numbers_are_met(chosen_by: list[Comparison]) -> None:
+def test_ratios_that_set_numbers_are_met(chosen_by):
     ratios = {pair.name: pair.error for pair in pair_errors(chosen_by)}
     assert len(ratios) >= 4
     assert max(map(abs, ratios.values())) < 0.08, ratios
 
 
-def test_the_range_of_a_plan_is_that_of_its_family() -> None:
+def test_the_range_of_a_plan_is_that_of_its_family():
     run = read_runs(HELD_OUT)[0]
     h100, b200 = (machine_of(load_hardware(name)) for name in ("h100_sxm", "b200"))
     of_hopper, of_blackwell = error_range(run.config, h100), error_range(run.config, b200)
@@ -88,7 +87,7 @@ def test_the_range_of_a_plan_is_that_of_its_family() -> None:
     assert of_hopper.is_own
 
 
-def test_published_runs_of_a_shape_are_found() -> None:
+def test_published_runs_of_a_shape_are_found():
     config = load_config(HELD_OUT.parents[1] / "models" / "qwen3_30b_a3b_32.yaml")
     names = [run.row.name for run in published(config, machine_of(load_hardware("h100_sxm")), 8)]
     assert names[0] == "Qwen3-30B bf16, 8, EP8 DeepEP, FSDP, all recomputed"
@@ -97,7 +96,7 @@ def test_published_runs_of_a_shape_are_found() -> None:
     assert not published(config, machine_of(load_hardware("a100_sxm")), 8)
 
 
-def test_units_of_speed_are_the_same_run(tmp_path: Path) -> None:
+def test_units_of_speed_are_the_same_run(tmp_path):
     seconds = row(QWEN, measured={"step_time_s": 24.7138})
     tokens = 1024 * 4096 / 24.7138 / 16
     flop = {"tflops_per_gpu": tokens * 20.0 / 1000, "gflop_per_token": 20.0}
@@ -109,7 +108,7 @@ def test_units_of_speed_are_the_same_run(tmp_path: Path) -> None:
     assert speeds == pytest.approx([tokens] * 3)
 
 
-def test_a_row_need_not_be_one_of_this_trainers(tmp_path: Path) -> None:
+def test_a_row_need_not_be_one_of_this_trainers(tmp_path):
     # Dense and recomputed in part; fully sharded, which is not estimated.
     [run] = runs_of(tmp_path, row(LLAMA))
     assert not any(run.load.is_moe)
@@ -120,10 +119,10 @@ def test_a_row_need_not_be_one_of_this_trainers(tmp_path: Path) -> None:
     assert compare(run).memory_gib > compare(whole).memory_gib
 
 
-def test_facts_beyond_the_settings_count(tmp_path: Path) -> None:
+def test_facts_beyond_the_settings_count(tmp_path):
     plain = {key: value for key, value in row(DEEPSEEK).items() if key != "beyond"}
 
-    def found(**beyond: Any) -> Comparison:
+    def found(**beyond) -> Comparison:
         return compare(runs_of(tmp_path, {**plain, "beyond": beyond})[0])
 
     base = found()
@@ -146,7 +145,7 @@ def test_facts_beyond_the_settings_count(tmp_path: Path) -> None:
     assert found(wings=2).run.unused == ("wings",)
 
 
-def test_dualpipe_waits_less_than_two_chunks_a_rank(tmp_path: Path) -> None:
+def test_dualpipe_waits_less_than_two_chunks_a_rank(tmp_path):
     [run] = runs_of(tmp_path, row("DeepSeek-V3 FP8, own run, 2,048 H800, PP16 EP64 DualPipe"))
     interleaved = replace(run, grid=replace(run.grid, is_dualpipe=False))
     assert run.hardware.nvlink_gb_s == 400
@@ -155,7 +154,7 @@ def test_dualpipe_waits_less_than_two_chunks_a_rank(tmp_path: Path) -> None:
     assert 0.6 < idle[0] / idle[1] < 0.75
 
 
-def test_custom_stages_are_those_of_the_row(tmp_path: Path) -> None:
+def test_custom_stages_are_those_of_the_row(tmp_path):
     [run] = runs_of(tmp_path, row(DEEPSEEK))
     sizes = [len(run.stages[stage % 8][stage // 8]) for stage in range(32)]
     assert sizes == [1, *[2] * 30, 0]
@@ -197,12 +196,12 @@ def test_custom_stages_are_those_of_the_row(tmp_path: Path) -> None:
         ({"hardware_overrides": {"reached": {"luck": 1}}}, r"reached.luck \(1.0\) must be one of"),
     ],
 )
-def test_a_wrong_row_is_refused_by_name(tmp_path: Path, changes: dict[str, Any], says: str) -> None:
+def test_a_wrong_row_is_refused_by_name(tmp_path, changes, says):
     with pytest.raises(ConfigError, match=says):
         compare(runs_of(tmp_path, row(QWEN, **changes))[0])
 
 
-def test_names_are_unique_and_a_file_is_a_list(tmp_path: Path) -> None:
+def test_names_are_unique_and_a_file_is_a_list(tmp_path):
     with pytest.raises(ConfigError, match="must be unique, 2 rows have it"):
         runs_of(tmp_path, row(QWEN), row(QWEN))
     path = tmp_path / "rows.yaml"
@@ -213,7 +212,7 @@ def test_names_are_unique_and_a_file_is_a_list(tmp_path: Path) -> None:
         read_runs(tmp_path / "none.json")
 
 
-def test_memory_of_deepseek_v3_in_bf16(tmp_path: Path) -> None:
+def test_memory_of_deepseek_v3_in_bf16(tmp_path):
     """arXiv 2603.07685, table 3: 256 cards, PP4 VPP4 EP64, no recomputation."""
     [run] = runs_of(tmp_path, row(DEEPSEEK))
     load = replace(run.load, numbers=NumberFormats())
@@ -238,6 +237,6 @@ def test_memory_of_deepseek_v3_in_bf16(tmp_path: Path) -> None:
         ("Moonlight-16B bf16, 8, TP2 EP8 alltoall, batch 4", 34.103),
     ],
 )
-def test_peaks_of_memory(name: str, gib: float, tmp_path: Path) -> None:
+def test_peaks_of_memory(name, gib, tmp_path):
     # The bound of the project for measured peaks.
     assert compare(runs_of(tmp_path, row(name))[0]).memory_gib == pytest.approx(gib, rel=0.10)

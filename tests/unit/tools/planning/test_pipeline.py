@@ -137,7 +137,7 @@ def test_chunks_in_flight_are_those_of_the_schedule(pp, vpp, micro_batches, is_c
 
 
 @pytest.mark.parametrize(("pp", "vpp"), [(1, 1), (2, 1), (4, 1), (8, 1), (2, 2), (4, 3)])
-def test_equal_stages_wait_as_the_formula_says(pp: int, vpp: int) -> None:
+def test_equal_stages_wait_as_the_formula_says(pp, vpp):
     # (m + (p - 1) / v) passes of a rank's v chunks, 1 + 2 seconds each.
     expected = 8 * vpp * 3.0 + vpp * bubble_seconds((pp - 1) * 3.0, vpp)
     assert played(pp, vpp, *even(pp, vpp, 1, 2)) == pytest.approx(expected, rel=1e-12)
@@ -146,7 +146,7 @@ def test_equal_stages_wait_as_the_formula_says(pp: int, vpp: int) -> None:
 @pytest.mark.parametrize(
     ("pp", "vpp", "count"), [(1, 1, 1), (1, 1, 8), (2, 2, 2), (2, 2, 8), (4, 3, 4), (4, 3, 16)]
 )
-def test_combined_passes_take_what_the_formula_says(pp: int, vpp: int, count: int) -> None:
+def test_combined_passes_take_what_the_formula_says(pp, vpp, count):
     # Alone 1 + 2 seconds a chunk; a pair hides more than it loses, but is longer than either.
     taken = played(pp, vpp, *even(pp, vpp, 1, 2, 0.8, 1.7), count=count)
     alone, together = split_passes(pp, vpp, count, True)
@@ -168,13 +168,13 @@ def test_nothing_hides_the_messages_of_pairs_and_of_filling(pp, vpp, count, seco
     assert taken - quiet == pytest.approx(late_messages(pp, vpp, together) * late, rel=1e-9)
 
 
-def test_unequal_stages_wait_for_the_slowest() -> None:
+def test_unequal_stages_wait_for_the_slowest():
     # The path through the slowest stage's m passes, and once through all others.
     ahead, back = [1.0, 1.2, 1.1, 1.7], [2.0, 2.1, 2.3, 2.9]
     expected = 8 * (1.7 + 2.9) + bubble_seconds(sum(ahead + back) - 1.7 - 2.9, 1)
     assert played(4, 1, ahead, back) == pytest.approx(expected, rel=1e-12)
 
 
-def test_messages_hold_stages_up() -> None:
+def test_messages_hold_stages_up():
     # The last stage never waits after its first input: 8 x (1 + 2 + 0.1) from 1.1 on.
     assert played(2, 1, *even(2, 1, 1, 2), blocking=0.1) == pytest.approx(1.1 + 8 * 3.1 + 2)

@@ -2,7 +2,6 @@
 
 import itertools
 from dataclasses import replace
-from typing import Any
 
 import pytest
 
@@ -11,7 +10,7 @@ from moepp_megatron.config.hardware import load_hardware
 from moepp_megatron.tools.planning.grid import FULL, Grid
 from moepp_megatron.tools.planning.imbalance import FORCED_BALANCE, LEARNED
 from moepp_megatron.tools.planning.layout_costs import LayoutCosts
-from moepp_megatron.tools.planning.machine import Machine, machine_of
+from moepp_megatron.tools.planning.machine import machine_of
 from moepp_megatron.tools.planning.overlay import config_of
 from moepp_megatron.tools.planning.plan import TIE, complexity, make_plan
 from moepp_megatron.tools.planning.search import Space
@@ -21,10 +20,10 @@ WORLD = 16
 
 
 def configured(
-    model: dict[str, Any] | None = None,
-    moe: dict[str, Any] | None = None,
+    model=None,
+    moe=None,
     batch: int = 24,
-    **sections: Any,
+    **sections,
 ) -> Config:
     return parse_config(
         {
@@ -69,7 +68,7 @@ def is_legal(config: Config, grid: Grid) -> bool:
     ],
     ids=["plain", "flex-dense-shared", "odd-vocabulary", "one V, shared key heads"],
 )
-def test_space_holds_what_the_rules_accept(config: Config) -> None:
+def test_space_holds_what_the_rules_accept(config):
     found = set(Space.of(config, WORLD, per_node=8).grids())
     assert found
     tried = itertools.product(
@@ -87,7 +86,7 @@ def test_space_holds_what_the_rules_accept(config: Config) -> None:
 
 
 @pytest.mark.parametrize("world", [12, 64])
-def test_every_layout_found_is_legal(world: int) -> None:
+def test_every_layout_found_is_legal(world):
     config = configured(batch=192)
     grids = list(Space.of(config, world, per_node=8).grids())
     assert len(set(grids)) == len(grids) > 0
@@ -98,7 +97,7 @@ def test_every_layout_found_is_legal(world: int) -> None:
         assert own == (layout.dp, layout.edp, layout.num_microbatches, layout.vpp)
 
 
-def test_overlapped_exchange_only_where_the_rules_allow_it() -> None:
+def test_overlapped_exchange_only_where_the_rules_allow_it():
     config = configured()
     grids = [grid for grid in Space.of(config, WORLD, 8).grids() if grid.expert_overlap]
     assert grids
@@ -114,7 +113,7 @@ def test_overlapped_exchange_only_where_the_rules_allow_it() -> None:
     assert any(grid.expert_overlap for grid in Space.of(none, WORLD, 8).grids())
 
 
-def test_a_configuration_becomes_its_grid_again() -> None:
+def test_a_configuration_becomes_its_grid_again():
     config = configured()
     grids = list(Space.of(config, WORLD, 8).grids())
     for grid in grids[::200]:
@@ -123,7 +122,7 @@ def test_a_configuration_becomes_its_grid_again() -> None:
         assert found == replace(grid, states=())
 
 
-def test_the_plan_is_the_best_of_all_layouts(h100: Machine) -> None:
+def test_the_plan_is_the_best_of_all_layouts(h100):
     config = configured(batch=96)
     plan = make_plan(config, WORLD, h100, LEARNED, taus=(0.25,), top=3)
     space = Space.of(config, WORLD, 8)
@@ -155,14 +154,14 @@ def test_the_plan_is_the_best_of_all_layouts(h100: Machine) -> None:
     assert hours * 3600 * plan.best.tokens_per_s_per_gpu * WORLD == pytest.approx(1e9)
 
 
-def test_a_budget_is_planned_beside_taus_and_vanilla(h100: Machine) -> None:
+def test_a_budget_is_planned_beside_taus_and_vanilla(h100):
     config = configured(moe={"budget": {"target_ffn_per_token": 1.2}}, batch=96)
     plan = make_plan(config, WORLD, h100, LEARNED, taus=(0.25,), top=1)
     assert plan.best.ffn_share == pytest.approx(0.6)
     assert [baseline.kind for baseline in plan.baselines] == ["vanilla", "moepp"]
 
 
-def test_a_model_that_does_not_fit_names_what_comes_closest(h100: Machine) -> None:
+def test_a_model_that_does_not_fit_names_what_comes_closest(h100):
     # Too little for any layout, with a margin or without.
     tiny = replace(h100, memory_bytes=1e9)
     plan = make_plan(configured(), 1, tiny, FORCED_BALANCE)
@@ -172,7 +171,7 @@ def test_a_model_that_does_not_fit_names_what_comes_closest(h100: Machine) -> No
     assert not any(planned.fits for planned in plan.layouts)
 
 
-def test_states_are_kept_in_bf16_only_for_room(h100: Machine) -> None:
+def test_states_are_kept_in_bf16_only_for_room(h100):
     config, states = configured(batch=8), ("moments", "gradients")
     space = Space.of(config, 4, 8)
     costs = space.costs(h100, LEARNED)
@@ -199,7 +198,7 @@ def test_states_are_kept_in_bf16_only_for_room(h100: Machine) -> None:
     assert make_plan(config, 4, h100, LEARNED).best.grid.states == ()
 
 
-def test_what_cannot_be_planned_is_refused(h100: Machine) -> None:
+def test_what_cannot_be_planned_is_refused(h100):
     with pytest.raises(ConfigError, match=r"--gpus \(7\) must allow a legal layout"):
         make_plan(configured(), 7, h100, LEARNED)
     ampere = machine_of(load_hardware("a100_sxm"))
@@ -210,7 +209,7 @@ def test_what_cannot_be_planned_is_refused(h100: Machine) -> None:
         machine_of(load_hardware("cpu"))
 
 
-def test_the_fastest_dispatcher_is_taken_where_tokens_travel(h100: Machine) -> None:
+def test_the_fastest_dispatcher_is_taken_where_tokens_travel(h100):
     config = configured(
         moe={"dispatcher": "flex"}, parallel={"expert_model_parallel_size": 2}, batch=96
     )
@@ -244,7 +243,7 @@ def test_the_fastest_dispatcher_is_taken_where_tokens_travel(h100: Machine) -> N
     assert len(seen) > 1
 
 
-def test_latent_attention_may_repeat_its_expansions() -> None:
+def test_latent_attention_may_repeat_its_expansions():
     latent = {"kv_lora_rank": 32, "qk_head_dim": 16, "qk_pos_emb_head_dim": 8, "v_head_dim": 16}
     shape = {"latent_attention": latent, "num_query_groups": None}
     config = configured(model=shape, moe={"layer_freq": 2})
@@ -254,7 +253,7 @@ def test_latent_attention_may_repeat_its_expansions() -> None:
     assert not any("mla_up_proj" in recompute for recompute in plain)
 
 
-def test_a_margin_of_memory_stays_free(h100: Machine) -> None:
+def test_a_margin_of_memory_stays_free(h100):
     config = configured(model={"num_layers": 2})
     costs = LayoutCosts(Workload.from_config(config), h100, FORCED_BALANCE)
     grid = Grid(WORLD, tp=2, ep=2)

@@ -34,7 +34,7 @@ def trace(
     )
 
 
-def test_the_busiest_rank_of_each_layer_counts() -> None:
+def test_the_busiest_rank_of_each_layer_counts():
     """Rank 2 is busy in layer 1, rank 3 in layer 2: equal in sum, and yet each waits."""
     found = expert_load(
         [trace(2, (2, 3), (1, [4, 1]), (2, [2, 2])), trace(3, (2, 3), (1, [4, 1]), (2, [0, 6]))],
@@ -45,7 +45,7 @@ def test_the_busiest_rank_of_each_layer_counts() -> None:
     assert found.busiest == 2
 
 
-def test_passes_of_a_layer_are_apart_and_repeated_ones_do_not_count() -> None:
+def test_passes_of_a_layer_are_apart_and_repeated_ones_do_not_count():
     both = [trace(0, (0, 1), (1, [3, 0]), (1, [0, 3])), trace(1, (0, 1), (1, [3, 0]), (1, [0, 3]))]
     for one in both:
         again = routed(1, [9, 0]).model_copy(update={"recomputed": True})
@@ -55,7 +55,7 @@ def test_passes_of_a_layer_are_apart_and_repeated_ones_do_not_count() -> None:
     assert found.rows == {(5, 0): 6, (5, 1): 6}
 
 
-def test_groups_are_apart() -> None:
+def test_groups_are_apart():
     pairs = [trace(r, (0, 1), (1, [1, 1])) for r in (0, 1)]
     pairs += [trace(r, (2, 3), (1, [8, 0])) for r in (2, 3)]
     found = expert_load(pairs, [5])
@@ -64,7 +64,7 @@ def test_groups_are_apart() -> None:
     assert found.busiest_over_mean == pytest.approx((2 + 16) / (2 + 8))
 
 
-def test_unknown() -> None:
+def test_unknown():
     whole = [trace(0, (0, 1), (1, [1, 2])), trace(1, (0, 1), (1, [1, 2]))]
     assert expert_load(whole, [5]) is not None
     assert expert_load(whole[:1], [5]) is None

@@ -19,7 +19,7 @@ def points(intervals: list[Interval]) -> set[int]:
 
 
 @pytest.mark.parametrize("seed", range(40))
-def test_against_sets(seed: int) -> None:
+def test_against_sets(seed):
     draw = random.Random(seed)
 
     def some() -> list[Interval]:

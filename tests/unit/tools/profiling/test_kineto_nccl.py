@@ -1,7 +1,6 @@
 """NCCL in torch's traces: a sample written from the documented arguments, and single events."""
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -25,7 +24,7 @@ def by_operation(profile: Profile, rank: int) -> dict[Operation, Collective]:
     return {one.operation: one for one in profile.traces[rank].collectives}
 
 
-def test_uneven_all_to_all(profile: Profile) -> None:
+def test_uneven_all_to_all(profile):
     first, second = (by_operation(profile, rank)[Operation.ALL_TO_ALL] for rank in (0, 1))
     # Rows of 1024 bf16.
     assert (first.sent, first.received) == ((3 * 2048, 5 * 2048), (3 * 2048, 2 * 2048))
@@ -39,7 +38,7 @@ def test_uneven_all_to_all(profile: Profile) -> None:
     assert first.sequence == 0
 
 
-def test_times_and_bandwidth(profile: Profile) -> None:
+def test_times_and_bandwidth(profile):
     one = by_operation(profile, 0)[Operation.REDUCE_SCATTER]
     assert one.size == 2097152 * 4
     assert one.duration_us == 100.0
@@ -47,7 +46,7 @@ def test_times_and_bandwidth(profile: Profile) -> None:
     assert one.bus_bandwidth == pytest.approx(41.94304)
 
 
-def test_waiting_is_told_from_transfer(profile: Profile) -> None:
+def test_waiting_is_told_from_transfer(profile):
     exchange = next(one for one in profile.classes if one.name.purpose == "dispatch")
     # Rank 1 starts 40 us later; both end together.
     assert (exchange.time_us, exchange.wait_us) == (150.0 + 110.0, 40.0)
@@ -55,7 +54,7 @@ def test_waiting_is_told_from_transfer(profile: Profile) -> None:
     assert profile.caused_us == {0: 0.0, 1: 40.0}
 
 
-def test_exposure(profile: Profile) -> None:
+def test_exposure(profile):
     time = profile.times[7][0]
     assert (time.step_us, time.compute_us) == (1000.0, 200.0)
     # All-to-all 100..250 beside a kernel 50..150; the other two with nothing beside them.
@@ -64,7 +63,7 @@ def test_exposure(profile: Profile) -> None:
     assert profile.times[7][1].exposed_us == 100.0 + 100.0 + 50.0
 
 
-def test_purposes_and_peaks(profile: Profile) -> None:
+def test_purposes_and_peaks(profile):
     found = {one.name.purpose: one for one in profile.classes}
     assert set(found) == {"dispatch", "gradient reduce", "parameter gather"}
     reduce = found["gradient reduce"]
@@ -74,7 +73,7 @@ def test_purposes_and_peaks(profile: Profile) -> None:
     assert reduce.peak_share == pytest.approx(41.94304 / 450.0)
 
 
-def test_bytes_and_routing(profile: Profile) -> None:
+def test_bytes_and_routing(profile):
     # Other parts of the sample's pass were not recorded: nothing measured, nothing equal.
     (dispatch,) = [one for one in profile.layers[7] if one.place == Place(1, "dispatch", "forward")]
     assert dispatch.measured == dispatch.expected == (5 + 2) * 2048
@@ -84,7 +83,7 @@ def test_bytes_and_routing(profile: Profile) -> None:
     assert dispatch.vanilla == 16 * 2 * 2048 / 2
 
 
-def test_network_between_nodes() -> None:
+def test_network_between_nodes():
     traces = load_profile(SAMPLE)
     for trace in traces:
         trace.about.nodes = ["node-a", "node-b"]
@@ -96,7 +95,7 @@ def test_network_between_nodes() -> None:
     assert Links(traces).of(call) == Link("unknown")
 
 
-def kernel(**args: Any) -> dict[str, Any]:
+def kernel(**args):
     """A trace with one NCCL kernel."""
     event = {
         "ph": "X",
@@ -111,7 +110,7 @@ def kernel(**args: Any) -> dict[str, Any]:
     return {"traceEvents": [event], "distributedInfo": {"backend": "nccl", "rank": 5}}
 
 
-def exchange(**args: Any) -> Collective:
+def exchange(**args) -> Collective:
     defaults = {
         "Collective name": "all_to_allv",
         "In msg nelems": 64,
@@ -123,7 +122,7 @@ def exchange(**args: Any) -> Collective:
     return found
 
 
-def test_split_list_cut_short() -> None:
+def test_split_list_cut_short():
     rows = ", ".join(["1"] * 30)
     found = exchange(**{"In split size": f"[{rows}, ...]", "Out split size": f"[{rows}, ...]"})
     assert (found.size, found.group_size) == (128, 64)
@@ -131,12 +130,12 @@ def test_split_list_cut_short() -> None:
     assert found.received is None
 
 
-def test_even_all_to_all_has_no_splits() -> None:
+def test_even_all_to_all_has_no_splits():
     found = exchange(**{"In split size": "[]", "Out split size": "[]"})
     assert found.sent == found.received == (2,) * 64
 
 
-def test_nothing_to_send() -> None:
+def test_nothing_to_send():
     found = exchange(
         **{
             "In msg nelems": 0,
@@ -149,7 +148,7 @@ def test_nothing_to_send() -> None:
     assert (found.sent, found.received, found.row_bytes) == ((0, 0), (0, 12), 4)
 
 
-def test_kernel_that_says_nothing() -> None:
+def test_kernel_that_says_nothing():
     content = kernel()
     content["traceEvents"][0]["name"] = "ncclDevKernel_AllReduce_Sum_bf16_RING_LL(args)"
     (found,) = _parse_kineto(content).collectives
@@ -169,17 +168,17 @@ def test_kernel_that_says_nothing() -> None:
         ("wait", Operation.OTHER),
     ],
 )
-def test_names(name: str, operation: Operation) -> None:
+def test_names(name, operation):
     assert operation_of(name) is operation
 
 
-def test_all_operations_of_flight_records_are_known() -> None:
+def test_all_operations_of_flight_records_are_known():
     kinds = pytest.importorskip("torch.distributed.flight_recorder.components.types")
     unknown = {n for n in kinds.COLLECTIVES | kinds.P2P if operation_of(n) is Operation.OTHER}
     assert unknown <= {"new_window", "split"}, "what sends nothing"
 
 
-def test_types_and_lists() -> None:
+def test_types_and_lists():
     assert (bytes_of_type("ComplexDouble"), bytes_of_type("UInt16")) == (16, 2)
     assert bytes_of_type("Float8_e4m3fn") == bytes_of_type("c10::Float8_e5m2") == 1
     assert bytes_of_type("c10::BFloat16") == bytes_of_type("Half") == 2

@@ -23,12 +23,12 @@ def call(rank: int, start: float, end: float, **changes: object) -> Collective:
     return replace(one, **changes)
 
 
-def test_the_last_rank_waits_for_nobody() -> None:
+def test_the_last_rank_waits_for_nobody():
     found = lateness({0: [call(0, 10, 50)], 1: [call(1, 30, 50)], 2: [call(2, 25, 52)]})
     assert found == {(0, 0): Lateness(20.0, 1), (1, 0): Lateness(0.0, 1), (2, 0): Lateness(5.0, 1)}
 
 
-def test_no_longer_than_the_call() -> None:
+def test_no_longer_than_the_call():
     """A rank that is done before the last one starts, as a broadcast's root may be."""
     found = lateness({0: [call(0, 10, 15)], 1: [call(1, 30, 50)], 2: [call(2, 25, 52)]})
     assert found[0, 0].wait_us == 5.0
@@ -44,12 +44,12 @@ def test_no_longer_than_the_call() -> None:
         {"group_ranks": ()},
     ],
 )
-def test_what_is_not_the_same_call_is_not_matched(changes: dict[str, object]) -> None:
+def test_what_is_not_the_same_call_is_not_matched(changes):
     ranks = {0: [call(0, 1, 2)], 1: [call(1, 1, 2)], 2: [call(2, 1, 2, **changes)]}
     assert lateness(ranks) == {}
 
 
-def test_send_and_receive_are_one_call_of_two() -> None:
+def test_send_and_receive_are_one_call_of_two():
     ends = {"group_ranks": (0, 1, 2, 3), "pair": (2, 0), "sequence": 4}
     found = lateness(
         {
@@ -78,6 +78,6 @@ def test_send_and_receive_are_one_call_of_two() -> None:
         (Operation.BROADCAST, "all ranks", (), "other"),
     ],
 )
-def test_purpose(operation: Operation, meaning: str, scopes: tuple[str, ...], purpose: str) -> None:
+def test_purpose(operation, meaning, scopes, purpose):
     one = call(0, 0, 1, operation=operation, scopes=scopes)
     assert purpose_of(one, meaning) == purpose

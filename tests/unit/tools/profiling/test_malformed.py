@@ -6,10 +6,9 @@ import json
 import os
 import pickle
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 from typer.testing import CliRunner
@@ -23,7 +22,7 @@ from moepp_megatron.tools.profiling.summary import summary_of
 from moepp_megatron.tools.report import profile as report_profile
 
 SAMPLES = Path(__file__).parent / "samples"
-WRONG: tuple[Any, ...] = (
+WRONG = (
     None,
     "x",
     "",
@@ -88,17 +87,17 @@ GLOO = [
 ]
 
 
-def gloo_trace(rank: int) -> dict[str, Any]:
+def gloo_trace(rank: int):
     groups = [{"pg_name": "23", "pg_desc": "EXPERT_MODEL_PARALLEL_GROUP", "ranks": [0, 1]}]
     about = {"backend": "gloo", "rank": rank, "world_size": 2, "pg_config": groups}
     return {"baseTimeNanoseconds": 5, "distributedInfo": about, "traceEvents": GLOO}
 
 
-def sample(name: str) -> Any:
+def sample(name: str):
     return json.loads((SAMPLES / name).read_text())
 
 
-def mutations(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+def mutations(value, path=()):
     """Paths of all fields and of the first items of lists."""
     yield path
     if isinstance(value, dict):
@@ -109,7 +108,7 @@ def mutations(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...
             yield from mutations(value[place], (*path, place))
 
 
-def changed(whole: Any, path: tuple[Any, ...], wrong: Any) -> Any:
+def changed(whole, path, wrong):
     if not path:
         return wrong
     result = copy.deepcopy(whole)
@@ -124,7 +123,7 @@ def changed(whole: Any, path: tuple[Any, ...], wrong: Any) -> Any:
 
 
 @pytest.fixture(autouse=True)
-def _no_console(monkeypatch: pytest.MonkeyPatch) -> None:
+def _no_console(monkeypatch) -> None:
     """Tables are built but not drawn, which would take most of the time."""
     nowhere = SimpleNamespace(print=lambda *parts, **options: None)
     monkeypatch.setattr(report_profile, "wide_console", lambda **options: nowhere)
@@ -138,9 +137,7 @@ def profile(folder: Path) -> None:
     report_profile.print_profile(found, numbers)
 
 
-def each(
-    good: Any, write: Callable[[Any], None], read: Callable[[], object], turn: int
-) -> list[tuple[Any, ...]]:
+def each(good, write, read: Callable[[], object], turn: int):
     """Damage every field in a few ways; returns what ended otherwise than in one line."""
     failed = []
     paths = list(mutations(good))
@@ -161,7 +158,7 @@ def each(
 
 
 @pytest.mark.parametrize("name", ["nccl", "gloo", "meta"])
-def test_kineto(tmp_path: Path, name: str) -> None:
+def test_kineto(tmp_path, name):
     shutil.copytree(SAMPLES / "kineto_nccl", tmp_path, dirs_exist_ok=True)
     target = tmp_path / ("rank0.meta.json" if name == "meta" else "rank0.pt.trace.json")
     if name == "gloo":
@@ -176,7 +173,7 @@ def test_kineto(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["json", "pickle"])
-def test_flight_recorder(tmp_path: Path, name: str) -> None:
+def test_flight_recorder(tmp_path, name):
     shutil.copytree(SAMPLES / "flight_recorder_nccl", tmp_path, dirs_exist_ok=True)
     good = sample("flight_recorder_nccl/collectives_rank_0.json")
     good["entries"] = good["entries"][:3] + good["entries"][-2:]
@@ -215,7 +212,7 @@ DAMAGED = {
 @pytest.mark.parametrize(
     ("name", "place"), [(name, n) for name, files in DAMAGED.items() for n in range(len(files))]
 )
-def test_damaged_bytes(tmp_path, monkeypatch, name: str, place: int) -> None:
+def test_damaged_bytes(tmp_path, monkeypatch, name, place):
     """The command ends with one line and status 2."""
     monkeypatch.setattr(records, "MAX_BYTES", 2_500_000)
     (tmp_path / name).write_bytes(DAMAGED[name][place])
@@ -227,7 +224,7 @@ def test_damaged_bytes(tmp_path, monkeypatch, name: str, place: int) -> None:
 
 
 @pytest.mark.parametrize("name", ["trace_rank_0", "rank0.pt.trace.json"])
-def test_a_pipe_is_refused(tmp_path: Path, name: str) -> None:
+def test_a_pipe_is_refused(tmp_path, name):
     os.mkfifo(tmp_path / name)
     with pytest.raises(ConfigError, match="Not a regular file"):
         summary_of(tmp_path / name) if name == "trace_rank_0" else analyse(tmp_path)

@@ -43,7 +43,7 @@ def record(path: Path, recompute: bool) -> RankTrace:
 
 
 @pytest.mark.parametrize("recompute", [False, True])
-def test_passes(tmp_path: Path, recompute: bool) -> None:
+def test_passes(tmp_path, recompute):
     trace = record(tmp_path / "rank0.pt.trace.json", recompute)
     parts = [(span.name, span.kind) for span in trace.parts if span.kind]
     again = [("layer1/experts", "recompute")] if recompute else []
@@ -70,7 +70,7 @@ def test_passes(tmp_path: Path, recompute: bool) -> None:
     assert list(trace.steps) == [1]
 
 
-def test_without_collectives(tmp_path: Path) -> None:
+def test_without_collectives(tmp_path):
     record(tmp_path / "rank0.pt.trace.json", recompute=False)
     found = analyse(tmp_path)
     assert found.classes == []
@@ -89,13 +89,13 @@ def test_without_collectives(tmp_path: Path) -> None:
         (b"\x1f\x8b\x08\x00", "cut short inside its gzip data"),
     ],
 )
-def test_files_that_are_no_profile(tmp_path: Path, content: bytes, message: str) -> None:
+def test_files_that_are_no_profile(tmp_path, content, message):
     (tmp_path / "rank0.pt.trace.json").write_bytes(content)
     with pytest.raises(ProfileError, match=message):
         analyse(tmp_path)
 
 
-def test_folders_that_are_no_profile(tmp_path: Path) -> None:
+def test_folders_that_are_no_profile(tmp_path):
     with pytest.raises(ProfileError, match=r"training.profile_steps=\[10,11\]"):
         analyse(tmp_path)
     trace = json.dumps({"traceEvents": []})

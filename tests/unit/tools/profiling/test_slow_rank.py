@@ -1,7 +1,6 @@
 """A slow rank is told from uneven experts."""
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -13,9 +12,7 @@ SAMPLE = Path(__file__).parent / "samples" / "kineto_nccl"
 GROUP = (0, 1, 2, 3)
 
 
-def found(
-    compute: list[float], rows: list[int], groups: list[tuple[int, ...]] | None = None
-) -> Any:
+def found(compute: list[float], rows: list[int], groups: list[tuple[int, ...]] | None = None):
     """Of ranks that compute this long and have these rows, in two equal steps."""
     traces = [
         RankTrace(rank, groups={"9": TracedGroup("9", of, "EXPERT_MODEL_PARALLEL_GROUP")})
@@ -30,7 +27,7 @@ def found(
     return slow_rank(traces, times, load)
 
 
-def test_longer_for_fewer_rows_is_slow() -> None:
+def test_longer_for_fewer_rows_is_slow():
     slow = found([440.0, 100.0, 100.0, 100.0], [84, 100, 100, 100])
     assert slow.rank == 0
     assert (slow.time_ratio, slow.rows_ratio) == pytest.approx((4.4, 0.84))
@@ -46,11 +43,11 @@ def test_longer_for_fewer_rows_is_slow() -> None:
         ([100.0, 100.0, 100.0, 100.0], [10, 100, 100, 100]),
     ],
 )
-def test_more_rows_explain_more_time(compute: list[float], rows: list[int]) -> None:
+def test_more_rows_explain_more_time(compute, rows):
     assert found(compute, rows) is None
 
 
-def test_ranks_are_compared_within_their_group() -> None:
+def test_ranks_are_compared_within_their_group():
     """Stages of a pipeline hold different layers, and so groups of different times."""
     assert found([400.0, 400.0, 100.0, 100.0], [100] * 4, [(0, 1), (2, 3)]) is None
     slow = found([400.0, 400.0, 300.0, 100.0], [100] * 4, [(0, 1), (2, 3)])

@@ -5,13 +5,12 @@ import math
 from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import yaml
 
-CONFIG: dict[str, dict[str, Any]] = {
+CONFIG = {
     "run": {"name": "quickstart", "dir": "runs/quickstart"},
     "model": {
         "num_layers": 4,
@@ -38,7 +37,7 @@ CONFIG: dict[str, dict[str, Any]] = {
 }
 
 
-def synthetic_config(**sections: dict[str, Any]) -> dict[str, dict[str, Any]]:
+def synthetic_config(**sections):
     """The configuration with some keys replaced, by section."""
     config = deepcopy(CONFIG)
     for section, keys in sections.items():
@@ -46,7 +45,7 @@ def synthetic_config(**sections: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return config
 
 
-def synthetic_records(config: dict[str, dict[str, Any]], steps: int) -> list[dict[str, Any]]:
+def synthetic_records(config, steps: int):
     """Records of a run that learns, and whose FFN share settles near phi."""
     rng = np.random.default_rng(7)
     model, moe = config["model"], config["moe"]
@@ -95,7 +94,7 @@ def synthetic_records(config: dict[str, dict[str, Any]], steps: int) -> list[dic
     return records
 
 
-def add_health(records: list[dict[str, Any]], every: int = 10) -> None:
+def add_health(records, every: int = 10) -> None:
     """Adds the fields of steps in which router health was measured."""
     rng = np.random.default_rng(11)
     for record in records[every - 1 :: every]:
@@ -104,7 +103,7 @@ def add_health(records: list[dict[str, Any]], every: int = 10) -> None:
         record |= _health(rng, layers, topk, record["loss"])
 
 
-def _health(rng: np.random.Generator, layers: int, topk: int, loss: float) -> dict[str, Any]:
+def _health(rng: np.random.Generator, layers: int, topk: int, loss: float):
     level = {
         "gate_entropy": 1.9,
         "selection_margin": 0.05,
@@ -127,7 +126,7 @@ def _health(rng: np.random.Generator, layers: int, topk: int, loss: float) -> di
     }
 
 
-def write_run(folder: Path, config: dict[str, Any], records: list[dict[str, Any]]) -> Path:
+def write_run(folder: Path, config, records) -> Path:
     """Writes the two files that a report is made of."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
@@ -137,13 +136,13 @@ def write_run(folder: Path, config: dict[str, Any], records: list[dict[str, Any]
 
 
 @pytest.fixture
-def make_run(tmp_path: Path) -> Callable[..., Path]:
+def make_run(tmp_path) -> Callable[..., Path]:
     """Writes a synthetic run; ``edit`` may change its records."""
 
     def make(
         steps: int = 60,
-        edit: Callable[[list[dict[str, Any]]], None] | None = None,
-        **sections: dict[str, Any],
+        edit=None,
+        **sections,
     ) -> Path:
         config = synthetic_config(**sections)
         records = synthetic_records(config, steps)
@@ -155,7 +154,7 @@ def make_run(tmp_path: Path) -> Callable[..., Path]:
 
 
 @pytest.fixture(scope="session")
-def full_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def full_run(tmp_path_factory) -> Path:
     """A finished run of 60 steps with its page, for tests that only read."""
     from moepp_megatron.tools.report.page import build_report
 

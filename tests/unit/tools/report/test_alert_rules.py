@@ -114,7 +114,7 @@ def _series(run: str, changes: dict[str, str]) -> list[dict[str, str]]:
 
 
 @needs_promtool
-def test_each_rule_fires_for_what_is_wrong_only(tmp_path: Path):
+def test_each_rule_fires_for_what_is_wrong_only(tmp_path):
     assert WRONG.keys() | {"MoeppNothingServed"} == RULES.keys()
     firing = 'count by (alertname, run) (ALERTS{alertstate="firing"})'
     expected = [{"labels": f'{{alertname="{name}",run="{name}"}}', "value": 1} for name in WRONG]

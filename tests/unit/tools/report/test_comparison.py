@@ -3,7 +3,6 @@
 import html
 import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -25,16 +24,16 @@ from tests.unit.tools.report.conftest import synthetic_config, synthetic_records
 from tests.unit.tools.report.test_report_page import VANILLA, Reader
 
 # What this version wants of a configuration besides.
-WHOLE: dict[str, Any] = {"data": {"path": "corpus"}}
+WHOLE = {"data": {"path": "corpus"}}
 
 
-def made(folder: Path, steps: int, **sections: dict[str, Any]) -> Path:
+def made(folder: Path, steps: int, **sections) -> Path:
     config = synthetic_config(**(WHOLE | sections))
     return write_run(folder, config, synthetic_records(config, steps))
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+def runs(tmp_path_factory) -> list[Path]:
     """A finished run, a shorter one with another tau, a vanilla one of the first one's name."""
     base = tmp_path_factory.mktemp("runs")
     done = {"train_iters": 60}
@@ -46,13 +45,13 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 
 @pytest.fixture(scope="module")
-def page(runs: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Reader:
+def page(runs, tmp_path_factory) -> Reader:
     out = tmp_path_factory.mktemp("page") / "new" / "c.html"
     assert moepp_megatron.report(*runs, out=out) == out
     return Reader(out.read_text(encoding="ascii"))
 
 
-def test_every_run_is_named_and_its_numbers_are_shown(page: Reader) -> None:
+def test_every_run_is_named_and_its_numbers_are_shown(page):
     assert "a, b, other/a" in page.text
     assert "3 runs;" in page.text
     assert "Not all planned steps are done: b (30 of 300)" in page.text
@@ -60,7 +59,7 @@ def test_every_run_is_named_and_its_numbers_are_shown(page: Reader) -> None:
     assert "after 61,440 tokens" in page.text
 
 
-def test_settings_that_differ_are_a_table(runs: list[Path], page: Reader) -> None:
+def test_settings_that_differ_are_a_table(runs, page):
     found = _differing_settings(_load_runs(runs))
     assert found["moe.tau"] == ["0.75", "0.1", "0.75"]
     assert found["moe.num_zero_experts"] == ["1", "1", "0"]
@@ -70,7 +69,7 @@ def test_settings_that_differ_are_a_table(runs: list[Path], page: Reader) -> Non
     assert f"{len(found)} settings differ" in page.text
 
 
-def test_plots_lay_all_runs_over_each_other(page: Reader) -> None:
+def test_plots_lay_all_runs_over_each_other(page):
     titles = [alt.split(":")[0] for _, alt in page.pictures]
     assert titles == [
         "Loss over tokens",
@@ -85,7 +84,7 @@ def test_plots_lay_all_runs_over_each_other(page: Reader) -> None:
         assert "; other/a: " in alt
 
 
-def test_flops_are_those_of_the_mfu(runs: list[Path]) -> None:
+def test_flops_are_those_of_the_mfu(runs):
     run = _load_runs(runs)[1]
     config = parse_config(synthetic_config(**WHOLE, moe={"tau": 0.1}))
     each = [
@@ -97,7 +96,7 @@ def test_flops_are_those_of_the_mfu(runs: list[Path]) -> None:
     np.testing.assert_allclose(run.axes["seconds"], times, rtol=1e-12)
 
 
-def test_losses_are_taken_where_all_have_come(runs: list[Path]) -> None:
+def test_losses_are_taken_where_all_have_come(runs):
     first, second, _ = _load_runs(runs)
     end = _common_end([first, second], "tokens")
     assert end == 30 * 16 * 128
@@ -109,7 +108,7 @@ def test_losses_are_taken_where_all_have_come(runs: list[Path]) -> None:
     assert np.isnan(_loss_at(first, "tokens", 1.0))
 
 
-def test_a_run_that_is_named_twice_is_one(runs: list[Path], tmp_path: Path) -> None:
+def test_a_run_that_is_named_twice_is_one(runs, tmp_path):
     link = tmp_path / "link"
     link.symlink_to(runs[0])
     assert len(_load_runs([runs[0], runs[1], link, runs[0] / "."])) == 2
@@ -117,13 +116,13 @@ def test_a_run_that_is_named_twice_is_one(runs: list[Path], tmp_path: Path) -> N
         build_report(runs[0], link)
 
 
-def test_a_run_inside_another_of_its_name(tmp_path: Path) -> None:
+def test_a_run_inside_another_of_its_name(tmp_path):
     outer = made(tmp_path / "a", 3)
     names = [run.name for run in _load_runs([outer, made(outer / "a", 3)])]
     assert len(set(names)) == 2
 
 
-def test_what_a_run_lacks_is_said(runs: list[Path], tmp_path: Path) -> None:
+def test_what_a_run_lacks_is_said(runs, tmp_path):
     """Of another version, with one record, with numbers that are not finite."""
     config = synthetic_config(**WHOLE, moe={"of_another_version": 1})
     records = synthetic_records(config, 20)
@@ -141,13 +140,13 @@ def test_what_a_run_lacks_is_said(runs: list[Path], tmp_path: Path) -> None:
     assert "No run has two finite points" in Reader(only).text
 
 
-def test_losses_of_other_data_are_not_compared_silently(runs: list[Path], tmp_path: Path) -> None:
+def test_losses_of_other_data_are_not_compared_silently(runs, tmp_path):
     other = made(tmp_path / "o", 5, data={"path": "elsewhere"}, model={"vocab_size": 64})
     text = Reader(build_report(runs[0], other, out=tmp_path / "c.html").read_text()).text
     assert "Losses may not be comparable: model.vocab_size, data.path differ." in text
 
 
-def test_names_and_values_are_escaped(tmp_path: Path) -> None:
+def test_names_and_values_are_escaped(tmp_path):
     hostile = "_<script>$\\frac$ & caf\u00e9\x1b[2J"
     runs = [made(tmp_path / hostile, 3), made(tmp_path / "b", 3, run={"name": "</td><img src=x>"})]
     source = build_report(*runs, out=tmp_path / "c.html").read_text(encoding="ascii")
@@ -163,14 +162,14 @@ def test_names_and_values_are_escaped(tmp_path: Path) -> None:
     )
 
 
-def test_a_long_value_is_cut_and_still_differs(tmp_path: Path) -> None:
+def test_a_long_value_is_cut_and_still_differs(tmp_path):
     long = "x" * 500
     runs = [made(tmp_path / end, 2, data={"path": long + end}) for end in ("a", "b")]
     values = _differing_settings(_load_runs(runs))["data.path"]
     assert all(value.endswith("... (501 characters)") for value in values)
 
 
-def test_the_command(runs: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_command(runs, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     result = CliRunner().invoke(app, ["report", *map(str, runs)])
     assert (result.exit_code, result.stdout) == (0, "comparison.html\n")

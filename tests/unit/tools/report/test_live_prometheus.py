@@ -113,13 +113,13 @@ def test_a_run_that_stands_still_keeps_state_and_age_only(make_run, scrape):
     assert "moepp_loss" not in got
 
 
-def test_a_run_that_has_not_begun(tmp_path: Path, scrape):
+def test_a_run_that_has_not_begun(tmp_path, scrape):
     got = scrape(tmp_path)()
     assert set(got) == {"moepp_run_state", "moepp_alerts"}
     assert got["moepp_run_state"][("waiting",)] == 1
 
 
-def test_only_this_machine_can_ask(tmp_path: Path, scrape):
+def test_only_this_machine_can_ask(tmp_path, scrape):
     get = scrape(tmp_path)
     assert re.fullmatch(r"http://127\.0\.0\.1:\d+/metrics", get.address)
     port = int(get.address.split(":")[2].split("/")[0])
@@ -128,7 +128,7 @@ def test_only_this_machine_can_ask(tmp_path: Path, scrape):
         socket.create_connection(("127.0.0.2", port), timeout=10)
 
 
-def test_a_port_in_use_is_named(tmp_path: Path):
+def test_a_port_in_use_is_named(tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(ConfigError, match=rf"--prometheus \({port}\) must be a free port"):

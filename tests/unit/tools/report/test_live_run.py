@@ -93,7 +93,7 @@ def test_numbers_that_not_every_record_has(make_run):
     assert history.record_interval_s == history.step_time_s
 
 
-def test_states(make_run, tmp_path: Path):
+def test_states(make_run, tmp_path):
     empty = tmp_path / "empty"
     empty.mkdir()
     assert polled(empty).health().state == "waiting"
@@ -143,7 +143,7 @@ def test_the_target_of_a_budget_stands_before_phi(make_run):
     assert live.target_ffn_share == 0.4
 
 
-def test_wrong_folders_are_refused(tmp_path: Path, make_run):
+def test_wrong_folders_are_refused(tmp_path, make_run):
     with pytest.raises(ReportError, match="is not a folder; name the folder of a run"):
         LiveRun(tmp_path / "missing")
     (tmp_path / "other").mkdir()

@@ -20,7 +20,7 @@ Numbers = dict[tuple[str, str], float]
 
 
 @pytest.fixture
-def add_run(make_run, tmp_path: Path) -> Callable[..., Path]:
+def add_run(make_run, tmp_path) -> Callable[..., Path]:
     """Writes a run to a folder of another name."""
 
     def add(name: str, **changes) -> Path:
@@ -52,7 +52,7 @@ def states(text: str) -> dict[str, str]:
     return dict(found)
 
 
-def test_runs_in_a_folder_come_and_go(add_run, tmp_path: Path):
+def test_runs_in_a_folder_come_and_go(add_run, tmp_path):
     a, b = add_run("a", steps=5), add_run("b", steps=8, run={"name": "other"})
     (tmp_path / "runs" / "latest").symlink_to(a)
     (tmp_path / "runs" / "notes").mkdir()
@@ -81,7 +81,7 @@ def test_runs_in_a_folder_come_and_go(add_run, tmp_path: Path):
     assert got["moepp_step", "c"] == 3
 
 
-def test_runs_are_named_below_what_they_have_in_common(add_run, tmp_path: Path, monkeypatch):
+def test_runs_are_named_below_what_they_have_in_common(add_run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     add_run("a", steps=1)
     (tmp_path / "elsewhere").mkdir()
@@ -96,7 +96,7 @@ def test_runs_are_named_below_what_they_have_in_common(add_run, tmp_path: Path, 
     assert list(both.look()) == ["runs/a", "elsewhere/b"]
 
 
-def test_a_folder_without_runs_is_refused(add_run, tmp_path: Path):
+def test_a_folder_without_runs_is_refused(add_run, tmp_path):
     add_run("a", steps=1)
     (tmp_path / "files").mkdir()
     (tmp_path / "files" / "text").write_text("")

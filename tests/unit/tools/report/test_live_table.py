@@ -49,7 +49,7 @@ def nan_losses(records) -> None:
         record["loss"] = record["grad_norm"] = None
 
 
-def test_a_run_that_has_not_begun(tmp_path: Path):
+def test_a_run_that_has_not_begun(tmp_path):
     lines = lines_of(tmp_path)
     assert lines[0].endswith("WAITING")
     assert lines[1] == "not started: no config.yaml yet"
@@ -122,7 +122,7 @@ def test_experts_without_a_selection_are_named(make_run):
         ([".", "--once", "--prometheus", "9400"], "--once (true) must not come with --prometheus"),
     ],
 )
-def test_wrong_usage_is_one_line(monkeypatch, tmp_path: Path, arguments, message, moepp):
+def test_wrong_usage_is_one_line(monkeypatch, tmp_path, arguments, message, moepp):
     monkeypatch.chdir(tmp_path)
     code, out, err = moepp("monitor", *arguments)
     assert (code, out) == (2, "")

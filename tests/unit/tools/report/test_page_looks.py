@@ -3,8 +3,6 @@
 import base64
 import io
 import re
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -24,7 +22,7 @@ def _svg(address: str) -> str:
     return base64.b64decode(address.split(",", 1)[1]).decode()
 
 
-def test_a_picture_has_a_colour_for_light_and_one_for_dark() -> None:
+def test_a_picture_has_a_colour_for_light_and_one_for_dark():
     with plot_style():
         figure = new_figure()
         axes = figure.subplots()
@@ -43,14 +41,14 @@ def test_a_picture_has_a_colour_for_light_and_one_for_dark() -> None:
     assert not re.search(rf"(fill|stroke): ({drawing.INK}|{drawing.BLUE})", content)
 
 
-def test_healthy_ranges_are_drawn_in_the_router_plots(full_run: Path) -> None:
+def test_healthy_ranges_are_drawn_in_the_router_plots(full_run):
     plots = {plot.title: plot for plot in health_plots(load_run(full_run))}
     band = re.compile(rf"fill: var\(--{drawing.GREEN[1:]}\); opacity: 0\.16")
     drawn = {title for title, plot in plots.items() if band.search(_svg(plot.image or ","))}
     assert drawn == set(plots) - {"FFN experts of a token", "Loss by FFN experts of a token"}
 
 
-def test_the_contents_lead_to_every_section(full_run: Path) -> None:
+def test_the_contents_lead_to_every_section(full_run):
     page = (full_run / "report.html").read_text()
     links = re.findall(r'<li><a href="#([a-z0-9-]+)">([^<]+)</a></li>', page)
     assert [title for _, title in links] == [
@@ -69,7 +67,7 @@ def test_the_contents_lead_to_every_section(full_run: Path) -> None:
 
 
 @pytest.mark.parametrize(("scheme", "is_dark"), [("light", False), ("dark", True)])
-def test_light_and_dark_in_a_browser(browser: Any, full_run: Path, scheme: str, is_dark: bool):
+def test_light_and_dark_in_a_browser(browser, full_run, scheme, is_dark):
     context = browser.new_context(color_scheme=scheme, viewport={"width": 1200, "height": 900})
     tab = context.new_page()
     tab.goto((full_run / "report.html").as_uri())
@@ -86,7 +84,7 @@ def test_light_and_dark_in_a_browser(browser: Any, full_run: Path, scheme: str, 
         assert abs(float(ink) - paper) > 120
 
 
-def test_a_narrow_page_scrolls_its_wide_parts_alone(browser: Any, full_run: Path) -> None:
+def test_a_narrow_page_scrolls_its_wide_parts_alone(browser, full_run):
     context = browser.new_context(viewport={"width": 500, "height": 900})
     tab = context.new_page()
     tab.goto((full_run / "report.html").as_uri())

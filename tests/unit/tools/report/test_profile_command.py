@@ -4,7 +4,6 @@ import json
 import re
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 from typer.testing import CliRunner
@@ -16,17 +15,17 @@ SAMPLE = Path(__file__).parents[1] / "profiling" / "samples" / "kineto_nccl"
 
 
 @pytest.fixture
-def run(tmp_path: Path) -> Path:
+def run(tmp_path) -> Path:
     """A folder of a run with a recording."""
     shutil.copytree(SAMPLE, tmp_path / "run" / "profile")
     return tmp_path / "run"
 
 
-def command(*arguments: object) -> Any:
+def command(*arguments: object):
     return CliRunner().invoke(app, ["profile", *map(str, arguments)], catch_exceptions=True)
 
 
-def test_the_terminal_and_the_json_say_the_same(run: Path) -> None:
+def test_the_terminal_and_the_json_say_the_same(run):
     result = command(run, "--json", run / "numbers.json")
     assert result.exit_code == 0, result.output
     numbers = json.loads((run / "numbers.json").read_text())
@@ -36,7 +35,7 @@ def test_the_terminal_and_the_json_say_the_same(run: Path) -> None:
         assert title in result.output
 
 
-def test_flight_records(tmp_path: Path) -> None:
+def test_flight_records(tmp_path):
     recorded = SAMPLE.parent / "flight_recorder_nccl"
     result = command(recorded, "--json", tmp_path / "f.json")
     assert result.exit_code == 0, result.output
@@ -56,7 +55,7 @@ def test_flight_records(tmp_path: Path) -> None:
         (["run", "--json", "run/profile/rank0.meta.json"], "--json"),
     ],
 )
-def test_mistakes(run: Path, monkeypatch, arguments: list[object], words: str) -> None:
+def test_mistakes(run, monkeypatch, arguments, words):
     monkeypatch.chdir(run.parent)
     error = command(*arguments).exception
     assert isinstance(error, ConfigError)

@@ -1,7 +1,5 @@
 """Telemetry on the page."""
 
-from typing import Any
-
 import pytest
 
 from moepp_megatron.tools.report.blocks import _render_page
@@ -11,7 +9,7 @@ from moepp_megatron.tools.report.page import _page
 from moepp_megatron.tools.report.run_data import load_run
 
 
-def with_gpus(records: list[dict[str, Any]]) -> None:
+def with_gpus(records) -> None:
     for record in records:
         tokens = 2048
         record |= {
@@ -45,7 +43,7 @@ def test_plots_are_those_that_the_records_have(make_run):
 
 @pytest.mark.parametrize("missing", ["energy_j", "mfu"])
 def test_records_without_some_of_it(make_run, missing):
-    def edit(records: list[dict[str, Any]]) -> None:
+    def edit(records) -> None:
         with_gpus(records)
         for record in records[:2]:
             del record[missing]
@@ -57,7 +55,7 @@ def test_records_without_some_of_it(make_run, missing):
 def test_small_rates_are_shown_in_a_unit_of_their_size(make_run):
     """A CPU's 0.03 TFLOP/s are 30 GFLOP/s, NVLink's 1e11 bytes/s are 100 GB/s."""
 
-    def edit(records: list[dict[str, Any]]) -> None:
+    def edit(records) -> None:
         for record in records:
             record |= {"model_tflops": 0.03, "nvlink_bytes_per_s": 1e11}
 

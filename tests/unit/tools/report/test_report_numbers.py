@@ -247,7 +247,7 @@ def test_no_peak_is_thinned_away():
         (formatting.duration(7260), "2 h 01 min"),
     ],
 )
-def test_numbers_for_readers(text: str, expected: str):
+def test_numbers_for_readers(text, expected):
     assert text == expected
 
 
@@ -284,5 +284,5 @@ def test_a_configuration_of_another_run_is_refused(make_run):
     ("dispatcher", "expected"),
     [("alltoall", 1000.0), ("allgather", 600.0), ("alltoall_dedup", None), ("flex", None)],
 )
-def test_vanilla_traffic_is_only_claimed_where_it_follows(dispatcher: str, expected: float | None):
+def test_vanilla_traffic_is_only_claimed_where_it_follows(dispatcher, expected):
     assert vanilla_a2a_bytes(dispatcher, 600.0, 0.6) == expected

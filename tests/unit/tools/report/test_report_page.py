@@ -176,7 +176,7 @@ RENDERED = ("one record", "no finite number", "many experts and layers")
 
 
 @pytest.mark.parametrize("name", ODD)
-def test_an_odd_run_has_a_page(make_run, request, name: str):
+def test_an_odd_run_has_a_page(make_run, request, name):
     steps, sections, change, pictures, shown = ODD[name]
     if name not in RENDERED:
         request.getfixturevalue("unrendered")

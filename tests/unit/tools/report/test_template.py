@@ -5,7 +5,7 @@ from moepp_megatron.tools.report.blocks import _with_contents
 _PAGE = "<header></header>\n<h2>One &amp; two</h2>\n<h2>Three</h2>\n"
 
 
-def test_contents_link_to_each_heading() -> None:
+def test_contents_link_to_each_heading():
     page = _with_contents(_PAGE + "<h2>Four</h2>")
     links = "".join(
         f'<li><a href="#{name}">{title}</a></li>'
@@ -17,5 +17,5 @@ def test_contents_link_to_each_heading() -> None:
     assert '<h2 id="one-two">One &amp; two</h2>' in page
 
 
-def test_a_page_of_two_sections_needs_none() -> None:
+def test_a_page_of_two_sections_needs_none():
     assert _with_contents(_PAGE) == _PAGE

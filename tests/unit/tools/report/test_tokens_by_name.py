@@ -3,7 +3,6 @@
 import io
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -20,7 +19,7 @@ from moepp_megatron.tools.report.token_groups import source_table, token_plots
 SHARES = {"web <b>": 0.6, "code": 0.3, "chat": 0.1}
 
 
-def add_names(records: list[dict[str, Any]]) -> None:
+def add_names(records) -> None:
     """Three sources, the last of which no record has at the end; two classes."""
     for record in records:
         names = list(SHARES) if record["step"] < 15 else list(SHARES)[:2]
@@ -40,7 +39,7 @@ def run(make_run) -> Path:
     return folder
 
 
-def test_table_and_plots_of_the_page(run: Path) -> None:
+def test_table_and_plots_of_the_page(run):
     data = load_run(run)
     table = source_table(data)
     rows = {name.text: [cell.text for cell in row] for name, *row in table.rows}
@@ -64,21 +63,21 @@ def test_table_and_plots_of_the_page(run: Path) -> None:
     assert "web <b>" not in page
 
 
-def test_a_run_of_one_source_has_no_table(make_run) -> None:
+def test_a_run_of_one_source_has_no_table(make_run):
     data = load_run(make_run(steps=5))
     assert source_table(data) is None
     assert token_plots(data) == []
 
 
-def test_names_without_a_finite_number_have_no_plot(make_run) -> None:
-    def edit(records: list[dict[str, Any]]) -> None:
+def test_names_without_a_finite_number_have_no_plot(make_run):
+    def edit(records) -> None:
         records[-1] |= {"task_score": {"arc/acc": None}, "class_ffn_per_token": {"keyword": 1.0}}
 
     data = load_run(make_run(steps=5, edit=edit))
     assert token_plots(data) == []
 
 
-def test_the_monitor_has_numbers_by_source(run: Path) -> None:
+def test_the_monitor_has_numbers_by_source(run):
     live = LiveRun(run, clock=time.time)
     out = io.StringIO()
     print_run(live, Console(file=out, width=200, color_system=None))
@@ -88,7 +87,7 @@ def test_the_monitor_has_numbers_by_source(run: Path) -> None:
     assert shown["source_ffn_share"] == "web <b> 60.0%  code 30.0%"
 
 
-def test_prometheus_gets_them_by_name(run: Path) -> None:
+def test_prometheus_gets_them_by_name(run):
     live = LiveRun(run, clock=time.time)
     live.poll()
     found = {metric.name: dict(samples) for metric, samples in samples_of(live)}

@@ -1,7 +1,6 @@
 """Runs that never ran, with the losses and step times that a test wants."""
 
 from pathlib import Path
-from typing import Any
 
 from moepp_megatron.config import Config, parse_config
 from moepp_megatron.observe.metrics import StepMetrics
@@ -9,7 +8,7 @@ from moepp_megatron.tools.experiments.pilot.arms import Arm, PilotRun
 from tests.parallel.training_runs import settings
 
 
-def config_of(**moe: Any) -> Config:
+def config_of(**moe) -> Config:
     return parse_config(
         settings(
             run={"name": "tiny"},
@@ -21,7 +20,7 @@ def config_of(**moe: Any) -> Config:
     )
 
 
-def record(step: int, **values: Any) -> StepMetrics:
+def record(step: int, **values) -> StepMetrics:
     content = {
         "step": step,
         "tokens": 80 * step,
@@ -47,9 +46,7 @@ def run_in(path: Path, arm: Arm, seed: int = 7, nproc: int = 1) -> PilotRun:
     return PilotRun.of(path, nproc, arm, seed)
 
 
-def write_run(
-    config: Config, steps: int | None = None, loss: float | None = 4.0, **values: Any
-) -> None:
+def write_run(config: Config, steps: int | None = None, loss: float | None = 4.0, **values) -> None:
     """The folder that `moepp train` leaves behind; cut off after `steps`."""
     folder, last = config.run.dir, config.training.train_iters
     folder.mkdir(parents=True, exist_ok=True)

@@ -17,7 +17,7 @@ from tests.unit.tools.experiments.pilot.synthetic import config_of, record
 HEALTH = {"gate_entropy": [1.0]}
 
 
-def test_the_first_stage() -> None:
+def test_the_first_stage():
     arms = first_arms(config_of(), 40)
     assert [(arm.name, arm.kind, arm.steps) for arm in arms] == [
         ("vanilla", "vanilla", 40),
@@ -29,7 +29,7 @@ def test_the_first_stage() -> None:
     assert arms[0].config.moe.balance_coeff == pytest.approx(0.08 * 2 / 8)
 
 
-def test_matching_arms() -> None:
+def test_matching_arms():
     config = config_of()
     moepp = first_arms(config, 40)[1]
     longer, narrow = matched_arms(config, 40, equal_time=47, share=0.6)
@@ -44,12 +44,12 @@ def test_matching_arms() -> None:
 
 
 @pytest.mark.parametrize(("share", "width"), [(0.5, 32), (0.7, 32), (0.9, 48), (0.01, 16)])
-def test_narrow_widths_keep_their_alignment(share: float, width: int) -> None:
+def test_narrow_widths_keep_their_alignment(share, width):
     narrow = matched_arms(config_of(), 40, 47, share)[1]
     assert narrow.config.expert_ffn_hidden_size == width
 
 
-def test_all_runs_validate_on_the_same_and_end_their_schedule() -> None:
+def test_all_runs_validate_on_the_same_and_end_their_schedule():
     config = with_overrides(
         config_of(),
         [
@@ -73,7 +73,7 @@ def test_all_runs_validate_on_the_same_and_end_their_schedule() -> None:
         assert got.optimizer.warmup_iters == arm.steps // 8
 
 
-def test_vanilla_and_too_few_steps_are_refused() -> None:
+def test_vanilla_and_too_few_steps_are_refused():
     none = {**FFN_ONLY}
     with pytest.raises(ConfigError, match=r"moe.num_zero_experts \(0\).*use 1"):
         first_arms(config_of(**none), 40)
@@ -81,7 +81,7 @@ def test_vanilla_and_too_few_steps_are_refused() -> None:
         first_arms(config_of(), 7)
 
 
-def test_short_runs_have_the_whole_schedule_and_the_full_batch() -> None:
+def test_short_runs_have_the_whole_schedule_and_the_full_batch():
     batch = config_of().training.global_batch_size
     wsd = ["optimizer.decay_style=WSD", "optimizer.decay_iters=100", "optimizer.wsd_decay_iters=20"]
     ramp = f"training.batch_ramp=[[0, {batch // 2}], [1000000, {batch}]]"
@@ -92,7 +92,7 @@ def test_short_runs_have_the_whole_schedule_and_the_full_batch() -> None:
         assert arm.config.training.batch_ramp is None
 
 
-def test_an_outcome_is_of_plain_warm_steps_and_the_last_quarter() -> None:
+def test_an_outcome_is_of_plain_warm_steps_and_the_last_quarter():
     records = [record(step, step_time_s=9.0, ffn_fraction=0.9) for step in range(1, 5)]
     records += [record(step, step_time_s=1.0, ffn_fraction=0.9) for step in range(5, 31)]
     records += [record(step, step_time_s=9.0, ffn_fraction=0.6) for step in range(31, 40)]
@@ -105,7 +105,7 @@ def test_an_outcome_is_of_plain_warm_steps_and_the_last_quarter() -> None:
     assert found.curve.x.tolist() == [80.0 * step for step in range(1, 40)]
 
 
-def test_a_run_of_measured_steps_alone_is_timed_all_the_same() -> None:
+def test_a_run_of_measured_steps_alone_is_timed_all_the_same():
     records = [record(step, router_health=HEALTH, step_time_s=step) for step in range(1, 8)]
     records.append(record(8, router_health=HEALTH, valid_loss=4.0, step_time_s=8.0))
     assert run_outcome(Numbers(records=records)).step_time_s == 5.5

@@ -6,7 +6,6 @@ import math
 import re
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -77,13 +76,13 @@ class Ranks:
 
 
 @pytest.fixture
-def ranks(monkeypatch: pytest.MonkeyPatch) -> Ranks:
+def ranks(monkeypatch) -> Ranks:
     stand_in = Ranks()
     monkeypatch.setattr("moepp_megatron.tools.experiments.runner.run_ranks", stand_in)
     return stand_in
 
 
-def test_arms_then_speed_then_matching_arms(tmp_path: Path, ranks: Ranks) -> None:
+def test_arms_then_speed_then_matching_arms(tmp_path, ranks):
     found = result(tmp_path, 3)
     kinds = [
         "session" if "session" in name else name.rpartition("-seed")[0] for name in ranks.started
@@ -113,7 +112,7 @@ def test_nothing_is_decided_where_the_runs_show_another_speed_than_the_sessions(
     assert found.sentence.startswith("Undecided: a MoE++ step takes 0.812 of vanilla's time")
 
 
-def test_nothing_is_known_before_moepp_was_timed(tmp_path: Path, ranks: Ranks) -> None:
+def test_nothing_is_known_before_moepp_was_timed(tmp_path, ranks):
     pilot = pilot_in(tmp_path, 3)
     assert pilot.sessions == []
     run_missing(pilot.runs)
@@ -121,7 +120,7 @@ def test_nothing_is_known_before_moepp_was_timed(tmp_path: Path, ranks: Ranks) -
     assert result_of(replace(pilot)) is None
 
 
-def test_more_seeds_keep_what_was_fixed_and_wait_for_the_next_look(tmp_path, ranks) -> None:
+def test_more_seeds_keep_what_was_fixed_and_wait_for_the_next_look(tmp_path, ranks):
     result(tmp_path, 3)
     ranks.started.clear()
     # The fourth seed counts at the look of six.
@@ -132,7 +131,7 @@ def test_more_seeds_keep_what_was_fixed_and_wait_for_the_next_look(tmp_path, ran
     assert (found.look, found.level) == (2, pytest.approx(0.025 / 4))
 
 
-def test_later_calls_have_no_fewer_seeds(tmp_path: Path) -> None:
+def test_later_calls_have_no_fewer_seeds(tmp_path):
     assert [first_seeds(tmp_path, seeds) for seeds in (3, 9)] == [3, 3]
     with pytest.raises(ConfigError, match=r"--seeds \(2\) must be no fewer .* \(3\)"):
         first_seeds(tmp_path, 2)
@@ -142,7 +141,7 @@ def test_later_calls_have_no_fewer_seeds(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("budget", [{}, {"target_ffn_per_token": 1.0, "controller": "tau"}])
-def test_sessions_hold_the_share_that_the_runs_had(tmp_path: Path, budget: dict[str, Any]) -> None:
+def test_sessions_hold_the_share_that_the_runs_had(tmp_path, budget):
     config = config_of(budget={**budget, "ramp_steps": 5} if budget else {})
     run = run_in(tmp_path, first_arms(config, 8)[1])
     words = session(run, 0.6, 1).command
@@ -154,7 +153,7 @@ def test_sessions_hold_the_share_that_the_runs_had(tmp_path: Path, budget: dict[
 EVIL = "<script>alert('1')</script> & $\\frac{1}$ [red]\u00e9"
 
 
-def test_numbers_are_on_the_page_and_in_the_terminal(tmp_path, ranks, capsys) -> None:
+def test_numbers_are_on_the_page_and_in_the_terminal(tmp_path, ranks, capsys):
     found, runs = result_of(pilot_in(tmp_path, 3).run(lambda title: None))
     arm = replace(found.arms[1], name=EVIL)
     found = replace(found, command=EVIL, arms=[found.arms[0], arm, *found.arms[2:]])
@@ -174,7 +173,7 @@ def test_numbers_are_on_the_page_and_in_the_terminal(tmp_path, ranks, capsys) ->
     assert again == page
 
 
-def test_a_pilot_that_lacks_something_has_a_page(tmp_path: Path, ranks: Ranks) -> None:
+def test_a_pilot_that_lacks_something_has_a_page(tmp_path, ranks):
     ranks.step_s *= 1.1
     found, runs = result_of(pilot_in(tmp_path, 1).run(lambda title: None))
     assert found.verdict.time_to_loss is None

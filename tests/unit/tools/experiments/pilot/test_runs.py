@@ -49,7 +49,7 @@ class Ranks:
 
 
 @pytest.fixture
-def stand_in(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Ranks]:
+def stand_in(monkeypatch) -> Callable[..., Ranks]:
     """Puts `Ranks` in place of those that would be started."""
 
     def put(runs: list[PilotRun], status: int = 0, after: int = 0) -> Ranks:
@@ -60,7 +60,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Ranks]:
     return put
 
 
-def test_configurations_are_files_that_train_takes(tmp_path: Path) -> None:
+def test_configurations_are_files_that_train_takes(tmp_path):
     runs = runs_in(tmp_path)
     claim(tmp_path, runs)
     for run in runs:
@@ -87,7 +87,7 @@ def test_finished_runs_stay_and_an_interrupted_one_is_done_anew(tmp_path, stand_
     assert again.started == []
 
 
-def test_what_another_command_has_just_finished_stays(tmp_path, stand_in, monkeypatch) -> None:
+def test_what_another_command_has_just_finished_stays(tmp_path, stand_in, monkeypatch):
     runs = runs_in(tmp_path, seeds=(7,))
     claim(tmp_path, runs)
     ranks = stand_in(runs)
@@ -97,7 +97,7 @@ def test_what_another_command_has_just_finished_stays(tmp_path, stand_in, monkey
 
 
 @pytest.mark.parametrize("finished", [True, False])
-def test_runs_with_other_settings_are_refused(tmp_path: Path, finished: bool) -> None:
+def test_runs_with_other_settings_are_refused(tmp_path, finished):
     write_run(runs_in(tmp_path)[0].config, steps=None if finished else 5)
     other = runs_in(tmp_path, steps=16)
     with pytest.raises(ConfigError, match=r"training.train_iters \(8, now 16\).* another folder"):
@@ -105,7 +105,7 @@ def test_runs_with_other_settings_are_refused(tmp_path: Path, finished: bool) ->
     assert not (tmp_path / "configs").exists(), "refused before anything is written"
 
 
-def test_a_moved_folder_is_the_same_pilot(tmp_path: Path) -> None:
+def test_a_moved_folder_is_the_same_pilot(tmp_path):
     for run in runs_in(tmp_path / "before"):
         write_run(run.config)
     (tmp_path / "before").rename(tmp_path / "after")
@@ -124,7 +124,7 @@ def test_a_request_to_stop_ends_the_pilot_and_keeps_what_is_done(tmp_path, stand
     assert missing(runs[:3]) == runs[2:3]
 
 
-def test_a_request_between_two_runs(tmp_path: Path, stand_in: Callable[..., Ranks]) -> None:
+def test_a_request_between_two_runs(tmp_path, stand_in):
     runs = runs_in(tmp_path)
     claim(tmp_path, runs)
     before = signal.getsignal(signal.SIGTERM)
@@ -135,7 +135,7 @@ def test_a_request_between_two_runs(tmp_path: Path, stand_in: Callable[..., Rank
     assert runs[0] not in missing(runs)
 
 
-def test_a_failed_run_says_what_to_read(tmp_path: Path, stand_in: Callable[..., Ranks]) -> None:
+def test_a_failed_run_says_what_to_read(tmp_path, stand_in):
     runs = runs_in(tmp_path)
     claim(tmp_path, runs)
     runs[0].log.write_text("error: something (3) must be 4\n")
@@ -144,7 +144,7 @@ def test_a_failed_run_says_what_to_read(tmp_path: Path, stand_in: Callable[..., 
         run_missing(runs)
 
 
-def test_a_diverged_run_has_no_loss_to_compare(tmp_path: Path) -> None:
+def test_a_diverged_run_has_no_loss_to_compare(tmp_path):
     run = runs_in(tmp_path)[0]
     write_run(run.config, loss=4.0)
     file = run.config.run.dir / "metrics.jsonl"
@@ -153,7 +153,7 @@ def test_a_diverged_run_has_no_loss_to_compare(tmp_path: Path) -> None:
         run.result()
 
 
-def test_ranks_are_started_on_the_runs_own_file(tmp_path, monkeypatch) -> None:
+def test_ranks_are_started_on_the_runs_own_file(tmp_path, monkeypatch):
     calls = []
 
     def launched(options: LaunchOptions, module: str, arguments: list[str]) -> int:
@@ -170,7 +170,7 @@ def test_ranks_are_started_on_the_runs_own_file(tmp_path, monkeypatch) -> None:
     assert arguments == ["train", "--", str(tmp_path / "configs" / "vanilla-seed-7.yaml")]
 
 
-def test_settings_of_place_alone_may_differ(tmp_path: Path) -> None:
+def test_settings_of_place_alone_may_differ(tmp_path):
     write_run(runs_in(tmp_path)[0].config)
     config = with_overrides(config_of(), ["slurm.partition=fast", "run.name=other"])
     claim(tmp_path, [run_in(tmp_path, arm) for arm in first_arms(config, 8)])

@@ -28,7 +28,7 @@ RECORDED = {
 }
 
 
-def test_the_recorded_pilot_is_judged_to_the_digit() -> None:
+def test_the_recorded_pilot_is_judged_to_the_digit():
     losses = PooledLosses({arm: dict(enumerate(values)) for arm, values in RECORDED.items()})
     speed = Estimate(-0.07263252740467133, 0.009350270202119242, 4)
     found = judge(losses, LOG_TOKENS, speed, speed, level_of(1))
@@ -90,14 +90,14 @@ def judged(
         ),
     ],
 )
-def test_both_comparisons_must_be_clear(losses, answer, start) -> None:
+def test_both_comparisons_must_be_clear(losses, answer, start):
     found = judged(*losses)
     assert found.answer == answer
     assert sentence(found, None).startswith(start)
 
 
 @pytest.mark.parametrize("bias", [-0.011, 0.011, 0.5])
-def test_speed_decides_nothing_where_runs_and_sessions_differ(bias: float) -> None:
+def test_speed_decides_nothing_where_runs_and_sessions_differ(bias):
     found = judged(-0.01, -0.01, bias=bias)
     assert (found.answer, found.speeds_agree) == ("undecided", False)
     assert f"{found.speed_in_runs.mean:.3f}" in sentence(found, None)
@@ -108,7 +108,7 @@ def test_speed_decides_nothing_where_runs_and_sessions_differ(bias: float) -> No
     assert (small.answer, small.speeds_agree) == ("pays", True)
 
 
-def test_nothing_is_decided_before_the_first_look_and_less_at_a_stricter_level() -> None:
+def test_nothing_is_decided_before_the_first_look_and_less_at_a_stricter_level():
     found = judged(-0.01, -0.01, level=None)
     assert found.answer == "undecided"
     assert found.loss_in_time.high is not None
@@ -117,13 +117,13 @@ def test_nothing_is_decided_before_the_first_look_and_less_at_a_stricter_level()
     assert judged(-0.003, -0.01, level=0.0001).answer == "undecided"
 
 
-def test_loss_becomes_time_by_the_value_of_tokens() -> None:
+def test_loss_becomes_time_by_the_value_of_tokens():
     found = judged(-0.01, -0.01)
     assert found.token_value.mean == pytest.approx(VALUE)
     assert found.time_to_loss.mean == pytest.approx(math.exp(-0.1))
 
 
-def test_the_error_of_the_measured_speed_is_included() -> None:
+def test_the_error_of_the_measured_speed_is_included():
     sure, unsure = judged(-0.01, -0.01), judged(-0.01, -0.01, speed_error=0.1)
     assert unsure.loss_in_time.mean == sure.loss_in_time.mean
     # 0.1 of log time is worth 0.01 nats, with the 4 degrees of freedom of the sessions.
@@ -132,13 +132,13 @@ def test_the_error_of_the_measured_speed_is_included() -> None:
 
 
 @pytest.mark.parametrize("value", [0.0, -0.1])
-def test_tokens_that_are_worth_nothing_make_no_time(value: float) -> None:
+def test_tokens_that_are_worth_nothing_make_no_time(value):
     found = judged(-0.01, -0.01, value=value)
     assert found.time_to_loss is None
     assert found.answer == "pays", "losses decide"
 
 
-def test_all_looks_together_spend_no_more_than_the_level() -> None:
+def test_all_looks_together_spend_no_more_than_the_level():
     spent = sum(level_of(look) for look in range(1, 50))
     assert spent <= LEVEL
     assert spent == pytest.approx(LEVEL)
