@@ -20,6 +20,7 @@ from moepp_megatron.moe.reference import (
     balance_loss,
     select_experts,
 )
+from moepp_megatron.moe.statistics import Z_LOSS
 from tests.unit.moe.builders import HIDDEN, assert_close, build_layer, gradient_pairs, reference_of
 
 # Zero, copy and constant experts.
@@ -62,6 +63,7 @@ class Run:
     expected: ReferenceOutput
     padded: Tensor
     balance: Tensor
+    z_loss: Tensor
     input_grads: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def check(self) -> None:
@@ -79,6 +81,9 @@ class Run:
         assert statistics.num_tokens == tokens
         if moepp.balance_coeff:
             assert_close(statistics.balance_loss, self.balance, "balance loss")
+        if Z_LOSS in statistics.losses:
+            total, weight = statistics.losses[Z_LOSS]
+            assert_close(total / weight, self.z_loss, "z-loss")
         if moepp.capacity_factor is not None:
             limits = torch.tensor(capacities(moepp, tokens), device=counts.device)
             assert statistics.dropped == (counts - limits).clamp(min=0).sum()
@@ -186,7 +191,7 @@ def run_both(
     added = moepp.balance_coeff * balance + (layer.config.moe_z_loss_coeff or 0.0) * z_loss
     (loss + loss_scale * tokens * added).backward()
 
-    run = Run(layer, reference, output, logits, expected, padded, balance)
+    run = Run(layer, reference, output, logits, expected, padded, balance, z_loss)
     run.input_grads["the input"] = (x.grad, x_ref.grad)
     if z is not None and layer.router.residual_weight is not None:
         run.input_grads["the previous logits"] = (z.grad, z_ref.grad)
