@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from moepp_megatron.config.schema import Config
 
 
-# Of a corpus that has none of its own.
 DEFAULT_SPLIT = "98,2,0"
+"""`data.split` of a corpus that has none of its own."""
 
 
 class BlendPart(Section):
