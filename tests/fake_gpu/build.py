@@ -80,7 +80,6 @@ def play(folder: Path, cases, engine: Engine | None = None, capability: int = 9)
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=900,
         check=False,
     )
     assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-6000:]}"
