@@ -10,7 +10,6 @@ generate_request.py     what `moepp generate` is asked to do
 hf_companions.py        the files beside an exported model's weights
 hf_config.py            converts between our configuration and a Hugging Face `config.json`
 hf_decoder.py           our model section from the fields that Llama's descendants share
-hf_latent.py            DeepSeek-V3's configuration and attention
 hf_source.py            a Hugging Face checkpoint folder: its configuration, and its tensors by name
 decoding.py             continues prompts by scoring
 expressible.py          what a format cannot express, as rows of settings
