@@ -7,7 +7,6 @@ convert.py              every conversion by the name that `moepp convert` gives 
 from_megatron_lm.py     converts a checkpoint of Megatron-LM's own training loop to ours
 generate.py             `moepp generate` as a function
 generate_request.py     what `moepp generate` is asked to do
-hf_companions.py        the files beside an exported model's weights
 hf_config.py            converts between our configuration and a Hugging Face `config.json`
 hf_decoder.py           our model section from the fields that Llama's descendants share
 hf_source.py            a Hugging Face checkpoint folder: its configuration, and its tensors by name

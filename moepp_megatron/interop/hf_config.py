@@ -166,7 +166,7 @@ def own_hf_config(config: Config) -> dict[str, Any]:
     if moe.is_vanilla and moe.score_function != "softmax" and moe.router_topk > 1:
         # What megatron-core's own router does there.
         fields["gate_normalization"] = "selected"
-    shared = shared_fields(config)
+    shared = _shared_fields(config)
     # What transformers 5 reads; the older names are deprecated.
     del shared["rope_scaling"]
     rope = {"rope_type": "default", "rope_theta": shared.pop("rope_theta")}
@@ -197,7 +197,7 @@ def released_hf_config(config: Config) -> dict[str, Any]:
     mixtral = moe.gate_normalization == "selected"
     return {
         "model_type": _RELEASED_TYPE,
-        **shared_fields(config),
+        **_shared_fields(config),
         "num_experts": [moe.num_experts],
         "moe_expert_interval": _interval(config),
         "moe_use_mixtral_gating": mixtral,
@@ -219,7 +219,7 @@ def released_warnings(config: Config) -> Iterator[str]:
         )
 
 
-def shared_fields(config: Config) -> dict[str, Any]:
+def _shared_fields(config: Config) -> dict[str, Any]:
     """Fields that all formats here have in common, by the names that older readers know too."""
     model = config.model
     return {
@@ -242,7 +242,7 @@ def shared_fields(config: Config) -> dict[str, Any]:
 def plain_fields(config: Config) -> dict[str, Any]:
     """Fields that the MoE models of `expressible.PLAIN` have in common."""
     return {
-        **shared_fields(config),
+        **_shared_fields(config),
         "num_experts_per_tok": config.moe.router_topk,
         "norm_topk_prob": config.moe.gate_normalization == "selected",
         "head_dim": config.model.head_dim,

@@ -161,12 +161,12 @@ def _qkv(
 def dense_mlp_rules(config: Config, layer: int) -> Iterator[TensorRule]:
     """The SwiGLU FFN of a dense layer."""
     width, inner = config.model.hidden_size, config.model.ffn_hidden_size
-    yield from swiglu_rules(
+    yield from _swiglu_rules(
         f"decoder.layers.{layer}.mlp.", f"model.layers.{layer}.mlp.", width, inner
     )
 
 
-def swiglu_rules(ours: str, theirs: str, width: int, inner: int) -> Iterator[TensorRule]:
+def _swiglu_rules(ours: str, theirs: str, width: int, inner: int) -> Iterator[TensorRule]:
     """A SwiGLU FFN: gate above up projection, then down projection."""
     names = [theirs + "gate_proj.weight", theirs + "up_proj.weight"]
     yield stacked(ours + "linear_fc1.weight", names, inner, width)
@@ -177,7 +177,7 @@ def shared_expert_rules(config: Config, ours: str, theirs: str) -> Iterator[Tens
     """The expert that every token takes, where the model has one, and its gate."""
     width, inner = config.model.hidden_size, config.moe.shared_expert_ffn_hidden_size
     if inner is not None:
-        yield from swiglu_rules(ours + "shared_experts.", f"{theirs}.", width, inner)
+        yield from _swiglu_rules(ours + "shared_experts.", f"{theirs}.", width, inner)
         if config.moe.shared_expert_gate:
             yield same(ours + "shared_experts.gate_weight", f"{theirs}_gate.weight", 1, width)
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -14,22 +16,25 @@ from torch import Tensor
 from moepp_megatron.config import Config, ConfigError, load_config, parse_config
 from moepp_megatron.config.problem import raise_problems
 from moepp_megatron.data.progress import track
-from moepp_megatron.file_names import CONFIG_FILE, MODEL_CONFIG_FILE
+from moepp_megatron.data.tokenizer import Tokenizer
+from moepp_megatron.file_names import (
+    CONFIG_FILE,
+    GENERATION_CONFIG_FILE,
+    HF_CONFIG_FILE,
+    MODEL_CONFIG_FILE,
+    TOKENIZER_CONFIG_FILE,
+    TOKENIZER_FILE,
+)
 from moepp_megatron.interop.checkpoint_reader import TensorReader
 from moepp_megatron.interop.convert import free_folder
 from moepp_megatron.interop.expressible import Row, refusals
-from moepp_megatron.interop.hf_companions import (
-    copy_model_files,
-    special_ids,
-    write_companions,
-    write_json,
-)
 from moepp_megatron.interop.hf_config import (
     own_hf_config,
     refuse_uncomputed,
     released_hf_config,
     released_warnings,
 )
+from moepp_megatron.interop.hf_source import read_json
 from moepp_megatron.interop.model_card import (
     TRAINING_CONFIG_FILE,
     UNKNOWN_LICENSE,
@@ -39,7 +44,7 @@ from moepp_megatron.interop.model_card import (
 from moepp_megatron.interop.moepp_rules import moepp_rules
 from moepp_megatron.interop.safetensors_file import write_tensors
 from moepp_megatron.interop.tensor_rules import UNUSED_PREFIX, TensorRule
-from moepp_megatron.interop.to_mcore import TORCH_DTYPES
+from moepp_megatron.interop.to_mcore import TORCH_DTYPES, copy_companions
 from moepp_megatron.interop.vanilla import vanilla_hf_config, vanilla_rules, vanilla_warnings
 from moepp_megatron.interop.zeda import zeda_hf_config, zeda_rules, zeda_warnings
 from moepp_megatron.runtime.atomic import partial_folder, publish
@@ -49,6 +54,8 @@ from moepp_megatron.training.checkpoint import find_checkpoint, newest_again
 _DEFAULT_SHARD_BYTES = 5 * 1000**3
 # What a checkpoint holds next to the model's weights.
 _NOT_EXPORTED = ("optimizer", "mtp.", UNUSED_PREFIX)
+_MODEL_FILES = ("configuration_moepp.py", "modeling_moepp.py")
+_SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _NOT_LATENT: tuple[Row, ...] = (("model.latent_attention", (None,), "no layout has it"),)
 _LATENT_REMEDY = "score and generate from the checkpoint itself"
 
@@ -115,7 +122,7 @@ def mcore_to_hf(
     check_license(license_id)
     folder = find_checkpoint(source)
     trained = load_config(folder / CONFIG_FILE)
-    config = without_further_tokens(trained)
+    config = _without_further_tokens(trained)
     raise_problems(refusals(config, _NOT_LATENT, "an export", _LATENT_REMEDY))
     if form.classes is not None:
         refuse_uncomputed(config)
@@ -131,15 +138,15 @@ def mcore_to_hf(
     with partial_folder(target, "DST") as unfinished:
         written = _write_weights(reader, rules, unfinished, max_shard_bytes, console, dtype)
         name = str(written).removeprefix("torch.")
-        fields |= special_ids(companions) | {form.dtype_field: name} | _auto_map(form.classes)
-        write_json(unfinished / MODEL_CONFIG_FILE, fields)
+        fields |= _special_ids(companions) | {form.dtype_field: name} | _auto_map(form.classes)
+        _write_json(unfinished / MODEL_CONFIG_FILE, fields)
         for each in dict.fromkeys((folder, companions)):
-            write_companions(each, unfinished, config)
+            _write_companions(each, unfinished, config)
         card = model_card(folder, unfinished, config, shlex.join(command), license_id)
         (unfinished / "README.md").write_text(card, encoding="utf-8")
         (unfinished / TRAINING_CONFIG_FILE).write_bytes((folder / CONFIG_FILE).read_bytes())
         if form.classes is not None:
-            copy_model_files(unfinished)
+            _copy_model_files(unfinished)
         publish(unfinished, target)
     warnings = list(form.warnings(config))
     if depths := trained.model.mtp_num_layers:
@@ -149,7 +156,7 @@ def mcore_to_hf(
     return warnings
 
 
-def without_further_tokens(config: Config) -> Config:
+def _without_further_tokens(config: Config) -> Config:
     """The model without the layers of multi-token prediction, which train the others alone."""
     if config.model.mtp_num_layers == 0:
         return config
@@ -237,3 +244,47 @@ def _auto_map(classes: tuple[str, str] | None) -> dict[str, Any]:
             "AutoModelForCausalLM": f"modeling_moepp.{model_class}",
         },
     }
+
+
+def _special_ids(folder: Path) -> dict[str, int | list[int] | None]:
+    """Read the ids of special tokens: the original model's own, or our tokenizer's one for all."""
+    if (folder / HF_CONFIG_FILE).is_file():
+        original = read_json(folder / HF_CONFIG_FILE)
+        return {key: original[key] for key in _SPECIAL_IDS if key in original}
+    file = folder / TOKENIZER_FILE
+    eod = Tokenizer.load(file).eod if file.is_file() else None
+    # As in GPT-2. None without a tokenizer: transformers would otherwise assume ordinary tokens.
+    return dict.fromkeys(_SPECIAL_IDS, eod)
+
+
+def _write_companions(source: Path, target: Path, config: Config) -> None:
+    """Write the tokenizer and the settings of generation beside an exported model."""
+    copy_companions(source, target)
+    if (source / TOKENIZER_FILE).is_file():
+        _write_json(target / TOKENIZER_CONFIG_FILE, _tokenizer_config(source, config))
+    if not (source / GENERATION_CONFIG_FILE).is_file():
+        known = {key: value for key, value in _special_ids(source).items() if value is not None}
+        _write_json(target / GENERATION_CONFIG_FILE, known)
+
+
+def _tokenizer_config(source: Path, config: Config) -> dict[str, Any]:
+    """The checkpoint's `tokenizer_config.json`, completed by our tokenizers' conventions."""
+    file = source / TOKENIZER_CONFIG_FILE
+    stated = read_json(file) if file.is_file() else {}
+    token = Tokenizer.load(source / TOKENIZER_FILE).eod_token
+    assumed = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": token}
+    if not (source / HF_CONFIG_FILE).is_file():
+        assumed |= {"bos_token": token, "pad_token": token}
+    return assumed | {"model_max_length": config.model.seq_length} | stated
+
+
+def _copy_model_files(target: Path) -> None:
+    """Copy the files that transformers loads with `trust_remote_code`."""
+    package = resources.files("moepp_megatron.interop") / "hf_files"
+    for name in _MODEL_FILES:
+        (target / name).write_text((package / name).read_text(encoding="utf-8"), encoding="utf-8")
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write a JSON file in the style of Hugging Face libraries."""
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

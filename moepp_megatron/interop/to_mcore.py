@@ -12,10 +12,18 @@ import torch
 from moepp_megatron.config import Config, ConfigError
 from moepp_megatron.data.progress import track
 from moepp_megatron.data.tokenizer import check_tokenizer_file
-from moepp_megatron.file_names import CONFIG_FILE, HF_CONFIG_FILE, MODEL_CONFIG_FILE, TOKENIZER_FILE
+from moepp_megatron.file_names import (
+    CHAT_TEMPLATE_FILE,
+    CONFIG_FILE,
+    GENERATION_CONFIG_FILE,
+    HF_CONFIG_FILE,
+    MODEL_CONFIG_FILE,
+    SPECIAL_TOKENS_FILE,
+    TOKENIZER_CONFIG_FILE,
+    TOKENIZER_FILE,
+)
 from moepp_megatron.interop.checkpoint_writer import ConvertedCheckpointWriter
 from moepp_megatron.interop.convert import free_folder
-from moepp_megatron.interop.hf_companions import copy_companions
 from moepp_megatron.interop.hf_config import config_from_hf
 from moepp_megatron.interop.hf_source import HFSource
 from moepp_megatron.interop.moepp_rules import moepp_rules
@@ -26,6 +34,14 @@ from moepp_megatron.runtime.terminal import Console
 
 TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _MAX_LISTED = 5
+# What models of Hugging Face and checkpoints have under the same names.
+_COMPANIONS = (
+    TOKENIZER_FILE,
+    TOKENIZER_CONFIG_FILE,
+    SPECIAL_TOKENS_FILE,
+    CHAT_TEMPLATE_FILE,
+    GENERATION_CONFIG_FILE,
+)
 
 
 def hf_to_mcore(
@@ -101,6 +117,14 @@ def write_checkpoint(
         shutil.copyfile(hf.folder / MODEL_CONFIG_FILE, folder / HF_CONFIG_FILE)
         complete(writer, folder, config, hf.folder.name)
         publish(folder, target)
+
+
+def copy_companions(source: Path, target: Path) -> None:
+    """Copy what lies beside the weights and says the same in a model and a checkpoint."""
+    for name in _COMPANIONS:
+        if (source / name).is_file():
+            # The checkpoint may be in object storage.
+            (target / name).write_bytes((source / name).read_bytes())
 
 
 def account_for(hf: HFSource, rules: Sequence[TensorRule]) -> None:
