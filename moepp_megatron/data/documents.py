@@ -7,22 +7,24 @@ order of documents does not either.
 import json
 import shlex
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from moepp_megatron.config.errors import ConfigError
-from moepp_megatron.data.compressed import Compression, open_source, too_large, unpacked_limit
-from moepp_megatron.data.sources import Format, SourceFile, TextSource
-from moepp_megatron.data.tables import (
+from moepp_megatron.data.source_files import (
     CONVERSATION_KEYS,
     TABLES,
+    Compression,
     count_groups,
-    read_column,
+    open_source,
     read_rows,
+    too_large,
+    unpacked_limit,
 )
+from moepp_megatron.data.sources import Format, SourceFile, TextSource
 
 PIECE_BYTES = 256 * 1024
 
@@ -151,9 +153,11 @@ def _first_of_array(part: _DocumentPart) -> object:
 
 def read_piece(piece: Piece, text_key: str) -> Iterator[str | Skipped]:
     """Yield every document of a piece, or why it is skipped."""
-    readers = {"text": _read_text, "jsonl": _read_jsonl, **dict.fromkeys(TABLES, _read_table)}
     for part in piece.parts:
-        yield from readers[part.format](part, text_key)
+        if part.format == "text":
+            yield _text_of(part)
+        else:
+            yield from _read_texts(part, text_key)
 
 
 def check_usable(sources: Sequence[TextSource], pieces: Sequence[Piece], text_key: str) -> None:
@@ -199,12 +203,8 @@ def _usable(text: str) -> str | Skipped:
     return Skipped(_EMPTY) if not text or text.isspace() else text
 
 
-def _read_text(part: _DocumentPart, text_key: str) -> Iterator[str | Skipped]:
-    yield _text_of(part)
-
-
 def _text_of(part: _DocumentPart) -> str | Skipped:
-    # Not within the generator, which would hold the bytes for as long as the text is in use.
+    # Not within a generator, which would hold the bytes for as long as the text is in use.
     with open_source(part.path, part.compression) as stream:
         data = stream.read()
     if b"\0" in data:
@@ -216,10 +216,20 @@ def _text_of(part: _DocumentPart) -> str | Skipped:
         return Skipped(_NOT_TEXT)
 
 
-def read_records(part: _DocumentPart) -> Iterator[dict[str, Any] | Skipped]:
-    """The JSON objects of a part of a JSONL file, or the rows of a table; or why one is none."""
+def read_records(
+    part: _DocumentPart, column: str | None = None
+) -> Iterator[dict[str, Any] | Skipped]:
+    """Yield the JSON objects of JSONL or the rows of a table, or why one is skipped.
+
+    Of a table only `column` is read, if it is given.
+    """
     if part.format in TABLES:
-        for row in _bounded(read_rows(part.path, part.format, range(part.start, part.end)), part):
+        left = part.most
+        for row in read_rows(part.path, part.format, range(part.start, part.end), column):
+            values = () if row is None else row.values()
+            left -= sum(len(value if isinstance(value, str) else str(value)) for value in values)
+            if left < 0:
+                raise too_large(part.path)
             yield Skipped(_NOT_TEXT) if row is None else row
         return
     for line in _lines(part):
@@ -227,8 +237,8 @@ def read_records(part: _DocumentPart) -> Iterator[dict[str, Any] | Skipped]:
             yield _record(line)
 
 
-def _read_jsonl(part: _DocumentPart, text_key: str) -> Iterator[str | Skipped]:
-    for record in read_records(part):
+def _read_texts(part: _DocumentPart, text_key: str) -> Iterator[str | Skipped]:
+    for record in read_records(part, text_key):
         yield record if isinstance(record, Skipped) else _record_text(record, text_key)
 
 
@@ -261,6 +271,8 @@ def _record(line: bytes) -> dict[str, Any] | Skipped:
 
 def _record_text(record: dict[str, Any], text_key: str) -> str | Skipped:
     text = record.get(text_key)
+    if text is None and text_key in record:
+        return Skipped(_EMPTY)
     if not isinstance(text, str):
         is_chat = _is_conversation(record)
         return Skipped(_CONVERSATION if is_chat else f"no text under the key {text_key}")
@@ -274,23 +286,3 @@ def is_utf8(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
-
-
-def _bounded(values: Iterable[Any], part: _DocumentPart) -> Iterator[Any]:
-    left = part.most
-    for value in values:
-        left -= len(value if isinstance(value, str | bytes) else str(value))
-        if left < 0:
-            raise too_large(part.path)
-        yield value
-
-
-def _read_table(part: _DocumentPart, text_key: str) -> Iterator[str | Skipped]:
-    values = read_column(part.path, part.format, range(part.start, part.end), text_key)
-    for value in _bounded(values, part):
-        if value is None:
-            yield Skipped(_EMPTY)
-        elif isinstance(value, str):
-            yield _usable(value)
-        else:
-            yield Skipped(f"no text in the column {text_key}")

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moepp_megatron.config.regular_file import check_regular
-from moepp_megatron.data.compressed import unpacked_limit
+from moepp_megatron.data.source_files import unpacked_limit
 
 
 def read_arrays(path: Path, name: str, *more: str) -> dict[str, NDArray[Any]]:

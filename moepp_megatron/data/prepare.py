@@ -9,7 +9,6 @@ from pathlib import Path
 
 from moepp_megatron.config.errors import ConfigError
 from moepp_megatron.data.chat_template import ChatTemplate
-from moepp_megatron.data.compressed import lacks_checksum
 from moepp_megatron.data.corpus import (
     SpooledCorpus,
     WrittenCorpus,
@@ -19,10 +18,10 @@ from moepp_megatron.data.corpus import (
 from moepp_megatron.data.documents import Piece, Skipped, check_usable, plan_pieces, read_piece
 from moepp_megatron.data.encoding import EncodedPiece, encode_pieces
 from moepp_megatron.data.external_tokenizers import ExternalTokenizer, open_external
-from moepp_megatron.data.manifest import FORMAT_VERSION, Inputs, Manifest
+from moepp_megatron.data.manifest import FORMAT_VERSION, Inputs, Manifest, find_reusable
 from moepp_megatron.data.prepare_chat import check_formats, write_chat
 from moepp_megatron.data.progress import track
-from moepp_megatron.data.reuse import find_reusable
+from moepp_megatron.data.source_files import lacks_checksum
 from moepp_megatron.data.sources import (
     TextSource,
     content_fingerprint,

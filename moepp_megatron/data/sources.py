@@ -12,10 +12,9 @@ from typing import Literal
 
 from moepp_megatron.config.errors import ConfigError
 from moepp_megatron.config.paths import hub_id, looked_at, path_problem
-from moepp_megatron.data.compressed import COMPRESSIONS, Compression
 from moepp_megatron.data.manifest import CORPUS, SourceSummary
-from moepp_megatron.data.saved_datasets import companions
-from moepp_megatron.data.stdlib import is_table, package_of
+from moepp_megatron.data.source_files import COMPRESSIONS, Compression
+from moepp_megatron.data.source_filters import companions, is_table, package_of
 from moepp_megatron.file_names import DATA_MANIFEST_FILE
 
 Format = Literal["text", "jsonl", "parquet", "arrow"]

@@ -9,9 +9,9 @@ import pytest
 from pyarrow import parquet
 
 from moepp_megatron.config.errors import ConfigError
-from moepp_megatron.data import compressed, documents
-from moepp_megatron.data.compressed import lacks_checksum
+from moepp_megatron.data import documents, source_files
 from moepp_megatron.data.documents import Skipped, check_usable, plan_pieces, read_piece
+from moepp_megatron.data.source_files import lacks_checksum
 from moepp_megatron.data.sources import resolve_sources
 from tests.unit.data.conftest import write_arrow
 
@@ -151,7 +151,7 @@ def test_parquet_rows(tmp_path):
     texts = ["one", None, "", "zwei", "three"]
     parquet.write_table(pyarrow.table({"id": range(5), "body": texts}), path, row_group_size=2)
     assert read_all(path, "body") == ["one", Skipped("empty"), Skipped("empty"), "zwei", "three"]
-    assert read_all(path, "id") == [Skipped("no text in the column id")] * 5
+    assert read_all(path, "id") == [Skipped("no text under the key id")] * 5
     with pytest.raises(ConfigError, match="no column text; set --text-key to one of: id, body"):
         read_all(path)
 
@@ -203,7 +203,7 @@ def test_source_without_a_usable_document_is_named_with_reasons(tmp_path):
 # Memory follows what is unpacked, so a small file must not unpack to much.
 @pytest.mark.parametrize("name", ["a.txt.gz", "a.jsonl.gz", "a.txt.zst", "a.jsonl.zst"])
 def test_a_small_file_that_unpacks_to_much_is_refused(tmp_path, monkeypatch, name):
-    monkeypatch.setattr(compressed, "_SMALL_BYTES", 1000)
+    monkeypatch.setattr(source_files, "_SMALL_BYTES", 1000)
     path = tmp_path / name
     lines = json.dumps({"text": "a" * 300_000}).encode() + b"\n"
     if name.endswith("gz"):
@@ -213,19 +213,19 @@ def test_a_small_file_that_unpacks_to_much_is_refused(tmp_path, monkeypatch, nam
     with pytest.raises(ConfigError, match="must hold at most 100 times its size") as caught:
         read_all(path)
     assert "\n" not in str(caught.value)
-    monkeypatch.setattr(compressed, "_SMALL_BYTES", 1_000_000)
+    monkeypatch.setattr(source_files, "_SMALL_BYTES", 1_000_000)
     assert len(read_all(path)) == 1
 
 
 def test_a_small_table_that_unpacks_to_much_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(compressed, "_SMALL_BYTES", 1000)
+    monkeypatch.setattr(source_files, "_SMALL_BYTES", 1000)
     path = tmp_path / "a.parquet"
     table = pyarrow.table({"text": ["a" * 300_000], "id": [1]})
     parquet.write_table(table, path, compression="zstd")
     with pytest.raises(ConfigError, match="must hold at most 100 times its size"):
         read_all(path)
     # Of another column nothing is unpacked.
-    assert read_all(path, "id") == [Skipped("no text in the column id")]
+    assert read_all(path, "id") == [Skipped("no text under the key id")]
 
 
 @pytest.mark.parametrize("kind", ["parquet", "arrow"])
@@ -237,10 +237,10 @@ def test_a_text_that_a_table_repeats_counts_each_time(kind, tmp_path, monkeypatc
     else:
         write_arrow(path, pyarrow.table({"text": texts.dictionary_encode()}))
     assert path.stat().st_size < 30_000
-    monkeypatch.setattr(compressed, "_MOST_TIMES", 1)
-    monkeypatch.setattr(compressed, "_SMALL_BYTES", 600_000)
+    monkeypatch.setattr(source_files, "_MOST_TIMES", 1)
+    monkeypatch.setattr(source_files, "_SMALL_BYTES", 600_000)
     assert len(read_all(path)) == 99
-    monkeypatch.setattr(compressed, "_SMALL_BYTES", 500_000)
+    monkeypatch.setattr(source_files, "_SMALL_BYTES", 500_000)
     with pytest.raises(ConfigError, match="must hold at most 1 times its size"):
         read_all(path)
     (piece,) = plan_pieces(resolve_sources([str(path)]), None)

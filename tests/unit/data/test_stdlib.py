@@ -11,8 +11,8 @@ from moepp_megatron.data import sources as sources_module
 from moepp_megatron.data.corpus import ALONE, arrange
 from moepp_megatron.data.datasets import build_datasets
 from moepp_megatron.data.prepare import PrepareSettings, prepare
+from moepp_megatron.data.source_filters import is_table, package_of
 from moepp_megatron.data.sources import resolve_sources
-from moepp_megatron.data.stdlib import is_table, package_of
 from moepp_megatron.data.tokenizer import Tokenizer
 
 TABLE = "entities = {\n" + "    'amp': ('&', 38, -1),\n" * 20 + "}\n"

@@ -196,8 +196,8 @@ def test_loader_names_a_token_outside_of_the_vocabulary(folder, document, worker
     from moepp_megatron.data.datasets import build_datasets
     from moepp_megatron.data.loader import batches
     from moepp_megatron.data.token_check import vocabulary_of
-    from moepp_megatron.data.token_frequency import token_counts
     from moepp_megatron.data.tokenizer import Tokenizer
+    from moepp_megatron.features.tokens.part import token_counts
 
     offset = int(lengths_of(folder)[document]) // 2
     # The model would take it; the tokenizer does not have it.
