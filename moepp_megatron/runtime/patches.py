@@ -136,6 +136,13 @@ PATCHES = (
         "never: parts are this package's",
     ),
     Patch(
+        "tools.bench.step",
+        "torch",
+        "all_to_all_single; in steps that are not timed",
+        "neither gloo nor NCCL reports how long it takes",
+        "torch reports the time of a collective",
+    ),
+    Patch(
         "tools.bench.held_routing",
         "megatron-core",
         "gating, or the last step of it, of one router; for good, in a benchmark",

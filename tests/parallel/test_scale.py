@@ -14,9 +14,14 @@ CONFIG = settings(
 
 
 def measure(raw):
+    import torch.distributed as dist
+
     from moepp_megatron.tools.bench.step import run_step_benchmark
 
-    return run_step_benchmark(*begin(raw), rounds=2)
+    original = dist.all_to_all_single
+    found = run_step_benchmark(*begin(raw), rounds=2)
+    assert dist.all_to_all_single is original
+    return found
 
 
 def test_bytes_are_those_that_the_routing_asks_for(ranks):
@@ -28,3 +33,11 @@ def test_bytes_are_those_that_the_routing_asks_for(ranks):
     # No more than every pick away from home, there and back, each of 32 floats, 2 layers.
     assert first["vanilla_a2a_bytes"] == second["vanilla_a2a_bytes"] < 80 * 2 * 2 * 2 * 32 * 4
     assert first["moepp_a2a_bytes"] == second["moepp_a2a_bytes"] < first["vanilla_a2a_bytes"]
+    for kind in ("vanilla", "moepp"):
+        assert 0 < first[f"{kind}_a2a_time_s"] == second[f"{kind}_a2a_time_s"]
+
+
+def test_dispatcher_without_all_to_alls_has_no_time(ranks):
+    raw = {**CONFIG, "moe": {**CONFIG["moe"], "dispatcher": "allgather"}}
+    first, _ = ranks(2).run(measure, raw)
+    assert first["vanilla_a2a_time_s"] is first["moepp_a2a_time_s"] is None

@@ -9,26 +9,36 @@ A result is what `--json` writes:
     speedup                       vanilla time over MoE++ time, median of the rounds' ratios
     vanilla_a2a_bytes, moepp_a2a_bytes
                                   hidden vectors' bytes that leave their ranks in forward passes
+    vanilla_a2a_time_s, moepp_a2a_time_s
+                                  seconds of a step's all-to-alls, in steps that are not timed; null
+                                  for dispatchers that exchange without `all_to_all_single`
 """
 
 from __future__ import annotations
 
+import statistics
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core import parallel_state
 from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
 
 from moepp_megatron.config import Config, Layout
 from moepp_megatron.config.vanilla import vanilla
 from moepp_megatron.moe.router import MoEPPRouter
-from moepp_megatron.tools.bench.clock import interleaved, speedup
+from moepp_megatron.runtime.patches import replaced
+from moepp_megatron.tools.bench.clock import interleaved, now, seconds, settle, speedup
 from moepp_megatron.tools.bench.held_routing import balanced_selection, balanced_shares, hold
 from moepp_megatron.training.batches import rank_batches
 from moepp_megatron.training.parts.routing_counts import RoutingCountsPart
 from moepp_megatron.training.setup import build_training_model
 from moepp_megatron.training.step import training_step
+
+_ALL_TO_ALL_STEPS = 3
 
 
 class _Stepper:
@@ -54,6 +64,45 @@ class _Stepper:
         training_step(self._model, self._batches, self._config, self._layout)
         dist.barrier()
 
+    def all_to_all_seconds(self) -> float | None:
+        """Time the all-to-alls of a step, forward and backward: median of steps, mean over ranks.
+
+        Each is waited for at once, so nothing hides behind computation; waiting for a late rank
+        counts.
+        """
+        times = []
+        for _ in range(_ALL_TO_ALL_STEPS):
+            with _timed_all_to_alls() as ends:
+                self.step()
+            settle()
+            times.append(sum(seconds(*pair) for pair in ends))
+        if self._layout.ep > 1 and not any(times):
+            return None
+        mean = torch.tensor(statistics.median(times)).to(torch.cuda.current_device())
+        dist.all_reduce(mean)
+        return mean.item() / dist.get_world_size()
+
+
+@contextmanager
+def _timed_all_to_alls() -> Iterator[list[tuple[Any, Any]]]:
+    """Take the begin and the end of every all-to-all among the ranks that share experts."""
+    group = parallel_state.get_expert_model_parallel_group()
+    ranks, original = dist.get_process_group_ranks(group), dist.all_to_all_single
+    ends: list[tuple[Any, Any]] = []
+
+    def timed(*args: Any, **kwargs: Any) -> Any:
+        if dist.get_process_group_ranks(kwargs.get("group")) != ranks:
+            return original(*args, **kwargs)
+        began = now()
+        work = original(*args, **kwargs)
+        if work is not None:
+            work.wait()
+        ends.append((began, now()))
+        return work
+
+    with replaced(dist, all_to_all_single=timed):
+        yield ends
+
 
 def run_step_benchmark(config: Config, layout: Layout, rounds: int) -> dict[str, Any]:
     """Measure; every rank must call, and all get the result of their own clock.
@@ -61,11 +110,12 @@ def run_step_benchmark(config: Config, layout: Layout, rounds: int) -> dict[str,
     Args:
         config: A MoE++ configuration.
         layout: The rank grid; groups exist.
-        rounds: Steps of each model that count; two before them do not.
+        rounds: Steps of each model that count; two before and three behind them do not.
     """
     steppers = {"vanilla": _Stepper(vanilla(config), layout), "moepp": _Stepper(config, layout)}
     times = interleaved({n: s.step for n, s in steppers.items()}, rounds, warmup=2)
     counted = {name: stepper.routing.collect() for name, stepper in steppers.items()}
+    waits = {f"{name}_a2a_time_s": each.all_to_all_seconds() for name, each in steppers.items()}
     training, moe = config.training, config.moe
     return {
         "ranks": layout.world_size,
@@ -76,6 +126,7 @@ def run_step_benchmark(config: Config, layout: Layout, rounds: int) -> dict[str,
         "speedup": speedup(times["vanilla"], times["moepp"]),
         **{f"{name}_ms": timed.median_ms for name, timed in times.items()},
         **{f"{name}_a2a_bytes": numbers["a2a_bytes"] for name, numbers in counted.items()},
+        **waits,
     }
 
 

@@ -25,6 +25,8 @@ class BothSteps(BaseModel, frozen=True, allow_inf_nan=False):
     speedup: PositiveFloat
     vanilla_a2a_bytes: int
     moepp_a2a_bytes: int
+    vanilla_a2a_time_s: float | None = None
+    moepp_a2a_time_s: float | None = None
 
 
 @dataclass(frozen=True)

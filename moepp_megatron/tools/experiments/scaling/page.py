@@ -62,6 +62,8 @@ class ScaleRecord:
         speedup: Vanilla's step time over MoE++'s at this point, median of the rounds' ratios.
         a2a_bytes: Hidden vectors' bytes that leave their ranks in a step's forward passes, all
             ranks: the field of the same name in metrics.jsonl.
+        a2a_time_s: Seconds of a step's all-to-alls, each waited for at once, mean over ranks; None
+            for dispatchers that exchange otherwise.
         phi: FFN experts' share at perfect balance, at which MoE++'s routing is held.
     """
 
@@ -76,6 +78,7 @@ class ScaleRecord:
     efficiency_nproc: int
     speedup: float
     a2a_bytes: int
+    a2a_time_s: float | None
     phi: float
 
 
@@ -104,6 +107,7 @@ def scale_records(results: Mapping[Point, BothSteps]) -> list[ScaleRecord]:
                     efficiency_nproc=fewest,
                     speedup=both.speedup,
                     a2a_bytes=getattr(both, f"{kind}_a2a_bytes"),
+                    a2a_time_s=getattr(both, f"{kind}_a2a_time_s"),
                     phi=both.phi,
                 )
                 records.append(record)

@@ -38,6 +38,8 @@ def both_steps(moepp_s: float, vanilla_s: float, tokens: int = 4096) -> BothStep
         speedup=vanilla_s / moepp_s,
         vanilla_a2a_bytes=1000,
         moepp_a2a_bytes=600,
+        vanilla_a2a_time_s=0.3,
+        moepp_a2a_time_s=0.2,
     )
 
 
@@ -99,6 +101,7 @@ def test_records_are_relative_to_the_fastest_layout_of_the_smallest_count(config
     ]
     assert all((r.speedup, r.efficiency_nproc) == (2.0, 2) for r in records)
     assert records[1].tokens_per_s == pytest.approx(4096 / 3)
+    assert {(r.kind, r.a2a_time_s) for r in found} == {("moepp", 0.2), ("vanilla", 0.3)}
 
 
 def test_folder_of_another_test_is_refused(config, tmp_path):
