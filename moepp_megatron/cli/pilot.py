@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import sys
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -51,8 +51,9 @@ def pilot(
         bool,
         typer.Option(
             "--collect",
-            help="Run nothing: write the configuration of every run, and the results of those that "
-            "are there. This is for runs that are started elsewhere, such as by moepp slurm.",
+            help="Run nothing: write the configuration of every run, print the commands of what is "
+            "missing, and write the results of what is there. This is for runs that are started "
+            "elsewhere, such as by moepp slurm.",
         ),
     ] = False,
 ) -> None:
@@ -70,9 +71,9 @@ def pilot(
         moepp pilot configs/quickstart.yaml --out pilots/other moe.tau=0.5 --nproc 2 --steps 60
     """
     settings = load_config(config, overrides or [])
-    from moepp_megatron.tools.experiments.pilot.arms import claim
     from moepp_megatron.tools.experiments.pilot.pilot import SESSIONS, Pilot, first_seeds
     from moepp_megatron.tools.experiments.runner import Interrupted, RunFailed
+    from moepp_megatron.tools.report.progress import progress
 
     first = settings.training.seed
     whole = Pilot(
@@ -81,20 +82,23 @@ def pilot(
         config=settings,
         steps=steps or settings.training.train_iters,
         seeds=range(first, first + seeds),
-        first=seeds,
+        first=first_seeds(out, seeds),
         command=shlex.join(["moepp", *sys.argv[1:]]),
     )
     _check_runs(whole, collect)
-    claim(whole.folder, whole.first_runs)
-    whole = replace(whole, first=first_seeds(whole.folder, seeds))
-    training = whole.first_runs[0].config.training
-    tokens = whole.steps * training.global_batch_size * settings.model.seq_length
+    whole.claim()
+    tokens = whole.steps * settings.training.global_batch_size * settings.model.seq_length
     echo(
         f"{seeds} seeds of 5 models, vanilla for {whole.steps:,} steps ({tokens:,} tokens); "
         f"{SESSIONS} sessions of speed; decided after every {whole.look} seeds"
     )
     try:
-        _show(_collected(whole) if collect else _run(whole))
+        if collect:
+            _list_missing(whole)
+        else:
+            with progress(whole.left) as advance:
+                whole = whole.run(advance)
+        _show(whole)
     except Interrupted as stop:
         echo(str(stop), err=True)
         raise typer.Exit(STOPPED) from None
@@ -103,43 +107,24 @@ def pilot(
         raise typer.Exit(FAILED) from None
 
 
-def _run(whole: Pilot) -> Pilot:
-    """Do what is missing."""
-    from moepp_megatron.tools.experiments.pilot.pilot import SESSIONS
-    from moepp_megatron.tools.experiments.runner import missing
-    from moepp_megatron.tools.report.progress import progress
-
-    left = len(missing(whole.runs))
-    if whole.speed is None:
-        left += len(missing(whole.sessions)) if whole.sessions else SESSIONS
-        left += 2 * len(whole.seeds)
-    with progress(left) as advance:
-        return whole.run(advance)
-
-
-def _collected(whole: Pilot) -> Pilot:
-    """Write what can be run now, and say what is missing."""
-    from moepp_megatron.tools.experiments.pilot.arms import claim
+def _list_missing(whole: Pilot) -> None:
+    """Print the commands of what can be run now and has no result."""
     from moepp_megatron.tools.experiments.runner import missing
 
-    claim(whole.folder, whole.runs)
-    left, sessions = len(missing(whole.runs)), missing(whole.sessions)
+    left = missing(whole.trials)
     if left:
         echo(
-            f"{left} of {len(whole.runs)} runs are missing; their configurations are in "
-            f"{whole.folder / 'configs'}",
+            f"{len(left)} runs and sessions are missing: start them where the models train, "
+            f"sessions one after the other; moepp slurm takes {whole.folder / 'configs'}/*.yaml",
             err=True,
         )
-    if sessions:
-        echo("speed: run these where the models will train, one after the other", err=True)
-    for session in sessions:
-        words = ["moepp", *session.command, "--nproc", str(session.nproc)]
+    for trial in left:
+        words = ["moepp", *trial.command, "--nproc", str(trial.nproc)]
         echo(f"  {shlex.join(words)}", err=True)
-    return whole
 
 
 def _show(whole: Pilot) -> None:
-    """Write and print results of whole seeds."""
+    """Write and print the results of seeds that every arm has finished."""
     from moepp_megatron.runtime.atomic import write_atomic
     from moepp_megatron.tools.experiments.pilot.page import print_pilot, write_pilot_page
     from moepp_megatron.tools.experiments.pilot.pilot import result_of
@@ -157,7 +142,7 @@ def _show(whole: Pilot) -> None:
 
 
 def _check_runs(whole: Pilot, collect: bool) -> None:
-    """Check every model, before the first run, for errors that would stop a run at its start."""
+    """Refuse, before the first run, what would stop any of them at its start."""
     from moepp_megatron.data.prepared_data import check_data
     from moepp_megatron.runtime.fit import check_fit
 

@@ -97,8 +97,14 @@ def scale(
     from moepp_megatron.config.choices import parse_choices, parse_counts
     from moepp_megatron.config.vanilla import refuse_vanilla
     from moepp_megatron.runtime.rank import RankEnvironment
-    from moepp_megatron.tools.experiments.runner import Interrupted, RunFailed, missing, run_trial
-    from moepp_megatron.tools.experiments.scaling.points import MODES, build_points, claim
+    from moepp_megatron.tools.experiments.runner import (
+        Interrupted,
+        RunFailed,
+        claim,
+        missing,
+        run_trial,
+    )
+    from moepp_megatron.tools.experiments.scaling.points import MODES, build_points, shared_settings
 
     modes = parse_choices("--mode", mode, MODES)
     nprocs = parse_counts("--nproc", nproc)
@@ -122,7 +128,7 @@ def scale(
     from moepp_megatron.runtime.fit import check_fit
 
     check_fit(settings)
-    claim(out, settings, rounds)
+    claim(out, shared_settings(settings, rounds), ("points", "logs"))
     words = [str(config), *(overrides or [])]
     trials = {name: each.trial(out, words, rounds) for name, each in points.items()}
     if plan:

@@ -4,11 +4,13 @@ An experiment has a folder, and the folder has one set of settings: a command wi
 refused with what differs. Trials follow each other. A finished one stays finished, so the same
 command, given again, does only what is left.
 
-DIR/logs/NAME.log  what the ranks of a trial have printed, if this machine has started them
+DIR/settings.json  the settings that all trials share
+DIR/logs/NAME.log  output of a trial's ranks, if this machine has started them
 """
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -22,11 +24,14 @@ from typing import Any
 
 from moepp_megatron.config import ConfigError
 from moepp_megatron.config.exit_codes import SIGNALLED, STOPPED
+from moepp_megatron.config.json_file import read_json
 from moepp_megatron.file_names import CONFIG_FILE, RUN_FILES, RUN_FOLDERS
-from moepp_megatron.runtime.atomic import lock
+from moepp_megatron.runtime.atomic import lock, write_atomic
 from moepp_megatron.runtime.launch import LaunchOptions, run_ranks
 from moepp_megatron.runtime.nodes import Nodes
 from moepp_megatron.runtime.stop_signals import heeded_signals
+
+SETTINGS_FILE = "settings.json"
 
 
 class Interrupted(Exception):
@@ -149,13 +154,23 @@ def run_trial(trial: Trial[Any], nodes: Nodes | None = None) -> None:
         raise RunFailed(f"{trial.name} failed: it has left no result; see {log}")
 
 
-@contextmanager
-def writing(folder: Path, *parts: str) -> Iterator[None]:
-    """Make an experiment's folder with these subfolders; the body may write there.
+def claim(
+    folder: Path,
+    settings: Mapping[str, Any],
+    parts: Sequence[str],
+    files: Mapping[Path, str] | None = None,
+) -> None:
+    """Make an experiment's folder, or check that it belongs to one of the same settings.
+
+    Args:
+        folder: DIR.
+        settings: Its settings by section and key, which the first command writes.
+        parts: Its subfolders.
+        files: Further files to write, by path.
 
     Raises:
-        ConfigError: A training run is there, or the file system refuses one of them; names
-            `--out` and the cause.
+        ConfigError: The settings differ (up to three are named, with both values), a training run
+            is there, or the file system refuses.
     """
     # But for a configuration, which this command may read.
     for name in (*RUN_FILES, *RUN_FOLDERS):
@@ -164,15 +179,42 @@ def writing(folder: Path, *parts: str) -> Iterator[None]:
                 f"--out ({folder}) must not be the folder of a training run, but holds {name}; "
                 "choose another"
             )
+    file = folder / SETTINGS_FILE
     try:
+        if os.path.lexists(file):
+            _check_settings(folder, settings)
         for part in parts:
             (folder / part).mkdir(parents=True, exist_ok=True)
-        yield
+        for path, text in {file: json.dumps(settings, indent=1) + "\n", **(files or {})}.items():
+            write_atomic(path, text.encode())
     except OSError as error:
         raise ConfigError(
             f"--out ({folder}) must be a folder that can be written ({error.strerror}); choose "
             "another one"
         ) from None
+
+
+def _check_settings(folder: Path, wanted: Mapping[str, Any]) -> None:
+    try:
+        found = read_json(folder / SETTINGS_FILE)
+    except ValueError:
+        found = None
+    if found == wanted:
+        return
+    # A file that is none of ours may hold anything.
+    sections = found if isinstance(found, dict) else {}
+    sections = {name: keys for name, keys in sections.items() if isinstance(keys, dict)}
+    changed = [
+        f"{section}.{key} ({before.get(key)}, now {value})"
+        for section, keys in wanted.items()
+        for before in [sections.get(section, {})]
+        for key, value in keys.items()
+        if before.get(key) != value
+    ]
+    raise ConfigError(
+        f"--out ({folder}) must be new or hold an experiment of the same settings, and "
+        f"{', '.join(changed[:3]) or 'a section'} differs in {SETTINGS_FILE}; choose another folder"
+    )
 
 
 @contextmanager
@@ -191,38 +233,6 @@ def _exclusive(trial: Trial[Any], path: Path) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
-
-
-def check_settings(
-    folder: Path, file: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]
-) -> None:
-    """Check that a folder belongs to an experiment of these settings.
-
-    Args:
-        folder: DIR.
-        file: Where its settings were found.
-        found: Those settings, by section and key.
-        wanted: The settings of this command.
-
-    Raises:
-        ConfigError: They differ; names up to three, with both values.
-    """
-    if found == wanted:
-        return
-    # A file that is none of ours may hold anything.
-    sections = {name: keys for name, keys in found.items() if isinstance(keys, dict)}
-    changed = [
-        f"{section}.{key} ({before.get(key)}, now {value})"
-        for section, keys in wanted.items()
-        for before in [sections.get(section, {})]
-        for key, value in keys.items()
-        if before.get(key) != value
-    ]
-    raise ConfigError(
-        f"--out ({folder}) must be new or hold an experiment of the same settings, and "
-        f"{', '.join(changed[:3]) or 'a section'} differs in {file.relative_to(folder)}; choose "
-        "another folder"
-    )
 
 
 def _reason(log: Path, status: int) -> str:

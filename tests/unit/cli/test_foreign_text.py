@@ -105,7 +105,7 @@ def test_profile_of_collectives(capsys, monkeypatch):
 def test_pilot(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "400")
     number = Interval(1.0)
-    arm = ArmOutcome("moepp", HOSTILE, 1, number, None, number, None, number)
+    arm = ArmOutcome("moepp", HOSTILE, 1, number, None, None, number)
     verdict = Verdict("pays", *[number] * 6, speeds_agree=True)
     print_pilot(PilotResult("", [1], 0, 3, 0.1, [arm, arm], verdict, HOSTILE))
     # A cell may be cut, for escapes are wider than what they stand for.
@@ -116,7 +116,7 @@ def test_scaling(capsys, monkeypatch):
     monkeypatch.setattr("moepp_megatron.tools.report.terminal.LOG_WIDTH", 400)
     # A layout is parts of a name and a number.
     layout = f"ep={HOSTILE.replace('=', '')}"
-    print_records([ScaleRecord(1, layout, "moepp", "weak", 1, 1.0, 1.0, 1.0, 1, 1.0, 1, 1.0)])
+    print_records([ScaleRecord(1, layout, "moepp", "weak", 1, 1.0, 1.0, 1.0, 1, 1.0, 1, None, 1.0)])
     assert f"EP{SHOWN[:20]}" in harmless(capsys.readouterr().out)
 
 

@@ -67,7 +67,9 @@ def test_collect_leaves_a_configuration_for_every_run(pilot, tmp_path, capsys):
     assert "moepp-seed-7" in names
     shown = capsys.readouterr()
     assert shown.out.startswith("2 seeds of 5 models, vanilla for 120 steps (9,600 tokens)")
-    assert "6 of 6 runs are missing; their configurations are in" in shown.err
+    assert "6 runs and sessions are missing: start them where the models train" in shown.err
+    file = tmp_path / "out" / "configs" / "moepp-seed-7.yaml"
+    assert f"  moepp train {file} --nproc 1\n" in shown.err
     assert "no seed is finished by every model yet" in shown.err
     assert not (tmp_path / "out" / "pilot.json").exists()
 

@@ -15,26 +15,19 @@ import math
 import re
 import shutil
 import statistics
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
-from moepp_megatron.config import Config, ConfigError, load_config, with_overrides
+from moepp_megatron.config import Config, ConfigError, with_overrides
 from moepp_megatron.config.blends import with_whole_paths
 from moepp_megatron.config.sections import settings_of_one_run
 from moepp_megatron.config.vanilla import vanilla
-from moepp_megatron.file_names import CONFIG_FILE, METRICS_FILE
+from moepp_megatron.file_names import METRICS_FILE
 from moepp_megatron.observe.metrics import MetricsError, read_metrics
-from moepp_megatron.runtime.atomic import write_atomic
-from moepp_megatron.tools.experiments.runner import (
-    RunFailed,
-    Trial,
-    check_settings,
-    writing,
-)
+from moepp_megatron.tools.experiments.runner import RunFailed, Trial
 from moepp_megatron.tools.experiments.timed_step import TimedStepTrial
 from moepp_megatron.tools.report.series import Numbers, Series, finite
 from moepp_megatron.training.run_folder import refuse_running
@@ -46,8 +39,6 @@ _SHORT_SHARE = 0.7
 _FEWEST_STEPS = 8
 # Validation batches where CONFIG asks for fewer: all arms see the same, so few are enough.
 _FEWEST_EVAL_ITERS = 8
-# Sections that say where a run is, not what it does.
-_ELSEWHERE = {"run", "slurm"}
 # Steps of each model in a session; each round begins with the other one.
 _ROUNDS = 20
 # A share of exactly 1 has no tau.
@@ -218,8 +209,7 @@ class PilotRun(Trial[RunOutcome]):
         # The files are for other folders to start from, too.
         config = config.model_copy(update={"run": run, "data": with_whole_paths(config.data)})
         file = folder / "configs" / f"{name}.yaml"
-        command = ["train", "--", str(file)]
-        title = f"seed {seed}, {arm.name}"
+        title, command = f"seed {seed}, {arm.name}", ["train", str(file)]
         return PilotRun(folder, name, title, nproc, command, arm, seed, config, file)
 
     def prepare(self) -> None:
@@ -246,27 +236,6 @@ class PilotRun(Trial[RunOutcome]):
         return run_outcome(Numbers(records=records))
 
 
-def claim(folder: Path, runs: Sequence[PilotRun]) -> None:
-    """Make the pilot's folder and write the configuration of every run.
-
-    Raises:
-        ConfigError: It holds a run with other settings, or cannot be written.
-    """
-    for run in runs:
-        file = run.config.run.dir / CONFIG_FILE
-        try:
-            found = _content(load_config(file))
-        except ConfigError:
-            # None, half of one, or of another version: what is not finished is done anew.
-            if run.result() is None:
-                continue
-            found = {}
-        check_settings(folder, file, found, _content(run.config))
-    with writing(folder, "configs", "runs", "logs", "speed"):
-        for run in runs:
-            write_atomic(run.file, run.config.to_yaml(run.title).encode())
-
-
 def session(run: PilotRun, share: float, number: int) -> TimedStepTrial:
     """Session `number`, from 1, of a run's model, whose routing is held at this FFN share."""
     name = _run_name(run.arm, number).replace("-seed-", "-session-")
@@ -278,11 +247,6 @@ def session(run: PilotRun, share: float, number: int) -> TimedStepTrial:
 def _run_name(arm: Arm, seed: int) -> str:
     words = arm.name.lower().replace("++", "pp").replace("%", "-percent").replace("'", "")
     return re.sub(r"[^a-z0-9.]+", "-", f"{words}-seed-{seed}")
-
-
-def _content(config: Config) -> dict[str, Any]:
-    content = config.model_dump(mode="json")
-    return {section: keys for section, keys in content.items() if section not in _ELSEWHERE}
 
 
 def _held_at(config: Config, share: float) -> list[str]:

@@ -4,14 +4,11 @@
 2. Sessions that time MoE++ against vanilla, its routing held at the share it has shown.
 3. MoE++ for vanilla's time and vanilla narrowed to MoE++'s compute, with the same seeds. Steps and
    width follow from the runs of the first call and the sessions, also when seeds are added.
-
-DIR/plan.json  the number of seeds of the first call
 """
 
 from __future__ import annotations
 
 import functools
-import json
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -21,13 +18,11 @@ from pathlib import Path
 
 from moepp_megatron.config import Config, ConfigError
 from moepp_megatron.config.json_file import read_json
-from moepp_megatron.runtime.atomic import write_atomic
 from moepp_megatron.tools.experiments.pilot.arms import (
     Arm,
     ArmKind,
     PilotRun,
     RunOutcome,
-    claim,
     first_arms,
     matched_arms,
     session,
@@ -39,32 +34,24 @@ from moepp_megatron.tools.experiments.pilot.verdict import (
     level_of,
     sentence,
 )
-from moepp_megatron.tools.experiments.runner import run_missing
+from moepp_megatron.tools.experiments.runner import SETTINGS_FILE, claim, missing, run_missing
 from moepp_megatron.tools.experiments.statistics import Estimate, Interval, PooledLosses
 from moepp_megatron.tools.experiments.timed_step import TimedStepTrial
 
-PLAN_FILE = "plan.json"
 SESSIONS = 5
+# Sections that say where a run is, not what it does.
+_ELSEWHERE = {"run", "slurm"}
 # Outcomes by arm and seed.
 Outcomes = Mapping[ArmKind, Mapping[int, RunOutcome]]
 
 
 def first_seeds(folder: Path, seeds: int) -> int:
-    """Seeds of the pilot's first call; those of this one, which are written, if it is the first.
-
-    Raises:
-        ConfigError: This call has fewer, or the file is damaged.
-    """
-    file = folder / PLAN_FILE
-    if not file.exists():
-        write_atomic(file, f"{json.dumps({'first': seeds})}\n".encode())
+    """Seeds of the pilot's first call; ConfigError if this one has fewer."""
     try:
-        first = int(read_json(file)["first"])
+        first = int(read_json(folder / SETTINGS_FILE)["pilot"]["first_seeds"])
     except (OSError, ValueError, KeyError, TypeError):
-        raise ConfigError(
-            f"--out ({folder}) must hold a readable {PLAN_FILE} of this version, and its own is "
-            "not; choose another folder"
-        ) from None
+        # New, or damaged, which `claim` refuses.
+        return seeds
     if seeds < first:
         raise ConfigError(
             f"--seeds ({seeds}) must be no fewer than at the beginning ({first}), whose runs "
@@ -99,6 +86,17 @@ class Pilot:
     def look(self) -> int:
         """Seeds of the first look; the k-th look comes after k times as many."""
         return max(self.first, FEWEST_SEEDS)
+
+    @property
+    def trials(self) -> list[PilotRun | TimedStepTrial]:
+        """All runs and sessions that are known."""
+        return [*self.runs, *self.sessions]
+
+    @property
+    def left(self) -> int:
+        """Number of trials without a result, unknown ones included."""
+        done = len(self.trials) - len(missing(self.trials))
+        return 5 * len(self.seeds) + SESSIONS - done
 
     @functools.cached_property
     def first_runs(self) -> list[PilotRun]:
@@ -137,9 +135,22 @@ class Pilot:
     def speed(self) -> Estimate | None:
         """Logarithm of MoE++'s step time over vanilla's; None before all sessions."""
         found = [both.speedup for each in self.sessions if (both := each.result()) is not None]
-        return (
-            Estimate.of([-math.log(ratio) for ratio in found]) if len(found) == SESSIONS else None
-        )
+        if len(found) < SESSIONS:
+            return None
+        return Estimate.of([-math.log(ratio) for ratio in found])
+
+    def claim(self) -> None:
+        """Make DIR, or check it, and write the configurations of all runs that are known.
+
+        Raises:
+            ConfigError: It belongs to other settings, or cannot be written.
+        """
+        moepp = next(run.config for run in self.first_runs if run.arm.kind == "moepp")
+        content = moepp.model_dump(mode="json")
+        settings = {name: keys for name, keys in content.items() if name not in _ELSEWHERE}
+        settings["pilot"] = {"first_seeds": self.first}
+        files = {run.file: run.config.to_yaml(run.title) for run in self.runs}
+        claim(self.folder, settings, ("configs", "runs", "logs", "speed"), files)
 
     def run(self, progress: Callable[[str], object]) -> Pilot:
         """Do what is not finished; return the finished pilot.
@@ -150,12 +161,12 @@ class Pilot:
         Raises:
             Interrupted: Stopped from outside.
             RunFailed: A run failed.
-            ConfigError: A matching arm breaks a rule, or the folder belongs to other settings.
+            ConfigError: A matching arm breaks a rule.
         """
         run_missing(self.first_runs, progress)
         run_missing(replace(self).sessions, progress)
         whole = replace(self)
-        claim(self.folder, whole.runs)
+        whole.claim()
         run_missing(whole.runs, progress)
         return whole
 
@@ -167,7 +178,6 @@ class ArmOutcome:
     Attributes:
         valid_loss: Final validation loss, nats.
         loss_difference: Difference to vanilla with the same seed; None for vanilla.
-        step_time_s: Median step of a run.
         time_ratio: Step time over vanilla's in the runs; None for vanilla and "short".
         ffn_share: FFN share of all selections, last quarter of the steps.
     """
@@ -177,7 +187,6 @@ class ArmOutcome:
     steps: int
     valid_loss: Interval
     loss_difference: Interval | None
-    step_time_s: Interval
     time_ratio: Interval | None
     ffn_share: Interval
 
@@ -261,7 +270,6 @@ def _arm_outcome(arm: Arm, runs: Outcomes, losses: PooledLosses) -> ArmOutcome:
         steps=arm.steps,
         valid_loss=Estimate.of([run.valid_loss for run in mine]).interval(),
         loss_difference=difference,
-        step_time_s=Estimate.of([run.step_time_s for run in mine]).interval(),
         time_ratio=ratio,
         ffn_share=Estimate.of([run.ffn_share for run in mine]).interval(),
     )

@@ -4,24 +4,19 @@ Strong scaling keeps the global batch of the configuration at every rank count. 
 the batch of a rank: `global_batch_size * nproc / smallest nproc`. Where both want the same batch,
 as at the smallest count, they are one point.
 
-DIR/settings.json      what all points have in common
 DIR/points/NAME.json   what `moepp bench step` has measured at a point
 """
 
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from moepp_megatron.config import Config, ConfigError, Layout, with_overrides
-from moepp_megatron.config.json_file import read_json
 from moepp_megatron.config.schema.parallel import DEGREES
-from moepp_megatron.runtime.atomic import write_atomic
-from moepp_megatron.tools.experiments.runner import check_settings, writing
 from moepp_megatron.tools.experiments.timed_step import TimedStepTrial
 
 MODES = ("strong", "weak")
@@ -161,24 +156,11 @@ def _point(config: Config, nproc: int, degrees: Mapping[str, int], batch: int) -
     return point
 
 
-def claim(folder: Path, config: Config, rounds: int) -> None:
-    """Make the folder, or make sure that its points belong to the same test.
-
-    Raises:
-        ConfigError: If they do not, or the folder cannot be written.
-    """
-    wanted: dict[str, Any] = {
+def shared_settings(config: Config, rounds: int) -> dict[str, Any]:
+    """The settings that all points have in common, by section."""
+    shared: dict[str, Any] = {
         section: {k: v for k, v in keys.items() if k not in _IN_NAME.get(section, ())}
         for section, keys in config.model_dump(mode="json").items()
         if section not in _ELSEWHERE
     }
-    wanted["measuring"] = {"rounds": rounds}
-    file = folder / "settings.json"
-    with writing(folder, "points", "logs"):
-        if not file.exists():
-            write_atomic(file, (json.dumps(wanted, indent=1) + "\n").encode())
-        try:
-            found = read_json(file)
-        except ValueError:
-            found = None
-    check_settings(folder, file, found if isinstance(found, dict) else {}, wanted)
+    return {**shared, "measuring": {"rounds": rounds}}

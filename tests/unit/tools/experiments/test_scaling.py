@@ -11,9 +11,13 @@ from typer.testing import CliRunner
 from moepp_megatron.cli.main import app
 from moepp_megatron.config import Config, ConfigError, load_config, with_overrides
 from moepp_megatron.runtime.launch import LaunchOptions
-from moepp_megatron.tools.experiments.runner import RunFailed, run_trial
+from moepp_megatron.tools.experiments.runner import RunFailed, claim, run_trial
 from moepp_megatron.tools.experiments.scaling.page import scale_records
-from moepp_megatron.tools.experiments.scaling.points import build_points, claim, parse_layout
+from moepp_megatron.tools.experiments.scaling.points import (
+    build_points,
+    parse_layout,
+    shared_settings,
+)
 from moepp_megatron.tools.experiments.timed_step import BothSteps, TimedStepTrial
 
 QUICKSTART = Path(__file__).parents[4] / "configs" / "quickstart.yaml"
@@ -107,16 +111,20 @@ def test_records_are_relative_to_the_fastest_layout_of_the_smallest_count(config
 def test_folder_of_another_test_is_refused(config, tmp_path):
     # The configuration may be in the folder.
     (tmp_path / "config.yaml").write_text(config.to_yaml())
-    claim(tmp_path, config, 20)
+
+    def claimed(config, rounds=20):
+        claim(tmp_path, shared_settings(config, rounds), ("points", "logs"))
+
+    claimed(config)
     # Where files go and how long a run trains say nothing about speed.
-    claim(tmp_path, load_config(QUICKSTART, ["run.dir=else", "training.train_iters=70"]), 20)
+    claimed(load_config(QUICKSTART, ["run.dir=else", "training.train_iters=70"]))
     with pytest.raises(ConfigError, match=r"--out .* moe\.tau \(0.75, now 0.5\) differs"):
-        claim(tmp_path, load_config(QUICKSTART, ["moe.tau=0.5"]), 20)
+        claimed(load_config(QUICKSTART, ["moe.tau=0.5"]))
     with pytest.raises(ConfigError, match=r"measuring\.rounds \(20, now 5\) differs"):
-        claim(tmp_path, config, 5)
+        claimed(config, 5)
     (tmp_path / "settings.json").write_text("{")
     with pytest.raises(ConfigError, match="differs"):
-        claim(tmp_path, config, 20)
+        claimed(config)
 
 
 @pytest.mark.parametrize(

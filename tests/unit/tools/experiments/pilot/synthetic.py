@@ -5,6 +5,7 @@ from pathlib import Path
 from moepp_megatron.config import Config, parse_config
 from moepp_megatron.observe.metrics import StepMetrics
 from moepp_megatron.tools.experiments.pilot.arms import Arm, PilotRun
+from moepp_megatron.tools.experiments.pilot.pilot import Pilot
 from tests.parallel.training_runs import settings
 
 
@@ -40,6 +41,14 @@ def record(step: int, **values) -> StepMetrics:
         **values,
     }
     return StepMetrics.model_validate(content)
+
+
+def pilot_in(path: Path, seeds: int, config: Config | None = None, steps: int = 8) -> Pilot:
+    """A pilot of one rank a run whose folder has been made."""
+    config = config_of() if config is None else config
+    pilot = Pilot(path, 1, config, steps, range(7, 7 + seeds), min(seeds, 3), "moepp pilot")
+    pilot.claim()
+    return pilot
 
 
 def run_in(path: Path, arm: Arm, seed: int = 7, nproc: int = 1) -> PilotRun:

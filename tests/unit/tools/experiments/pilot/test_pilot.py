@@ -11,18 +11,12 @@ import pytest
 
 from moepp_megatron.config import ConfigError, load_config, with_overrides
 from moepp_megatron.runtime.launch import LaunchOptions
-from moepp_megatron.tools.experiments.pilot.arms import ArmKind, claim, first_arms, session
+from moepp_megatron.tools.experiments.pilot.arms import ArmKind, first_arms, session
 from moepp_megatron.tools.experiments.pilot.page import print_pilot, write_pilot_page
-from moepp_megatron.tools.experiments.pilot.pilot import (
-    PLAN_FILE,
-    Pilot,
-    PilotResult,
-    first_seeds,
-    result_of,
-)
+from moepp_megatron.tools.experiments.pilot.pilot import PilotResult, first_seeds, result_of
 from moepp_megatron.tools.experiments.runner import run_missing
 from moepp_megatron.tools.experiments.timed_step import BothSteps
-from tests.unit.tools.experiments.pilot.synthetic import config_of, run_in, write_run
+from tests.unit.tools.experiments.pilot.synthetic import config_of, pilot_in, run_in, write_run
 
 SPEEDUPS = (1.248, 1.249, 1.25, 1.251, 1.252)
 SPEEDUP = math.prod(SPEEDUPS) ** (1 / 5)
@@ -37,12 +31,6 @@ KINDS: dict[str, ArmKind] = {
     "moepp": "moepp",
     "vanilla": "vanilla",
 }
-
-
-def pilot_in(path: Path, seeds: int) -> Pilot:
-    pilot = Pilot(path, 1, config_of(), 8, range(7, 7 + seeds), min(seeds, 3), "moepp pilot")
-    claim(path, pilot.first_runs)
-    return pilot
 
 
 def result(path: Path, seeds: int) -> PilotResult:
@@ -132,12 +120,13 @@ def test_more_seeds_keep_what_was_fixed_and_wait_for_the_next_look(tmp_path, ran
 
 
 def test_later_calls_have_no_fewer_seeds(tmp_path):
-    assert [first_seeds(tmp_path, seeds) for seeds in (3, 9)] == [3, 3]
+    assert first_seeds(tmp_path, 3) == pilot_in(tmp_path, 3).first
+    assert first_seeds(tmp_path, 9) == 3
     with pytest.raises(ConfigError, match=r"--seeds \(2\) must be no fewer .* \(3\)"):
         first_seeds(tmp_path, 2)
-    (tmp_path / PLAN_FILE).write_text("{")
-    with pytest.raises(ConfigError, match="must hold a readable plan.json"):
-        first_seeds(tmp_path, 3)
+    (tmp_path / "settings.json").write_text("{")
+    with pytest.raises(ConfigError, match=r"differs in settings\.json"):
+        pilot_in(tmp_path, 3)
 
 
 @pytest.mark.parametrize("budget", [{}, {"target_ffn_per_token": 1.0, "controller": "tau"}])

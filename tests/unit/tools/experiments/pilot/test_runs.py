@@ -10,7 +10,7 @@ from moepp_megatron.config import ConfigError, load_config, with_overrides
 from moepp_megatron.config.exit_codes import STOPPED
 from moepp_megatron.runtime.launch import LaunchOptions
 from moepp_megatron.tools.experiments import runner
-from moepp_megatron.tools.experiments.pilot.arms import PilotRun, claim, first_arms
+from moepp_megatron.tools.experiments.pilot.arms import PilotRun, first_arms
 from moepp_megatron.tools.experiments.runner import (
     Interrupted,
     RunFailed,
@@ -18,7 +18,7 @@ from moepp_megatron.tools.experiments.runner import (
     run_missing,
     run_trial,
 )
-from tests.unit.tools.experiments.pilot.synthetic import config_of, run_in, write_run
+from tests.unit.tools.experiments.pilot.synthetic import config_of, pilot_in, run_in, write_run
 
 
 def runs_in(
@@ -62,7 +62,7 @@ def stand_in(monkeypatch) -> Callable[..., Ranks]:
 
 def test_configurations_are_files_that_train_takes(tmp_path):
     runs = runs_in(tmp_path)
-    claim(tmp_path, runs)
+    pilot_in(tmp_path, 2)
     for run in runs:
         assert load_config(tmp_path / "configs" / f"{run.name}.yaml") == run.config
         assert run.config.training.seed == run.seed
@@ -71,7 +71,7 @@ def test_configurations_are_files_that_train_takes(tmp_path):
 
 def test_finished_runs_stay_and_an_interrupted_one_is_done_anew(tmp_path, stand_in):
     runs = runs_in(tmp_path)
-    claim(tmp_path, runs)
+    pilot_in(tmp_path, 2)
     write_run(runs[0].config)
     write_run(runs[1].config, steps=5)
     # All steps, but ended before its validation.
@@ -89,35 +89,33 @@ def test_finished_runs_stay_and_an_interrupted_one_is_done_anew(tmp_path, stand_
 
 def test_what_another_command_has_just_finished_stays(tmp_path, stand_in, monkeypatch):
     runs = runs_in(tmp_path, seeds=(7,))
-    claim(tmp_path, runs)
+    pilot_in(tmp_path, 2)
     ranks = stand_in(runs)
     monkeypatch.setattr(runner, "lock", lambda descriptor: write_run(runs[0].config) or True)
     run_missing(runs)
     assert ranks.started == [run.name for run in runs[1:]]
 
 
-@pytest.mark.parametrize("finished", [True, False])
-def test_runs_with_other_settings_are_refused(tmp_path, finished):
-    write_run(runs_in(tmp_path)[0].config, steps=None if finished else 5)
-    other = runs_in(tmp_path, steps=16)
+def test_other_settings_are_refused(tmp_path):
+    pilot_in(tmp_path, 2)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*.*")}
     with pytest.raises(ConfigError, match=r"training.train_iters \(8, now 16\).* another folder"):
-        claim(tmp_path, other)
-    assert not (tmp_path / "configs").exists(), "refused before anything is written"
+        pilot_in(tmp_path, 2, steps=16)
+    assert before == {path: path.read_bytes() for path in tmp_path.rglob("*.*")}
 
 
 def test_a_moved_folder_is_the_same_pilot(tmp_path):
+    pilot_in(tmp_path / "before", 2)
     for run in runs_in(tmp_path / "before"):
         write_run(run.config)
     (tmp_path / "before").rename(tmp_path / "after")
-    runs = runs_in(tmp_path / "after")
-    claim(tmp_path / "after", runs)
-    assert missing(runs) == []
+    assert missing(pilot_in(tmp_path / "after", 2).first_runs) == []
 
 
 @pytest.mark.parametrize("status", [STOPPED, 128 + signal.SIGTERM, 128 + signal.SIGINT])
 def test_a_request_to_stop_ends_the_pilot_and_keeps_what_is_done(tmp_path, stand_in, status):
     runs = runs_in(tmp_path)
-    claim(tmp_path, runs)
+    pilot_in(tmp_path, 2)
     stand_in(runs, status, after=2)
     with pytest.raises(Interrupted, match="run again to continue"):
         run_missing(runs)
@@ -126,7 +124,7 @@ def test_a_request_to_stop_ends_the_pilot_and_keeps_what_is_done(tmp_path, stand
 
 def test_a_request_between_two_runs(tmp_path, stand_in):
     runs = runs_in(tmp_path)
-    claim(tmp_path, runs)
+    pilot_in(tmp_path, 2)
     before = signal.getsignal(signal.SIGTERM)
     stand_in(runs)
     with pytest.raises(Interrupted):
@@ -137,7 +135,7 @@ def test_a_request_between_two_runs(tmp_path, stand_in):
 
 def test_a_failed_run_says_what_to_read(tmp_path, stand_in):
     runs = runs_in(tmp_path)
-    claim(tmp_path, runs)
+    pilot_in(tmp_path, 2)
     runs[0].log.write_text("error: something (3) must be 4\n")
     stand_in(runs, status=1)
     with pytest.raises(RunFailed, match=r"vanilla-seed-7 failed: something \(3\) must.*\.log"):
@@ -167,10 +165,9 @@ def test_ranks_are_started_on_the_runs_own_file(tmp_path, monkeypatch):
     options, module, arguments = calls[0]
     assert (options.num_local_ranks, options.output) == (4, run.log)
     assert module == "moepp_megatron.cli.main"
-    assert arguments == ["train", "--", str(tmp_path / "configs" / "vanilla-seed-7.yaml")]
+    assert arguments == ["train", str(tmp_path / "configs" / "vanilla-seed-7.yaml")]
 
 
 def test_settings_of_place_alone_may_differ(tmp_path):
-    write_run(runs_in(tmp_path)[0].config)
-    config = with_overrides(config_of(), ["slurm.partition=fast", "run.name=other"])
-    claim(tmp_path, [run_in(tmp_path, arm) for arm in first_arms(config, 8)])
+    pilot_in(tmp_path, 2)
+    pilot_in(tmp_path, 2, with_overrides(config_of(), ["slurm.partition=fast", "run.name=other"]))
