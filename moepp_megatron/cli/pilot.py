@@ -43,8 +43,8 @@ def pilot(
         typer.Option(
             min=1,
             max=100,
-            help="Train with this many seeds, from training.seed on. The first call fixes how many "
-            "a look takes, at least 3; further looks are at multiples of it.",
+            help="Train with this many seeds, from training.seed on. The pilot decides after every "
+            "5 of them.",
         ),
     ] = 5,
     collect: Annotated[
@@ -71,7 +71,8 @@ def pilot(
         moepp pilot configs/quickstart.yaml --out pilots/other moe.tau=0.5 --nproc 2 --steps 60
     """
     settings = load_config(config, overrides or [])
-    from moepp_megatron.tools.experiments.pilot.pilot import SESSIONS, Pilot, first_seeds
+    from moepp_megatron.tools.experiments.pilot.pilot import SESSIONS, Pilot
+    from moepp_megatron.tools.experiments.pilot.verdict import LOOK
     from moepp_megatron.tools.experiments.runner import Interrupted, RunFailed
     from moepp_megatron.tools.report.progress import progress
 
@@ -82,7 +83,6 @@ def pilot(
         config=settings,
         steps=steps or settings.training.train_iters,
         seeds=range(first, first + seeds),
-        first=first_seeds(out, seeds),
         command=shlex.join(["moepp", *sys.argv[1:]]),
     )
     _check_runs(whole, collect)
@@ -90,7 +90,7 @@ def pilot(
     tokens = whole.steps * settings.training.global_batch_size * settings.model.seq_length
     echo(
         f"{seeds} seeds of 5 models, vanilla for {whole.steps:,} steps ({tokens:,} tokens); "
-        f"{SESSIONS} sessions of speed; decided after every {whole.look} seeds"
+        f"{SESSIONS} sessions of speed; decided after every {LOOK} seeds"
     )
     try:
         if collect:

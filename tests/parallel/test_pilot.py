@@ -86,8 +86,8 @@ def test_pilot_from_runs_to_answer(ranks, corpus, tmp_path, monkeypatch, capsys)
     assert all(words[0].startswith("moe.tau=") for words in timed)
     result = json.loads((out / "pilot.json").read_text())
     # Nothing is decided by two seeds.
-    assert (result["seeds"], result["look"], result["next_seeds"]) == ([5, 6], 0, 3)
-    assert result["sentence"] == "Undecided: nothing is decided before 3 seeds."
+    assert (result["seeds"], result["look"], result["next_seeds"]) == ([5, 6], 0, 5)
+    assert result["sentence"] == "Undecided: nothing is decided before 5 seeds."
     vanilla, moepp = result["arms"][:2]
     assert vanilla["ffn_share"]["mean"] == 1.0
     assert moepp["ffn_share"]["mean"] < 1.0

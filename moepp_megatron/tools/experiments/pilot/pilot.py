@@ -3,21 +3,19 @@
 1. Vanilla, MoE++ and the short runs, seed by seed.
 2. Sessions that time MoE++ against vanilla, its routing held at the share it has shown.
 3. MoE++ for vanilla's time and vanilla narrowed to MoE++'s compute, with the same seeds. Steps and
-   width follow from the runs of the first call and the sessions, also when seeds are added.
+   width follow from the sessions and MoE++'s run with the first seed, also when seeds are added.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 
-from moepp_megatron.config import Config, ConfigError
-from moepp_megatron.config.json_file import read_json
+from moepp_megatron.config import Config
 from moepp_megatron.tools.experiments.pilot.arms import (
     Arm,
     ArmKind,
@@ -27,14 +25,8 @@ from moepp_megatron.tools.experiments.pilot.arms import (
     matched_arms,
     session,
 )
-from moepp_megatron.tools.experiments.pilot.verdict import (
-    FEWEST_SEEDS,
-    Verdict,
-    judge,
-    level_of,
-    sentence,
-)
-from moepp_megatron.tools.experiments.runner import SETTINGS_FILE, claim, missing, run_missing
+from moepp_megatron.tools.experiments.pilot.verdict import LOOK, Verdict, judge, level_of, sentence
+from moepp_megatron.tools.experiments.runner import claim, missing, run_missing
 from moepp_megatron.tools.experiments.statistics import Estimate, Interval, PooledLosses
 from moepp_megatron.tools.experiments.timed_step import TimedStepTrial
 
@@ -43,21 +35,6 @@ SESSIONS = 5
 _ELSEWHERE = {"run", "slurm"}
 # Outcomes by arm and seed.
 Outcomes = Mapping[ArmKind, Mapping[int, RunOutcome]]
-
-
-def first_seeds(folder: Path, seeds: int) -> int:
-    """Seeds of the pilot's first call; ConfigError if this one has fewer."""
-    try:
-        first = int(read_json(folder / SETTINGS_FILE)["pilot"]["first_seeds"])
-    except (OSError, ValueError, KeyError, TypeError):
-        # New, or damaged, which `claim` refuses.
-        return seeds
-    if seeds < first:
-        raise ConfigError(
-            f"--seeds ({seeds}) must be no fewer than at the beginning ({first}), whose runs "
-            "decide what is compared; give as many"
-        )
-    return first
 
 
 @dataclass(frozen=True)
@@ -70,7 +47,6 @@ class Pilot:
         config: CONFIG with its overrides.
         steps: Steps of a run of vanilla and MoE++.
         seeds: All seeds.
-        first: Seeds of the first call.
         command: The command line.
     """
 
@@ -79,13 +55,7 @@ class Pilot:
     config: Config
     steps: int
     seeds: Sequence[int]
-    first: int
     command: str
-
-    @property
-    def look(self) -> int:
-        """Seeds of the first look; the k-th look comes after k times as many."""
-        return max(self.first, FEWEST_SEEDS)
 
     @property
     def trials(self) -> list[PilotRun | TimedStepTrial]:
@@ -106,30 +76,28 @@ class Pilot:
     @functools.cached_property
     def runs(self) -> list[PilotRun]:
         """All runs that are known, in their order; those that match MoE++ once it was timed."""
-        speed, share = self.speed, self._share
-        if speed is None or share is None:
+        shown = self._moepp.result()
+        if self.speed is None or shown is None:
             return self.first_runs
-        steps = max(round(self.steps * math.exp(-speed.mean)), 1)
-        return self.first_runs + self._runs_of(matched_arms(self.config, self.steps, steps, share))
+        steps = max(round(self.steps * math.exp(-self.speed.mean)), 1)
+        arms = matched_arms(self.config, self.steps, steps, shown.ffn_share)
+        return self.first_runs + self._runs_of(arms)
 
     def _runs_of(self, arms: Sequence[Arm]) -> list[PilotRun]:
         pairs = product(self.seeds, arms)
         return [PilotRun.of(self.folder, self.nproc, arm, seed) for seed, arm in pairs]
 
-    @functools.cached_property
-    def _share(self) -> float | None:
-        """FFN share of MoE++'s runs of the first call; None before they have finished."""
-        runs = [run for run in self.first_runs if run.arm.kind == "moepp"][: self.first]
-        shares = [outcome.ffn_share for run in runs if (outcome := run.result()) is not None]
-        return statistics.fmean(shares) if len(shares) == len(runs) else None
+    @property
+    def _moepp(self) -> PilotRun:
+        """MoE++'s run with the first seed."""
+        return next(run for run in self.first_runs if run.arm.kind == "moepp")
 
     @functools.cached_property
     def sessions(self) -> list[TimedStepTrial]:
-        """The sessions; none before the runs of the first call."""
-        if self._share is None:
+        """The sessions; none before MoE++ has shown its FFN share."""
+        if (shown := self._moepp.result()) is None:
             return []
-        run = next(run for run in self.first_runs if run.arm.kind == "moepp")
-        return [session(run, self._share, number) for number in range(1, SESSIONS + 1)]
+        return [session(self._moepp, shown.ffn_share, number + 1) for number in range(SESSIONS)]
 
     @functools.cached_property
     def speed(self) -> Estimate | None:
@@ -145,10 +113,8 @@ class Pilot:
         Raises:
             ConfigError: It belongs to other settings, or cannot be written.
         """
-        moepp = next(run.config for run in self.first_runs if run.arm.kind == "moepp")
-        content = moepp.model_dump(mode="json")
+        content = self._moepp.config.model_dump(mode="json")
         settings = {name: keys for name, keys in content.items() if name not in _ELSEWHERE}
-        settings["pilot"] = {"first_seeds": self.first}
         files = {run.file: run.config.to_yaml(run.title) for run in self.runs}
         claim(self.folder, settings, ("configs", "runs", "logs", "speed"), files)
 
@@ -233,9 +199,9 @@ def result_of(pilot: Pilot) -> tuple[PilotResult, Outcomes] | None:
     seeds = [seed for seed in pilot.seeds if all((kind, seed) in found for kind in arms)]
     if pilot.speed is None or not seeds:
         return None
-    look = len(seeds) // pilot.look
+    look = len(seeds) // LOOK
     # Decided by the runs of the look only: one seed more is not another look.
-    seeds = seeds[: look * pilot.look] or seeds
+    seeds = seeds[: look * LOOK] or seeds
     runs = {kind: {seed: found[kind, seed] for seed in seeds} for kind in arms}
     losses = PooledLosses(
         {kind: {seed: run.valid_loss for seed, run in of.items()} for kind, of in runs.items()}
@@ -248,11 +214,11 @@ def result_of(pilot: Pilot) -> tuple[PilotResult, Outcomes] | None:
         command=pilot.command,
         seeds=seeds,
         look=look,
-        next_seeds=(look + 1) * pilot.look,
+        next_seeds=(look + 1) * LOOK,
         level=level,
         arms=[_arm_outcome(arm, runs, losses) for arm in arms.values()],
         verdict=verdict,
-        sentence=sentence(verdict, None if look else pilot.look),
+        sentence=sentence(verdict, has_looked=look > 0),
     )
     return result, runs
 

@@ -8,7 +8,7 @@ The first rests on the sessions of speed. A bias that all of them share, such as
 training step that they leave out, is in no interval; so it is left open where the training runs
 show another speed than the sessions.
 
-A pilot may be looked at after every `first` seeds. Somebody who looks again and again until
+A pilot may be looked at after every `LOOK` seeds. Somebody who looks again and again until
 something is decided would decide wrongly more often than the level says. So each look spends half
 of what is left of the error that is allowed: look k has the level LEVEL / 2^k. The sum over any
 number of looks is at most LEVEL, whatever the dependence between them (the union bound; a spending
@@ -27,8 +27,8 @@ from moepp_megatron.tools.experiments.statistics import Estimate, Interval, Pool
 LEVEL = 0.025
 """Maximum probability of "pays" where MoE++ does not, in any number of looks."""
 
-FEWEST_SEEDS = 3
-"""Seeds of a look, at least: one or two hardly show the noise."""
+LOOK = 5
+"""Seeds of the first look; the k-th look comes after k times as many."""
 
 SPEED_LIMIT = 0.01
 """Largest difference of the ratio of step times between runs and sessions that decides."""
@@ -115,14 +115,10 @@ def _time_to_loss(losses: PooledLosses, worth: Mapping[str, float]) -> Estimate:
     return Estimate(ratio, linear.error, linear.degrees)
 
 
-def sentence(found: Verdict, seeds_needed: int | None) -> str:
-    """The answer for the person who decides.
-
-    Args:
-        seeds_needed: Seeds of the first look, if it has not come; else None.
-    """
-    if seeds_needed is not None:
-        return f"Undecided: nothing is decided before {seeds_needed} seeds."
+def sentence(found: Verdict, has_looked: bool = True) -> str:
+    """The answer for the person who decides."""
+    if not has_looked:
+        return f"Undecided: nothing is decided before {LOOK} seeds."
     loss, compute = found.loss_in_time.mean, found.loss_in_compute
     side = "lower" if loss < 0 else "higher"
     in_time = f"after vanilla's time its loss is {abs(loss):.4f} nats {side} than vanilla's"

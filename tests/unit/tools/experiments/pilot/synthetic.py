@@ -46,7 +46,7 @@ def record(step: int, **values) -> StepMetrics:
 def pilot_in(path: Path, seeds: int, config: Config | None = None, steps: int = 8) -> Pilot:
     """A pilot of one rank a run whose folder has been made."""
     config = config_of() if config is None else config
-    pilot = Pilot(path, 1, config, steps, range(7, 7 + seeds), min(seeds, 3), "moepp pilot")
+    pilot = Pilot(path, 1, config, steps, range(7, 7 + seeds), "moepp pilot")
     pilot.claim()
     return pilot
 

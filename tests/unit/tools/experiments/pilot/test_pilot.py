@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from moepp_megatron.config import ConfigError, load_config, with_overrides
+from moepp_megatron.config import load_config, with_overrides
 from moepp_megatron.runtime.launch import LaunchOptions
 from moepp_megatron.tools.experiments.pilot.arms import ArmKind, first_arms, session
 from moepp_megatron.tools.experiments.pilot.page import print_pilot, write_pilot_page
-from moepp_megatron.tools.experiments.pilot.pilot import PilotResult, first_seeds, result_of
+from moepp_megatron.tools.experiments.pilot.pilot import PilotResult, result_of
 from moepp_megatron.tools.experiments.runner import run_missing
 from moepp_megatron.tools.experiments.timed_step import BothSteps
 from tests.unit.tools.experiments.pilot.synthetic import config_of, pilot_in, run_in, write_run
@@ -71,16 +71,16 @@ def ranks(monkeypatch) -> Ranks:
 
 
 def test_arms_then_speed_then_matching_arms(tmp_path, ranks):
-    found = result(tmp_path, 3)
+    found = result(tmp_path, 5)
     kinds = [
         "session" if "session" in name else name.rpartition("-seed")[0] for name in ranks.started
     ]
-    assert kinds[9:14] == ["session"] * 5
-    assert set(kinds[14:]) == {"moepp-vanillas-time", "vanilla-32-wide"}
-    assert len(kinds) == 3 * 3 + 5 + 2 * 3
+    assert kinds[15:20] == ["session"] * 5
+    assert set(kinds[20:]) == {"moepp-vanillas-time", "vanilla-32-wide"}
+    assert len(kinds) == 3 * 5 + 5 + 2 * 5
     # The records' share of 0.6 is 32 of 48 channels, in units of 16.
     assert found.arms[3].steps == round(8 * SPEEDUP)
-    assert (found.look, found.next_seeds) == (1, 6)
+    assert (found.look, found.next_seeds) == (1, 10)
     assert [arm.kind for arm in found.arms] == [
         *("vanilla", "moepp", "short", "equal_time", "narrow")
     ]
@@ -95,7 +95,7 @@ def test_arms_then_speed_then_matching_arms(tmp_path, ranks):
 
 def test_nothing_is_decided_where_the_runs_show_another_speed_than_the_sessions(tmp_path, ranks):
     ranks.step_s *= 1.015
-    found = result(tmp_path, 3)
+    found = result(tmp_path, 5)
     assert (found.verdict.answer, found.verdict.speeds_agree) == ("undecided", False)
     assert found.sentence.startswith("Undecided: a MoE++ step takes 0.812 of vanilla's time")
 
@@ -109,24 +109,17 @@ def test_nothing_is_known_before_moepp_was_timed(tmp_path, ranks):
 
 
 def test_more_seeds_keep_what_was_fixed_and_wait_for_the_next_look(tmp_path, ranks):
-    result(tmp_path, 3)
+    assert result(tmp_path, 3).look == 0
     ranks.started.clear()
-    # The fourth seed counts at the look of six.
-    assert result(tmp_path, 4).seeds == [7, 8, 9]
+    result(tmp_path, 5)
+    assert len(ranks.started) == 10, "every arm with the new seeds; no session"
+    ranks.started.clear()
+    # The sixth seed counts at the look of ten.
+    assert result(tmp_path, 6).seeds == [7, 8, 9, 10, 11]
     assert len(ranks.started) == 5, "every arm with the new seed; no session"
-    found = result(tmp_path, 6)
-    assert found.seeds == [7, 8, 9, 10, 11, 12]
+    found = result(tmp_path, 10)
+    assert found.seeds == [*range(7, 17)]
     assert (found.look, found.level) == (2, pytest.approx(0.025 / 4))
-
-
-def test_later_calls_have_no_fewer_seeds(tmp_path):
-    assert first_seeds(tmp_path, 3) == pilot_in(tmp_path, 3).first
-    assert first_seeds(tmp_path, 9) == 3
-    with pytest.raises(ConfigError, match=r"--seeds \(2\) must be no fewer .* \(3\)"):
-        first_seeds(tmp_path, 2)
-    (tmp_path / "settings.json").write_text("{")
-    with pytest.raises(ConfigError, match=r"differs in settings\.json"):
-        pilot_in(tmp_path, 3)
 
 
 @pytest.mark.parametrize("budget", [{}, {"target_ffn_per_token": 1.0, "controller": "tau"}])

@@ -44,7 +44,7 @@ def test_the_recorded_pilot_is_judged_to_the_digit():
         speed_in_runs=Interval(0.92994249562795, 0.9061113846874993, 0.9544003748203546),
         speeds_agree=True,
     )
-    assert sentence(found, None) == (
+    assert sentence(found) == (
         "MoE++ pays here: after vanilla's time its loss is 0.0334 nats lower than vanilla's, and "
         "it reaches vanilla's loss in 0.95 of the time."
     )
@@ -93,14 +93,14 @@ def judged(
 def test_both_comparisons_must_be_clear(losses, answer, start):
     found = judged(*losses)
     assert found.answer == answer
-    assert sentence(found, None).startswith(start)
+    assert sentence(found).startswith(start)
 
 
 @pytest.mark.parametrize("bias", [-0.011, 0.011, 0.5])
 def test_speed_decides_nothing_where_runs_and_sessions_differ(bias):
     found = judged(-0.01, -0.01, bias=bias)
     assert (found.answer, found.speeds_agree) == ("undecided", False)
-    assert f"{found.speed_in_runs.mean:.3f}" in sentence(found, None)
+    assert f"{found.speed_in_runs.mean:.3f}" in sentence(found)
     assert judged(0.01, -0.01, bias=bias).answer == "undecided"
     # The same tokens and compute do not rest on the speed.
     assert judged(-0.01, 0.01, bias=bias).answer == "does not pay"
@@ -112,7 +112,7 @@ def test_nothing_is_decided_before_the_first_look_and_less_at_a_stricter_level()
     found = judged(-0.01, -0.01, level=None)
     assert found.answer == "undecided"
     assert found.loss_in_time.high is not None
-    assert "before 5 seeds" in sentence(found, 5)
+    assert "before 5 seeds" in sentence(found, has_looked=False)
     assert judged(-0.003, -0.01).answer == "pays"
     assert judged(-0.003, -0.01, level=0.0001).answer == "undecided"
 
