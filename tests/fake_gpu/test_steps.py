@@ -43,7 +43,7 @@ def test_local_modules(local):
     layers = outcomes["one rank"]["layers"]
     assert layers == 4
     # Forward and backward of the loss, in each of the two layers' micro-batches.
-    for name in ("_reduce_logits", "_write_gradient"):
+    for name in ("_moepp_reduce_logits", "_moepp_write_loss_gradient"):
         assert launches.pop(name) == layers / 2
     # Forward and backward of router, counts by tags, numbering of rows, combine.
     assert launches == dict.fromkeys(launches, layers)

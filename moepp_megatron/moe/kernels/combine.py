@@ -112,7 +112,7 @@ class _Combine(torch.autograd.Function):
         tile = _tile(hidden, columns["BLOCK_C"])
         programs = triton.cdiv(num_tokens, chunk) * triton.cdiv(hidden, tile["BLOCK_D"])
         if programs:
-            kernel.forward[(programs,)](
+            kernel.moepp_combine_forward[(programs,)](
                 rows,
                 table,
                 x,
@@ -156,7 +156,7 @@ class _Combine(torch.autograd.Function):
         if V is not None:
             vectors = gates.new_empty(chunks, constants, hidden)
         if chunks:
-            kernel.backward[(chunks * parts,)](
+            kernel.moepp_combine_backward[(chunks * parts,)](
                 grad,
                 table,
                 x,
@@ -202,7 +202,7 @@ def _backward_of_weights(
     if num_tokens:
         columns = _columns(config, gates)
         block = max(1, _TILE_OF_WEIGHTS // columns["BLOCK_C"])
-        kernel.backward_of_weights[(triton.cdiv(num_tokens, block),)](
+        kernel.moepp_combine_backward_of_weights[(triton.cdiv(num_tokens, block),)](
             weights,
             gates,
             mixing,

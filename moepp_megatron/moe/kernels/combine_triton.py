@@ -97,7 +97,7 @@ def _constants(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def forward(  # type: ignore[no-untyped-def]
+def moepp_combine_forward(  # type: ignore[no-untyped-def]
     rows_ptr,
     table_ptr,
     x_ptr,
@@ -158,7 +158,7 @@ def forward(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def backward(  # type: ignore[no-untyped-def]
+def moepp_combine_backward(  # type: ignore[no-untyped-def]
     grad_ptr,
     table_ptr,
     x_ptr,
@@ -231,7 +231,7 @@ def backward(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def backward_of_weights(  # type: ignore[no-untyped-def]
+def moepp_combine_backward_of_weights(  # type: ignore[no-untyped-def]
     weights_ptr,
     gates_ptr,
     mixing_ptr,

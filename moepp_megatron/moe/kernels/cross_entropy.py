@@ -64,7 +64,7 @@ class _CrossEntropy(torch.autograd.Function):
         own_N = stats_RN[rank]
         if num_tokens:
             block = min(_BLOCK, triton.next_power_of_2(columns))
-            _reduce_logits[(num_tokens,)](
+            _moepp_reduce_logits[(num_tokens,)](
                 logits, labels_N, own_N, num_tokens, columns, BLOCK=block, num_warps=_WARPS
             )
         if ranks > 1:
@@ -84,7 +84,7 @@ class _CrossEntropy(torch.autograd.Function):
         num_tokens, columns = len(labels_N), logits.shape[-1]
         if num_tokens:
             block = min(_BLOCK, triton.next_power_of_2(columns))
-            _write_gradient[(num_tokens, triton.cdiv(columns, block))](
+            _moepp_write_loss_gradient[(num_tokens, triton.cdiv(columns, block))](
                 logits,
                 labels_N,
                 largest_N,
@@ -100,7 +100,7 @@ class _CrossEntropy(torch.autograd.Function):
 
 
 @triton.jit
-def _reduce_logits(  # type: ignore[no-untyped-def]
+def _moepp_reduce_logits(  # type: ignore[no-untyped-def]
     logits_ptr, labels_ptr, stats_ptr, num_tokens, columns, BLOCK: tl.constexpr
 ):
     token = tl.program_id(0).to(tl.int64)
@@ -122,7 +122,7 @@ def _reduce_logits(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _write_gradient(  # type: ignore[no-untyped-def]
+def _moepp_write_loss_gradient(  # type: ignore[no-untyped-def]
     logits_ptr, labels_ptr, largest_ptr, sum_ptr, grad_ptr, columns, BLOCK: tl.constexpr
 ):
     token = tl.program_id(0).to(tl.int64)

@@ -86,7 +86,7 @@ class _Select(torch.autograd.Function):
         if num_sequences:
             partial = logits.new_empty(blocks, num_sequences, 2, logits.shape[1])
         if blocks:
-            _forward[(blocks, ctx.num_sequences)](
+            _moepp_select_forward[(blocks, ctx.num_sequences)](
                 logits,
                 bias,
                 padded,
@@ -120,7 +120,7 @@ class _Select(torch.autograd.Function):
         grad_logits = torch.empty_like(logits)
         positions, blocks, settings = _launch(logits, ctx.config, ctx.num_sequences)
         if blocks:
-            _backward[(blocks, ctx.num_sequences)](
+            _moepp_select_backward[(blocks, ctx.num_sequences)](
                 logits,
                 padded,
                 routing_map,
@@ -196,7 +196,7 @@ def _tile(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _forward(  # type: ignore[no-untyped-def]
+def _moepp_select_forward(  # type: ignore[no-untyped-def]
     logits_ptr,
     bias_ptr,
     padded_ptr,
@@ -328,7 +328,7 @@ def _route(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _backward(  # type: ignore[no-untyped-def]
+def _moepp_select_backward(  # type: ignore[no-untyped-def]
     logits_ptr,
     padded_ptr,
     map_ptr,

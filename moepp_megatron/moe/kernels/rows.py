@@ -27,7 +27,7 @@ def rows_of_tokens(routing_map: Tensor, slots: int) -> Tensor:
     table = torch.empty(num_tokens, slots, dtype=torch.int32, device=routing_map.device)
     block_m = triton.next_power_of_2(num_columns)
     block_t = min(_MOST_TOKENS, max(1, _TILE // block_m))
-    tiles = triton.next_power_of_2(triton.cdiv(num_tokens, block_t * _PROGRAMS))
+    tiles = triton.next_power_of_2(triton.cdiv(num_tokens, block_t * _PROGRAMS) or 1)
     programs = triton.cdiv(num_tokens, block_t * tiles)
     counts = table.new_empty(programs, num_columns)
     if routing_map.stride(1) != 1:
@@ -35,8 +35,8 @@ def rows_of_tokens(routing_map: Tensor, slots: int) -> Tensor:
     sizes = {"COLUMNS": num_columns, "TILES": tiles, "BLOCK_T": block_t, "BLOCK_M": block_m}
     if programs:
         stride = routing_map.stride(0)
-        _count[(programs,)](routing_map, counts, num_tokens, stride, **sizes)
-        _number[(programs,)](
+        _moepp_count_rows[(programs,)](routing_map, counts, num_tokens, stride, **sizes)
+        _moepp_number_rows[(programs,)](
             routing_map,
             counts,
             table,
@@ -71,7 +71,7 @@ def _selected(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _count(  # type: ignore[no-untyped-def]
+def _moepp_count_rows(  # type: ignore[no-untyped-def]
     map_ptr,
     counts_ptr,
     num_tokens,
@@ -90,7 +90,7 @@ def _count(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _number(  # type: ignore[no-untyped-def]
+def _moepp_number_rows(  # type: ignore[no-untyped-def]
     map_ptr,
     counts_ptr,
     table_ptr,

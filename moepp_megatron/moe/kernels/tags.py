@@ -30,7 +30,7 @@ def count_by_tags(
     num_tokens, num_experts = selected.shape
     programs = triton.cdiv(num_tokens, _BLOCK_T)
     if programs:
-        _count_tags[(programs,)](
+        _moepp_count_tags[(programs,)](
             selected.contiguous(),
             tags.contiguous(),
             None if padded is None else padded.contiguous(),
@@ -49,7 +49,7 @@ def count_by_tags(
 
 
 @triton.jit
-def _count_tags(  # type: ignore[no-untyped-def]
+def _moepp_count_tags(  # type: ignore[no-untyped-def]
     map_ptr,
     tags_ptr,
     padded_ptr,

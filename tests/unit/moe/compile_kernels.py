@@ -52,6 +52,9 @@ def compile_kernel(
     shared = compiled.metadata.shared
     assert shared <= SHARED, f"{name} wants {shared} bytes of shared memory: {constants}"
     code = compiled.asm
+    # Profilers show this name and no module's.
+    assert f".entry {function}(" in code["ptx"]
+    assert function.removeprefix("_").startswith("moepp_")
     assert "tf32" not in code["ptx"], f"{name} multiplies with 11 bits of a factor's 24"
     if not fp32:
         print(name, *resources(code["cubin"]))
@@ -85,6 +88,7 @@ def compile_combine(constants: int, copies: int, extra) -> None:
     block = max(combine._LEAST, next_power_of_2(constants + copies))
     sizes = {"CONSTANTS": constants, "COPIES": copies, "BLOCK_C": block, "PARTS": 3}
     sizes |= {"NUM_EXPERTS": 9 + copies + constants, "FIRST": 8, "SLOTS": 2, "CHUNK": 64}
+    sizes |= extra
     tile = combine._tile(768, block) | {"WIDEN": False}
     warps = tile.pop("num_warps")
     # In fp32 the most shared memory is wanted, and from some columns on not all registers fit.
@@ -93,11 +97,11 @@ def compile_combine(constants: int, copies: int, extra) -> None:
         stages = combine._stages(block, is_backward=name == "backward")
         options = {"num_warps": warps, "num_stages": stages}
         if is_wide or (constants == 2 and name == "forward"):
-            compile_kernel(f"combine.{name}", sizes | tile | extra, fp32=True, **options)
+            compile_kernel(f"combine.moepp_combine_{name}", sizes | tile, fp32=True, **options)
         if not is_wide:
-            compile_kernel(f"combine.{name}", sizes | tile | extra, **options)
+            compile_kernel(f"combine.moepp_combine_{name}", sizes | tile, **options)
     tile["BLOCK_T"] = combine._TILE_OF_WEIGHTS // block
-    compile_kernel("combine.backward_of_weights", sizes | tile | extra)
+    compile_kernel("combine.moepp_combine_backward_of_weights", sizes | tile)
 
 
 def main() -> None:
@@ -110,31 +114,36 @@ def main() -> None:
         ({"SCORE": "sigmoid", "NORMALIZED": False}, without),
         ({"SCORE": "sqrtsoftplus", "NORMALIZED": False}, {}),
     ):
-        for name in ("router._forward", "router._backward"):
+        for name in ("router._moepp_select_forward", "router.moepp_select_backward"):
             compile_kernel(name, experts | extra | rest)
+    # The most experts and selections of a published model.
+    most = {"NUM_EXPERTS": 512, "BLOCK_T": 1, "BLOCK_E": 512, "TOPK": 22, "END": 511}
+    most |= {"NUM_FFN": 512, "SCORE": "sigmoid", "NORMALIZED": True}
+    compile_kernel("router._moepp_select_forward", experts | most)
     # DeepSeek-V3's groups.
     many = {"NUM_EXPERTS": 320, "BLOCK_T": 1, "BLOCK_E": 512, "TOPK": 8, "END": 319, "TILES": 2}
     many |= {"NUM_FFN": 256, "GROUPS": 8, "KEPT": 4, "RANKED": 2}
-    compile_kernel("router._forward", many | {"SCORE": "sigmoid", "NORMALIZED": True})
+    compile_kernel("router._moepp_select_forward", many | {"SCORE": "sigmoid", "NORMALIZED": True})
     absent = ("mixing_ptr", "v_ptr", "addend_ptr", "grad_mixing_ptr", "vectors_ptr")
     # Triton compiles anew for an argument that is 1.
     one_token = dict.fromkeys(absent) | {"num_tokens": 1}
-    cases = (2, 1, {}), (0, 2, one_token), (30, 1, {}), (62, 1, {}), (254, 1, {})
+    cases = (2, 1, {}), (0, 2, one_token), (30, 2, {"SLOTS": 12}), (62, 2, {"SLOTS": 8})
+    cases += ((254, 1, {}),)
     for constants, copies, extra in cases:
         compile_combine(constants, copies, extra)
     for columns, block_t, slots in ((8, 128, 2), (64, 32, 6), (256, 8, 8)):
         sizes = {"COLUMNS": columns, "BLOCK_M": columns, "SLOTS": slots, "BLOCK_S": 8, "TILES": 4}
-        for name in ("_count", "_number"):
+        for name in ("_moepp_count_rows", "_moepp_number_rows"):
             compile_kernel(f"rows.{name}", sizes | {"BLOCK_T": block_t, "BLOCK_P": 32})
     by_tags = {"GROUPS": 40, "SOURCE_BIT": tags.SOURCE, "BLOCK_TAGS": tags._BLOCK_TAGS}
     by_tags |= {"BLOCK_T": tags._BLOCK_T, "padded_ptr": None}
     few = {"SOURCES": 0, "NUM_EXPERTS": 12, "NUM_FFN": 8, "BLOCK_E": 16}
-    compile_kernel("tags._count_tags", by_tags | few, num_warps=tags._WARPS)
+    compile_kernel("tags._moepp_count_tags", by_tags | few, num_warps=tags._WARPS)
     del by_tags["padded_ptr"]
     many = {"SOURCES": 7, "NUM_EXPERTS": 320, "NUM_FFN": 256, "BLOCK_E": tags._MOST_COLUMNS}
-    compile_kernel("tags._count_tags", by_tags | many, num_warps=tags._WARPS)
+    compile_kernel("tags._moepp_count_tags", by_tags | many, num_warps=tags._WARPS)
     for logits in ("*bf16", "*fp32"):
-        for name in ("_reduce_logits", "_write_gradient"):
+        for name in ("_moepp_reduce_logits", "_moepp_write_loss_gradient"):
             compile_kernel(f"cross_entropy.{name}", {"BLOCK": cross_entropy._BLOCK}, logits=logits)
 
 
