@@ -114,7 +114,7 @@ def main() -> None:
         ({"SCORE": "sigmoid", "NORMALIZED": False}, without),
         ({"SCORE": "sqrtsoftplus", "NORMALIZED": False}, {}),
     ):
-        for name in ("router._moepp_select_forward", "router.moepp_select_backward"):
+        for name in ("router._moepp_select_forward", "router._moepp_select_backward"):
             compile_kernel(name, experts | extra | rest)
     # The most experts and selections of a published model.
     most = {"NUM_EXPERTS": 512, "BLOCK_T": 1, "BLOCK_E": 512, "TOPK": 22, "END": 511}
