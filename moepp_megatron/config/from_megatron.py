@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -71,7 +72,7 @@ def translate(path: Path, variables: Mapping[str, str]) -> _Translation:
     if "num-experts" not in arguments:
         raise ConfigError(
             f"FILE ({path}) must hold the arguments of a MoE model, --num-experts among them; "
-            "give the script that calls pretrain_gpt.py"
+            "give the script that calls pretrain_gpt.py or pretrain_hybrid.py"
         )
     return _Translator(arguments, notes).translation(path)
 
@@ -94,10 +95,10 @@ class _Translator:
                 )
         self._left = {n: v for n, v in self._left.items() if "$" not in v}
         self._settings |= ABSENT
-        self._refuse_hybrid()
         self._take_direct()
         self._take_batches()
         self._take_routing()
+        self._take_pattern()
         self._take_data()
         self._take_parallelism()
         self._take_model()
@@ -264,15 +265,32 @@ class _Translator:
                 chunks if chunks > 1 else None
             )
 
-    def _refuse_hybrid(self) -> None:
-        """Refuse a model whose layers are listed, as Megatron's hybrid ones with Mamba are."""
-        for name in ("hybrid-layer-pattern", "hybrid-override-pattern"):
-            if name in self._left:
-                raise ConfigError(
-                    f"--{name} ({self._left[name]}) must not be given: there are no Mamba or other "
-                    "layers here; keep this model in Megatron, or give --num-layers and "
-                    "--moe-layer-freq instead"
-                )
+    def _take_pattern(self) -> None:
+        """Take the layers of a hybrid pattern, where each is an attention and then an FFN."""
+        names = ("hybrid-layer-pattern", "hybrid-override-pattern")
+        name = next((name for name in names if name in self._left), None)
+        if name is None:
+            return
+        pattern = self._left.pop(name)
+        main, *depths = pattern.split("/")
+        attention = "+" if "multi-latent-attention" in self._left else "*"
+        layer = re.compile(rf"\{attention}[E-]|\[\{attention}[E-]\]")
+        stages = [layer.findall(stage) for stage in main.split("|")]
+        layers = [each for stage in stages for each in stage]
+        if "|".join("".join(stage) for stage in stages) != main or set(depths) - set(layers[-1:]):
+            raise ConfigError(
+                f"--{name} ({pattern}) must hold whole layers, which are {attention}E or "
+                f"{attention}-, | between stages, and /{attention}E where the last layer is that: "
+                "there are no Mamba or other layers here; keep this model in Megatron"
+            )
+        self._settings["model.num_layers"] = len(layers)
+        self._settings["moe.layer_freq"] = [int("E" in each) for each in layers]
+        if depths:
+            self._settings["model.mtp_num_layers"] = len(depths)
+        if len(stages) > 1:
+            text = "|".join("t" * len(stage) for stage in stages)
+            layout = f"E{text}{'m' * len(depths)}L"
+            self._settings["parallel.pipeline_model_parallel_layout"] = layout
 
     def _take_model(self) -> None:
         """Fill in defaults of Megatron's model where this project's differs."""

@@ -20,13 +20,14 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.training import get_args
+from megatron.training import checkpointing, get_args
 from megatron.training.argument_utils import gpt_config_from_args
 from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig
 
 from moepp_megatron.interop.megatron_arguments import add_moepp_arguments, moepp_config
 from moepp_megatron.interop.stage import block_spec, build_stage
 from moepp_megatron.model.gpt import MoEPPGPTModel
+from moepp_megatron.runtime.patches import replace
 
 __all__ = [
     "MoEPPModelBuilder",
@@ -78,6 +79,8 @@ class MoEPPModelBuilder(GPTModelBuilder):
         model_config = self._model_config
         config = model_config.transformer
         moepp = moepp_config(config, get_args())
+        # It expects of a HybridModel a pattern in the arguments, and other names of layers.
+        replace(checkpointing, "_maybe_setup_gpt_to_hybrid_load", lambda *_: (None, False))
         return build_stage(
             model_config,
             config,

@@ -2,12 +2,12 @@
 
 all_heads_norm.py    RMSNorm of the queries, or of the keys, of all heads of a token at once
 attention.py         exact causal attention under context parallelism, for local modules
-build.py             builds this rank's model chunks, as megatron-core's GPTModel
+build.py             builds this rank's model chunks
 causal_attention.py  causal attention on a GPU without Transformer Engine, for local modules
 cross_entropy.py     the model's loss: Triton kernels, or megatron-core's cross entropy
 document_attention.py  attention that stays within documents: masks, packed sequences
 fp8_weights.py       weights that exist only in FP8, used as if they were plain tensors
-gpt.py               GPTModel with the lane of router logits across pipeline stages
+gpt.py               a GPT model with MoE++ layers on megatron-core's HybridModel
 initialize.py        weights that do not depend on the layout
 latent_attention.py  megatron-core's multi-head latent attention, corrected for its local modules
 local_modules.py     megatron-core's local modules, made fit for all layouts

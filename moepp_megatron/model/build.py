@@ -1,4 +1,4 @@
-"""Builds this rank's model chunks, as megatron-core's GPTModel."""
+"""Builds this rank's model chunks."""
 
 from __future__ import annotations
 
@@ -6,14 +6,12 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state
-from megatron.core.models.common.language_module.language_module import LanguageModule
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from moepp_megatron.config import Config, UnfitError
 from moepp_megatron.config.stages import virtual_stages
 from moepp_megatron.model.all_heads_norm import all_heads_norms
-from moepp_megatron.model.cross_entropy import WithCrossEntropy
 from moepp_megatron.model.document_attention import packed_attention
 from moepp_megatron.model.gpt import MoEPPGPTModel
 from moepp_megatron.model.initialize import initialize_weights
@@ -27,7 +25,7 @@ from moepp_megatron.runtime.backends import chosen_cross_entropy
 from moepp_megatron.runtime.optional import have_transformer_engine
 
 
-def build_model(config: Config) -> list[LanguageModule]:
+def build_model(config: Config) -> list[MoEPPGPTModel]:
     """This rank's model chunks with initial weights, on this rank's device, in `precision.dtype`.
 
     Process groups must exist (`moepp_megatron.runtime.distributed.build_groups`). There is a chunk
@@ -38,7 +36,7 @@ def build_model(config: Config) -> list[LanguageModule]:
     return chunks
 
 
-def build_chunks(config: Config) -> list[LanguageModule]:
+def build_chunks(config: Config) -> list[MoEPPGPTModel]:
     """This rank's model chunks with uninitialised weights; process groups must exist."""
     try:
         check_upstream(PRIVATE_NAMES)
@@ -52,7 +50,7 @@ def build_chunks(config: Config) -> list[LanguageModule]:
     return chunks
 
 
-def _build_chunk(config: Config, vp_stage: int | None) -> WithCrossEntropy:
+def _build_chunk(config: Config, vp_stage: int | None) -> MoEPPGPTModel:
     megatron, moepp, backend = transformer_config(config), moepp_config(config), _backend(config)
     return MoEPPGPTModel(
         megatron,

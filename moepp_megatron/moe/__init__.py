@@ -30,6 +30,7 @@ router_config.py      the router's configuration: megatron-core's, with the coun
 selection.py          top-K selection of experts from logits, and their gates
 scores.py             from router logits to scores: the list of score functions
 spec.py               builds MoE++ layers from megatron-core's own specs
+stack.py              the layers of a pipeline stage, between which the lane is handed on
 statistics.py         routing counters of one MoE layer since the last reset
 token_tags.py         token tags, by which MoE++ layers group their counts
 upstream_private.py   the names with an underscore that this package takes from megatron-core

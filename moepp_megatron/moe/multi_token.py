@@ -15,7 +15,6 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-import torch
 from megatron.core.extensions.transformer_engine import HAVE_TE
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_mtp_block_spec
 from megatron.core.transformer.multi_token_prediction import (
@@ -85,6 +84,16 @@ class _MTPLayer(MultiTokenPredictionLayer):
     At depth k position i is padding where token i + k is, or lies beyond the end of the sequence.
     """
 
+    def __init__(
+        self,
+        *args: Any,
+        mtp_layer_pattern: str | None = None,
+        hybrid_submodules: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        # With a pattern it would build a HybridStack of its own inside, which loses the lane.
+        super().__init__(*args, **kwargs)
+
     def _get_embeddings(
         self, *args: Any, padding_mask: Tensor | None = None, **kwargs: Any
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor]:
@@ -149,19 +158,3 @@ def get_moepp_mtp_block_spec(
         has_lane = not moepp.is_vanilla and moepp.gating_residual
         layer.module = _LaneMTPLayer if has_lane else _MTPLayer
     return block
-
-
-def keep_lane_around_norm(norm: torch.nn.Module, hidden_size: int) -> None:
-    """Apply the final norm of the decoder to the hidden states, not to the packed lane."""
-    lanes: list[Tensor] = []
-
-    def unpack_lane(_: torch.nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor]:
-        hidden_states, lane = unpack(arguments[0], hidden_size)
-        lanes.append(lane)
-        return (hidden_states,)
-
-    def pack_lane(_: torch.nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        return pack(output, lanes.pop())
-
-    norm.register_forward_pre_hook(unpack_lane)
-    norm.register_forward_hook(pack_lane)

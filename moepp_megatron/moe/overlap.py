@@ -53,7 +53,7 @@ class _LanePreProcess(PreProcessNode):
     def forward_impl(self) -> Tensor:
         """Returns [s, b, D + lane columns]."""
         hidden_states = super().forward_impl()
-        return self.model.with_lane(hidden_states)
+        return self.model.decoder.with_lane(hidden_states)
 
 
 class _LanePostProcess(PostProcessNode):
@@ -61,7 +61,7 @@ class _LanePostProcess(PostProcessNode):
 
     def forward_impl(self, hidden_states: Tensor) -> Tensor:
         """Takes [s, b, D], or with the lane where this stage has no layer."""
-        return super().forward_impl(_split(hidden_states, self.model.hidden_size)[0])
+        return super().forward_impl(_split(hidden_states, self.model.decoder.config.hidden_size)[0])
 
 
 class MoEPPChunkPlan(TransformerModelChunkSchedulePlan):

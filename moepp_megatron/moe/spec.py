@@ -122,7 +122,7 @@ def get_moepp_block_spec(
         for index, is_moe in enumerate(pattern)
     ]
     return TransformerBlockSubmodules(
-        layer_specs=_of_stage(layers, config, vp_stage, pp_rank),
+        layer_specs=of_stage(layers, config, vp_stage, pp_rank),
         layer_norm=final_norm(use_transformer_engine, dense),
     )
 
@@ -207,10 +207,10 @@ def _base_layer_spec(
     return spec
 
 
-def _of_stage(
-    layers: list[ModuleSpec], config: TransformerConfig, vp_stage: int | None, pp_rank: int | None
-) -> list[ModuleSpec]:
-    """The layers of one stage, as `get_gpt_decoder_block_spec` selects them."""
+def of_stage[T](
+    layers: list[T], config: TransformerConfig, vp_stage: int | None, pp_rank: int | None
+) -> list[T]:
+    """Select what belongs to the layers of one stage, as `get_gpt_decoder_block_spec` does."""
     layout = config.pipeline_model_parallel_layout
     if layout is not None:
         indices = layout.get_layer_id_list(

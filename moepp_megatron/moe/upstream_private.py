@@ -138,12 +138,27 @@ _LAYER_NAMES = (
         ("padding_mask",),
     ),
     PrivateName(
-        "models.gpt.gpt_model",
-        "GPTModel",
+        *_MTP_LAYER,
         "_postprocess",
         "overridden",
-        "the loss of multi-token prediction, and its layers' router logits",
-        ("hidden_states", "labels", "loss_mask", "mtp_in_postprocess", "extra_block_kwargs"),
+        "the router logits go past the norm",
+        ("hidden_states",),
+    ),
+    PrivateName(
+        "models.common.language_module.language_module",
+        "LanguageModule",
+        "_scale_logits",
+        "called",
+        "the scale of muP",
+        ("logits",),
+    ),
+    PrivateName(
+        "models.common.embeddings.rotary_pos_embedding",
+        "RotaryEmbedding",
+        "_apply_scaling",
+        "called",
+        "HybridModel does not hand on rope_scaling",
+        ("freqs", "factor"),
     ),
 )
 PRIVATE_NAMES = (

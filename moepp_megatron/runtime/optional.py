@@ -180,8 +180,6 @@ def have_triton() -> bool:
 _LOGGERS = (
     # "No CUDA runtime is found": on every CPU machine.
     "torch.utils.cpp_extension",
-    # "GPTModel IS DEPRECATED", which is true, at every construction: docs/upgrading.md says so.
-    "megatron.core.models.gpt.gpt_model",
     # "full_param_layout not provided": the layout is computed inside, as documented there.
     "megatron.core.distributed.distributed_data_parallel",
     # "MCore's async save is deprecated": also for synchronous saves.

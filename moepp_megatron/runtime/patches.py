@@ -85,12 +85,20 @@ PATCHES = (
         "vLLM captures only routers that ask for it",
     ),
     Patch(
-        "model.gpt",
+        "interop.megatron_lm",
+        "Megatron-LM",
+        "checkpointing._maybe_setup_gpt_to_hybrid_load; for good, where its loop builds this "
+        "package's model",
+        "it would translate the names of layers, or refuse a checkpoint without a pattern",
+        "it looks at names instead of classes",
+    ),
+    Patch(
+        "moe.stack",
         "megatron-core",
-        "mtp_num_layers of one TransformerConfig; while the output layer runs",
-        "the loss of further tokens would be attached twice, once with a mean that depends on the "
-        "layout",
-        "megatron-core's loss of further tokens is a sum over tokens",
+        "the numbers of layers of the first and the last stage in one TransformerConfig; while a "
+        "model is built",
+        "HybridModel refuses them beside a pattern that has the stages",
+        "HybridModel takes both",
     ),
     Patch(
         "training.step",

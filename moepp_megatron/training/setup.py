@@ -12,7 +12,6 @@ from megatron.core.distributed import (
     DistributedDataParallelConfig,
     finalize_model_grads,
 )
-from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import (
     OptimizerParamScheduler,
@@ -23,6 +22,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from moepp_megatron.config import Config, UnfitError
 from moepp_megatron.model.build import build_model
+from moepp_megatron.model.gpt import MoEPPGPTModel
 from moepp_megatron.model.megatron_config import moepp_config, params_dtype
 from moepp_megatron.moe.kernels import start_kernel, use_kernels
 from moepp_megatron.moe.lane import pipeline_config
@@ -46,7 +46,7 @@ class TrainingModel:
     """
 
     chunks: list[DistributedDataParallel]
-    models: list[GPTModel]
+    models: list[MoEPPGPTModel]
     optimizer: MegatronOptimizer
     scheduler: OptimizerParamScheduler
 
@@ -145,7 +145,7 @@ def compile_extension() -> None:
 
 
 def wrap_models(
-    models: list[GPTModel], config: Config, casts: bool = True
+    models: list[MoEPPGPTModel], config: Config, casts: bool = True
 ) -> tuple[TransformerConfig, list[DistributedDataParallel]]:
     """Give every parameter its place in the buffers that gradients are reduced in.
 
@@ -166,7 +166,11 @@ def wrap_models(
 
 
 def _wrap(
-    model: GPTModel, schedule_config: TransformerConfig, config: Config, bucketed: bool, casts: bool
+    model: MoEPPGPTModel,
+    schedule_config: TransformerConfig,
+    config: Config,
+    bucketed: bool,
+    casts: bool,
 ) -> DistributedDataParallel:
     parallel = config.parallel
     module: torch.nn.Module = model

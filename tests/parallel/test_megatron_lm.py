@@ -35,8 +35,9 @@ SPEC = "--spec moepp_megatron.interop.megatron_lm moepp_spec"
         pytest.param("provider", "--pipeline-model-parallel-size 2", id="provider, pp 2"),
         pytest.param(
             "config",
-            "--pipeline-model-parallel-size 2 --num-virtual-stages-per-pipeline-rank 2",
-            id="config, pp 2, vpp 2",
+            "--pipeline-model-parallel-size 2 --num-virtual-stages-per-pipeline-rank 2 "
+            "--decoder-first-pipeline-num-layers 2",
+            id="config, pp 2, vpp 2, layers of the first stage",
         ),
     ],
 )

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from megatron.core.models.gpt import GPTModel
 
 from moepp_megatron.config import Config, ConfigError, Layout, load_config
 from moepp_megatron.config.problem import show
 from moepp_megatron.file_names import CONFIG_FILE
 from moepp_megatron.layer_settings import EXPORTED
+from moepp_megatron.model.gpt import MoEPPGPTModel
 from moepp_megatron.runtime.distributed import Agreement
 from moepp_megatron.training import rng
 from moepp_megatron.training.checkpoint.compatible import check_compatible, differences
@@ -120,7 +120,7 @@ def read_checkpoint(
     return Loaded(record.progress, loaded["extra"])
 
 
-def load_weights(checkpoint: Path, models: list[GPTModel]) -> None:
+def load_weights(checkpoint: Path, models: list[MoEPPGPTModel]) -> None:
     """Load only the model's weights, in place, whatever layout wrote them; every rank must call.
 
     ConfigError if the checkpoint is damaged or unsafe.
@@ -134,7 +134,7 @@ def load_weights(checkpoint: Path, models: list[GPTModel]) -> None:
     _read_weights(checkpoint, models)
 
 
-def _read_weights(checkpoint: Path, models: list[GPTModel], has_biases: bool = True) -> None:
+def _read_weights(checkpoint: Path, models: list[MoEPPGPTModel], has_biases: bool = True) -> None:
     state: dict[str, Any] = model_state(models)
     if not has_biases:
         keep_biases(state)

@@ -31,11 +31,11 @@ from megatron.core.dist_checkpointing.mapping import (
     ShardedTensorFactory,
 )
 from megatron.core.dist_checkpointing.utils import force_all_tensors_to_non_fp8
-from megatron.core.models.gpt import GPTModel
 from megatron.core.safe_globals import SafeUnpickler
 from torch import Tensor
 
 from moepp_megatron.config import ConfigError
+from moepp_megatron.model.gpt import MoEPPGPTModel
 from moepp_megatron.training.checkpoint.data_only import only_data
 from moepp_megatron.training.checkpoint.optimizer import (
     complete_state,
@@ -61,7 +61,7 @@ _PUT_BACK = "put_back"
 _ALLOW_PICKLES = "NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE"
 
 
-def model_state(models: list[GPTModel]) -> dict[str, Any]:
+def model_state(models: list[MoEPPGPTModel]) -> dict[str, Any]:
     """Sharded state of this rank's model chunks."""
     return {
         f"model{index}": model.sharded_state_dict(metadata=dict(METADATA))
@@ -148,7 +148,7 @@ def _load_whole_optimizer(model: TrainingModel, optimizer: Any, steps: int) -> N
     model.optimizer.load_state_dict(optimizer)
 
 
-def apply_model_state(models: list[GPTModel], loaded: dict[str, Any]) -> None:
+def apply_model_state(models: list[MoEPPGPTModel], loaded: dict[str, Any]) -> None:
     """Put the state that was read into the model."""
     for index, model in enumerate(models):
         state = loaded[f"model{index}"]

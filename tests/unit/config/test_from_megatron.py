@@ -372,11 +372,24 @@ def test_what_is_written_is_read_back(tmp_path):
         (f"--num-experts 4 {GROUPED} --moe-zero-expert-weight 0", r"weight \(0\) must be above 0"),
         ("echo 'open --num-experts 4", "all quotes closed"),
         ("--num-experts 4 --hybrid-layer-pattern M*E", "no Mamba or other layers here"),
+        ("--num-experts 4 --hybrid-layer-pattern *EE", r"pattern \(\*EE\) must hold whole layers"),
+        ("--num-experts 4 --hybrid-layer-pattern '*E|*E/*-'", "where the last layer is that"),
+        ("--num-experts 4 --hybrid-layer-pattern +E", r"which are \*E or \*-"),
     ],
 )
 def test_what_is_no_such_file_is_refused(text, part, tmp_path):
     with pytest.raises(ConfigError, match=part):
         _translated(text, tmp_path)
+
+
+@pytest.mark.parametrize("pattern", ["*-*E*E|*E/*E", "[*-][*E]*E|[*E]/[*E]"])
+def test_a_hybrid_pattern_of_whole_layers(pattern, tmp_path):
+    text = f"pretrain_hybrid.py --num-experts 4 --num-layers 9 --hybrid-layer-pattern '{pattern}'"
+    settings = _translated(text, tmp_path).content
+    assert settings["model"]["num_layers"] == 4
+    assert settings["model"]["mtp_num_layers"] == 1
+    assert settings["moe"]["layer_freq"] == [0, 1, 1, 1]
+    assert settings["parallel"]["pipeline_model_parallel_layout"] == "Ettt|tmL"
 
 
 def test_every_setting_of_the_table_exists():

@@ -134,7 +134,9 @@ def randomize(module: torch.nn.Module, std: float = 0.3) -> None:
         parameter.normal_(std=std)
 
 
-def build_model(moepp: MoEPPConfig, seed: int = 7, **changes) -> MoEPPGPTModel:
+def build_model(
+    moepp: MoEPPConfig, seed: int = 7, rope_scaling: bool = False, **changes
+) -> MoEPPGPTModel:
     config = megatron_config(moepp, **changes)
     spec = get_moepp_block_spec(
         config, moepp, use_transformer_engine=False, adapt=fit_local_modules
@@ -146,6 +148,7 @@ def build_model(moepp: MoEPPConfig, seed: int = 7, **changes) -> MoEPPGPTModel:
         vocab_size=VOCAB,
         max_sequence_length=SEQUENCE,
         position_embedding_type="rope",
+        rope_scaling=rope_scaling,
     )
     initialize_weights([model], seed)
     return model

@@ -8,6 +8,7 @@ import torch
 from megatron.core.models.common.fine_grained_callables import build_transformer_layer_callables
 from megatron.core.process_groups_config import ProcessGroupCollection
 
+from moepp_megatron.model.gpt import MoEPPGPTModel
 from moepp_megatron.moe.config import MoEPPConfig
 from moepp_megatron.moe.dispatcher import build_dispatcher
 from moepp_megatron.moe.lane import MoEPPTransformerLayer
@@ -207,3 +208,14 @@ def empty_chunk_state():
     names = ("attention_mask", "packed_seq_params", "sequence_len_offset")
     rotary = ("rotary_pos_emb", "rotary_pos_cos", "rotary_pos_sin")
     return SimpleNamespace(**dict.fromkeys((*names, *rotary)))
+
+
+@pytest.mark.parametrize("setting", ["mrope", "defer_embedding_wgrad_compute", "fp8_output_proj"])
+def test_what_a_hybrid_model_lacks_is_refused(setting):
+    config = megatron_config(MOEPP)
+    # megatron-core itself takes two of them with other settings alone; the third is no field.
+    setattr(config, setting, True)
+    embedding = "mrope" if setting == "mrope" else "rope"
+    spec = get_moepp_block_spec(config, MOEPP, use_transformer_engine=False)
+    with pytest.raises(ValueError, match=rf"{setting}.* must not be given"):
+        MoEPPGPTModel(config, spec, 64, 16, moepp=MOEPP, position_embedding_type=embedding)

@@ -129,15 +129,20 @@ def test_balance_loss_reaches_the_router():
     assert not torch.equal(*gradients)
 
 
-def test_model_gives_megatrons_bits():
-    config = config_of({})
+@pytest.mark.parametrize("scaled", [False, True], ids=["", "scaled"])
+@pytest.mark.parametrize("interleaved", [False, True], ids=["", "interleaved"])
+def test_model_gives_megatrons_bits(scaled, interleaved):
+    changes = {"rotary_interleaved": interleaved}
+    config = config_of(changes)
     ours = build_model(
         vanilla(),
+        rope_scaling=scaled,
         **{
             "moe_router_load_balancing_type": "aux_loss",
             "moe_aux_loss_coeff": 0.1,
             "moe_router_pre_softmax": True,
         },
+        **changes,
     )
     block = get_moepp_block_spec(config, vanilla(), use_transformer_engine=False)
     assert not any(spec.module is MoEPPTransformerLayer for spec in block.layer_specs)
@@ -149,8 +154,10 @@ def test_model_gives_megatrons_bits():
         vocab_size=VOCAB,
         max_sequence_length=SEQUENCE,
         position_embedding_type="rope",
+        rope_scaling=scaled,
     )
     initialize_weights([upstream], 7)
+    assert ours.sharded_state_dict().keys() == upstream.sharded_state_dict().keys()
     tokens = torch.randint(VOCAB, (2, SEQUENCE + 1))
     losses = []
     for model in (upstream, ours):
