@@ -34,7 +34,7 @@ class Loop:
 
     def __init__(self, config: Config, layout: Layout) -> None:
         from moepp_megatron.training.batches import rank_batches
-        from moepp_megatron.training.checkpoint import Progress
+        from moepp_megatron.training.checkpoint.files import Progress
         from moepp_megatron.training.setup import build_training_model
 
         self._config, self._layout = config, layout
@@ -94,7 +94,7 @@ def main() -> None:
     arguments = parser.parse_args()
     quiet()
     distributed.start(RankEnvironment.read())
-    from moepp_megatron.training.checkpoint import CheckpointWriter
+    from moepp_megatron.training.checkpoint.write import CheckpointWriter
 
     overrides = ["checkpoint.save_interval=1", "checkpoint.keep=2", *arguments.overrides]
     config = load_config(arguments.config, overrides)

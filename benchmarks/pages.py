@@ -20,9 +20,9 @@ from benchmarks.markdown import table
 from moepp_megatron.catalogue import IN_LAYERS, METRICS, OF_RECORD, Metric
 from moepp_megatron.cli.main import app
 from moepp_megatron.config import megatron_flags as flags
-from moepp_megatron.config.reference import SectionReference, section_references
+from moepp_megatron.config.reference import _SectionReference, section_references
 from moepp_megatron.features.guard.settings import COUNTED, GUARD_METRICS, MEASURED
-from moepp_megatron.observe.tensorboard import tag_of
+from moepp_megatron.observe.tensorboard import _tag_of
 from moepp_megatron.tools.report.live import exported
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -48,7 +48,7 @@ number, and `-` is no quantity. What must hold between settings is checked at th
     return "\n".join([head, *(part for each in section_references() for part in _section(each))])
 
 
-def _section(section: SectionReference) -> Iterator[str]:
+def _section(section: _SectionReference) -> Iterator[str]:
     yield f"## {section.name}\n\n{section.meaning}\n"
     if not section.settings:
         return
@@ -152,7 +152,7 @@ def _served(name: str, labels: str) -> tuple[str, str]:
 def _tag(key: str, row: Metric) -> str:
     if key == "step":
         return ""
-    return _code(f"{row.group}/..." if row.labels else tag_of(key))
+    return _code(f"{row.group}/..." if row.labels else _tag_of(key))
 
 
 # ---- Megatron-LM's arguments

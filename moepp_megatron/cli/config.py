@@ -43,7 +43,7 @@ def show(
         moepp config show configs/quickstart.yaml moe.tau=0.5 --changed
         moepp config show configs/models/moepp_7b_16_4.yaml --json resolved.json
     """
-    from moepp_megatron.config.origins import config_with_origins
+    from moepp_megatron.config.load import config_with_origins
 
     content = config_with_origins(config, overrides or [])
     if changed:
@@ -165,7 +165,7 @@ def _paragraph(text: str) -> str:
 
 
 def _without_defaults(content: Mapping[str, Any]) -> dict[str, Any]:
-    from moepp_megatron.config.origins import DEFAULT
+    from moepp_megatron.config.load import DEFAULT
 
     kept: dict[str, Any] = {}
     for name, value in content.items():

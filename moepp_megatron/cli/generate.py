@@ -79,7 +79,7 @@ def generate(
     from moepp_megatron.interop.generate import run
     from moepp_megatron.interop.generate_request import GenerateRequest, Sampling
     from moepp_megatron.runtime.rank import RankEnvironment
-    from moepp_megatron.training.checkpoint import newest_again
+    from moepp_megatron.training.checkpoint.find import newest_again
 
     rank = RankEnvironment.read()
     world_size = rank.world_size if rank.is_launched else nproc

@@ -16,7 +16,7 @@ def path_problems(config: Config) -> tuple[list[str], list[str]]:
     """
     from moepp_megatron.data.prepared_data import check_data
     from moepp_megatron.features.registry import FILE_CHECKS, named
-    from moepp_megatron.training.checkpoint import check_start
+    from moepp_megatron.training.checkpoint.find import check_start
     from moepp_megatron.training.run_folder import RunFolder, checkpoint_folder
 
     def check_folder(config: Config) -> None:

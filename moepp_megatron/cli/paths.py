@@ -21,8 +21,8 @@ import typer
 
 from moepp_megatron.cli.echo import echo
 from moepp_megatron.config import ConfigError, UnfitError
+from moepp_megatron.config.errors import Problem, raise_problems
 from moepp_megatron.config.paths import path_problem, place_problem
-from moepp_megatron.config.problem import Problem, raise_problems
 from moepp_megatron.file_names import is_record
 from moepp_megatron.runtime.object_store import ObjectPath
 
@@ -79,14 +79,14 @@ def _checked(command: Callable[..., Any]) -> Callable[..., Any]:
         with contextlib.ExitStack() as stack:
             for name, value in arguments.items():
                 if value == _STDOUT and parameters[name].shown == "--json":
-                    arguments[name] = stack.enter_context(printed_file())
+                    arguments[name] = stack.enter_context(_printed_file())
             return command(**arguments)
 
     return call
 
 
 @contextlib.contextmanager
-def printed_file() -> Iterator[Path]:
+def _printed_file() -> Iterator[Path]:
     """A file that is printed at the end; all else that would be printed, also by ranks, is not."""
     place = _IN_MEMORY if os.access(_IN_MEMORY, os.W_OK) else None
     try:

@@ -19,7 +19,7 @@ from moepp_megatron.cli.options import (
     RdzvIdOption,
 )
 from moepp_megatron.cli.ranks import machines, refusing_for_all
-from moepp_megatron.cli.resume_command import is_given, resume_command
+from moepp_megatron.cli.run_end import is_given, resume_command
 from moepp_megatron.config import ConfigError
 from moepp_megatron.config.exit_codes import FAILED
 
@@ -159,7 +159,7 @@ def train(
 def _run(request: TrainRequest, prints_command: bool) -> None:
     from moepp_megatron.cli.run_end import print_end
     from moepp_megatron.runtime.launch import leave
-    from moepp_megatron.training.checkpoint import NoStartError
+    from moepp_megatron.training.checkpoint.find import NoStartError
     from moepp_megatron.training.run import RanksFailedError, run
 
     try:

@@ -19,7 +19,7 @@ from typing import Any
 import jinja2
 
 from moepp_megatron.config import Config, ConfigError, check_world_size
-from moepp_megatron.config.problem import show
+from moepp_megatron.config.errors import show
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 _TEMPLATE = "job.sbatch.j2"

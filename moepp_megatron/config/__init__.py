@@ -3,7 +3,6 @@
 blends.py         the folders that a run draws from, and from where on
 checks.py         runs the cross-field rules and reports every broken one, each on its line
 choices.py        comma-separated values of command-line options
-divisibility.py   divisibility, the most common rule, with a remedy that can be typed in
 errors.py         the two errors a user can cause
 exit_codes.py     exit statuses of commands and ranks
 flops.py          floating-point operations of training, counted from the configuration
@@ -15,11 +14,9 @@ load.py           loads a checked Config from a YAML file
 megatron_file.py  reads the arguments of a Megatron-LM run from its script or YAML
 megatron_flags.py Megatron-LM's arguments and the settings
 mistakes.py       unknown names and refused values, each with the remedy; names of earlier versions
-origins.py        where each value of a configuration comes from
 parameters.py     exact parameter counts from the configuration, before any model is built
 paths.py          refuses texts that cannot be a path of this machine
 plugins.py        what a setting may name besides: entry points of installed packages
-problem.py        one problem of a configuration, in the form that every message has
 reference.py      every setting with type, default, unit, range and meaning, from the schema
 regular_file.py   reads regular files that somebody else may have made, up to a limit
 rows.py           rules as rows: what is wrong where, what must hold, what to write instead

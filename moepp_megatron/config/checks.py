@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from operator import attrgetter
 from typing import Any
 
-from moepp_megatron.config.problem import Problem, raise_problems, show
+from moepp_megatron.config.errors import Problem, raise_problems, show
 from moepp_megatron.config.rows import Rule, WorldSizeRule
 from moepp_megatron.config.schema import Config, Section
 from moepp_megatron.config.sections import declared

@@ -1,8 +1,17 @@
-"""The two errors a user can cause; the command line turns each into one line and an exit code."""
+"""The two errors that a user can cause, and the form of their messages.
+
+The command line prints them without a traceback and exits with their code.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
 from moepp_megatron.config.exit_codes import REFUSED, UNFIT
+from moepp_megatron.config.paths import without_password
 
 
 class ConfigError(ValueError):
@@ -19,3 +28,49 @@ class UnfitError(RuntimeError):
     """The configuration is valid, but this machine cannot run it (no GPU, missing package)."""
 
     exit_code = UNFIT
+
+
+_LONGEST_VALUE = 60
+
+
+def show(value: Any) -> str:
+    """A value as a YAML reader expects it: null, true, quoted text; long ones are cut.
+
+    The password of an address is not shown.
+    """
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, list):
+        value = [str(entry) if isinstance(entry, Path) else entry for entry in value]
+    text = without_password(repr(str(value) if isinstance(value, Path) else value))
+    return text if len(text) <= _LONGEST_VALUE else text[: _LONGEST_VALUE - 3] + "..."
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A broken rule.
+
+    Attributes:
+        name: Dotted name of the setting, such as `moe.tau`.
+        value: The value it was set to.
+        rule: What must hold, starting with "must".
+        remedy: What to write instead.
+    """
+
+    name: str
+    value: Any
+    rule: str
+    remedy: str
+
+    def __str__(self) -> str:
+        """`name (value) rule; remedy`, on one line whatever the value holds."""
+        return f"{self.name} ({show(self.value)}) {self.rule}; {self.remedy}"
+
+
+def raise_problems(problems: Iterable[Problem]) -> None:
+    """Raise one ConfigError with a line for each problem, if there is any."""
+    lines = [str(problem) for problem in problems]
+    if lines:
+        raise ConfigError("\n".join(lines))

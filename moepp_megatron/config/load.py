@@ -1,20 +1,22 @@
-"""Loads a checked Config from a YAML file, its bases and the command line's overrides."""
+"""Loads a checked Config from a YAML file, its bases and the command line's overrides.
+
+Also tells which of these each value comes from.
+"""
 
 from __future__ import annotations
 
 import datetime
 import os
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
 from pydantic import ValidationError
 
 from moepp_megatron.config.checks import check_config
-from moepp_megatron.config.errors import ConfigError
+from moepp_megatron.config.errors import ConfigError, raise_problems
 from moepp_megatron.config.mistakes import as_current, field_problems, refuse_unknown_keys
-from moepp_megatron.config.problem import raise_problems
 from moepp_megatron.config.schema import Config, Section
 from moepp_megatron.config.sections import is_optional, section_models, subsection
 from moepp_megatron.config.yaml_file import parse_yaml, read_mapping
@@ -260,3 +262,51 @@ def _without_empty(model: type[Section], keys: Mapping[str, Any] | None) -> dict
         if inner is not None and not (value is None and is_optional(model, name)):
             filled[name] = _without_empty(inner, value)
     return filled
+
+
+DEFAULT = "default"
+
+
+def config_with_origins(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """The resolved configuration, each value with its origin.
+
+    Args:
+        path: YAML file.
+        overrides: `section.key=value`.
+
+    Returns:
+        Sections as in the file; each setting is a pair of its resolved value, as JSON has it, and
+        its origin: a file's path, `command line` or `default`. A list is one value.
+
+    Raises:
+        ConfigError: If anything is wrong with the configuration.
+    """
+    config = load_config(path, overrides)
+    origins: dict[tuple[str, ...], str] = {}
+    for origin, content in config_layers(path, overrides):
+        origins |= dict.fromkeys((names for names, _ in leaves(content)), origin)
+    return _paired(config.model_dump(mode="json"), origins, ())
+
+
+def leaves(
+    content: Mapping[str, Any], above: tuple[str, ...] = ()
+) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """All values in a mapping of mappings, each with its names from the outside in."""
+    for name, value in content.items():
+        if isinstance(value, Mapping) and value:
+            yield from leaves(value, (*above, name))
+        else:
+            yield (*above, name), value
+
+
+def _paired(
+    content: Mapping[str, Any], origins: Mapping[tuple[str, ...], str], above: tuple[str, ...]
+) -> dict[str, Any]:
+    paired: dict[str, Any] = {}
+    for name, value in content.items():
+        here = (*above, name)
+        if isinstance(value, Mapping) and value:
+            paired[name] = _paired(value, origins, here)
+        else:
+            paired[name] = (value, origins.get(here, DEFAULT))
+    return paired

@@ -10,10 +10,9 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
-from moepp_megatron.config.errors import ConfigError
+from moepp_megatron.config.errors import ConfigError, Problem, show
 from moepp_megatron.config.megatron_flags import counterpart_of
 from moepp_megatron.config.plugins import PREFIX, plugin_of
-from moepp_megatron.config.problem import Problem, show
 from moepp_megatron.config.schema import Config, Section
 from moepp_megatron.config.schema.parallel import DEGREES
 from moepp_megatron.config.schema.section import meaning_of

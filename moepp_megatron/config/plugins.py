@@ -19,8 +19,7 @@ from typing import Any, get_args
 from pydantic import GetCoreSchemaHandler
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
-from moepp_megatron.config.errors import ConfigError
-from moepp_megatron.config.problem import Problem, raise_problems
+from moepp_megatron.config.errors import ConfigError, Problem, raise_problems
 
 PREFIX = "plugin:"
 

@@ -9,8 +9,8 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
+from moepp_megatron.config.errors import show
 from moepp_megatron.config.plugins import Plugin
-from moepp_megatron.config.problem import show
 from moepp_megatron.config.schema import Section
 from moepp_megatron.config.schema.section import meaning_of, unit_of
 from moepp_megatron.config.sections import is_optional, section_models, subsection
@@ -46,7 +46,7 @@ class _SettingReference:
 
 
 @dataclass(frozen=True)
-class SectionReference:
+class _SectionReference:
     """A section with its own settings; sections inside it follow as entries of their own.
 
     Attributes:
@@ -60,13 +60,13 @@ class SectionReference:
     settings: tuple[_SettingReference, ...]
 
 
-def section_references() -> Iterator[SectionReference]:
+def section_references() -> Iterator[_SectionReference]:
     """Every section in the order of the schema, those inside another one after it."""
     for name, model in section_models().items():
         yield from _section(name, model)
 
 
-def _section(path: str, model: type[Section], meaning: str = "") -> Iterator[SectionReference]:
+def _section(path: str, model: type[Section], meaning: str = "") -> Iterator[_SectionReference]:
     inside: list[tuple[str, type[Section], str]] = []
     settings = []
     for key, field in model.model_fields.items():
@@ -79,7 +79,7 @@ def _section(path: str, model: type[Section], meaning: str = "") -> Iterator[Sec
             inside.append((f"{name}[]", entry, f"{meaning_of(field)}."))
         else:
             settings.append(_setting(name, field))
-    yield SectionReference(
+    yield _SectionReference(
         path, meaning or " ".join((model.__doc__ or "").split()), tuple(settings)
     )
     for name, section, text in inside:

@@ -7,7 +7,7 @@ from operator import attrgetter
 from types import UnionType
 from typing import Any, get_args
 
-from moepp_megatron.config.problem import show
+from moepp_megatron.config.errors import show
 from moepp_megatron.config.schema import Config, Section
 from moepp_megatron.config.schema.section import Use
 

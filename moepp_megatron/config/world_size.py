@@ -6,9 +6,8 @@ from collections.abc import Iterator
 from math import prod
 from typing import TYPE_CHECKING
 
-from moepp_megatron.config.divisibility import batch_sizes, must_divide, nearest_multiples
-from moepp_megatron.config.problem import Problem
-from moepp_megatron.config.rows import WorldSizeRule
+from moepp_megatron.config.errors import Problem
+from moepp_megatron.config.rows import WorldSizeRule, batch_sizes, must_divide, nearest_multiples
 from moepp_megatron.config.stages import stage_layers, virtual_stages
 
 if TYPE_CHECKING:

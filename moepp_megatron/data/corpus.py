@@ -37,7 +37,7 @@ class SpooledCorpus:
         path: the ids, one document after the other, each ending with EOD.
         dtype: Integer type of the ids.
         lengths: [documents] int64, tokens of each document.
-        groups: [documents] int64, a number for each group (`arrange`).
+        groups: [documents] int64, a number for each group (`_arrange`).
         source_ids: [documents] int64, index of each document's data source in the order of
             `Manifest.source_names`.
     """
@@ -127,7 +127,7 @@ def write_indexed_dataset(spooled: SpooledCorpus, folder: Path, seed: int) -> Wr
     """
     tokens = np.memmap(spooled.path, dtype=spooled.dtype, mode="r")
     ends = np.cumsum(spooled.lengths)
-    order, validation = arrange(spooled.groups, spooled.lengths, seed)
+    order, validation = _arrange(spooled.groups, spooled.lengths, seed)
     documents = (tokens[ends[each] - spooled.lengths[each] : ends[each]] for each in order)
     hashes = write_documents(folder / CORPUS, documents, spooled.dtype)
     if 1 < spooled.source_ids.max() + 1 <= MAX_SOURCES:
@@ -169,7 +169,7 @@ def write_documents(
     return {bin_file.name: digest.hexdigest(), idx_file.name: idx_digest.hexdigest()}
 
 
-def arrange(
+def _arrange(
     groups: NDArray[np.int64], lengths: NDArray[np.int64], seed: int
 ) -> tuple[NDArray[np.int64], int | None]:
     """Shuffle documents; those for validation, whole groups, come last.

@@ -37,7 +37,7 @@ _ROLES = ("system", "developer", "user", ANSWERS, "tool")
 _SHAREGPT_ROLES = {"human": "user", "gpt": ANSWERS, "chatgpt": ANSWERS, "observation": "tool"}
 
 
-def messages_of(record: dict[str, Any]) -> list[Message]:
+def _messages_of(record: dict[str, Any]) -> list[Message]:
     """The messages of a record.
 
     Raises:
@@ -194,7 +194,7 @@ def _encode(
                     try:
                         if isinstance(record, Skipped):
                             raise UnusableChat(record.reason)
-                        _add(encoded, stream, template, sequence_length, messages_of(record))
+                        _add(encoded, stream, template, sequence_length, _messages_of(record))
                     except UnusableChat as error:
                         # A template may give each conversation another reason.
                         is_known = str(error) in skipped or len(skipped) < _MOST_REASONS
@@ -256,7 +256,7 @@ def _write_sequences(
     ends = np.cumsum(encoded.lengths)
     # RandomState, because NumPy promises its stream across versions.
     random = np.random.RandomState(seed)
-    packs = pack(encoded.lengths, random.permutation(len(encoded.lengths)), sequence_length)
+    packs = _pack(encoded.lengths, random.permutation(len(encoded.lengths)), sequence_length)
     # Once more: the sequences for validation are the last ones, those with the most padding.
     order = random.permutation(len(packs))
     dtype = token_dtype(tokenizer.vocab_size)
@@ -282,7 +282,7 @@ def _write_sequences(
     return len(packs), hashes
 
 
-def pack(lengths: Sequence[int], order: NDArray[np.int64], room: int) -> list[list[int]]:
+def _pack(lengths: Sequence[int], order: NDArray[np.int64], room: int) -> list[list[int]]:
     """The conversations of each sequence: each is put into the fullest one with room for it.
 
     Args:

@@ -1,8 +1,7 @@
 """Checkpoints in and out: the released MoE++ format, upcycling, scoring, other zero-expert models.
 
 bridge/                 MoE++ models in Megatron-Bridge and NeMo-RL
-checkpoint_reader.py    reads tensors of our checkpoints one at a time
-checkpoint_writer.py    writes a checkpoint of ours one tensor at a time
+checkpoint_tensors.py   reads and writes tensors of our checkpoints, one at a time
 convert.py              every conversion by the name that `moepp convert` gives it
 from_megatron_lm.py     converts a checkpoint of Megatron-LM's own training loop to ours
 generate.py             `moepp generate` as a function
@@ -14,16 +13,14 @@ decoding.py             continues prompts by scoring
 expressible.py          what a format cannot express, as rows of settings
 vanilla.py              models with zero experts as the MoE models that llama.cpp has
 megatron_arguments.py   MoE++ settings of a Megatron-LM run: `--moepp-*`
-megatron_checkpoint.py  finds checkpoints of Megatron-LM's own training loop
 megatron_lm.py          MoE++ in Megatron-LM's own training loop, `megatron.training`, unmodified
 model_card.py           the model card of an exported model
 moepp_rules.py          the released MoE++ format's tensors: `model.layers.N.mlp.moe.{gate,experts}`
 tensor_rules.py         rules by which tensors of a Hugging Face checkpoint and of ours correspond
 safetensors_file.py     reads and writes the safetensors format, one tensor at a time
 score.py                `moepp score` as a function
-score_request.py        what `moepp score` is asked to do, checked before anything heavy is imported
+score_request.py        what `moepp score` is asked to do: tokens, or a text cut into windows
 scoring.py              computes per-token log-probabilities of given sequences, in any layout
-score_text.py           computes the perplexity of a text from its tokens, cut into windows
 stage.py                a stage of a MoE++ model in the loops of others
 to_hf.py                converts a checkpoint of ours to a Hugging Face checkpoint, tensor by tensor
 to_mcore.py             converts a Hugging Face checkpoint to ours, tensor by tensor

@@ -58,7 +58,7 @@ def continue_prompts(
         elif logits is not None:
             for place, number in enumerate(unfinished):
                 row = logits[place, :vocab_size]
-                tokens[place] = sample(row, sampling, generators[number])
+                tokens[place] = _sample(row, sampling, generators[number])
         tokens = tokens.to(torch.cuda.current_device())
         dist.broadcast(tokens, 0)
         if (tokens == _NOT_A_NUMBER).any():
@@ -84,7 +84,7 @@ def _next_logits(
     return None if scores is None else torch.from_numpy(scores["logits"][:, 0])
 
 
-def sample(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
+def _sample(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
     """Draw a token.
 
     The generator's numbers are assigned to tokens in the order of their ids, so logits that differ

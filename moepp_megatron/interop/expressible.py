@@ -7,7 +7,7 @@ from operator import attrgetter
 from typing import Any
 
 from moepp_megatron.config import Config
-from moepp_megatron.config.problem import Problem, show
+from moepp_megatron.config.errors import Problem, show
 from moepp_megatron.experts import LOCAL_KINDS, ExpertKind
 from moepp_megatron.layer_settings import DECLARED, EXPORTED, EXTENSIONS
 

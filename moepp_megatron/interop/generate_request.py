@@ -13,9 +13,8 @@ from moepp_megatron.config import ConfigError, load_config
 from moepp_megatron.data.chat_template import ChatTemplate
 from moepp_megatron.data.tokenizer import Tokenizer
 from moepp_megatron.file_names import CONFIG_FILE
-from moepp_megatron.interop.score_request import ScoreRequest, divisible
-from moepp_megatron.interop.score_text import checkpoint_tokenizer
-from moepp_megatron.training.checkpoint import find_checkpoint
+from moepp_megatron.interop.score_request import ScoreRequest, checkpoint_tokenizer, divisible
+from moepp_megatron.training.checkpoint.find import find_checkpoint
 from moepp_megatron.training.inference_settings import inference_override
 
 _DEFAULT_NEW_TOKENS = 96

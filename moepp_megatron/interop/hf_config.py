@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from moepp_megatron.config import Config, ConfigError, parse_config
-from moepp_megatron.config.problem import raise_problems
+from moepp_megatron.config.errors import raise_problems
 from moepp_megatron.experts import FFN_ONLY, KINDS
 from moepp_megatron.interop.expressible import Row, refusals
 from moepp_megatron.interop.hf_decoder import decoder_section, require

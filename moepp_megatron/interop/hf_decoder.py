@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from moepp_megatron.config import ConfigError
-from moepp_megatron.config.problem import Problem, raise_problems, show
+from moepp_megatron.config.errors import Problem, raise_problems, show
 
 
 def decoder_section(hf: Mapping[str, Any]) -> dict[str, Any]:

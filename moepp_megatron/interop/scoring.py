@@ -10,7 +10,7 @@ from moepp_megatron.interop.score_request import ScoreRequest
 from moepp_megatron.model.build import build_model
 from moepp_megatron.model.stage import PipelineStage, evaluation_stages
 from moepp_megatron.runtime.atomic import whole_file
-from moepp_megatron.training.checkpoint import load_weights
+from moepp_megatron.training.checkpoint.read import load_weights
 from moepp_megatron.training.token_scores import Sequences, score_sequences
 
 

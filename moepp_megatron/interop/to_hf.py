@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from moepp_megatron.config import Config, ConfigError, load_config, parse_config
-from moepp_megatron.config.problem import raise_problems
+from moepp_megatron.config.errors import raise_problems
 from moepp_megatron.data.progress import track
 from moepp_megatron.data.tokenizer import Tokenizer
 from moepp_megatron.file_names import (
@@ -25,7 +25,7 @@ from moepp_megatron.file_names import (
     TOKENIZER_CONFIG_FILE,
     TOKENIZER_FILE,
 )
-from moepp_megatron.interop.checkpoint_reader import TensorReader
+from moepp_megatron.interop.checkpoint_tensors import TensorReader
 from moepp_megatron.interop.convert import free_folder
 from moepp_megatron.interop.expressible import Row, refusals
 from moepp_megatron.interop.hf_config import (
@@ -49,7 +49,7 @@ from moepp_megatron.interop.vanilla import vanilla_hf_config, vanilla_rules, van
 from moepp_megatron.interop.zeda import zeda_hf_config, zeda_rules, zeda_warnings
 from moepp_megatron.runtime.atomic import partial_folder, publish
 from moepp_megatron.runtime.terminal import Console
-from moepp_megatron.training.checkpoint import find_checkpoint, newest_again
+from moepp_megatron.training.checkpoint.find import find_checkpoint, newest_again
 
 _DEFAULT_SHARD_BYTES = 5 * 1000**3
 # What a checkpoint holds next to the model's weights.

@@ -22,7 +22,7 @@ from moepp_megatron.file_names import (
     TOKENIZER_CONFIG_FILE,
     TOKENIZER_FILE,
 )
-from moepp_megatron.interop.checkpoint_writer import ConvertedCheckpointWriter
+from moepp_megatron.interop.checkpoint_tensors import ConvertedCheckpointWriter
 from moepp_megatron.interop.convert import free_folder
 from moepp_megatron.interop.hf_config import config_from_hf
 from moepp_megatron.interop.hf_source import HFSource

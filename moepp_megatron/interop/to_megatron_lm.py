@@ -12,20 +12,18 @@ from pathlib import Path
 from typing import Any
 
 from moepp_megatron.config import Config, ConfigError, load_config
-from moepp_megatron.config.problem import raise_problems
+from moepp_megatron.config.errors import raise_problems
 from moepp_megatron.file_names import CONFIG_FILE, TOKENIZER_FILE
-from moepp_megatron.interop.checkpoint_reader import TensorReader
-from moepp_megatron.interop.checkpoint_writer import ConvertedCheckpointWriter
+from moepp_megatron.interop.checkpoint_tensors import ConvertedCheckpointWriter, TensorReader
 from moepp_megatron.interop.convert import free_folder
 from moepp_megatron.interop.expressible import Row, refusals
-from moepp_megatron.interop.from_megatron_lm import link_data, weight_names
+from moepp_megatron.interop.from_megatron_lm import RELEASE, TRACKER_FILE, link_data, weight_names
 from moepp_megatron.interop.megatron_arguments import OWN_SETTINGS, option
-from moepp_megatron.interop.megatron_checkpoint import RELEASE, TRACKER_FILE
 from moepp_megatron.interop.to_mcore import write_objects
 from moepp_megatron.layer_settings import BALANCE_TYPES
 from moepp_megatron.runtime.atomic import partial_folder, publish
 from moepp_megatron.runtime.object_store import ObjectPath
-from moepp_megatron.training.checkpoint import find_checkpoint, newest_again
+from moepp_megatron.training.checkpoint.find import find_checkpoint, newest_again
 
 ARGUMENTS_FILE = "arguments.txt"
 _PREFIX = "__release"
@@ -58,7 +56,7 @@ def to_megatron_lm(source: Path, target: Path) -> str:
             f"SRC ({folder}) must be a folder of this machine, for links to its files; copy it here"
         )
     config = load_config(folder / CONFIG_FILE)
-    arguments = " ".join(megatron_arguments(config))
+    arguments = " ".join(_megatron_arguments(config))
     reader = TensorReader(folder)
     names = weight_names(reader, config)
     target = free_folder(target)
@@ -80,7 +78,7 @@ def to_megatron_lm(source: Path, target: Path) -> str:
     return arguments
 
 
-def megatron_arguments(config: Config) -> list[str]:
+def _megatron_arguments(config: Config) -> list[str]:
     """The arguments of Megatron-LM's command line for a model; ConfigError without such."""
     whole = float(int(config.model.rotary_base))
     rows: list[Row] = [*_RULES, ("model.rotary_base", (whole,), "--rotary-base is a whole number")]

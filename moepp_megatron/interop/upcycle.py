@@ -62,18 +62,18 @@ def _router_rules(
         norm = tensors[0]
         if gate is None:
             std = config.model.init_method_std
-            ffn = std * noise(seed, ours + "ffn", (moe.num_ffn_experts, width))
+            ffn = std * _noise(seed, ours + "ffn", (moe.num_ffn_experts, width))
             ffn = ffn.to(norm.dtype)
         else:
             ffn = tensors[1]
-        added = noise(seed, ours + "added", (moe.num_zero_computation_experts, width))
+        added = _noise(seed, ours + "added", (moe.num_zero_computation_experts, width))
         if not moe.selection_bias:
             # Of the FFN rows' own mean and deviation.
             return torch.cat([ffn, (ffn.mean(dim=0) + ffn.std(dim=0) * added).to(ffn.dtype)])
-        return torch.cat([ffn, new_rows(ffn, norm, added)])
+        return torch.cat([ffn, _new_rows(ffn, norm, added)])
 
     def softmax_bias(tensors: Sequence[Tensor]) -> Tensor:
-        return selection_bias(rows(tensors), tensors[0], moe.num_ffn_experts)
+        return _selection_bias(rows(tensors), tensors[0], moe.num_ffn_experts)
 
     def sigmoid_bias(tensors: Sequence[Tensor]) -> Tensor:
         (ffn_bias,) = tensors
@@ -95,7 +95,7 @@ def _router_rules(
             raise AssertionError(f"added experts have no bias for (scores, bias) of {other}")
 
 
-def new_rows(ffn: Tensor, norm: Tensor, directions: Tensor) -> Tensor:
+def _new_rows(ffn: Tensor, norm: Tensor, directions: Tensor) -> Tensor:
     """[Z, D] router rows of added experts, dtype of `ffn`: the mean FFN row, and noise.
 
     Args:
@@ -108,7 +108,7 @@ def new_rows(ffn: Tensor, norm: Tensor, directions: Tensor) -> Tensor:
     return (ffn.double().mean(dim=0) + scale * directions.double()).to(ffn.dtype)
 
 
-def selection_bias(rows: Tensor, norm: Tensor, num_ffn_experts: int) -> Tensor:
+def _selection_bias(rows: Tensor, norm: Tensor, num_ffn_experts: int) -> Tensor:
     """[E] fp32: the bias on FFN experts above any score that an added expert can have."""
     bias = torch.zeros(rows.shape[0])
     ffn, added = rows.double().split([num_ffn_experts, rows.shape[0] - num_ffn_experts])
@@ -125,7 +125,7 @@ def _added_rules(config: Config, ours: str, has_residual: bool, seed: int) -> It
 
     def made(key: str, shape: Shape, scale: float) -> TensorRule:
         def value(_: Sequence[Tensor]) -> Tensor:
-            return (scale * noise(seed, ours + key, shape)).to(dtype)
+            return (scale * _noise(seed, ours + key, shape)).to(dtype)
 
         return TensorRule(ours + key, shape, (), None, value, None)
 
@@ -135,7 +135,7 @@ def _added_rules(config: Config, ours: str, has_residual: bool, seed: int) -> It
         yield made(f"zero_computation.{name}", shape, std)
 
 
-def noise(seed: int, name: str, shape: Shape) -> Tensor:
+def _noise(seed: int, name: str, shape: Shape) -> Tensor:
     """Standard normal numbers, fp32, that depend on seed and name alone."""
     digest = hashlib.sha256(repr((seed, name)).encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
@@ -187,14 +187,14 @@ def upcycle(
     """
     additions = additions or Additions()
     hf = HFSource(source, allow_pickle)
-    config = upcycled_config(hf.config, additions, source.resolve().name, dtype)
+    config = _upcycled_config(hf.config, additions, source.resolve().name, dtype)
     hf.leave_out(extra_tensors(hf.config, hf.tensors))
     rules = list(_upcycling_rules(config, hf.config, additions.seed))
     write_checkpoint(hf, rules, config, target, dtype, console)
     return config
 
 
-def upcycled_config(
+def _upcycled_config(
     hf: Mapping[str, Any], additions: Additions, name: str, dtype: str | None
 ) -> Config:
     """The configuration of the MoE++ model; ConfigError if its function cannot be kept."""

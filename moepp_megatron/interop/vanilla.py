@@ -14,7 +14,7 @@ from dataclasses import replace
 from typing import Any
 
 from moepp_megatron.config import Config
-from moepp_megatron.config.problem import raise_problems
+from moepp_megatron.config.errors import raise_problems
 from moepp_megatron.experts import ZERO
 from moepp_megatron.interop.expressible import PLAIN, Row, refusals, unknown_there
 from moepp_megatron.interop.hf_config import plain_fields

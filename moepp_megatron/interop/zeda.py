@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from moepp_megatron.config import Config, ConfigError
-from moepp_megatron.config.problem import raise_problems, show
+from moepp_megatron.config.errors import raise_problems, show
 from moepp_megatron.experts import CONSTANT, COPY, LOCAL_KINDS, ZERO
 from moepp_megatron.interop.expressible import PLAIN, Row, refusals, unknown_there
 from moepp_megatron.interop.hf_config import assemble, plain_fields

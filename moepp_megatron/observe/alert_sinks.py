@@ -25,7 +25,7 @@ class _AlertSink(Protocol):
         """End the sink; nothing is sent after it."""
 
 
-class AlertFile:
+class _AlertFile:
     """Appends each alert to `RUN/alerts.jsonl` as one line.
 
     The file is in the order of time: a resumed or rolled back run keeps the alerts of steps that
@@ -113,7 +113,7 @@ def open_alert_sinks(
         start_over: Whether the run begins at its first step; else earlier alerts are kept.
     """
     wanted: dict[str, Callable[[], _AlertSink]] = {
-        ALERTS_FILE: lambda: AlertFile(run_dir / ALERTS_FILE, start_over)
+        ALERTS_FILE: lambda: _AlertFile(run_dir / ALERTS_FILE, start_over)
     }
     if webhook_url_env is not None:
         wanted["webhook"] = lambda: Webhook(read_address(webhook_url_env), run_name)

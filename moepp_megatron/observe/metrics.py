@@ -39,7 +39,7 @@ class StepMetrics(Record):
         return self.model_dump_json(exclude_none=True) + "\n"
 
 
-class Line(NamedTuple):
+class _Line(NamedTuple):
     """A line of a `metrics.jsonl`: its bytes in the file, and its record or what is wrong."""
 
     number: int
@@ -135,7 +135,7 @@ def counting(steps: NDArray[np.int64]) -> NDArray[np.bool_]:
     return np.append(steps[:-1] < later[1:], True)[: len(steps)]
 
 
-def read_lines(path: Path) -> Iterator[Line]:
+def read_lines(path: Path) -> Iterator[_Line]:
     """The lines of a `metrics.jsonl`, without empty ones and an unfinished last one.
 
     A line longer than any record comes in parts, which are not records.
@@ -153,11 +153,11 @@ def read_lines(path: Path) -> Iterator[Line]:
             end += len(line)
             try:
                 if line.strip():
-                    yield Line(number, start, end, StepMetrics.model_validate_json(line))
+                    yield _Line(number, start, end, StepMetrics.model_validate_json(line))
             except ValidationError as error:
                 # Only an interrupted write leaves bytes after the last line end.
                 if line.endswith(b"\n") or len(line) == LONGEST_LINE:
-                    yield Line(number, start, end, None, _describe(error))
+                    yield _Line(number, start, end, None, _describe(error))
 
 
 def _describe(error: ValidationError) -> str:

@@ -30,7 +30,7 @@ CLAIM = "MOEPP_CLAIM"
 RESUME_COMMAND = "MOEPP_RESUME_COMMAND"
 
 
-class ProcessId(BaseModel):
+class _ProcessId(BaseModel):
     """A process of a machine.
 
     Attributes:
@@ -43,7 +43,7 @@ class ProcessId(BaseModel):
     started: float
 
     @classmethod
-    def own(cls) -> ProcessId:
+    def own(cls) -> _ProcessId:
         """This process."""
         return cls(pid=os.getpid(), started=psutil.Process().create_time())
 
@@ -84,7 +84,7 @@ class RunStatus(BaseModel):
     pid: int
     started: float
     time: float
-    launcher: ProcessId | None = None
+    launcher: _ProcessId | None = None
     start: str | None = None
     restarted: bool = False
     job: str | None = None
@@ -111,7 +111,7 @@ class RunStatus(BaseModel):
             resume_command=resume_command,
             folder=os.getcwd(),
             is_configured=is_configured,
-            **ProcessId.own().model_dump(),
+            **_ProcessId.own().model_dump(),
         )
 
     @classmethod
@@ -125,7 +125,7 @@ class RunStatus(BaseModel):
         )
         if claim.pid == own.pid:
             return known
-        launcher = ProcessId(pid=claim.pid, started=claim.started)
+        launcher = _ProcessId(pid=claim.pid, started=claim.started)
         return known.model_copy(update={"launcher": launcher})
 
     def resume_command_here(self) -> str | None:
@@ -141,7 +141,7 @@ class RunStatus(BaseModel):
         """True if none of its processes is left; None if this machine cannot know."""
         if self.host != socket.gethostname():
             return None
-        answers = [ProcessId(pid=self.pid, started=self.started).is_gone()]
+        answers = [_ProcessId(pid=self.pid, started=self.started).is_gone()]
         if self.launcher is not None:
             answers.append(self.launcher.is_gone())
         if False in answers:

@@ -92,7 +92,7 @@ class TensorBoardSink:
         weights: dict[str, list[float]] = {}
         for key, labels, value in numbers(record, self._experts, self._moe_layers):
             if not labels and key != "step":
-                self._writer.add_scalar(tag_of(key), value, record.step)
+                self._writer.add_scalar(_tag_of(key), value, record.step)
             if labels:
                 row = OF_RECORD[key]
                 path = path_of(row, labels)
@@ -130,7 +130,7 @@ class TensorBoardSink:
             self._writer.close()
 
 
-def tag_of(key: str) -> str:
+def _tag_of(key: str) -> str:
     """The tag of a record's number in TensorBoard: the catalogue's, if it has one."""
     group = OF_RECORD[key].group if key in OF_RECORD else "other"
     return group if "/" in group else f"{group}/{key}"

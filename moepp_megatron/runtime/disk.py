@@ -15,7 +15,7 @@ STDOUT = "stdout"
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
-def refusal(error: BaseException) -> OSError | None:
+def _refusal(error: BaseException) -> OSError | None:
     """The OSError behind an exception of a write; None if there is none.
 
     `torch.save` raises a RuntimeError about positions in its archive, "[enforce fail at
@@ -35,7 +35,7 @@ def causes(error: BaseException) -> list[BaseException]:
 
 def is_full(error: BaseException) -> bool:
     """True if a write failed because the disk, or the user's quota, is full."""
-    reason = refusal(error)
+    reason = _refusal(error)
     return reason is not None and reason.errno in _FULL
 
 
@@ -51,7 +51,7 @@ def naming_stream(is_stderr: bool) -> Iterator[None]:
 
 def write_error(error: BaseException, path: Path) -> OSError:
     """Turn the exception of a failed write of `path` into an OSError with file and reason."""
-    reason = refusal(error)
+    reason = _refusal(error)
     if reason is not None:
         return OSError(reason.errno, reason.strerror, str(path))
     return OSError(f"{path}: {type(error).__name__}: {error}")

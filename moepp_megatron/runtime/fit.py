@@ -148,7 +148,7 @@ def _check_recomputation(config: Config) -> None:
 
 def _check_extension(config: Config) -> None:
     modules = modules_with_extension(config)
-    if modules and (missing := extension_obstacle()) is not None:
+    if modules and (missing := _extension_obstacle()) is not None:
         lacks, remedy = missing
         raise UnfitError(
             f"training.recompute_modules ({', '.join(modules)}) must have {lacks}, because "
@@ -214,7 +214,7 @@ def compiler_obstacle() -> tuple[str, str] | None:
     return _lacks_compiler("C", "CC", ("gcc", "clang"), "gcc") or _lacks_header()
 
 
-def extension_obstacle() -> tuple[str, str] | None:
+def _extension_obstacle() -> tuple[str, str] | None:
     """Name what torch lacks to compile megatron-core's extension, and the remedy, or None.
 
     It looks as torch does (torch/utils/cpp_extension.py): for the compiler that CXX names or c++,

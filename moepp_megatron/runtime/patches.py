@@ -15,7 +15,7 @@ from typing import Any
 
 
 @dataclass(frozen=True)
-class Patch:
+class _Patch:
     """One replacement.
 
     Attributes:
@@ -33,7 +33,7 @@ class Patch:
 
 
 PATCHES = (
-    Patch(
+    _Patch(
         "runtime.cpu_support",
         "torch, megatron-core",
         "streams, events, device queries, random states, factories, uneven collectives, "
@@ -42,49 +42,49 @@ PATCHES = (
         "megatron-core asks for CUDA where nothing depends on a GPU",
         "megatron-core trains on CPU ranks by itself",
     ),
-    Patch(
+    _Patch(
         "runtime.agent",
         "torch",
         "SimpleElasticAgent._restart_workers; for good, in torchrun's own process",
         "a user's error would be tried again",
         "torchrun has a setting for failures that are final",
     ),
-    Patch(
+    _Patch(
         "training.checkpoint.save",
         "megatron-core",
         "filesystem_async._results_queue; for good",
         "a server process would be started for a queue that nothing reads",
         "a save can be planned without a queue",
     ),
-    Patch(
+    _Patch(
         "training.checkpoint.save",
         "torch",
         "storage_meta of one writer; for good",
         "a path would be stored as an object, which another Python cannot unpickle",
         "torch stores no path",
     ),
-    Patch(
+    _Patch(
         "training.checkpoint.data_only",
         "megatron-core",
         "FileSystemReader of its strategies; while a checkpoint is read",
         "the index would be unpickled without restrictions",
         "megatron-core takes a reader for the common state",
     ),
-    Patch(
+    _Patch(
         "training.setup",
         "Transformer Engine",
         "fuse_wgrad_accumulation of its layers; for good, where megatron-core has left it off",
         "weight gradients would be written and added to their buffers in a pass of its own",
         "megatron-core's output layer can be built with its setting where apex is not there",
     ),
-    Patch(
+    _Patch(
         "interop.vllm.model",
         "vLLM",
         "set_capture_fn of the router of one layer's FFN experts; for good",
         "it would record rows of FFN experts where the gate records the picks of tokens",
         "vLLM captures only routers that ask for it",
     ),
-    Patch(
+    _Patch(
         "interop.megatron_lm",
         "Megatron-LM",
         "checkpointing._maybe_setup_gpt_to_hybrid_load; for good, where its loop builds this "
@@ -92,7 +92,7 @@ PATCHES = (
         "it would translate the names of layers, or refuse a checkpoint without a pattern",
         "it looks at names instead of classes",
     ),
-    Patch(
+    _Patch(
         "moe.stack",
         "megatron-core",
         "the numbers of layers of the first and the last stage in one TransformerConfig; while a "
@@ -100,14 +100,14 @@ PATCHES = (
         "HybridModel refuses them beside a pattern that has the stages",
         "HybridModel takes both",
     ),
-    Patch(
+    _Patch(
         "training.step",
         "megatron-core",
         "prepare_grads and get_grad_norm of one optimizer; for one step",
         "both would be computed twice where the norm is looked at before the step",
         "the optimizer's step takes a norm",
     ),
-    Patch(
+    _Patch(
         "features.tasks.part",
         "megatron-core",
         "moe_expert_capacity_factor and moe_input_jitter_eps of the model's configuration, and the "
@@ -115,42 +115,42 @@ PATCHES = (
         "a token's score would depend on the other tokens, and on noise",
         "megatron-core limits and disturbs only in training",
     ),
-    Patch(
+    _Patch(
         "training.resilience.stragglers",
         "torch, megatron-core",
         "collectives under every name, and Work.wait; while the clock runs",
         "neither gloo nor NCCL says how long a rank waits",
         "torch reports the time of a collective",
     ),
-    Patch(
-        "training.gradient_norm",
+    _Patch(
+        "training.step_sums",
         "megatron-core",
         "clip_grads.l2_norm_impl; for good, on a GPU without Transformer Engine and apex",
         "the host waits for the device once a parameter",
         "megatron-core's own norm is one read",
     ),
-    Patch(
+    _Patch(
         "features.profile.ranges",
         "torch, megatron-core",
         "methods of layers, process groups and Work; while a profile is recorded",
         "parts of a layer have no names in a trace",
         "never: names are this package's",
     ),
-    Patch(
+    _Patch(
         "tools.bench.layer",
         "megatron-core",
         "methods of one layer; while it is timed",
         "parts of a layer have no times",
         "never: parts are this package's",
     ),
-    Patch(
+    _Patch(
         "tools.bench.step",
         "torch",
         "all_to_all_single; in steps that are not timed",
         "neither gloo nor NCCL reports how long it takes",
         "torch reports the time of a collective",
     ),
-    Patch(
+    _Patch(
         "tools.bench.held_routing",
         "megatron-core",
         "gating, or the last step of it, of one router; for good, in a benchmark",

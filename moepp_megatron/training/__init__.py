@@ -2,7 +2,6 @@
 
 alerts.py              the sinks of a run, and its alerts: refused batches, stages, failed saves
 batches.py             micro-batches on this rank's device, for training and validation
-gradient_norm.py       the gradient norm on the device
 inference_settings.py  turns a training configuration into one for forward passes only
 optimizers.py          the optimizer: its kind, and the groups of parameters that differ
 part.py                the protocol of a part; features/ and parts/ have them

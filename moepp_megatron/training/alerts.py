@@ -15,8 +15,8 @@ from moepp_megatron.file_names import CONFIG_FILE
 from moepp_megatron.observe.alert_sinks import AlertSinks, open_alert_sinks
 from moepp_megatron.observe.alerts import Alert
 from moepp_megatron.observe.sinks import Sinks, SinkSettings, open_sinks
-from moepp_megatron.training.checkpoint import CheckpointWriter
 from moepp_megatron.training.checkpoint.files import Progress
+from moepp_megatron.training.checkpoint.write import CheckpointWriter
 from moepp_megatron.training.run_folder import RunFolder
 
 logger = logging.getLogger(__name__)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from moepp_megatron.config import ConfigError
+from moepp_megatron.config.errors import show
 from moepp_megatron.config.load import parse_override
-from moepp_megatron.config.problem import show
 from moepp_megatron.config.schema.megatron import MegatronSection
 from moepp_megatron.config.sections import settings_of_one_run
 

@@ -126,7 +126,7 @@ def _override(config: Config, kind: str, is_vector: bool) -> ParamGroupOverride:
 
 
 def _is_of_kind(kind: str, is_vector: bool, parameter: Tensor, name: str) -> bool:
-    return kind == parameter_kind(parameter, name) and is_vector == _is_vector(parameter, name)
+    return kind == _parameter_kind(parameter, name) and is_vector == _is_vector(parameter, name)
 
 
 def _is_vector(parameter: Tensor, name: str) -> bool:
@@ -134,7 +134,7 @@ def _is_vector(parameter: Tensor, name: str) -> bool:
     return parameter.dim() == 1 or name.endswith(".bias")
 
 
-def parameter_kind(parameter: Tensor, name: str) -> str:
+def _parameter_kind(parameter: Tensor, name: str) -> str:
     """The field of `ParameterGroups` that a parameter belongs to, or `matrices`.
 
     Args:

@@ -110,7 +110,7 @@ class BatchSizes:
 
 
 @dataclass(frozen=True)
-class BatchStage:
+class _BatchStage:
     """Steps with one batch size, as long as no batch is refused.
 
     Attributes:
@@ -124,13 +124,13 @@ class BatchStage:
     consumed_samples: int
 
 
-def batch_stages(config: Config) -> list[BatchStage]:
+def batch_stages(config: Config) -> list[_BatchStage]:
     """The batch sizes of a run; one stage where `training.batch_ramp` is null."""
-    sizes, stages, consumed = BatchSizes(config), list[BatchStage](), 0
+    sizes, stages, consumed = BatchSizes(config), list[_BatchStage](), 0
     for step in range(1, config.training.train_iters + 1):
         size = sizes.at(consumed)
         if not stages or size != stages[-1].size:
-            stages.append(BatchStage(step, size, consumed))
+            stages.append(_BatchStage(step, size, consumed))
         if size == config.training.global_batch_size:
             break
         consumed += size

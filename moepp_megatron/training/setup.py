@@ -29,9 +29,9 @@ from moepp_megatron.moe.lane import pipeline_config
 from moepp_megatron.runtime.backends import chosen_cross_entropy
 from moepp_megatron.runtime.fit import modules_with_extension
 from moepp_megatron.runtime.patches import replace
-from moepp_megatron.training.gradient_norm import replace_l2_norm
 from moepp_megatron.training.optimizers import build_optimizer
 from moepp_megatron.training.schedule import build_schedule
+from moepp_megatron.training.step_sums import replace_l2_norm
 
 
 @dataclass
@@ -95,14 +95,14 @@ def build_training_model(config: Config) -> TrainingModel:
         UnfitError: If this machine or the installed megatron-core lacks what the layers use.
     """
     if torch.cuda.is_available() and _uses_triton(config):
-        start_a_kernel()
+        _start_a_kernel()
     if modules_with_extension(config):
-        compile_extension()
+        _compile_extension()
     replace_l2_norm()
     models = build_model(config)
     schedule_config, chunks = wrap_models(models, config)
     optimizer = build_optimizer(config, chunks)
-    connect_schedule(schedule_config, config, chunks, optimizer)
+    _connect_schedule(schedule_config, config, chunks, optimizer)
     return TrainingModel(chunks, models, optimizer, build_schedule(config, optimizer))
 
 
@@ -111,7 +111,7 @@ def _uses_triton(config: Config) -> bool:
     return in_layers or chosen_cross_entropy(config.precision.cross_entropy) == "fused"
 
 
-def start_a_kernel() -> None:
+def _start_a_kernel() -> None:
     """Compile and launch a kernel, to fail before minutes of building and loading."""
     try:
         start_kernel(torch.device("cuda", torch.cuda.current_device()))
@@ -122,7 +122,7 @@ def start_a_kernel() -> None:
         ) from error
 
 
-def compile_extension() -> None:
+def _compile_extension() -> None:
     """Have megatron-core's extension for `recompute_modules` compiled, once a machine.
 
     It would be compiled in the first backward pass, while other ranks wait in collectives. The
@@ -204,7 +204,7 @@ def _fuse_weight_gradients(model: torch.nn.Module) -> None:
             replace(layer, "fuse_wgrad_accumulation", True)
 
 
-def connect_schedule(
+def _connect_schedule(
     schedule_config: TransformerConfig,
     config: Config,
     chunks: list[DistributedDataParallel],

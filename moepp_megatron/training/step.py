@@ -17,10 +17,9 @@ from torch import Tensor
 from moepp_megatron.config import Config, Layout
 from moepp_megatron.data.conversations import PADDING
 from moepp_megatron.runtime.patches import replaced
-from moepp_megatron.training.gradient_norm import squared_norms
 from moepp_megatron.training.rng import get_rng_state, set_rng_state
 from moepp_megatron.training.setup import TrainingModel
-from moepp_megatron.training.step_sums import StepSums, Summand, read_step
+from moepp_megatron.training.step_sums import StepSums, Summand, read_step, squared_norms
 
 Batch = dict[str, Tensor]
 

@@ -33,8 +33,8 @@ from moepp_megatron.runtime.object_store import check_store, place
 from moepp_megatron.runtime.optional import how_to_install
 from moepp_megatron.runtime.rank import RankEnvironment
 from moepp_megatron.runtime.rank_environment import contradiction, set_rank_variables
-from moepp_megatron.training.checkpoint import check_start, list_checkpoints
 from moepp_megatron.training.checkpoint.compatible import differences
+from moepp_megatron.training.checkpoint.find import check_start, list_checkpoints
 from moepp_megatron.training.run_folder import RunFolder, Start, checkpoint_folder
 
 Say = Callable[[str], object]

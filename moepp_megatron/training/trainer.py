@@ -18,16 +18,16 @@ from moepp_megatron.observe.metrics import StepMetrics
 from moepp_megatron.observe.sinks import Sinks
 from moepp_megatron.training.alerts import RunAlerts, new_stage, open_run_sinks
 from moepp_megatron.training.batches import rank_batches
-from moepp_megatron.training.checkpoint import (
-    CheckpointWriter,
+from moepp_megatron.training.checkpoint.files import read_record
+from moepp_megatron.training.checkpoint.read import (
     Loaded,
     find_start,
     newest_valid,
     read_checkpoint,
+    start_lines,
 )
-from moepp_megatron.training.checkpoint.files import read_record
-from moepp_megatron.training.checkpoint.read import start_lines
 from moepp_megatron.training.checkpoint.retention import lack_of_space
+from moepp_megatron.training.checkpoint.write import CheckpointWriter
 from moepp_megatron.training.part import Outcome, PartContext, Parts, Pause, Rollback, Step, Stop
 from moepp_megatron.training.parts.order import STATES, build_parts, states_of
 from moepp_megatron.training.resilience.supervisor import Supervisor

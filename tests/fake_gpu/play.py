@@ -190,7 +190,7 @@ class _Run:
         from moepp_megatron.training.schedule import build_schedule
 
         self.config, self.layout, self.case, self.outcome = config, layout, case, outcome
-        setup.start_a_kernel()
+        setup._start_a_kernel()
         setup.replace_l2_norm()
         with torch.device("cuda"):
             models = build_chunks(config)
@@ -199,7 +199,7 @@ class _Run:
         optimizer = build_optimizer(config, chunks)
         # megatron-core asks all ranks once, and the answer is a number.
         optimizer._has_grad_norm_group_cache = dict.fromkeys(SEPARATE_GRAD_NORM_GROUPS, False)
-        setup.connect_schedule(schedule_config, config, chunks, optimizer)
+        setup._connect_schedule(schedule_config, config, chunks, optimizer)
         schedule = build_schedule(config, optimizer)
         self.model = setup.TrainingModel(chunks, models, optimizer, schedule)
         self.model.set_training(True)

@@ -324,7 +324,7 @@ def start_training_from(folder: Path, dtype: str):
 
     from moepp_megatron.interop.hf_config import config_from_hf
     from moepp_megatron.interop.hf_source import HFSource
-    from moepp_megatron.training.checkpoint import read_checkpoint
+    from moepp_megatron.training.checkpoint.read import read_checkpoint
 
     source = write_released(folder / "hf")
     hf_to_mcore(source, folder / "mcore")
@@ -378,7 +378,7 @@ def test_hostile_json_is_refused_in_one_line(tmp_path, name, content):
 def test_a_tensor_that_no_rule_reads_is_not_left_out_silently(tmp_path, monkeypatch):
     """A kind of expert that the exported program does not know would change the model."""
     from moepp_megatron.interop import to_hf
-    from moepp_megatron.interop.checkpoint_reader import TensorReader
+    from moepp_megatron.interop.checkpoint_tensors import TensorReader
 
     hf_to_mcore(write_released(tmp_path / "hf"), tmp_path / "mcore")
     rules = to_hf._FORMATS["moepp"].rules

@@ -103,7 +103,7 @@ def save_model(folder: Path, model, config):
     """Save a model, of step 3, with a tokenizer."""
     import multiprocessing
 
-    from moepp_megatron.training.checkpoint import Progress
+    from moepp_megatron.training.checkpoint.files import Progress
 
     tokenizer = folder.parent / "tokenizer.json"
     write_tokenizer(tokenizer)

@@ -11,7 +11,7 @@ import pytest
 from moepp_megatron.config import ConfigError
 from moepp_megatron.data.chat_template import ChatTemplate
 from moepp_megatron.data.tokenizer import Tokenizer
-from moepp_megatron.training.checkpoint.write import tokenizer_files
+from moepp_megatron.training.checkpoint.write import _tokenizer_files
 from tests.interop.checkpoints import GOLDEN, hf_to_mcore, load_tensors, mcore_to_hf, write_released
 from tests.interop.models import settings
 from tests.interop.test_export import TOKENS, save_and_compute, write_tokenizer
@@ -176,7 +176,7 @@ def test_the_card_of_a_chat_model_can_be_followed(
     source = write(tmp_path / "chats.jsonl", [{"messages": chat(n)} for n in range(9)])
     prepared(source, tokenizer_folder, tmp_path / "data")
     file = tmp_path / "data" / "tokenizer.json"
-    for name, content in tokenizer_files(file).items():
+    for name, content in _tokenizer_files(file).items():
         (tmp_path / "mcore" / name).write_bytes(content)
     export(tmp_path / "mcore", tmp_path / "hf")
     template = ChatTemplate.find(file, Tokenizer.load(file), None)

@@ -168,12 +168,12 @@ def test_bias_bounds_every_score_of_an_added_expert():
     """Worst tokens: those that point along an added row, away from the FFN rows."""
     import torch
 
-    from moepp_megatron.interop.upcycle import new_rows, noise, selection_bias
+    from moepp_megatron.interop.upcycle import _new_rows, _noise, _selection_bias
 
-    ffn, norm = 0.3 * noise(1, "ffn", (5, 24)), 1.0 + 0.5 * noise(1, "norm", (24,))
-    rows = torch.cat([ffn, new_rows(ffn, norm, noise(1, "added", (3, 24)))])
-    bias = selection_bias(rows, norm, 5)
-    directions = torch.cat([norm * (rows[5:] - ffn.mean(dim=0)), noise(1, "u", (2000, 24))])
+    ffn, norm = 0.3 * _noise(1, "ffn", (5, 24)), 1.0 + 0.5 * _noise(1, "norm", (24,))
+    rows = torch.cat([ffn, _new_rows(ffn, norm, _noise(1, "added", (3, 24)))])
+    bias = _selection_bias(rows, norm, 5)
+    directions = torch.cat([norm * (rows[5:] - ffn.mean(dim=0)), _noise(1, "u", (2000, 24))])
     u = directions / directions.norm(dim=-1, keepdim=True) * 24**0.5
     scores = torch.softmax((norm * u) @ rows.T, dim=-1)
     assert (scores[:, 5:].amax(dim=-1) < bias[0] + scores[:, :5].amin(dim=-1)).all()
@@ -202,8 +202,8 @@ def test_raw_scores_as_gates(ranks, plain, tmp_path, name):
 
 def test_zedas_router_rows(plain, tmp_path):
     """As the FFN experts' are, and no bias holds them back."""
-    from moepp_megatron.interop.checkpoint_reader import TensorReader
-    from moepp_megatron.interop.upcycle import Additions, upcycle, upcycled_config
+    from moepp_megatron.interop.checkpoint_tensors import TensorReader
+    from moepp_megatron.interop.upcycle import Additions, _upcycled_config, upcycle
 
     plain(write_source, tmp_path / "hf", "mixtral", write_tokens(tmp_path))
     added = Additions(num_zero_experts=8, keeps_function=False)
@@ -213,7 +213,7 @@ def test_zedas_router_rows(plain, tmp_path):
     assert not any("expert_bias" in key for key in start.tensors)
     assert 0.5 < float(rows[4:].std() / rows[:4].std()) < 2.0
     with pytest.raises(ConfigError, match="--zeda-router must be left out for a deepseek_v3"):
-        upcycled_config({**SHAPE, **DEEPSEEK, "model_type": "deepseek_v3"}, added, "m", None)
+        _upcycled_config({**SHAPE, **DEEPSEEK, "model_type": "deepseek_v3"}, added, "m", None)
 
 
 def test_scores_that_are_not_renormalised_are_refused(plain, tmp_path):
@@ -242,14 +242,14 @@ LLAMA = {
 
 
 def test_one_expert_a_token_is_refused_with_advice_that_can_be_followed():
-    from moepp_megatron.interop.upcycle import Additions, upcycled_config
+    from moepp_megatron.interop.upcycle import Additions, _upcycled_config
 
     with pytest.raises(ConfigError, match=r"--topk \(1\) must be at least 2.*; use --topk 2"):
-        upcycled_config(LLAMA, Additions(router_topk=1), "model", None)
-    assert upcycled_config(LLAMA, Additions(router_topk=2), "model", None).moe.router_topk == 2
+        _upcycled_config(LLAMA, Additions(router_topk=1), "model", None)
+    assert _upcycled_config(LLAMA, Additions(router_topk=2), "model", None).moe.router_topk == 2
     mixtral = {**LLAMA, "model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 1}
     with pytest.raises(ConfigError, match=r"num_experts_per_tok \(1\) .* cannot be upcycled"):
-        upcycled_config(mixtral, Additions(), "model", None)
+        _upcycled_config(mixtral, Additions(), "model", None)
 
 
 @pytest.mark.parametrize(
@@ -278,7 +278,7 @@ def train_upcycled(
     from moepp_megatron.features.budget.part import BudgetPart
     from moepp_megatron.interop.upcycle import Additions, upcycle
     from moepp_megatron.training.batches import rank_batches
-    from moepp_megatron.training.checkpoint import read_checkpoint
+    from moepp_megatron.training.checkpoint.read import read_checkpoint
     from moepp_megatron.training.parts.routing_counts import RoutingCountsPart
     from moepp_megatron.training.setup import build_training_model
     from moepp_megatron.training.step import training_step
@@ -341,31 +341,31 @@ def test_short_run_moves_the_ffn_share_from_1_towards_phi(ranks, plain, tmp_path
     ],
 )
 def test_what_deepseek_models_cannot_bring_is_refused(change, named):
-    from moepp_megatron.interop.upcycle import Additions, upcycled_config
+    from moepp_megatron.interop.upcycle import Additions, _upcycled_config
 
     config = {**SHAPE, **DEEPSEEK, "model_type": "deepseek_v3", "rms_norm_eps": 1e-6}
-    assert upcycled_config(config, Additions(), "x", None).moe.gate_scale == 2.5
+    assert _upcycled_config(config, Additions(), "x", None).moe.gate_scale == 2.5
     # All groups stay: nothing is limited.
-    upcycled_config(config | {"n_group": 2, "topk_group": 2}, Additions(), "x", None)
+    _upcycled_config(config | {"n_group": 2, "topk_group": 2}, Additions(), "x", None)
     with pytest.raises(ConfigError, match=named):
-        upcycled_config(config | change, Additions(), "x", None)
+        _upcycled_config(config | change, Additions(), "x", None)
 
 
 def test_what_olmoe_models_cannot_bring_is_refused():
-    from moepp_megatron.interop.upcycle import Additions, upcycled_config
+    from moepp_megatron.interop.upcycle import Additions, _upcycled_config
 
     none = Additions(**FFN_ONLY)
     olmoe = {**SHAPE, "model_type": "olmoe", "num_experts": 6, "num_experts_per_tok": 3}
-    config = upcycled_config(olmoe | {"clip_qkv": None}, none, "x", None)
+    config = _upcycled_config(olmoe | {"clip_qkv": None}, none, "x", None)
     assert (config.model.qk_layernorm, config.model.qk_layernorm_scope) == (True, "all_heads")
     # What OLMoE takes where its config.json does not say.
     assert (config.model.norm_epsilon, config.moe.gate_normalization) == (1e-5, "none")
     with pytest.raises(ConfigError, match=r"clip_qkv \(8\.0\) must be null"):
-        upcycled_config(olmoe | {"clip_qkv": 8.0}, none, "x", None)
+        _upcycled_config(olmoe | {"clip_qkv": 8.0}, none, "x", None)
     with pytest.raises(ConfigError, match=r"attention_bias \(true\) must be false"):
-        upcycled_config(olmoe | {"attention_bias": True}, none, "x", None)
+        _upcycled_config(olmoe | {"attention_bias": True}, none, "x", None)
     with pytest.raises(ConfigError, match=r"norm_topk_prob \(false\) must be true"):
-        upcycled_config(olmoe, Additions(), "x", None)
+        _upcycled_config(olmoe, Additions(), "x", None)
 
 
 def test_olmoes_norms_come_back_from_an_export(plain, tmp_path):
@@ -409,7 +409,7 @@ def test_layers_that_predict_further_tokens_are_left_out(plain, tmp_path):
 
     import torch
 
-    from moepp_megatron.interop.checkpoint_reader import TensorReader
+    from moepp_megatron.interop.checkpoint_tensors import TensorReader
 
     bias = TensorReader(tmp_path / "moepp").read("decoder.layers.1.mlp.router.expert_bias")
     own = tensors["model.layers.1.mlp.gate.e_score_correction_bias"]

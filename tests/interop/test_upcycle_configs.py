@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from moepp_megatron.config import Config, load_config
-from moepp_megatron.interop.upcycle import Additions, upcycled_config
-from moepp_megatron.training.checkpoint import check_compatible
+from moepp_megatron.interop.upcycle import Additions, _upcycled_config
+from moepp_megatron.training.checkpoint.compatible import check_compatible
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "upcycle"
 # config.json of mistralai/Mixtral-8x7B-v0.1 and Qwen/Qwen3-30B-A3B: what decides shapes.
@@ -50,7 +50,7 @@ SOURCES = {"mixtral_8x7b_8_4": (MIXTRAL, 2), "qwen3_30b_a3b_128_32": (QWEN3, 30)
 
 def made_of(name: str) -> Config:
     hf, constants = SOURCES[name]
-    return upcycled_config(hf, Additions(num_constant_experts=constants), name, "bf16")
+    return _upcycled_config(hf, Additions(num_constant_experts=constants), name, "bf16")
 
 
 def test_every_configuration_has_its_source():

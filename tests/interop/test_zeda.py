@@ -97,7 +97,7 @@ def save_with_reader(source: Path, target: Path, ids):
 
 @pytest.mark.parametrize("case", CASES)
 def test_both_ways(ranks, plain, tmp_path, case):
-    from moepp_megatron.interop.checkpoint_reader import TensorReader
+    from moepp_megatron.interop.checkpoint_tensors import TensorReader
 
     raw = settings(**CASES[case])
     (ours,) = ranks(1).run(save_and_compute, raw, tmp_path / "run")

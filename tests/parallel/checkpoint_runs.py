@@ -78,7 +78,8 @@ def logged(run: Path, key: str = "loss"):
 def train_between(raw, folder: Path, last: int, start: Path | None = None) -> list[float]:
     """Losses from a checkpoint (or step 0) to step `last`, which is saved into `folder`."""
     from moepp_megatron.training.batches import rank_batches
-    from moepp_megatron.training.checkpoint import Progress, read_checkpoint
+    from moepp_megatron.training.checkpoint.files import Progress
+    from moepp_megatron.training.checkpoint.read import read_checkpoint
     from moepp_megatron.training.step import training_step
     from moepp_megatron.training.step_sums import mean_loss
 
@@ -109,7 +110,7 @@ def continue_in_another_layout(ranks: RankPools, folder: Path, raw, first, secon
 
 def save_checkpoint(folder: Path, model, progress, config, tokenizer: Path | None = None):
     """Save once and wait; on every rank."""
-    from moepp_megatron.training.checkpoint import CheckpointWriter
+    from moepp_megatron.training.checkpoint.write import CheckpointWriter
 
     writer = CheckpointWriter(folder, config, tokenizer or folder / "no tokenizer")
     writer.save(model, progress)

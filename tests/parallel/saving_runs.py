@@ -27,7 +27,8 @@ class Run:
 
     def begin_in(self, folder: Path):
         """Count steps from 0 again, with the weights that are there, and save into a folder."""
-        from moepp_megatron.training.checkpoint import CheckpointWriter, Progress
+        from moepp_megatron.training.checkpoint.files import Progress
+        from moepp_megatron.training.checkpoint.write import CheckpointWriter
 
         self.progress = Progress()
         self.writer = CheckpointWriter(folder, self.config, folder / "no tokenizer")

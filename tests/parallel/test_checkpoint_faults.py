@@ -126,7 +126,7 @@ def save_with_another_clock(folder: Path) -> list[list[str]]:
     """Checkpoints, newest first, after a save by a node whose clock is behind, and one more."""
     from unittest import mock
 
-    from moepp_megatron.training.checkpoint import list_checkpoints
+    from moepp_megatron.training.checkpoint.find import list_checkpoints
 
     run, found = Run(folder, keep=2), []
     run.step()

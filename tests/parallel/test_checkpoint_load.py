@@ -48,7 +48,7 @@ def _settings(corpus: Path, run: Path, steps: int, checkpoint, **sections):
 def found(raw) -> tuple[Path | None, list[str]]:
     """Where a trainer on this rank would start, and what it would log."""
     from moepp_megatron.config import parse_config
-    from moepp_megatron.training.checkpoint import find_start
+    from moepp_megatron.training.checkpoint.read import find_start
     from moepp_megatron.training.run_folder import checkpoint_folder
 
     config = parse_config(raw)

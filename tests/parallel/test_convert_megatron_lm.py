@@ -15,13 +15,20 @@ from moepp_megatron.config import ConfigError, load_config
 from moepp_megatron.config import megatron_flags as flags
 from moepp_megatron.config.reference import section_references
 from moepp_megatron.data.tokenizer import Tokenizer
-from moepp_megatron.interop.checkpoint_reader import TensorReader
-from moepp_megatron.interop.checkpoint_writer import ConvertedCheckpointWriter
-from moepp_megatron.interop.from_megatron_lm import config_from_arguments, from_megatron_lm
-from moepp_megatron.interop.megatron_checkpoint import find_megatron_checkpoint, read_arguments
+from moepp_megatron.interop.checkpoint_tensors import ConvertedCheckpointWriter, TensorReader
+from moepp_megatron.interop.from_megatron_lm import (
+    _config_from_arguments,
+    _find_megatron_checkpoint,
+    _read_arguments,
+    from_megatron_lm,
+)
 from moepp_megatron.interop.to_hf import mcore_to_hf
-from moepp_megatron.interop.to_megatron_lm import ARGUMENTS_FILE, megatron_arguments, to_megatron_lm
-from moepp_megatron.training.checkpoint import damage
+from moepp_megatron.interop.to_megatron_lm import (
+    ARGUMENTS_FILE,
+    _megatron_arguments,
+    to_megatron_lm,
+)
+from moepp_megatron.training.checkpoint.files import damage
 from tests.commands import moepp
 from tests.interop.checkpoints import score
 from tests.parallel.megatron_lm_runs import (
@@ -138,16 +145,16 @@ def test_the_way_back(ranks, saved, converted, corpus, tmp_path):
 
 
 def test_settings_of_the_environment_are_kept(ranks, saved, monkeypatch):
-    folder = find_megatron_checkpoint(saved[0])
-    arguments = read_arguments(TensorReader(folder))
-    expected = config_from_arguments(arguments, None, "save")
+    folder = _find_megatron_checkpoint(saved[0])
+    arguments = _read_arguments(TensorReader(folder))
+    expected = _config_from_arguments(arguments, None, "save")
     for name in [name for name in vars(arguments) if name.startswith("moepp_")]:
         delattr(arguments, name)
     with pytest.raises(ConfigError, match=r"--moepp-args \(absent\) must give the run"):
-        config_from_arguments(arguments, None, "save")
-    assert config_from_arguments(arguments, OWN, "save") == expected
+        _config_from_arguments(arguments, None, "save")
+    assert _config_from_arguments(arguments, OWN, "save") == expected
     arguments.moepp_environment = OWN
-    assert config_from_arguments(arguments, None, "save") == expected
+    assert _config_from_arguments(arguments, None, "save") == expected
 
 
 # Defaults that `from_megatron` has in code: of latent attention and of routing.
@@ -192,16 +199,16 @@ def _megatrons_defaults():
 
 
 def test_groups_of_experts_go_both_ways(saved):
-    arguments = read_arguments(TensorReader(find_megatron_checkpoint(saved[0])))
+    arguments = _read_arguments(TensorReader(_find_megatron_checkpoint(saved[0])))
     arguments.moe_router_num_groups, arguments.moe_router_group_topk = 4, 2
-    config = config_from_arguments(arguments, None, "save")
+    config = _config_from_arguments(arguments, None, "save")
     assert (config.moe.num_groups, config.moe.group_topk) == (4, 2)
-    words = megatron_arguments(config)
+    words = _megatron_arguments(config)
     for option, value in (("num-groups", "4"), ("group-topk", "2")):
         assert words[words.index(f"--moe-router-{option}") + 1] == value
     # Without group_topk, megatron-core's router does not look at the groups.
     arguments.moe_router_group_topk = None
-    assert not config_from_arguments(arguments, None, "save").moe.limits_groups
+    assert not _config_from_arguments(arguments, None, "save").moe.limits_groups
 
 
 @pytest.mark.parametrize(
@@ -219,11 +226,11 @@ def test_groups_of_experts_go_both_ways(saved):
     ],
 )
 def test_a_model_that_is_not_this_one_is_refused(saved, tmp_path, monkeypatch, changes, message):
-    folder = find_megatron_checkpoint(saved[0])
-    arguments = read_arguments(TensorReader(folder))
+    folder = _find_megatron_checkpoint(saved[0])
+    arguments = _read_arguments(TensorReader(folder))
     vars(arguments).update(changes)
     monkeypatch.setattr(
-        "moepp_megatron.interop.from_megatron_lm.read_arguments", lambda reader: arguments
+        "moepp_megatron.interop.from_megatron_lm._read_arguments", lambda reader: arguments
     )
     with pytest.raises(ConfigError, match=message):
         from_megatron_lm(folder, tmp_path / "ours")
@@ -246,7 +253,7 @@ def test_no_code_of_the_checkpoint_runs(saved, tmp_path):
     arguments = argparse.Namespace(num_layers=4, planted=Planted(), words=[1, Planted()])
     writer.add_object("common_state", {"args": arguments, "other": Planted()})
     writer.finish()
-    read = read_arguments(TensorReader(folder))
+    read = _read_arguments(TensorReader(folder))
     assert vars(read) == {"num_layers": 4}
     assert not ran.exists()
     pickle.loads(pickle.dumps(Planted()))
@@ -285,7 +292,7 @@ def test_a_tokenizer_that_does_not_fit_is_refused(saved, corpus, tmp_path, monke
 
 @pytest.mark.parametrize(("given", "gates"), [(True, "none"), (False, "selected")])
 def test_gates_of_megatrons_own_layer_go_both_ways(saved, given, gates):
-    arguments = read_arguments(TensorReader(find_megatron_checkpoint(saved[0])))
+    arguments = _read_arguments(TensorReader(_find_megatron_checkpoint(saved[0])))
     changes = {
         "moepp_num_zero_experts": 0,
         "moepp_num_copy_experts": 0,
@@ -295,20 +302,20 @@ def test_gates_of_megatrons_own_layer_go_both_ways(saved, given, gates):
         "moe_router_pre_softmax": given,
     }
     vars(arguments).update(changes)
-    config = config_from_arguments(arguments, None, "save")
+    config = _config_from_arguments(arguments, None, "save")
     assert (config.moe.is_vanilla, config.moe.gate_normalization) == (True, gates)
-    assert ("--moe-router-pre-softmax" in megatron_arguments(config)) == given
+    assert ("--moe-router-pre-softmax" in _megatron_arguments(config)) == given
 
 
 def test_norms_over_all_heads_are_refused(converted):
     both = ["model.qk_layernorm=true", "model.qk_layernorm_scope=all_heads"]
     with pytest.raises(ConfigError, match=r"qk_layernorm_scope \('all_heads'\) must be 'head' for"):
-        megatron_arguments(load_config(converted / "config.yaml", both))
+        _megatron_arguments(load_config(converted / "config.yaml", both))
 
 
 def test_model_arguments_are_those_that_the_model_was_made_with(converted):
     """Every argument of these tests' models comes back with its value, others beside."""
-    words = megatron_arguments(load_config(converted / "config.yaml"))
+    words = _megatron_arguments(load_config(converted / "config.yaml"))
     made = dict(zip(words, [*words[1:], ""], strict=True))
     given = MODEL_ARGUMENTS.split()
     for option, value in zip(given, [*given[1:], ""], strict=True):

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from moepp_megatron.config import ConfigError, parse_config
-from moepp_megatron.training.setup import compile_extension
+from moepp_megatron.training.setup import _compile_extension
 from tests.parallel.checkpoint_runs import continue_in_another_layout
 from tests.parallel.forced_routing import pad_some, vary_norms
 from tests.parallel.training_runs import (
@@ -287,7 +287,7 @@ def test_training_equals_one_process(trained, alone, feature, layout):
     prepare = PREPARED.get(feature.partition(",")[0])
     if "up-projection" in layout:
         # Here: 20 seconds of computing, alone, are not what the ranks have their time for.
-        compile_extension()
+        _compile_extension()
     run = trained(world_size, short(**merged(both, own)), prepare=prepare)
     compare(run, alone(short(**both), prepare), FP32)
 

@@ -72,7 +72,7 @@ def generated(raw, overrides: list[str], sampling, eod: int = NO_EOD) -> list[li
 def scored_again(raw, sampling, eod: int = NO_EOD) -> list[list[int]]:
     import torch
 
-    from moepp_megatron.interop.decoding import sample
+    from moepp_megatron.interop.decoding import _sample
     from moepp_megatron.interop.generate_request import Sampling
 
     _, (model,) = build(raw, [])
@@ -86,7 +86,7 @@ def scored_again(raw, sampling, eod: int = NO_EOD) -> list[list[int]]:
             with torch.no_grad():
                 places = torch.arange(tokens.shape[1]).unsqueeze(0)
                 last = model(tokens, places, None)[0, -1, :60].float()
-            token = sample(last, how, generator)
+            token = _sample(last, how, generator)
             if token == eod:
                 break
             new.append(token)

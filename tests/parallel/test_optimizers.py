@@ -17,7 +17,7 @@ BF16 = {"precision": {"dtype": "bf16"}}
 
 def kinds_of(raw) -> dict[str, tuple[str, str]]:
     """Each parameter's kind, and the class of the optimizer that trains it."""
-    from moepp_megatron.training.optimizers import parameter_kind
+    from moepp_megatron.training.optimizers import _parameter_kind
 
     _, _, model = begin_training(raw)
     owners = {
@@ -27,7 +27,7 @@ def kinds_of(raw) -> dict[str, tuple[str, str]]:
         for parameter in group["params"]
     }
     return {
-        name: (parameter_kind(parameter, name), owners[parameter])
+        name: (_parameter_kind(parameter, name), owners[parameter])
         for name, parameter in model.chunks[0].named_parameters()
     }
 
@@ -130,7 +130,7 @@ GROUPS = {
 
 def rates_of(raw) -> tuple[float, dict[str, set[tuple[float, float]]]]:
     """The run's rate, and rate and weight decay of each kind of parameters in the second step."""
-    from moepp_megatron.training.optimizers import parameter_kind
+    from moepp_megatron.training.optimizers import _parameter_kind
 
     _, _, model = begin_training(raw)
     model.scheduler.step(increment=2)
@@ -138,7 +138,7 @@ def rates_of(raw) -> tuple[float, dict[str, set[tuple[float, float]]]]:
     found: dict[str, set[tuple[float, float]]] = {}
     for group in model.optimizer.param_groups:
         for parameter in group["params"]:
-            kind = parameter_kind(parameter, names[parameter])
+            kind = _parameter_kind(parameter, names[parameter])
             kind += " vector" if parameter.dim() == 1 else ""
             found.setdefault(kind, set()).add((group["lr"], group["weight_decay"]))
     return model.learning_rate, found

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from moepp_megatron.config import parse_config
-from moepp_megatron.training.checkpoint import NoStartError
+from moepp_megatron.training.checkpoint.find import NoStartError
 from moepp_megatron.training.run_folder import RunFolder
 from tests.parallel.training_runs import settings
 

@@ -152,7 +152,7 @@ def train(raw, steps: int, prepare=None):
     from moepp_megatron.training.batches import rank_batches
     from moepp_megatron.training.checkpoint.files import Progress
     from moepp_megatron.training.part import Parts, Step
-    from moepp_megatron.training.parts.order import part_kinds
+    from moepp_megatron.training.parts.order import _part_kinds
     from moepp_megatron.training.parts.routing_counts import RoutingCountsPart
     from moepp_megatron.training.setup import build_training_model
     from moepp_megatron.training.step import training_step
@@ -162,7 +162,7 @@ def train(raw, steps: int, prepare=None):
     model = build_training_model(config)
     # By name, so that a feature can be deleted without these runs.
     names = ("DistillationPart", "MultiTokenPredictionPart", "RoutesPart")
-    of_loss = [kind for kind in part_kinds() if kind.__name__ in names]
+    of_loss = [kind for kind in _part_kinds() if kind.__name__ in names]
     dataset = SyntheticDataset(config, steps)
     losses = _made(of_loss, config, layout, model, dataset).parts
     if prepare is not None:
@@ -228,11 +228,11 @@ def watching(see: Callable[..., None], *summands):
 def counting_parts(config, layout, model, dataset, *more, guarded: bool = False):
     """The parts that count and watch routers, as the trainer makes them, and others."""
     from moepp_megatron.training.part import Parts
-    from moepp_megatron.training.parts.order import part_kinds
+    from moepp_megatron.training.parts.order import _part_kinds
     from moepp_megatron.training.parts.refused_batches import RefusedBatchesPart
     from moepp_megatron.training.parts.routing_counts import RoutingCountsPart
 
-    kinds = list(part_kinds())
+    kinds = list(_part_kinds())
     counting = kinds[kinds.index(RoutingCountsPart) : kinds.index(RefusedBatchesPart)]
     run = _made(counting, config, layout, model, dataset)
     if guarded:

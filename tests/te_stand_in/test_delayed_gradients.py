@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from moepp_megatron.training.setup import compile_extension
+from moepp_megatron.training.setup import _compile_extension
 from tests.parallel.training_runs import EP2, LATENT_WIDTHS, assemble, compare, settings
 from tests.te_stand_in.rank_runs import train_in_nodes
 
@@ -38,7 +38,7 @@ def test_gradients_are_the_same(ranks, case):
     world, sections, products = CASES[case]
     if case == "moe_act recomputed":
         # Here: 20 seconds of computing, alone, are not what the ranks have their time for.
-        compile_extension()
+        _compile_extension()
     runs, counts = [], []
     for delays in (False, True):
         parallel = {

@@ -10,7 +10,7 @@ from moepp_megatron.catalogue import IN_LAYERS, METRICS, OF_RECORD
 from moepp_megatron.experts import ExpertCounts
 from moepp_megatron.observe.metrics import StepMetrics
 from moepp_megatron.observe.numbers import numbers
-from moepp_megatron.observe.tensorboard import tag_of
+from moepp_megatron.observe.tensorboard import _tag_of
 
 
 def test_every_key_of_a_record_has_a_row():
@@ -19,7 +19,7 @@ def test_every_key_of_a_record_has_a_row():
 
 
 def test_no_two_metrics_share_a_name_or_a_plot():
-    tags = [tag_of(key) for key, row in OF_RECORD.items() if not row.labels and key != "step"]
+    tags = [_tag_of(key) for key, row in OF_RECORD.items() if not row.labels and key != "step"]
     assert len(set(tags)) == len(tags)
     for of in (
         [row.prometheus for row in METRICS.values() if row.prometheus],

@@ -7,8 +7,8 @@ import os
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
+from moepp_megatron.config.errors import Problem
 from moepp_megatron.config.plugins import Plugin
-from moepp_megatron.config.problem import Problem
 from moepp_megatron.config.rows import each, no_effect_where, refuse, table
 from moepp_megatron.config.schema.section import ConfigPath, Section, Unit
 

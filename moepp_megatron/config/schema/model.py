@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
-from moepp_megatron.config.divisibility import divisible
-from moepp_megatron.config.rows import first, group, refuse, table
+from moepp_megatron.config.rows import divisible, first, group, refuse, table
 from moepp_megatron.config.schema.latent_attention import LatentAttentionSection
 from moepp_megatron.config.schema.section import Section, Unit
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
-from moepp_megatron.config.divisibility import divisible
-from moepp_megatron.config.problem import Problem
+from moepp_megatron.config.errors import Problem
 from moepp_megatron.config.rows import (
+    divisible,
     each,
     first,
     group,

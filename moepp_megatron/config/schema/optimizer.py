@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, Literal
 
+from moepp_megatron.config.errors import Problem
 from moepp_megatron.config.plugins import Plugin
-from moepp_megatron.config.problem import Problem
 from moepp_megatron.config.rows import (
     Condition,
     Rule,

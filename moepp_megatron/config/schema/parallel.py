@@ -5,9 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from moepp_megatron.config.divisibility import divisible, must_divide
-from moepp_megatron.config.problem import Problem, show
-from moepp_megatron.config.rows import Condition, Rule, Text, group, no_effect_where, refuse
+from moepp_megatron.config.errors import Problem, show
+from moepp_megatron.config.rows import (
+    Condition,
+    Rule,
+    Text,
+    divisible,
+    group,
+    must_divide,
+    no_effect_where,
+    refuse,
+)
 from moepp_megatron.config.schema.section import Section, Unit
 from moepp_megatron.config.stages import expand_pipeline_layout, virtual_stages
 from moepp_megatron.config.world_size import WORLD_SIZE_RULES

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from moepp_megatron.config.divisibility import must_divide
-from moepp_megatron.config.problem import Problem
+from moepp_megatron.config.errors import Problem
 from moepp_megatron.config.rows import (
     Rule,
     each,
     first,
     group,
+    must_divide,
     no_effect_where,
     no_effect_with,
     no_effect_without,

@@ -6,12 +6,13 @@ from collections.abc import Iterator
 from itertools import pairwise
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
-from moepp_megatron.config.divisibility import batch_sizes, must_divide
-from moepp_megatron.config.problem import Problem
+from moepp_megatron.config.errors import Problem
 from moepp_megatron.config.rows import (
+    batch_sizes,
     each,
     first,
     group,
+    must_divide,
     no_effect_with,
     no_effect_without,
     refuse,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import model_validator
 
-from moepp_megatron.config.problem import Problem
+from moepp_megatron.config.errors import Problem
 from moepp_megatron.config.rows import first, group, no_effect_where, refuse, table
 from moepp_megatron.config.schema.moe import Controller, EngineMoESection
 from moepp_megatron.config.schema.section import Section, Unit

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated
 
 from moepp_megatron.config.blends import first_step
-from moepp_megatron.config.problem import Problem
+from moepp_megatron.config.errors import Problem
 from moepp_megatron.config.rows import each, group, refuse, table
 from moepp_megatron.config.schema.data import BlendPart
 from moepp_megatron.config.schema.section import Section, Unit

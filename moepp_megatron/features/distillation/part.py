@@ -25,7 +25,7 @@ from moepp_megatron.model.build import build_model
 from moepp_megatron.model.stage import evaluation_stages
 from moepp_megatron.observe.alerts import Alert
 from moepp_megatron.runtime.distributed import Agreement
-from moepp_megatron.training.checkpoint import load_weights
+from moepp_megatron.training.checkpoint.read import load_weights
 from moepp_megatron.training.part import Part, PartContext, State, Step, Why
 from moepp_megatron.training.step import unchanged
 from moepp_megatron.training.step_sums import StepCounts, Summand, first_of_tensor_ranks

@@ -8,7 +8,7 @@ from difflib import get_close_matches
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from moepp_megatron.catalogue import METRICS
-from moepp_megatron.config.problem import Problem
+from moepp_megatron.config.errors import Problem
 from moepp_megatron.config.rows import no_effect_where, refuse
 from moepp_megatron.config.schema.section import FilledText, Section, Unit
 

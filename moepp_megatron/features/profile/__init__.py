@@ -3,5 +3,4 @@
 settings.py  steps and ranks that are recorded
 part.py      records steps, writes files
 ranges.py    names for parts of a model and collectives in profiler traces
-traffic.py   counts the bytes that each layer's routing must send
 """

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, ClassVar
 
-from moepp_megatron.config.problem import Problem
+from moepp_megatron.config.errors import Problem
 from moepp_megatron.config.rows import WorldSizeRule, no_effect_without, table
 from moepp_megatron.config.schema.section import Section, Unit
 

@@ -160,7 +160,7 @@ class TokenClassesPart(Part):
         if len(bands) == size:
             of_ids = np.array([int(digit) for digit in bands], dtype=np.int64)
         else:
-            of_ids = frequency_bands(_counts_on_ranks(self._run.train_set, size), BAND_EDGES)
+            of_ids = _frequency_bands(_counts_on_ranks(self._run.train_set, size), BAND_EDGES)
         tokenizer = getattr(getattr(self._run.train_set, "config", None), "tokenizer", None)
         classes = None
         if isinstance(tokenizer, Tokenizer):
@@ -193,10 +193,10 @@ class TokenClassesPart(Part):
 
 
 def _counts_on_ranks(dataset: Any, vocab_size: int) -> NDArray[np.int64]:
-    """[V] int64 `token_counts` of the training set: rank 0 reads, and every rank must call."""
+    """[V] int64 `_token_counts` of the training set: rank 0 reads, and every rank must call."""
     counts = torch.zeros(vocab_size, dtype=torch.int64, device=torch.cuda.current_device())
     if dist.get_rank() == 0:
-        counts.copy_(torch.from_numpy(token_counts(dataset, vocab_size)))
+        counts.copy_(torch.from_numpy(_token_counts(dataset, vocab_size)))
     dist.broadcast(counts, 0)
     shared: NDArray[np.int64] = counts.cpu().numpy()
     return shared
@@ -238,7 +238,7 @@ _TOKENS_AT_ONCE = 1 << 16
 _TOKENS = 1 << 21
 
 
-def token_counts(dataset: Any, vocab_size: int) -> NDArray[np.int64]:
+def _token_counts(dataset: Any, vocab_size: int) -> NDArray[np.int64]:
     """Count each token id in evenly spaced samples.
 
     Args:
@@ -264,7 +264,7 @@ def token_counts(dataset: Any, vocab_size: int) -> NDArray[np.int64]:
     return counts
 
 
-def frequency_bands(counts: NDArray[np.int64], edges: Sequence[float]) -> NDArray[np.int64]:
+def _frequency_bands(counts: NDArray[np.int64], edges: Sequence[float]) -> NDArray[np.int64]:
     """Sort token ids into classes that hold given shares of the tokens.
 
     Args:

@@ -14,7 +14,7 @@ from megatron.bridge.utils.fusions import validate_rope_fusion_compatibility
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
 from moepp_megatron.config import Config
-from moepp_megatron.config.problem import raise_problems
+from moepp_megatron.config.errors import raise_problems
 from moepp_megatron.interop.expressible import refusals
 from moepp_megatron.interop.megatron_arguments import balance_of
 from moepp_megatron.interop.stage import block_spec, build_stage

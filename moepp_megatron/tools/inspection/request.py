@@ -12,11 +12,10 @@ from moepp_megatron.config import Config, ConfigError, load_config
 from moepp_megatron.data.token_classes import Language, language_of, token_classes
 from moepp_megatron.experts import LOCAL_COUNTS, ExpertCounts
 from moepp_megatron.file_names import CONFIG_FILE
-from moepp_megatron.interop.score_request import ScoreRequest
-from moepp_megatron.interop.score_text import checkpoint_tokenizer
+from moepp_megatron.interop.score_request import ScoreRequest, checkpoint_tokenizer
 from moepp_megatron.tools.inspection.text import TokenizedText, read_text, tokenize, windows
-from moepp_megatron.training.checkpoint import find_checkpoint
 from moepp_megatron.training.checkpoint.files import read_record
+from moepp_megatron.training.checkpoint.find import find_checkpoint
 from moepp_megatron.training.inference_settings import inference_override
 
 _DEFAULT_MAX_TOKENS = 16_384

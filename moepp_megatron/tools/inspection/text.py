@@ -9,7 +9,7 @@ import numpy as np
 
 from moepp_megatron.config import ConfigError
 from moepp_megatron.data.tokenizer import Tokenizer
-from moepp_megatron.interop.score_text import text_of
+from moepp_megatron.interop.score_request import text_of
 
 # No more characters are read for a token, so that a huge file costs no more than a small one.
 _CHARACTERS_A_TOKEN = 64

@@ -83,7 +83,7 @@ _Count = Annotated[int, Field(ge=0, le=10**18)]
 
 
 class Pass(BaseModel):
-    """Routing in one forward pass of a layer (features/profile/traffic.py).
+    """Routing in one forward pass of a layer (features/profile/part.py).
 
     Attributes:
         layer: Global layer number.

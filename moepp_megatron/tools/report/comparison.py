@@ -15,8 +15,7 @@ from matplotlib.axes import Axes
 
 from moepp_megatron.config.errors import ConfigError
 from moepp_megatron.config.flops import training_flops_per_token
-from moepp_megatron.config.load import parse_config
-from moepp_megatron.config.origins import leaves
+from moepp_megatron.config.load import leaves, parse_config
 from moepp_megatron.config.yaml_file import parse_yaml
 from moepp_megatron.file_names import CONFIG_FILE
 from moepp_megatron.tools.report import formatting

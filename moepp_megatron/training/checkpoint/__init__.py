@@ -14,58 +14,5 @@ retention.py     deletes old checkpoints, and what killed runs left; checks the 
 write.py         `CheckpointWriter`: the saves of a run, on which all ranks agree
 read.py          all of a load
 
-Names are imported on first use: finding a checkpoint and refusing one that does not fit needs no
-torch, so the command line answers at once.
+`find.py`, `compatible.py` and `files.py` import no torch, so that the command line answers at once.
 """
-
-from __future__ import annotations
-
-import importlib
-from typing import TYPE_CHECKING, Any
-
-from moepp_megatron.training.checkpoint.compatible import check_compatible
-from moepp_megatron.training.checkpoint.files import Progress, damage, is_checkpoint
-from moepp_megatron.training.checkpoint.find import (
-    NoStartError,
-    check_start,
-    find_checkpoint,
-    list_checkpoints,
-    newest_again,
-)
-
-if TYPE_CHECKING:
-    from moepp_megatron.training.checkpoint.read import (
-        Loaded,
-        find_start,
-        load_weights,
-        newest_valid,
-        read_checkpoint,
-    )
-    from moepp_megatron.training.checkpoint.write import CheckpointWriter
-
-__all__ = [
-    "CheckpointWriter",
-    "Loaded",
-    "NoStartError",
-    "Progress",
-    "check_compatible",
-    "check_start",
-    "damage",
-    "find_checkpoint",
-    "find_start",
-    "is_checkpoint",
-    "list_checkpoints",
-    "load_weights",
-    "newest_again",
-    "newest_valid",
-    "read_checkpoint",
-]
-
-_READ = {"Loaded", "find_start", "load_weights", "newest_valid", "read_checkpoint"}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in {"CheckpointWriter", *_READ}:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    home = "read" if name in _READ else "write"
-    return getattr(importlib.import_module(f"{__name__}.{home}"), name)

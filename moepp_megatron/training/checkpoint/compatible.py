@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from moepp_megatron.config import Config, ConfigError, load_config, parse_split
-from moepp_megatron.config.problem import Problem, raise_problems, show
+from moepp_megatron.config.errors import Problem, raise_problems, show
 from moepp_megatron.experts import KINDS
 from moepp_megatron.file_names import CONFIG_FILE
 from moepp_megatron.training.checkpoint.files import read_record

@@ -10,7 +10,7 @@ from typing import Any
 import torch.distributed as dist
 
 from moepp_megatron.config import Config, ConfigError, Layout, load_config
-from moepp_megatron.config.problem import show
+from moepp_megatron.config.errors import show
 from moepp_megatron.file_names import CONFIG_FILE
 from moepp_megatron.layer_settings import EXPORTED
 from moepp_megatron.model.gpt import MoEPPGPTModel

@@ -75,7 +75,7 @@ class CheckpointWriter:
         self._folder = folder
         self._config = config
         self._is_first = dist.get_rank() == 0
-        self._tokenizer = tokenizer_files(tokenizer) if self._is_first else {}
+        self._tokenizer = _tokenizer_files(tokenizer) if self._is_first else {}
         self._layout = Layout.from_config(config, dist.get_world_size())
         self._agreement = Agreement()
         self._pruner = Pruner(folder, config.checkpoint.keep)
@@ -265,7 +265,7 @@ def _describe(error: Exception) -> str:
     return text if is_known else f"{type(error).__name__}: {text}"
 
 
-def tokenizer_files(path: Path) -> dict[str, bytes]:
+def _tokenizer_files(path: Path) -> dict[str, bytes]:
     """The tokenizer files of a checkpoint by name; empty if the file is not a tokenizer.
 
     Read once, when a run begins: the file may be replaced while it trains.

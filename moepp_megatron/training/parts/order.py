@@ -26,7 +26,7 @@ _EARLIER = {
 }
 
 
-def part_kinds(plugins: Sequence[str] = ()) -> Iterator[type[Part]]:
+def _part_kinds(plugins: Sequence[str] = ()) -> Iterator[type[Part]]:
     """The class of each part, in order: the package's own, then those of `run.parts`.
 
     Raises:
@@ -49,7 +49,7 @@ def build_parts(run: PartContext, kinds: Iterable[type[Part]] | None = None) -> 
         run: What they are made from.
         kinds: Their classes; None for all of `features.registry` and `run.parts`.
     """
-    for kind in part_kinds(run.config.run.parts) if kinds is None else kinds:
+    for kind in _part_kinds(run.config.run.parts) if kinds is None else kinds:
         part = kind.of(run)
         if part is not None:
             run.parts.append(part)

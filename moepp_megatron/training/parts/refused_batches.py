@@ -1,11 +1,15 @@
-"""The numerical guard as a part of the run: refuses batches and acts on their cause."""
+"""The numerical guard as a part of the run: refuses batches, finds the cause and acts on it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import math
+import statistics
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, assert_never
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -24,11 +28,31 @@ from moepp_megatron.training.part import (
     Why,
 )
 from moepp_megatron.training.parts.routing_counts import RoutingCountsPart
-from moepp_megatron.training.resilience.numerical_guard import NumericalFailureError, NumericalGuard
-from moepp_megatron.training.resilience.refused_batches import BatchEvidence, find_cause
+from moepp_megatron.training.resilience.numerical_guard import (
+    SIGNIFICANCE,
+    BatchEvidence,
+    Cause,
+    NumericalFailureError,
+    NumericalGuard,
+    num_needed,
+)
 from moepp_megatron.training.schedule import BatchSizes
 from moepp_megatron.training.step import compute_gradients, unchanged
 from moepp_megatron.training.step_sums import StepSums
+
+_PERMUTATIONS = 400
+# Meaning of each cause, and the user's remedy where it has ended a run.
+_MEANING: dict[Cause, str] = {
+    "model": "the model is at fault",
+    "not finite": "the model is sound",
+    "data": "the data have changed",
+    "targets": "the texts are as before, but not the labels",
+}
+_REMEDY: dict[Cause, str] = {
+    "not finite": "look at the texts of these batches, and at precision",
+    "data": "resilience.guard_new_data=accept takes such batches",
+    "targets": "look at how these texts were prepared; resilience.guard=false takes them",
+}
 
 
 class RefusedBatchesPart(Part):
@@ -73,7 +97,7 @@ class RefusedBatchesPart(Part):
         guard = self._guard
         with self._run.supervisor.during("replay"):
             before = self._replay(guard.samples_to_replay)
-            found = [find_cause(guard.refused, before, guard.is_sound)]
+            found = [_find_cause(guard.refused, before, guard.is_sound)]
             # The processor of another rank may round otherwise, and all must do the same.
             dist.broadcast_object_list(found)
         (finding,) = found
@@ -142,3 +166,91 @@ class RefusedBatchesPart(Part):
         """Forget the baseline of losses."""
         self._guard.load({})
         return ()
+
+
+@dataclass(frozen=True)
+class _Finding:
+    """A cause of refused batches, with the evidence as text."""
+
+    cause: Cause
+    numbers: str
+
+    @property
+    def text(self) -> str:
+        """Numbers and cause."""
+        return f"{self.numbers}: {_MEANING[self.cause]}"
+
+    @property
+    def remedy(self) -> str:
+        """Remedy for the user."""
+        return _REMEDY[self.cause]
+
+
+def _find_cause(
+    refused: Sequence[BatchEvidence],
+    before: Sequence[BatchEvidence],
+    is_sound: Callable[[float], bool],
+) -> _Finding:
+    """Find out why batches were refused, from the current model's judgement of them.
+
+    The model has not changed since the newest batch that it accepted. If it does not take batches
+    from then (`before`, maybe none) any more, it was damaged by its last steps. If it does, the
+    refused batches are at fault; and if these are also routed otherwise, then they are other texts.
+    `is_sound` is true for a loss of earlier batches that an undamaged model gives.
+    """
+    usual = _median([batch.loss for batch in before])
+    numbers = f"batches from before them have a loss of {usual:.4f} now"
+    if not before:
+        numbers = "no batch before them was accepted"
+    if not math.isfinite(usual) or not is_sound(usual):
+        return _Finding("model", numbers)
+    if not all(math.isfinite(batch.loss) for batch in refused):
+        return _Finding("not finite", numbers)
+    groups = [[batch.selections_LE for batch in each] for each in (before, refused)]
+    numbers += f"; {_moved_share(before, refused):.0%} of the selections are for other experts"
+    return _Finding("data" if _has_moved(*groups) else "targets", numbers)
+
+
+def _median(losses: Sequence[float]) -> float:
+    """The median, NaN counting as infinite; NaN of nothing."""
+    known = [math.inf if math.isnan(loss) else loss for loss in losses]
+    return statistics.median(known) if known else math.nan
+
+
+def _has_moved(before: Sequence[Tensor], refused: Sequence[Tensor]) -> bool:
+    """True if two groups of batches differ significantly in their experts' shares.
+
+    A permutational analysis of variance (Anderson 2001) of Hellinger distances, of all layers
+    together. It needs no scale of what is usual: under the same model batches of the same texts can
+    be exchanged. Each batch has selections [MoE layers, E].
+    """
+    points = torch.stack([_coordinates(batch) for batch in (*before, *refused)])
+    # Seeded, so that every rank decides alike.
+    generator = torch.Generator().manual_seed(0)
+    orders = torch.stack(
+        [torch.randperm(len(points), generator=generator) for _ in range(_PERMUTATIONS)]
+    )
+    # [1 + permutations, batches] which batches make the first group, the observed one first.
+    groups = torch.cat([torch.arange(len(points)).unsqueeze(0), orders]) < len(before)
+    one = groups.double() @ points / len(before)
+    other = (~groups).double() @ points / len(refused)
+    # With groups of fixed sizes the sum of squares between them is a multiple of this.
+    between = (one - other).square().sum(dim=1)
+    # The same grouping comes again; rounding must not put it above itself.
+    above = between[1:] > between[0] * (1 + 1e-9)
+    is_enough = len(before) >= num_needed(len(refused))
+    return is_enough and float(above.double().mean()) <= SIGNIFICANCE
+
+
+def _coordinates(selections_LE: Tensor) -> Tensor:
+    shares = selections_LE / selections_LE.sum(dim=1, keepdim=True).clamp(min=1.0)
+    return shares.sqrt().flatten()
+
+
+def _moved_share(batches: Sequence[BatchEvidence], other: Sequence[BatchEvidence]) -> float:
+    """Total variation distance of the experts' shares, mean over the layers."""
+    sums = [
+        torch.stack([batch.selections_LE for batch in each]).sum(dim=0) for each in (batches, other)
+    ]
+    shares = [each / each.sum(dim=1, keepdim=True).clamp(min=1.0) for each in sums]
+    return float((shares[0] - shares[1]).abs().sum(dim=1).mean() / 2)

@@ -2,7 +2,6 @@
 
 hang_report.py        heartbeats, torch's flight recorder; finds the rank that blocks the others
 numerical_guard.py    decides, on all ranks alike, whether a batch may change the model
-refused_batches.py    finds the cause of batches refused in a row: the model, numbers, or data
 stragglers.py         time in collectives; the rank that is slower than the others
 supervisor.py         all monitors as one object; finds ranks whose copies of parameters differ
 watchdog.py           the training thread's phase, and a thread that ends a run without progress

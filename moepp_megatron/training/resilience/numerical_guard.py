@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -14,8 +14,47 @@ from torch import Tensor
 
 from moepp_megatron.config.schema import ResilienceSection
 from moepp_megatron.observe.shift.detector import CHARTS, Detector
-from moepp_megatron.training.resilience.refused_batches import BatchEvidence, Cause, num_needed
 from moepp_megatron.training.step_sums import StepSums
+
+# Of the ways to part the batches into two groups of these sizes, the share that may part them by
+# their routing at least as well as "before" and "refused" do.
+SIGNIFICANCE = 0.05
+
+Cause = Literal["model", "not finite", "data", "targets"]
+
+
+@dataclass(frozen=True)
+class BatchEvidence:
+    """A model's loss and routing on a batch, the same on every rank.
+
+    Attributes:
+        loss: Language-model loss in nats; NaN where loss or gradients are not finite.
+        selections_LE: [MoE layers, E] float64 selections that routers wanted, over all ranks.
+    """
+
+    loss: float
+    selections_LE: Tensor
+
+    def state(self) -> list[Any]:
+        """The state for a checkpoint, as plain numbers.
+
+        None stands for NaN: saving compares ranks, and NaN is not equal.
+        """
+        loss = None if math.isnan(self.loss) else self.loss
+        return [loss, self.selections_LE.tolist()]
+
+    @classmethod
+    def from_state(cls, state: Sequence[Any]) -> BatchEvidence:
+        """Undo `state`."""
+        loss, selections = state
+        known = math.nan if loss is None else loss
+        return cls(known, torch.tensor(selections, dtype=torch.float64))
+
+
+def num_needed(num_refused: int) -> int:
+    """Batches from before the refused ones, for `_has_moved` to decide."""
+    return max(num_refused, math.ceil(1 / SIGNIFICANCE / num_refused))
+
 
 # Losses are compared with their course (`observe/shift/detector.py`), which follows a descent:
 # a jump is one within a step. Where losses hardly differ their spread says nothing: the floor, in

@@ -13,9 +13,8 @@ from moepp_megatron.config.load import config_layers
 from moepp_megatron.config.sections import used
 from moepp_megatron.file_names import CONFIG_FILE, LATEST_FILE, OWNER_FILE, STATUS_FILE, is_of_run
 from moepp_megatron.runtime.object_store import ObjectPath
-from moepp_megatron.training.checkpoint import list_checkpoints
 from moepp_megatron.training.checkpoint.files import PREFIX
-from moepp_megatron.training.checkpoint.find import checkpoints_of
+from moepp_megatron.training.checkpoint.find import checkpoints_of, list_checkpoints
 from moepp_megatron.training.run_folder.ownership import OwnerMark, is_same, marked_owner
 
 

@@ -28,7 +28,7 @@ from moepp_megatron.runtime.atomic import create_atomic, lock, write_atomic
 from moepp_megatron.runtime.disk import is_full
 from moepp_megatron.runtime.object_store import ObjectPath
 from moepp_megatron.runtime.printable import printable_time
-from moepp_megatron.training.checkpoint import NoStartError, list_checkpoints
+from moepp_megatron.training.checkpoint.find import NoStartError, list_checkpoints
 
 BEAT_S = 3.0
 # How long a process on another machine may show no beat: it may be busy, its disk slow.

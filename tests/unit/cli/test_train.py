@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 
 from moepp_megatron.cli import main, run_end
-from moepp_megatron.cli.resume_command import resume_command
+from moepp_megatron.cli.run_end import resume_command
 from moepp_megatron.config import ConfigError, Layout, UnfitError, load_config, with_overrides
 from moepp_megatron.config.exit_codes import STOPPED
 from moepp_megatron.data import prepared_data
@@ -22,7 +22,7 @@ from moepp_megatron.observe.status import RunStatus, inherited_claim, read_statu
 from moepp_megatron.runtime import agent, launch
 from moepp_megatron.runtime.launch import LaunchOptions
 from moepp_megatron.runtime.rank import RankEnvironment
-from moepp_megatron.training.checkpoint import NoStartError
+from moepp_megatron.training.checkpoint.find import NoStartError
 from moepp_megatron.training.run import TrainResult, _run_rank
 from moepp_megatron.training.run_folder import Start
 from moepp_megatron.training.train_request import RESOLVED, TrainRequest

@@ -96,7 +96,7 @@ def test_what_ranks_print_is_not_beside_it(capfd):
     """A rank has the file descriptor; what was written before a failure is printed too."""
 
     def fail() -> None:
-        with paths.printed_file() as file:
+        with paths._printed_file() as file:
             print("a table")
             os.write(1, b"a rank's table")
             file.write_text("{}\n")
@@ -104,7 +104,7 @@ def test_what_ranks_print_is_not_beside_it(capfd):
 
     with pytest.raises(SystemExit, match="3"):
         fail()
-    with paths.printed_file():
+    with paths._printed_file():
         print("nothing was written")
     print("goes on")
     assert capfd.readouterr().out == "{}\ngoes on\n"

@@ -18,7 +18,7 @@ from moepp_megatron.data.conversations import DOCUMENTS, PADDING
 from moepp_megatron.data.datasets import build_datasets
 from moepp_megatron.data.manifest import Manifest
 from moepp_megatron.data.prepare import Prepared, PrepareSettings, prepare
-from moepp_megatron.data.prepare_chat import messages_of, pack
+from moepp_megatron.data.prepare_chat import _messages_of, _pack
 from moepp_megatron.data.prepared_data import check_data
 from moepp_megatron.data.tokenizer import Tokenizer
 from moepp_megatron.data.verify import verify
@@ -151,7 +151,7 @@ def test_positions_start_anew_if_asked(folder):
 
 def test_packing_fills_and_never_crosses():
     lengths = np.random.RandomState(1).randint(1, 40, 500).tolist()
-    packs = pack(lengths, np.random.RandomState(2).permutation(500), 100)
+    packs = _pack(lengths, np.random.RandomState(2).permutation(500), 100)
     assert sorted(index for each in packs for index in each) == list(range(500))
     sums = [sum(lengths[index] for index in each) for each in packs]
     assert max(sums) <= 100
@@ -293,7 +293,7 @@ FORMS = {
 @pytest.mark.parametrize("name", FORMS)
 def test_forms_of_records(name, tokenizer_folder, tmp_path):
     record, messages = FORMS[name]
-    assert messages_of(record) == messages
+    assert _messages_of(record) == messages
     one = write(tmp_path / "one.jsonl", [record])
     other = write(tmp_path / "other.jsonl", [{"messages": messages}])
     written = [
@@ -333,7 +333,7 @@ WRONG_FORMS = {
 @pytest.mark.parametrize("name", WRONG_FORMS)
 def test_wrong_records_are_left_out(name):
     with pytest.raises(UnusableChat):
-        messages_of(WRONG_FORMS[name])
+        _messages_of(WRONG_FORMS[name])
 
 
 # How a template writes a message, and messages that spell the token `<|im_end|>` by that.

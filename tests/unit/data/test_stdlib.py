@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from moepp_megatron.data import sources as sources_module
-from moepp_megatron.data.corpus import ALONE, arrange
+from moepp_megatron.data.corpus import ALONE, _arrange
 from moepp_megatron.data.datasets import build_datasets
 from moepp_megatron.data.prepare import PrepareSettings, prepare
 from moepp_megatron.data.source_filters import is_table, package_of
@@ -137,22 +137,22 @@ def test_arrangement(seed):
     generator = np.random.RandomState(seed)
     groups = generator.randint(-1, 30, size=400)
     lengths = generator.randint(1, 100, size=400)
-    order, validation = arrange(groups, lengths, seed)
+    order, validation = _arrange(groups, lengths, seed)
     assert sorted(order) == list(range(400))
     in_train, in_validation = order[:-validation], order[-validation:]
     shared = set(groups[in_train]) & set(groups[in_validation])
     assert shared <= {ALONE}
     # What is missing is less than any group that is left.
     assert 0.04 < lengths[in_validation].sum() / lengths.sum() <= 0.05
-    assert np.array_equal(arrange(groups, lengths, seed)[0], order)
-    assert not np.array_equal(arrange(groups, lengths, seed + 1)[0], order)
+    assert np.array_equal(_arrange(groups, lengths, seed)[0], order)
+    assert not np.array_equal(_arrange(groups, lengths, seed + 1)[0], order)
 
 
 def test_arrangement_at_the_edges():
     five = np.full(5, 10)
-    order, validation = arrange(np.full(5, ALONE), five, 7)
+    order, validation = _arrange(np.full(5, ALONE), five, 7)
     assert (order.tolist(), validation) == (np.random.RandomState(7).permutation(5).tolist(), None)
-    assert arrange(np.zeros(5, np.int64), five, 7)[1] is None
+    assert _arrange(np.zeros(5, np.int64), five, 7)[1] is None
     # No group is as small as wanted: the smallest.
-    order, validation = arrange(np.array([0, 0, 1, 1, 1]), five, 7)
+    order, validation = _arrange(np.array([0, 0, 1, 1, 1]), five, 7)
     assert sorted(order[-validation:].tolist()) == [0, 1]

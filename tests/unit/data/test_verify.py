@@ -197,7 +197,7 @@ def test_loader_names_a_token_outside_of_the_vocabulary(folder, document, worker
     from moepp_megatron.data.loader import batches
     from moepp_megatron.data.token_check import vocabulary_of
     from moepp_megatron.data.tokenizer import Tokenizer
-    from moepp_megatron.features.tokens.part import token_counts
+    from moepp_megatron.features.tokens.part import _token_counts
 
     offset = int(lengths_of(folder)[document]) // 2
     # The model would take it; the tokenizer does not have it.
@@ -216,7 +216,7 @@ def test_loader_names_a_token_outside_of_the_vocabulary(folder, document, worker
     assert str(caught.value).startswith(f"data.path ({folder}) is damaged: ")
     assert "\n" not in str(caught.value)
     with pytest.raises(ConfigError, match=place):
-        token_counts(train, VOCAB_SIZE)
+        _token_counts(train, VOCAB_SIZE)
 
 
 def test_label_behind_the_last_token_is_checked():

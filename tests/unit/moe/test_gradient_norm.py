@@ -5,7 +5,7 @@ import torch
 from megatron.core.optimizer import clip_grads
 from megatron.core.utils import local_multi_tensor_l2_norm
 
-from moepp_megatron.training.gradient_norm import l2_norm, replace_l2_norm
+from moepp_megatron.training.step_sums import _l2_norm, replace_l2_norm
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -13,7 +13,7 @@ def test_it_is_the_norm_of_all_tensors_together(dtype):
     generator = torch.Generator().manual_seed(1)
     shapes = [(7, 3), (1,), (64,), (2, 2, 2)]
     tensors = [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
-    norm, per_tensor = l2_norm(1, torch.zeros(1), [tensors[:3], tensors[3:]], False)
+    norm, per_tensor = _l2_norm(1, torch.zeros(1), [tensors[:3], tensors[3:]], False)
     assert per_tensor is None
     assert (norm.shape, norm.dtype) == ((1,), torch.float32)
     exact = torch.cat([tensor.flatten().double() for tensor in tensors]).norm()
@@ -28,7 +28,7 @@ def test_cpus_keep_megatron_cores(monkeypatch):
     assert clip_grads.l2_norm_impl is local_multi_tensor_l2_norm
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     replace_l2_norm()
-    assert clip_grads.l2_norm_impl is l2_norm
+    assert clip_grads.l2_norm_impl is _l2_norm
     kernel = object()
     monkeypatch.setattr(clip_grads, "l2_norm_impl", kernel)
     replace_l2_norm()

@@ -9,7 +9,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from moepp_megatron.observe.alert_sinks import AlertFile, AlertSinks, open_alert_sinks
+from moepp_megatron.observe.alert_sinks import AlertSinks, _AlertFile, open_alert_sinks
 from moepp_megatron.observe.alerts import Alert, read_alerts
 from moepp_megatron.observe.webhook import Webhook, WebhookAddressError, read_address
 
@@ -80,17 +80,17 @@ def service():
 
 def test_alerts_of_a_resumed_run_follow_the_earlier_ones(tmp_path):
     path = tmp_path / "alerts.jsonl"
-    first = AlertFile(path)
+    first = _AlertFile(path)
     first.send(make_alert(120, value=math.nan, layer=3))
     first.close()
     path.write_bytes(path.read_bytes() + b'{"step": 121, "ru')
-    second = AlertFile(path)
+    second = _AlertFile(path)
     second.send(make_alert(101))
     second.close()
     assert [alert.step for alert in read_alerts(path)] == [120, 101]
     assert json.loads(path.read_text().splitlines()[0])["value"] is None
     assert math.isnan(read_alerts(path)[0].value)
-    AlertFile(path, start_over=True).close()
+    _AlertFile(path, start_over=True).close()
     assert read_alerts(path) == read_alerts(tmp_path / "none.jsonl") == []
 
 
@@ -102,7 +102,7 @@ def test_a_failing_sink_keeps_no_alert_from_the_others(tmp_path, caplog):
         def close(self) -> None:
             raise OSError("disk gone")
 
-    file = AlertFile(tmp_path / "alerts.jsonl")
+    file = _AlertFile(tmp_path / "alerts.jsonl")
     sinks = AlertSinks([Failing(), file])
     sinks.send(make_alert())
     sinks.close()

@@ -12,10 +12,10 @@ import psutil
 import pytest
 
 from moepp_megatron.config import ConfigError
-from moepp_megatron.observe.alert_sinks import AlertFile
+from moepp_megatron.observe.alert_sinks import _AlertFile
 from moepp_megatron.observe.alerts import Alert, read_alerts
 from moepp_megatron.observe.jsonl import JsonlSink
-from moepp_megatron.observe.status import ProcessId, RunStatus, StatusSink, write_status
+from moepp_megatron.observe.status import RunStatus, StatusSink, _ProcessId, write_status
 
 
 def steps_in(path: Path) -> list[int]:
@@ -55,7 +55,7 @@ def run(tmp_path) -> Path:
 
 @pytest.mark.parametrize("lose", LOSSES)
 def test_what_follows_is_under_the_name_again(make_record, run, caplog, lose):
-    sink, alerts = JsonlSink(run / "metrics.jsonl"), AlertFile(run / "alerts.jsonl")
+    sink, alerts = JsonlSink(run / "metrics.jsonl"), _AlertFile(run / "alerts.jsonl")
     for step in (1, 2):
         sink.write(make_record(step))
         alerts.send(alert(step))
@@ -142,4 +142,4 @@ def test_the_status_is_there_again(make_record, run):
     (run / "status.json").unlink()
     sink.write(make_record(1))
     status = RunStatus.model_validate_json((run / "status.json").read_bytes())
-    assert (status.state, status.pid) == ("running", ProcessId.own().pid)
+    assert (status.state, status.pid) == ("running", _ProcessId.own().pid)

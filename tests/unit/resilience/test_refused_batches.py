@@ -7,12 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from moepp_megatron.training.resilience.refused_batches import (
-    BatchEvidence,
-    _has_moved,
-    find_cause,
-    num_needed,
-)
+from moepp_megatron.training.parts.refused_batches import _find_cause, _has_moved
+from moepp_megatron.training.resilience.numerical_guard import BatchEvidence, num_needed
 
 SHARES = torch.tensor([[0.3, 0.3, 0.2, 0.2], [0.1, 0.2, 0.3, 0.4]], dtype=torch.float64)
 OTHER_SHARES = torch.tensor([[0.4, 0.2, 0.2, 0.2], [0.1, 0.2, 0.3, 0.4]], dtype=torch.float64)
@@ -39,19 +35,19 @@ def test_cause(seed, count):
     before = batches(SHARES, [3.0] * num_needed(count), seed)
     high = [7.0 + 0.1 * i for i in range(count)]
     refused = batches(OTHER_SHARES, high, seed + 100)
-    assert find_cause(refused, before, is_sound).cause == "data"
+    assert _find_cause(refused, before, is_sound).cause == "data"
     # Routed as some of those before; a single one as they are on average, lest it be the oddest.
     known = [batch.selections_LE for batch in before[:count]] if count > 1 else [4000 * SHARES]
     same = [BatchEvidence(loss, routed) for loss, routed in zip(high, known, strict=True)]
-    assert find_cause(same, before, is_sound).cause == "targets"
+    assert _find_cause(same, before, is_sound).cause == "targets"
     one_bad = [*batches(OTHER_SHARES, [math.nan], seed), *refused]
-    assert find_cause(one_bad, before, is_sound).cause == "not finite"
+    assert _find_cause(one_bad, before, is_sound).cause == "not finite"
 
 
 @pytest.mark.parametrize("losses", [[], [7.0] * 3, [math.nan] * 3, [3.0, math.nan, 7.0]])
 def test_model_that_does_not_take_old_batches_is_damaged(losses):
     refused = batches(OTHER_SHARES, [7.0] * 3, 1)
-    assert find_cause(refused, batches(SHARES, losses, 2), is_sound).cause == "model"
+    assert _find_cause(refused, batches(SHARES, losses, 2), is_sound).cause == "model"
 
 
 def test_too_few_batches_never_count_as_moved():

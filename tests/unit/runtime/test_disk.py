@@ -20,7 +20,7 @@ def test_torch_hides_a_full_disk_and_it_is_found():
 
 def test_another_failure_keeps_its_name():
     error = ValueError("no such dtype")
-    assert disk.refusal(error) is None
+    assert disk._refusal(error) is None
     assert not disk.is_full(error)
     assert str(disk.write_error(error, Path("/data/file"))) == (
         "/data/file: ValueError: no such dtype"
@@ -35,7 +35,7 @@ def test_a_quota_is_a_full_disk_and_a_missing_file_is_none():
 def test_errors_that_are_each_others_cause_end():
     first, second = ValueError("first"), ValueError("second")
     first.__cause__, second.__cause__ = second, first
-    assert disk.refusal(first) is None
+    assert disk._refusal(first) is None
 
 
 def test_room_of_a_folder_that_is_still_to_be_made(tmp_path):

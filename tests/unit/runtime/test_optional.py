@@ -155,29 +155,29 @@ def test_what_the_extension_is_compiled_with(monkeypatch, tmp_path):
     monkeypatch.setattr(fit.sysconfig, "get_paths", lambda scheme: {"include": tmp_path})
     there: set[str] = set()
     monkeypatch.setattr(shutil, "which", lambda name: name if name in there else None)
-    assert fit.extension_obstacle() == (
+    assert fit._extension_obstacle() == (
         "a C++ compiler",
         "install g++, or name a compiler with the variable CXX",
     )
     there.add("c++")
-    assert fit.extension_obstacle() == (
+    assert fit._extension_obstacle() == (
         "the program ninja on the PATH",
         "install ninja-build",
     )
     there.add("ninja")
-    assert fit.extension_obstacle()[0] == f"the header {tmp_path}/Python.h"
+    assert fit._extension_obstacle()[0] == f"the header {tmp_path}/Python.h"
     (tmp_path / "Python.h").touch()
-    assert fit.extension_obstacle() is None
+    assert fit._extension_obstacle() is None
     monkeypatch.setenv("CXX", "mycxx")
-    assert fit.extension_obstacle()[0] == "a C++ compiler (CXX is mycxx, which is not there)"
+    assert fit._extension_obstacle()[0] == "a C++ compiler (CXX is mycxx, which is not there)"
 
 
 def test_a_run_whose_extension_cannot_be_compiled_is_refused_at_once(monkeypatch):
     config = load_config(MODEL, RECOMPUTES)
-    monkeypatch.setattr(fit, "extension_obstacle", lambda: None)
+    monkeypatch.setattr(fit, "_extension_obstacle", lambda: None)
     fit.check_fit(config)
     lacks = ("the program ninja on the PATH", "install ninja-build")
-    monkeypatch.setattr(fit, "extension_obstacle", lambda: lacks)
+    monkeypatch.setattr(fit, "_extension_obstacle", lambda: lacks)
     with pytest.raises(UnfitError) as refused:
         fit.check_fit(config)
     assert str(refused.value) == (

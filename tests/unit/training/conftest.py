@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from moepp_megatron.config import Config, parse_config
-from moepp_megatron.training.checkpoint import Progress
 from moepp_megatron.training.checkpoint.files import (
+    Progress,
     SavedRecord,
     checkpoint_name,
     file_digest,

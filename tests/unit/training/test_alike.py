@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch.distributed as dist
 
-from moepp_megatron.training.checkpoint import NoStartError
+from moepp_megatron.training.checkpoint.find import NoStartError
 from moepp_megatron.training.run import _must_be_alike, _refuse_unlike
 from tests.unit.training.conftest import config_of
 

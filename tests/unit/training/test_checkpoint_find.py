@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 from moepp_megatron.config import ConfigError
-from moepp_megatron.training.checkpoint import (
-    check_compatible,
+from moepp_megatron.training.checkpoint.compatible import check_compatible
+from moepp_megatron.training.checkpoint.files import damage
+from moepp_megatron.training.checkpoint.find import (
     check_start,
-    damage,
     find_checkpoint,
     list_checkpoints,
     newest_again,
@@ -350,8 +350,5 @@ def test_what_means_something_else_is_one_line(write, tmp_path, saved, asked, li
 
 
 def test_finding_needs_no_torch():
-    code = (
-        "import sys, moepp_megatron.training.checkpoint as c; c.check_start; "
-        "sys.exit('torch' in sys.modules)"
-    )
+    code = "import sys, moepp_megatron.training.checkpoint.find; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -12,7 +12,7 @@ import pytest
 from moepp_megatron.config import Config, ConfigError
 from moepp_megatron.observe.status import StatusSink
 from moepp_megatron.runtime.atomic import create_atomic
-from moepp_megatron.training.checkpoint import find_checkpoint, list_checkpoints
+from moepp_megatron.training.checkpoint.find import find_checkpoint, list_checkpoints
 from moepp_megatron.training.checkpoint.retention import Pruner
 from moepp_megatron.training.run_folder import RunFolder, Start, ownership
 from tests.unit.training.conftest import config_of

@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from moepp_megatron.config.errors import ConfigError
-from moepp_megatron.interop.checkpoint_reader import TensorReader
+from moepp_megatron.interop.checkpoint_tensors import TensorReader
 from moepp_megatron.training.checkpoint import plain_pickle
 from moepp_megatron.training.checkpoint.data_only import load_data, only_data, unsafe_pickle
 from moepp_megatron.training.checkpoint.index import read_metadata

@@ -7,8 +7,8 @@ import pytest
 
 from moepp_megatron.config import ConfigError
 from moepp_megatron.data.tokenizer import train_tokenizer
-from moepp_megatron.training.checkpoint import check_start
-from moepp_megatron.training.checkpoint.write import tokenizer_files
+from moepp_megatron.training.checkpoint.find import check_start
+from moepp_megatron.training.checkpoint.write import _tokenizer_files
 from tests.unit.training.conftest import config_of
 
 AUTO = config_of(checkpoint={"load": "auto"})
@@ -85,11 +85,11 @@ def test_tokens_are_compared_too(write, tmp_path):
 
 def test_only_a_tokenizer_is_taken_into_checkpoints(tmp_path, caplog):
     file = tmp_path / "tokenizer.json"
-    assert tokenizer_files(file) == {}
+    assert _tokenizer_files(file) == {}
     assert caplog.messages == []
     file.write_text('{"no": "tokenizer"}')
-    assert tokenizer_files(file) == {}
+    assert _tokenizer_files(file) == {}
     (message,) = caplog.messages
     assert message.startswith(f"checkpoints get no tokenizer.json: tokenizer ({file}) must be a")
     train_tokenizer(["one text " * 9], 262).save(file)
-    assert tokenizer_files(file) == {"tokenizer.json": file.read_bytes()}
+    assert _tokenizer_files(file) == {"tokenizer.json": file.read_bytes()}

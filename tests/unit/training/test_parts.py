@@ -6,7 +6,7 @@ import pytest
 
 from moepp_megatron.config import ConfigError
 from moepp_megatron.training.part import Part, Parts
-from moepp_megatron.training.parts.order import STATES, part_kinds, states_of
+from moepp_megatron.training.parts.order import STATES, _part_kinds, states_of
 
 # What checkpoints held before states had keys.
 SHIFT = {"detectors": {}, "event": None}
@@ -47,7 +47,7 @@ EARLIER = [
 def test_states_of_earlier_checkpoints(extra, states):
     assert states_of(extra) == states
     # Each key is that of a part.
-    assert states.keys() <= {kind.key for kind in part_kinds()}
+    assert states.keys() <= {kind.key for kind in _part_kinds()}
     assert states_of({STATES: states}) == states
 
 

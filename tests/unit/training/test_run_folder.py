@@ -18,14 +18,15 @@ import pytest
 from moepp_megatron.config import Config, ConfigError
 from moepp_megatron.file_names import RUN_FILES
 from moepp_megatron.observe.status import (
-    ProcessId,
     RunStatus,
     StatusSink,
+    _ProcessId,
     inherited_claim,
     read_status,
     write_status,
 )
-from moepp_megatron.training.run_folder import RunFolder, Start, folder, ownership
+from moepp_megatron.training import run_folder as folder
+from moepp_megatron.training.run_folder import RunFolder, Start, ownership
 from tests.unit.training.conftest import config_of
 
 RESUME, OVERWRITE = Start(resume=True), Start(overwrite=True)
@@ -321,13 +322,13 @@ def test_a_dead_process_holds_nothing(run, how: str) -> None:
 
 @pytest.mark.parametrize("started", [-1e300, 1e18, 1e300])
 def test_a_date_beyond_any_calendar_is_told_in_seconds(run: Path, started: float) -> None:
-    alive(run, pid=dead_pid(), started=started, launcher=ProcessId.own())
+    alive(run, pid=dead_pid(), started=started, launcher=_ProcessId.own())
     with pytest.raises(ConfigError, match=f"since {re.escape(f'{started:g}')} s after 1970; stop"):
         enter(config_in(run), RESUME)
 
 
 def test_a_launcher_that_starts_ranks_anew_holds_the_folder(run: Path) -> None:
-    alive(run, pid=dead_pid(), launcher=ProcessId.own())
+    alive(run, pid=dead_pid(), launcher=_ProcessId.own())
     with pytest.raises(ConfigError, match=f"process {os.getpid()} on "):
         enter(config_in(run), RESUME)
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from moepp_megatron.config import ConfigError
-from moepp_megatron.interop.decoding import sample
+from moepp_megatron.interop.decoding import _sample
 from moepp_megatron.interop.generate_request import Sampling
 
 PROBABILITIES = [0.1, 0.4, 0.2, 0.3]
@@ -17,7 +17,7 @@ DRAWS = 4000
 
 def draws(temperature: float, top_p: float, seed: int = 0) -> Counter[int]:
     generator = torch.Generator().manual_seed(seed)
-    return Counter(sample(LOGITS, Sampling(temperature, top_p), generator) for _ in range(DRAWS))
+    return Counter(_sample(LOGITS, Sampling(temperature, top_p), generator) for _ in range(DRAWS))
 
 
 @pytest.mark.parametrize(
@@ -51,7 +51,7 @@ def test_last_bits_do_not_reorder_the_draws():
     tokens = []
     for logits in (torch.zeros(vocab), noise, -noise):
         generator = torch.Generator().manual_seed(4)
-        tokens.append([sample(logits, Sampling(1.0, 1.0), generator) for _ in range(200)])
+        tokens.append([_sample(logits, Sampling(1.0, 1.0), generator) for _ in range(200)])
     assert tokens[0] == tokens[1] == tokens[2]
     assert len(set(tokens[0])) > 100
 

@@ -8,7 +8,7 @@ import pytest
 from moepp_megatron.config import Config, Layout, check_config
 from moepp_megatron.training.schedule import (
     BatchSizes,
-    BatchStage,
+    _BatchStage,
     batch_stages,
     build_schedule,
     learning_rate,
@@ -66,7 +66,7 @@ def ramped(**changes: object) -> Config:
 
 
 def test_a_ramp_counts_tokens():
-    stages = [BatchStage(1, 2, 0), BatchStage(4, 4, 6), BatchStage(7, 8, 18)]
+    stages = [_BatchStage(1, 2, 0), _BatchStage(4, 4, 6), _BatchStage(7, 8, 18)]
     assert batch_stages(ramped()) == stages
     assert planned_samples(ramped()) == 3 * 2 + 3 * 4 + 14 * 8
     assert planned_samples(ramped(train_iters=5)) == 3 * 2 + 2 * 4

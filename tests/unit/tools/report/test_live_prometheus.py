@@ -17,7 +17,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from benchmarks import pages
 from moepp_megatron.config import ConfigError
-from moepp_megatron.observe.alert_sinks import AlertFile
+from moepp_megatron.observe.alert_sinks import _AlertFile
 from moepp_megatron.observe.alerts import Alert
 from moepp_megatron.observe.metrics import StepMetrics
 from moepp_megatron.tools.report.live import prometheus
@@ -70,7 +70,7 @@ def test_the_newest_record_is_served(make_run, scrape):
         severity="critical",
         action="warn",
     )
-    AlertFile(run / "alerts.jsonl").send(alert)
+    _AlertFile(run / "alerts.jsonl").send(alert)
     get = scrape(run)
     got = get()
     record = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from moepp_megatron.observe.alert_sinks import AlertFile
+from moepp_megatron.observe.alert_sinks import _AlertFile
 from moepp_megatron.observe.alerts import Alert
 from moepp_megatron.observe.status import StatusSink, read_status
 from moepp_megatron.runtime.terminal import Console
@@ -27,7 +27,7 @@ def row(lines: list[str], name: str) -> str:
 
 
 def add_alerts(run: Path, count: int) -> None:
-    file = AlertFile(run / "alerts.jsonl")
+    file = _AlertFile(run / "alerts.jsonl")
     for step in range(1, count + 1):
         file.send(
             Alert(
