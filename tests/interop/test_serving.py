@@ -25,13 +25,17 @@ needs_vllm = pytest.mark.skipif(
 )
 VLLM_MODULES = (
     "vllm.compilation.decorators",
+    "vllm.config",
     "vllm.distributed",
+    "vllm.forward_context",
     "vllm.logger",
     "vllm.model_executor.layers.fused_moe",
     "vllm.model_executor.layers.layernorm",
     "vllm.model_executor.models",
     "vllm.model_executor.models.utils",
+    "vllm.platforms",
     "vllm.sequence",
+    "vllm.utils.torch_utils",
 )
 LENGTHS = (3, 15, 1, 9, 2, 12)
 

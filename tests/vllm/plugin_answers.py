@@ -12,8 +12,11 @@ from typing import Any
 from tests.interop.vllm_answers import answers, engine, sampling
 
 
-def watch(worker) -> str:
-    """Count the rows that vLLM's kernel multiplies, and let its capturer have the model's picks."""
+def watch(worker):
+    """Count the rows that vLLM's kernel multiplies, and let its capturer have the model's picks.
+
+    The model's module, and if its decoder is compiled.
+    """
     from vllm.model_executor.layers.fused_moe.experts import cpu_moe
     from vllm.model_executor.layers.fused_moe.routed_experts_capturer import (
         RoutedExpertsCapturer,
@@ -32,7 +35,7 @@ def watch(worker) -> str:
         kernel(out, rows, *rest)
 
     cpu_moe.cpu_fused_moe = counted
-    return type(model).__module__
+    return type(model).__module__, getattr(model.model, "compiled", False)
 
 
 def watched(worker, tokens: int):
@@ -46,10 +49,11 @@ def main():
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
     export, prompts, out, *given = sys.argv[1:]
-    model = engine(export, given, model_impl="auto", trust_remote_code=False)
+    own = {"model_impl": "auto", "trust_remote_code": False, "enforce_eager": False}
+    model = engine(export, given, **own)
     prompts_ids = json.loads(Path(prompts).read_text())
     found: dict[str, Any] = {"answers": answers(model, prompts_ids)}
-    found["modules"] = model.collective_rpc(watch)
+    found["models"] = model.collective_rpc(watch)
     # One step: the prompt by itself.
     prompt = prompts_ids[-1]
     model.generate([{"prompt_token_ids": prompt}], sampling(max_tokens=1))

@@ -30,6 +30,7 @@ FORMS: dict[str, dict[str, dict[str, Any]]] = MODELS | {
     "released": {"model": {"num_attention_heads": 1}, "moe": {"gate_normalization": "nonzero"}}
 }
 MODES: dict[str, dict[str, Any]] = {
+    "eager": {"enforce_eager": True},
     "tensor parallel": {"tensor_parallel_size": 2},
     # Prompts in pieces, with other prompts and answers in one batch.
     "pieces": {"max_num_batched_tokens": 32, "max_num_seqs": 8},
@@ -37,12 +38,12 @@ MODES: dict[str, dict[str, Any]] = {
     # vLLM makes a stage's buffers on a CPU as it warms up, which eager execution leaves out.
     "stages": {
         "pipeline_parallel_size": 2,
-        "enforce_eager": False,
         "distributed_executor_backend": "mp",
     },
 }
 RUNS = [
     ("paper", ""),
+    ("everything else", "eager"),
     ("released", ""),
     ("everything else", "tensor parallel"),
     ("everything else", "expert parallel"),
@@ -115,7 +116,8 @@ def test_it_computes_what_transformers_computes(
     arguments = MODES.get(mode, {})
     prompts, found = answers(tmp_path, **arguments)
     workers = max(arguments.get(f"{kind}_parallel_size", 1) for kind in ("tensor", "pipeline"))
-    assert found["modules"] == ["moepp_megatron.interop.vllm.model"] * workers
+    model = ["moepp_megatron.interop.vllm.model", not arguments.get("enforce_eager", False)]
+    assert found["models"] == [model] * workers
     for answer, wanted in zip(
         found["answers"], plain(greedy, tmp_path / "hf", prompts), strict=True
     ):
@@ -230,6 +232,23 @@ def test_it_answers_over_http(
     assert answer["choices"][0]["token_ids"] == wanted["tokens"]
 
 
+@needs_vllm
+@pytest.mark.timeout(600)
+def test_static_shapes_multiply_the_rows_of_ffn_experts_only(tmp_path):
+    program, out = Path(__file__).with_name("static_experts.py"), tmp_path / "found.json"
+    done = subprocess.run(
+        [str(VLLM), str(program), str(out)], env=installed(tmp_path), capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    for name, found in json.loads(out.read_text()).items():
+        assert found["rows"] == found["picked"], name
+        # fp32 against fp64, or in another order of addition, of the largest number.
+        assert max(found["kernels"], found["layer"], found["ranks"]) < 2e-6, name
+        assert found["compiled"] == 0.0, name
+        assert found["unbacked"] == [], name
+        assert "expert_map (None) must be there" in found["without a map"], name
+
+
 def asked(**changes):
     """vLLM's configuration as far as the model looks at it."""
     hf = {"qk_norm": True, "qk_norm_scope": "head", "hidden_size": 64, "total_experts": 12}
@@ -243,6 +262,7 @@ def asked(**changes):
     return SimpleNamespace(
         parallel_config=SimpleNamespace(**parallel),
         model_config=SimpleNamespace(**model),
+        kernel_config=SimpleNamespace(moe_backend=changes.get("moe_backend", "auto")),
         lora_config=changes.get("lora_config"),
     )
 
@@ -260,8 +280,8 @@ def asked(**changes):
         ("cpu", {"hidden_size": 40}, "hidden_size (40) must be a multiple of 32"),
         ("cpu", {"pipeline_parallel_size": 2}, "enforce_eager (True) must be False"),
         ("cpu", {"qk_norm_scope": "all_heads", "tensor_parallel_size": 2}, "(2) must be 1"),
-        ("cuda", {"enforce_eager": False}, "enforce_eager (False) must be True"),
-        ("cuda", {"enable_expert_parallel": True}, "enable_expert_parallel (True) must be False"),
+        ("cuda", {"enforce_eager": False, "enable_expert_parallel": True}, None),
+        ("cuda", {"moe_backend": "aiter"}, "moe_backend (aiter) must be triton"),
     ],
 )
 def test_what_it_does_not_compute_is_refused(monkeypatch, platform, changes, problem):
@@ -274,6 +294,8 @@ def test_what_it_does_not_compute_is_refused(monkeypatch, platform, changes, pro
     assert config.model_config.model_arch_config.num_experts == 12
     if problem is None:
         MoEPPModelConfig.verify_and_update_config(config)
+        wanted = {"cpu": "auto", "cuda": "triton"}[platform]
+        assert config.kernel_config.moe_backend == wanted
         return
     with pytest.raises(ValueError, match="--model-impl transformers") as refused:
         MoEPPModelConfig.verify_and_update_config(config)

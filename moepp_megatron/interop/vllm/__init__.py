@@ -46,7 +46,9 @@ class MoEPPModelConfig:
         from vllm.platforms import current_platform
 
         parallel, model = vllm_config.parallel_config, vllm_config.model_config
-        is_cpu, hf = current_platform.is_cpu(), model.hf_config
+        is_cpu, hf, kernel = current_platform.is_cpu(), model.hf_config, vllm_config.kernel_config
+        if not is_cpu and kernel.moe_backend == "auto":
+            kernel.moe_backend = "triton"
         staged = parallel.pipeline_parallel_size > 1
         all_heads = hf.qk_norm and hf.qk_norm_scope == "all_heads"
         odd = hf.hidden_size % 32 > 0
@@ -61,8 +63,7 @@ class MoEPPModelConfig:
             (all_heads, parallel, "tensor_parallel_size", 1, "whose norms see all heads"),
             (is_cpu and odd, hf, "hidden_size", "a multiple of 32", "as vLLM's kernel asks"),
             (is_cpu and staged, model, "enforce_eager", False, "whose stages need a warm-up"),
-            (not is_cpu, model, "enforce_eager", True, "whose number of FFN rows the host reads"),
-            (not is_cpu, parallel, "enable_expert_parallel", False, "tested on CPUs only"),
+            (not is_cpu, kernel, "moe_backend", "triton", "whose kernels skip rows"),
         )
         problems = [
             f"{name} ({getattr(section, name)}) must be {must} in moepp_megatron's model for vLLM, "

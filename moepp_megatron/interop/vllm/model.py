@@ -1,7 +1,9 @@
 """A MoE++ model in vLLM: Llama's decoder of vLLM around the MoE layer of the exported file.
 
-vLLM's fused experts get one row for each pick of an FFN expert, so that no kernel has to skip the
-others. Shape suffixes: T tokens, D hidden size, K experts per token, E all experts.
+Only rows that routers give to FFN experts are multiplied. On a GPU shapes are static: vLLM's Triton
+kernels drop picks with the id -1 before they multiply, if they have an expert map. vLLM's kernel on
+a CPU has no map and gets one row for each pick of an FFN expert, in an operator that graphs do not
+look into. Shape suffixes: T tokens, D hidden size, K experts per token, E all experts.
 """
 
 from __future__ import annotations
@@ -9,19 +11,23 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator
 from copy import deepcopy
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from transformers.core_model_loading import revert_weight_conversion
-from vllm.compilation.decorators import ignore_torch_compile
+from vllm.compilation.decorators import support_torch_compile
+from vllm.config import get_current_vllm_config
 from vllm.distributed import tensor_model_parallel_all_reduce
+from vllm.forward_context import get_forward_context
 from vllm.logger import init_logger
 from vllm.model_executor.layers.fused_moe import FusedMoEFactory
 from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.models import llama
 from vllm.model_executor.models.utils import extract_layer_index
+from vllm.platforms import current_platform
 from vllm.sequence import IntermediateTensors
+from vllm.utils.torch_utils import direct_register_custom_op
 
 from moepp_megatron.interop.hf_files import modeling_moepp as exported
 from moepp_megatron.runtime.patches import replace
@@ -29,10 +35,16 @@ from moepp_megatron.runtime.patches import replace
 _LOGGER = init_logger(__name__)
 
 
-def _given_picks(hidden_states: Tensor, gating_output: Tensor, **_: Any) -> tuple[Tensor, Tensor]:
-    """Routing for vLLM's experts of picks that are made: [n, 2], gates and experts."""
-    gates, experts = gating_output.split(1, dim=1)
-    return gates.contiguous(), experts.int()
+def _ffn_rows(x: Tensor, gates: Tensor, chosen: Tensor, name: str) -> Tensor:
+    layer: Any = get_forward_context().no_compile_layers[name]
+    return layer.ffn_rows(x, gates, chosen)
+
+
+direct_register_custom_op(
+    "moepp_ffn_rows",
+    _ffn_rows,
+    fake_impl=lambda x, gates, chosen, name: torch.empty_like(x),
+)
 
 
 class _Experts(exported.MoEPPExperts):
@@ -46,20 +58,60 @@ class _Experts(exported.MoEPPExperts):
         with torch.device("meta"):
             super().__init__(config)
         self.experts.to_empty(device=torch.get_default_device())
+        # vLLM's `RoutedExpertsCaptureSource` of picks, which are rows of the router.
+        self.layer_id, self.capture_fn = extract_layer_index(prefix), cast("Any", None)
+        self.is_static, self.name = not current_platform.is_cpu(), f"{prefix}.rows"
         self.ffn = FusedMoEFactory(
             num_experts=config.num_ffn_experts,
-            top_k=1,
+            top_k=config.num_experts_per_tok if self.is_static else 1,
             hidden_size=config.hidden_size,
             intermediate_size=config.moe_intermediate_size,
-            custom_routing_function=_given_picks,
+            custom_routing_function=self.picks,
             reduce_results=False,
             prefix=prefix,
         )
-        # The gate has all picks.
         replace(self.ffn.router, "set_capture_fn", lambda capture_fn: None)
+        if not self.is_static:
+            layers = get_current_vllm_config().compilation_config.static_forward_context
+            layers[self.name] = self
+        elif self.ffn.expert_map is None:
+            # Expert parallelism has a map; this one says that all experts are here.
+            own = torch.arange(config.num_ffn_experts, dtype=torch.int32)
+            self.ffn.routed_experts.register_buffer("_expert_map", own, persistent=False)
+
+    def picks(
+        self, hidden_states: Tensor, gating_output: Tensor, **_: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Split picks, [n, 2 K], into gates and FFN experts, with the id -1 for other experts."""
+        gates, experts = gating_output.chunk(2, dim=1)
+        experts = experts.int()
+        if self.is_static:
+            self.capture(experts)
+            if self.ffn.expert_map is None:
+                raise RuntimeError(
+                    "expert_map (None) must be there: without it vLLM adds up rows of picks that "
+                    "it has not multiplied; serve with --model-impl transformers"
+                )
+            experts = experts.masked_fill(experts >= self.config.num_ffn_experts, -1)
+        return gates.contiguous(), experts
+
+    def capture(self, chosen: Tensor) -> None:
+        """Hand the picks, [T, K], to vLLM's capturer."""
+        if self.capture_fn is not None:
+            self.capture_fn(chosen)
 
     def ffn_output(self, x_TD: Tensor, gates_TK: Tensor, chosen_TK: Tensor) -> Tensor:
         """[T, D]: the FFN experts' part of the output, of all ranks."""
+        if self.is_static:
+            # Numbers of experts are exact in fp32.
+            output_TD = self.ffn(x_TD, torch.cat([gates_TK, chosen_TK.float()], dim=1))
+        else:
+            output_TD = torch.ops.vllm.moepp_ffn_rows(x_TD, gates_TK, chosen_TK, self.name)
+        return tensor_model_parallel_all_reduce(output_TD)
+
+    def ffn_rows(self, x_TD: Tensor, gates_TK: Tensor, chosen_TK: Tensor) -> Tensor:
+        """[T, D]: this rank's part, with one row for each pick of an FFN expert."""
+        self.capture(chosen_TK)
         is_own_TK = chosen_TK < self.config.num_ffn_experts
         if self.ffn.expert_map is not None:
             # Whole experts on each rank; vLLM's kernel on a CPU numbers its own from 0.
@@ -68,10 +120,9 @@ class _Experts(exported.MoEPPExperts):
         tokens, slots = torch.where(is_own_TK)
         output_TD = torch.zeros_like(x_TD)
         if len(tokens) > 0:
-            # Numbers of experts are exact in fp32.
             picks = torch.stack([gates_TK[tokens, slots], chosen_TK[tokens, slots].float()], dim=1)
             output_TD.index_add_(0, tokens, self.ffn(x_TD[tokens], picks))
-        return tensor_model_parallel_all_reduce(output_TD)
+        return output_TD
 
 
 class _Layer(exported.MoEPPLayer):
@@ -81,11 +132,7 @@ class _Layer(exported.MoEPPLayer):
         super(exported.MoEPPLayer, self).__init__()
         layer, inner = extract_layer_index(prefix), config.shared_expert_intermediate_size
         self.scale = config.expert_input_scale
-        gate: Any = exported.MoEPPGate(config, has_residual=any(config.moe_layers[:layer]))
-        # vLLM's `RoutedExpertsCaptureSource` of picks, which are rows of the router.
-        gate.layer_id, gate.capture_fn = layer, None
-        gate.register_forward_hook(lambda gate, _, out: gate.capture_fn and gate.capture_fn(out[1]))
-        self.gate = gate
+        self.gate = exported.MoEPPGate(config, has_residual=any(config.moe_layers[:layer]))
         self.experts = _Experts(config, f"{prefix}.experts")
         self.shared_expert: Any = None
         if inner is not None:
@@ -142,8 +189,11 @@ class _DecoderLayer(llama.LlamaDecoderLayer):
         return output, residual
 
 
-# The number of FFN rows is read on the host, which a compiled graph cannot do.
-@ignore_torch_compile
+@support_torch_compile(
+    dynamic_arg_dims=dict.fromkeys(
+        ("input_ids", "positions", "intermediate_tensors", "inputs_embeds"), {0: "b"}
+    )
+)
 class _Model(llama.LlamaModel):
     """The decoder; router logits cross pipeline stages next to the hidden states, in fp32."""
 
@@ -162,12 +212,21 @@ class _Model(llama.LlamaModel):
     def _empty_logits(self, tokens: int, device: Any) -> Tensor:
         return torch.zeros((tokens, self.config.total_experts), dtype=torch.float32, device=device)
 
-    def forward(self, input_ids: Any, positions: Tensor, stage: Any, embeds: Any = None) -> Any:
-        # No layer reads the first.
-        lane = [self._empty_logits(len(positions), positions.device)]
-        if stage is not None:
-            lane = [stage["router_logits"]]
-        output = super().forward(input_ids, positions, stage, embeds, lane=lane)
+    def forward(
+        self,
+        input_ids: Any,
+        positions: Tensor,
+        intermediate_tensors: Any,
+        inputs_embeds: Any = None,
+    ) -> Any:
+        if intermediate_tensors is None:
+            # No layer reads the first.
+            lane = [self._empty_logits(positions.shape[0], positions.device)]
+        else:
+            lane = [intermediate_tensors["router_logits"]]
+        output = super().forward(
+            input_ids, positions, intermediate_tensors, inputs_embeds, lane=lane
+        )
         if isinstance(output, IntermediateTensors):
             output["router_logits"] = lane[0]
         return output
