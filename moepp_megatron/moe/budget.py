@@ -220,10 +220,13 @@ def add_to_biases(
     chunks: Iterable[torch.nn.Module], layer_numbers: Sequence[int], steps_LE: Tensor
 ) -> None:
     """Add [MoE layers, E] steps to the selection biases of the layers with these global numbers."""
+    if torch.cuda.is_available():
+        # The host waits for a copy from memory that is not pinned.
+        steps_LE = steps_LE.pin_memory().to(torch.cuda.current_device(), non_blocking=True)
     for layer in _layers(chunks):
         bias = layer.router.expert_bias
         assert bias is not None, f"MoE layer {layer.layer_number} has no selection bias"
-        bias.add_(steps_LE[layer_numbers.index(layer.layer_number)].to(bias))
+        bias.add_(steps_LE[layer_numbers.index(layer.layer_number)])
 
 
 def _layers(chunks: Iterable[torch.nn.Module]) -> list[MoEPPLayer]:

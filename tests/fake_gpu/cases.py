@@ -136,8 +136,10 @@ _TENSOR_AND_CONTEXT = [
 # pipelines and in the combined schedule.
 LOCAL: dict[str, dict[str, Any]] = {
     "one rank": smallest(sequences=2),
-    "guards, health, evaluation, save": smallest(
-        *WATCHED, parts=["guard", "health", "evaluation", "save"]
+    "guards, budget, health, evaluation, save": smallest(
+        *WATCHED,
+        "moe.budget.target_ffn_per_token=1.0",
+        parts=["guard", "health", "evaluation", "save"],
     ),
     "capacity, context parallel": smallest(
         "moe.capacity_factor=1.25", "parallel.context_parallel_size=2", world_size=2, sequences=1
@@ -161,6 +163,13 @@ LOCAL: dict[str, dict[str, Any]] = {
     "HybridEP": smallest(
         _TWO_EXPERT_RANKS, "moe.dispatcher=flex", "moe.flex_backend=hybridep", world_size=2
     ),
+    "HybridEP, a part of a chunk": smallest(
+        _TWO_EXPERT_RANKS,
+        "moe.dispatcher=flex",
+        "moe.flex_backend=hybridep",
+        "model.seq_length=1040",
+        world_size=2,
+    ),
     "graphs": smallest("training.cuda_graphs=[attn,moe_router]"),
     "vanilla": smallest(*VANILLA),
 }
@@ -181,7 +190,7 @@ ENGINE: dict[str, dict[str, Any]] = {
         name: LOCAL[name]
         for name in (
             "one rank",
-            "guards, health, evaluation, save",
+            "guards, budget, health, evaluation, save",
             "first stage, expert parallel",
             "last stage, expert parallel, recompute",
             "tensor, expert tensor and context parallel",
@@ -288,7 +297,7 @@ ENGINE: dict[str, dict[str, Any]] = {
 }
 # What others of `ENGINE` and `LOCAL` have by parts, or with more: with the slow tests.
 COVERED = (
-    "guards, health, evaluation, save",
+    "guards, budget, health, evaluation, save",
     "first stage, expert parallel",
     "capacity, context parallel",
     "deduplicated",

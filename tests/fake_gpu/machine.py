@@ -79,6 +79,8 @@ class Device(TorchDispatchMode):
         if func is aten.index.Tensor and any(_is_mask(each) for each in args[1]):
             RECORD.read("index by a mask")
             return _indexed(*args)
+        if func is aten._pin_memory.default:
+            func = aten.clone.default
         result = func(*args, **kwargs)
         MEMORY.see(result)
         if func is aten._to_copy.default:
@@ -236,9 +238,7 @@ def _install_reads():
     def tensor(data, **kwargs) -> torch.Tensor:
         kwargs.pop("pin_memory", None)
         result = make(_plain(data), **kwargs)
-        if str(kwargs.get("device", "cpu")) != "cpu":
-            RECORD.read("copy to the device")
-        elif isinstance(data, list | tuple):
+        if str(kwargs.get("device", "cpu")) == "cpu" and isinstance(data, list | tuple):
             # What the host has written it can read again.
             result.made_of = data
         return result

@@ -22,6 +22,8 @@ ALL_GATHER = {f"copy to the host {_DISPATCHER}:dispatch_postprocess": 1}
 # They wait for their counts themselves.
 DEEPEP = {f"DeepEP {_DISPATCHER}:dispatch": 1}
 HYBRIDEP = {f"HybridEP {_DISPATCHER}:dispatch": 1}
+# With tokens that are no multiple of 64: the most tokens of all ranks.
+UNEVEN = {f"{kind} {_DISPATCHER}:setup_metadata": 1 for kind in ("copy to the device", "item")}
 # It looks for the rows and their gates once more; before Transformer Engine's permutation this
 # package asks whether there are any.
 PERMUTATION = {f"masked_select {_DISPATCHER}:dispatch_postprocess": 1}

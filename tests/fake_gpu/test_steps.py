@@ -29,13 +29,14 @@ def test_local_modules(local):
         "deduplicated": (reads.DEDUPLICATED,),
         "DeepEP": (reads.DEEPEP,),
         "HybridEP": (reads.HYBRIDEP,),
+        "HybridEP, a part of a chunk": (reads.HYBRIDEP, reads.UNEVEN),
     }
     for name, outcome in outcomes.items():
         layer = tables.get(name, (reads.ALL_TO_ALL,))
         if "recompute" in name:
             outcome["layers"] *= 2
         assert excess(outcome, layer) == {}, name
-    saved = outcomes["guards, health, evaluation, save"]["saved"]
+    saved = outcomes["guards, budget, health, evaluation, save"]["saved"]
     # Copies of the weights in fp32 and, today, bf16; two moments.
     parameters = outcomes["one rank"]["parameters"]
     assert 12 * parameters <= saved < 14.1 * parameters
