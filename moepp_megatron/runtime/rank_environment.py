@@ -77,6 +77,8 @@ def _rank_variables(num_local_ranks: int, interface: str | None = None) -> list[
         # On the node: in the home folder all nodes would wait for one file system.
         *_cache("TRITON_CACHE_DIR", "triton", "TRITON_HOME"),
         *_cache("TORCH_EXTENSIONS_DIR", "extensions"),
+        # megatron-core has torch.compile fuse its activations, for a minute of the first steps.
+        *_cache("TORCHINDUCTOR_CACHE_DIR", "inductor"),
     ]
     if interface is not None:
         # gloo looks up the host's name, which many machines map to a loopback address.
