@@ -12,16 +12,17 @@
 #          without the kernels of moe.fused; with CUTLASS's grouped product; with 2, 30 and 62
 #          constant experts; --shapes and --taus choose others
 # fp8      tests/gpu of Transformer Engine: its signatures, and FP8
-# tests    the rest of tests/gpu: training, documents, moments, NVML
-# step     whole training steps of the 0.6B model against its vanilla rival, bf16 and FP8
+# tests    the rest of tests/gpu, a part by file: training, documents, moments, NVML, bench
+# step     whole training steps and their energy against the vanilla rival: the 0.6B model in
+#          micro-batches of 16, in bf16 and FP8, and of 4; the 7B model with four layers
 # resume   the run of train, from its checkpoint
 # graphs   the runs of train with attention and router as CUDA graphs
 # trace    torch's trace of two steps of the 0.6B model: kernels, gaps, waits
-# counters Nsight Compute's counters of the kernels that combine experts, at 2 and 30 constants
+# counters Nsight Compute's counters of moepp_combine_*, at 2 and 30 constants
 # pair     two GPUs: a run each with EP, TP, PP and CP over NCCL
 #
-# In this order unless --steps names some; it may also name one measurement of layer or step, such as
-# layer_bf16_cutlass. Writes OUT/<card>.json (default benchmarks/results), which
+# In this order unless --steps names some; it may also name one part of layer, step or tests, such as
+# layer_bf16_cutlass. A part that leaves no result has failed. Writes OUT/<card>.json (default benchmarks/results), which
 # `python -m benchmarks.gpu_page` makes a page of. What each part leaves stays in WORK (default runs/gpu_sh),
 # Triton's cache too. A part ends after ten minutes at most, and all of them, with what they left
 # written to the record, within --limit; one that has passed with this commit (MOEPP_COMMIT, where
@@ -38,7 +39,9 @@ root=$(cd -P -- "$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")/.." && pw
 steps=card,kernels,train,layer,fp8,tests,step,resume,graphs,trace,counters,pair
 known=${steps//,/|}
 formats='bf16|fp8_(delayed|tensorwise|blockwise)'
-known_one="layer_($formats|bf16_(no_kernels|cutlass|constants_(2|30|62)))|step_($formats)"
+files=(training documents moments nvml bench)
+known_one="layer_($formats|bf16_(no_kernels|cutlass|constants_(2|30|62)))|step_($formats|micro4|7b)"
+known_one+="|tests_($(IFS='|' && printf '%s' "${files[*]}"))"
 work=$root/runs/gpu_sh out='' allow_cpu='' again='' limit='' shapes='' taus=''
 
 die() {
@@ -89,7 +92,7 @@ mkdir -p -- "$work"
 export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-$work/triton}
 commit=${MOEPP_COMMIT:-$(git describe --always --dirty --abbrev=40 2>/dev/null || printf unknown)}
 
-has() { [[ ,$steps, == *,$1,* ]]; }
+has() { [[ ,$steps, == *,$1,* || ,$steps, == *,${1%%_*},* ]]; }
 failed=0 left=() choice=''
 # Ends the part that runs, and with it the script.
 # shellcheck disable=SC2317  # called by the trap
@@ -130,18 +133,22 @@ run() {
     # Waited for, not in the foreground: no Ctrl-C reaches what `timeout` runs, in its own group.
     timeout --kill-after=15 --signal="${ends:-TERM}" "$seconds" "$@" > >(tee -- "$work/$name.log") &
     wait "$!" || status=$?
+    if ((status == 0)) && [[ -n ${leaves:-} ]] && ! compgen -G "$leaves" >/dev/null; then
+        printf 'failed: left no %s\n' "$leaves"
+        status=1
+    fi
     # 3: this machine cannot do it, with the reason above.
     ((status == 0 || status == 3)) || failed=1
     printf '%s\t%s\t%s\t%s\t%s\n' "$name" "$status" "$((SECONDS - begin))" "$commit" "$choice" \
         >>"$work/steps.tsv"
 }
 bench() {
-    local name=$1 choice=''
+    local name=$1 choice='' leaves=$work/$1.json
     shift
-    has "${name%%_*}" || has "$name" || return 0
+    has "$name" || return 0
     [[ $name != layer_* ]] || choice="$shapes $taus"
-    passed "$name" || rm -f -- "$work/$name.json"
-    run "$name" "$MOEPP_BIN/moepp" bench "$@" --json "$work/$name.json"
+    passed "$name" || rm -f -- "$leaves"
+    run "$name" "$MOEPP_BIN/moepp" bench "$@" --json "$leaves"
 }
 
 # A run of training into WORK/run_NAME; one of before is moved aside.
@@ -160,7 +167,7 @@ without_te() {
 train_both_ways() {
     local name=$1
     shift
-    without_te train "$name" "$@"
+    without_te train "$name" "$@" ${saves[@]+"${saves[@]}"}
     if "$MOEPP_BIN/python" -c 'import importlib.util as u; exit(not u.find_spec("transformer_engine"))'
     then
         train "${name}_te" "$@"
@@ -171,7 +178,9 @@ corpus() {
         run corpus "$MOEPP_BIN/moepp" data prepare stdlib --out "$work/corpus" --vocab-size 4096
 }
 
-length=(training.train_iters=20 checkpoint.save_interval=10 optimizer.warmup_iters=0)
+# Saved once, to be resumed: 8 GB of the 0.6B model.
+saves=() once=(checkpoint.save_interval=20)
+length=(training.train_iters=20 checkpoint.save_interval=0 optimizer.warmup_iters=0)
 if ((gpus > 0)); then
     # A micro-batch of eight sequences of the paper's length.
     layer=(--tokens 16384 --rounds 30)
@@ -181,48 +190,57 @@ if ((gpus > 0)); then
     card=()
     model=(configs/models/moepp_0.6b_8_4.yaml "data.path=$work/corpus" training.micro_batch_size=4
         training.global_batch_size=8 "${length[@]}")
-    step=(configs/models/moepp_0.6b_8_4.yaml run.dir=unused training.micro_batch_size=4
-        training.global_batch_size=8 --rounds 20)
+    step=(configs/models/moepp_0.6b_8_4.yaml run.dir=unused training.micro_batch_size=16
+        training.global_batch_size=16 --rounds 20)
+    micro4=(training.micro_batch_size=4 training.global_batch_size=8)
+    # Both models lie in memory at once: 5.6 GB a layer.
+    large=(configs/models/moepp_7b_16_4.yaml run.dir=unused model.num_layers=4 --rounds 10
+        parallel.expert_model_parallel_size=1 training.global_batch_size=4)
     if [[ -n $shapes$taus ]]; then
         all=(--shapes "${shapes:-7B}" --taus "${taus:-0.75}") one=("${all[@]}") many=("${all[@]}")
     fi
-    tests=()
+    # Most of their time is a core's, which compiles kernels.
+    tests=() many_at_once=(-n 8)
 else
     layer=(--tokens 64 --rounds 2)
     all=(--shapes 0.6B --taus 0.75)
     one=("${all[@]}") many=("${all[@]}")
     precisions=(bf16)
     card=(--size 256 --megabytes 16)
+    once=(checkpoint.save_interval=2) micro4=()
     tiny=(model.num_layers=2 training.micro_batch_size=1)
     # Two sequences a step, so that two ranks have one each.
     model=(configs/quickstart.yaml parallel.expert_model_parallel_size=1 training.global_batch_size=2
         "data.path=$work/corpus" "${tiny[@]}" training.train_iters=2
-        checkpoint.save_interval=1 optimizer.warmup_iters=0)
+        checkpoint.save_interval=0 optimizer.warmup_iters=0)
     step=(configs/quickstart.yaml run.dir=unused parallel.expert_model_parallel_size=1
         training.global_batch_size=1 "${tiny[@]}" --rounds 2)
+    large=("${step[@]}")
     export MOEPP_TESTS_CARD=cpu
-    tests=(--collect-only -q)
+    tests=(--collect-only -q) many_at_once=()
 fi
 first=(tests/gpu/test_kernels.py tests/gpu/test_layer.py)
 engine=(tests/gpu/test_te_signatures.py tests/gpu/test_fp8.py)
 # At the limit pytest is interrupted, so that it writes what has passed.
 run_tests() {
-    local name=$1 ends=INT
+    local name=$1 ends=INT leaves=$work/$1.xml
     shift
+    has "$name" || return 0
+    passed "$name" || rm -f -- "$leaves"
     run "$name" env --default-signal=INT "$MOEPP_BIN/python" -m pytest "$@" \
-        ${tests[@]+"${tests[@]}"} --junitxml="$work/$name.xml"
+        ${tests[@]+"${tests[@]}"} --junitxml="$leaves"
 }
 
 if has card || [[ ! -e $work/card.json ]]; then
     passed card || rm -f -- "$work/card.json"
     run card "$MOEPP_BIN/python" -m benchmarks.card "$work/card.json" ${card[@]+"${card[@]}"}
 fi
-if has kernels; then
-    run_tests kernels "${first[@]}"
-fi
+run_tests kernels "${first[@]}" ${many_at_once[@]+"${many_at_once[@]}"}
 if has train; then
     corpus
+    saves=("${once[@]}")
     train_both_ways first
+    saves=()
 fi
 for precision in "${precisions[@]}"; do
     fp8=()
@@ -238,20 +256,20 @@ for constants in 2 30 62; do
     bench "layer_bf16_constants_$constants" layer "${one[@]}" "${layer[@]}" --dtype bf16 \
         --constants "$constants"
 done
-if has fp8; then
-    run_tests fp8 "${engine[@]}"
-fi
-if has tests; then
-    run_tests tests tests/gpu "${first[@]/#/--ignore=}" "${engine[@]/#/--ignore=}"
-fi
+run_tests fp8 "${engine[@]}"
+for file in "${files[@]}"; do
+    run_tests "tests_$file" "tests/gpu/test_$file.py"
+done
 for precision in "${precisions[@]}"; do
     overrides=(precision.dtype=bf16)
     [[ $precision == fp8:* ]] &&
         overrides+=(precision.fp8=hybrid "precision.fp8_recipe=${precision#fp8:}")
     bench "step_${precision/:/_}" step "${step[@]}" "${overrides[@]}"
 done
+bench step_micro4 step "${step[@]}" precision.dtype=bf16 ${micro4[@]+"${micro4[@]}"}
+bench step_7b step "${large[@]}" precision.dtype=bf16
 if has resume; then
-    [[ -e $work/run_first ]] || { corpus && without_te train first; }
+    [[ -e $work/run_first ]] || { corpus && without_te train first "${once[@]}"; }
     without_te run resume "$MOEPP_BIN/moepp" train "${model[@]}" "run.dir=$work/run_first" --resume \
         training.train_iters=30
 fi
@@ -261,12 +279,15 @@ if has graphs && ((gpus > 0)); then
 fi
 if has trace; then
     corpus
-    train trace training.train_iters=4 'training.profile_steps=[3,4]'
+    leaves="$work/run_trace/profile/*" train trace training.train_iters=4 \
+        'training.profile_steps=[3,4]'
 fi
 if has counters && ((gpus > 0)); then
     ncu=(bash -c 'echo "no ncu on the PATH"; exit 3')
     if command -v ncu >/dev/null; then
-        ncu=(ncu --target-processes all --kernel-name 'regex:combine' --launch-count 12 --csv
+        # Without a kernel of that name it ends with 0.
+        ncu=(bash -o pipefail -c '"$@" | awk "{print} /^\"[0-9].*moepp_combine/ {n++} END {exit !n}"' ncu
+            ncu --target-processes all --kernel-name 'regex:moepp_combine' --launch-count 12 --csv
             --section SpeedOfLight --section Occupancy --section LaunchStats)
     fi
     for constants in 2 30; do

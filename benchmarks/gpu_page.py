@@ -191,12 +191,22 @@ def _steps(steps: Mapping[str, Mapping[str, Any]]) -> PageSection | None:
             f"{row['speedup']:.2f}",
             f"{1 / row['phi']:.2f}",
             f"{row['tokens'] / row['moepp_ms'] * 1e3:,.0f}",
+            *(_number(row[f"{model}_j"]) for model in ("vanilla", "moepp")),
         )
         for name, row in steps.items()
     ]
     return _table(
         "A training step against the vanilla model's",
-        ("setting", "vanilla, ms", "MoE++, ms", "speedup", "at most", "tokens/s"),
+        (
+            "setting",
+            "vanilla, ms",
+            "MoE++, ms",
+            "speedup",
+            "at most",
+            "tokens/s",
+            "vanilla, J",
+            "MoE++, J",
+        ),
         1,
         rows,
         "at most: 1 / phi, if nothing but FFN experts took time.",

@@ -2,28 +2,27 @@
 # The plan of docs/gpu.md for one Hopper GPU that is lent for half an hour: ten minutes a command, 64 MiB
 # a transfer, no network, Python 3.12 with torch 2.11 and its usual packages:
 #
-#   MOEPP_COMMIT=$(git rev-parse HEAD) benchmarks/lent_gpu.sh CALL [--rehearse]
+#   MOEPP_COMMIT=$(git rev-parse HEAD) benchmarks/lent_gpu.sh CALL [--rehearse] [--work DIR]
 #
-# CALL 0 makes ready, where there is a network and no GPU, what is carried: build/whl for call 1 and
-# build/te for call 3. Calls 1 to 8 run there in this order, each within its limit, and leave the record
-# in OUT (default benchmarks/results). After a lost machine: call 1 again, then the call that was lost.
-# --rehearse plays a call here, with its limit and tiny sizes, and installs nothing.
+# CALL 0 makes ready, where there is a network and no GPU, what every other call carries: build/whl and
+# build/te. Calls 1 to 3 run there, each whole in itself and within nine minutes, and leave record, logs
+# and traces in OUT (default benchmarks/results); the same call again runs what the limit cut off. They
+# work in memory (/dev/shm). --rehearse plays a call here, with its limit and tiny sizes, and installs
+# nothing.
 set -euo pipefail
 root=$(cd -P -- "$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")/.." && pwd)
 cd -- "$root"
-more=() limit=0
+limit=540 more=() out=${OUT:-benchmarks/results} work=/dev/shm/moepp
 case ${1:-} in
     0) ;;
-    1) steps=kernels limit=240 ;;
-    2) steps=card,train,resume,graphs limit=210 ;;
-    3) steps=fp8 limit=190 ;;
-    4) steps=layer_bf16,layer_bf16_cutlass limit=200 more=(--shapes '0.6B,7B' --taus 0.75) ;;
-    5) steps=train,graphs,step_bf16 limit=190 ;;
-    6) steps=trace,counters limit=130 ;;
-    7) steps=tests limit=270 ;;
-    8) steps=layer_fp8_blockwise,step_fp8_blockwise limit=150 more=(--shapes 7B --taus 0.75) ;;
+    1) steps=card,kernels,train,fp8,step_bf16,step_micro4,trace ;;
+    2)
+        steps=step_7b,layer_bf16,layer_bf16_cutlass,counters,step_fp8_blockwise,layer_fp8_blockwise
+        more=(--shapes '0.6B,7B' --taus 0.75)
+        ;;
+    3) steps=tests_training,graphs,resume,tests ;;
     *)
-        printf 'error: the call (%s) must be 0 to 8; see the head of benchmarks/lent_gpu.sh\n' "${1:-}" >&2
+        printf 'error: the call (%s) must be 0 to 3; see the head of benchmarks/lent_gpu.sh\n' "${1:-}" >&2
         exit 2
         ;;
 esac
@@ -31,6 +30,7 @@ if [[ $1 == 0 ]]; then
     export MOEPP_PAIR=torch2.11 MOEPP_TE=1
     # shellcheck source=launch/env.sh
     source launch/env.sh
+    rm -rf -- build/whl build/te build/core
     get=("$MOEPP_BIN/python" -m pip download -q --no-deps -c constraints-torch2.11.txt -d)
     "${get[@]}" build/whl megatron-core pydantic pydantic-core annotated-types typing-inspection setuptools
     "${get[@]}" build/te transformer_engine nvdlfw-inspect nvidia-cudnn-frontend importlib-metadata
@@ -40,16 +40,26 @@ if [[ $1 == 0 ]]; then
     du -sh build/whl build/te
     exit
 fi
-if [[ ${2:-} != --rehearse ]]; then
-    export MOEPP_ENV=current
-    install=(python3 -m pip install -q --no-index --no-deps)
-    case $1 in
-        1)
+case " $* " in
+    *' --rehearse '*) [[ ${3:-} != --work ]] || work=${4:-} ;;
+    *)
+        export MOEPP_ENV=current
+        if ! command -v moepp >/dev/null; then
+            install=(python3 -m pip install -q --no-index --no-deps)
             "${install[@]}" build/whl/*.whl
+            "${install[@]}" build/te/*.whl || true
             "${install[@]}" --no-build-isolation -e .
             moepp doctor || true
-            ;;
-        3) "${install[@]}" build/te/*.whl ;;
-    esac
-fi
-benchmarks/gpu.sh --steps "$steps" --limit "$((limit - SECONDS))" ${OUT:+--out "$OUT"} "${more[@]}" "${@:2}"
+        fi
+        ;;
+esac
+status=0
+# 20 s for packing.
+benchmarks/gpu.sh --steps "$steps" --limit "$((limit - 20 - SECONDS))" --out "$out" --work "$work" \
+    ${more[@]+"${more[@]}"} "${@:2}" || status=$?
+# Checkpoints and data stay; what comes back is few files of 16 MiB at most.
+mkdir -p -- "$out"
+wanted='\./([^/]+\.[a-z]+|run_[^/]+/([^/]+\.(jsonl|yaml)|profile/[^/]+))'
+(cd -- "$work" && find . -regextype posix-extended -type f -regex "$wanted" -print0 | tar -cz --null -T -) |
+    split -b 15M -d - "$out/call_$1.tar.gz."
+exit "$status"

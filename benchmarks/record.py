@@ -4,8 +4,8 @@
     python -m benchmarks.record RECORD.json RECORD.json ... --out DIR
 
 FOLDER holds what the steps left: `card.json` of `benchmarks.card`, `layer_*.json` and
-`step_*.json` of `moepp bench`, runs in `run_*`, what each step printed, `kernels.xml`, `fp8.xml`
-and `tests.xml` of pytest, and `steps.tsv` with one line a step: name, exit status, seconds,
+`step_*.json` of `moepp bench`, runs in `run_*`, what each step printed, `*.xml` of pytest, and
+`steps.tsv` with one line a step: name, exit status, seconds,
 commit, choice of shapes.
 The file is DIR/<card>.json. A step that failed leaves its exit status and no numbers;
 3 says that the machine cannot do it. Records of several machines with the same card make one;
@@ -55,11 +55,7 @@ def assemble(folder: Path, command: str, driver: str | None = None) -> dict[str,
         "commits": sorted({step["commit"] for step in steps}),
         "written": datetime.now(UTC).isoformat(timespec="milliseconds"),
         "steps": steps,
-        "tests": {
-            name: _tests(path)
-            for name in ("kernels", "fp8", "tests")
-            if (path := folder / f"{name}.xml").exists()
-        },
+        "tests": {path.stem: _tests(path) for path in sorted(folder.glob("*.xml"))},
         "measured": card,
         "layer": _named(folder, "layer_", steps),
         "step": _named(folder, "step_", steps),

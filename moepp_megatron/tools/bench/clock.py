@@ -47,9 +47,12 @@ class Timed:
 
     Attributes:
         seconds: One entry per round, in the order of the rounds.
+        joules: The GPU's energy per round, the mean; None if unknown. NVML's counter moves every
+            tenth of a second or so, so a round must not be much shorter, or there must be many.
     """
 
     seconds: list[float]
+    joules: float | None = None
 
     @property
     def median_ms(self) -> float:
@@ -64,27 +67,46 @@ def speedup(slow: Timed, fast: Timed) -> float:
 
 
 def interleaved(
-    contestants: Mapping[str, Callable[[], object]], rounds: int, warmup: int
+    contestants: Mapping[str, Callable[[], object]],
+    rounds: int,
+    warmup: int,
+    *,
+    queued: bool = False,
+    energy: Callable[[], float | None] = lambda: None,
 ) -> dict[str, Timed]:
     """Run all contestants once per round; each round begins with another one.
 
-    The GPU is idle when a contestant begins, so that times do not mix.
+    The GPU is idle before a contestant's turn, so that times do not mix.
 
     Args:
         contestants: What to time, by name.
         rounds: Rounds that count.
         warmup: Rounds before them, which do not count.
+        queued: On a GPU run each contestant twice in its turn and time the second run, which begins
+            behind work, as a layer does in training; otherwise the host's launches would count.
+        energy: Counter of the GPU's energy, J.
     """
     names = list(contestants)
     times: dict[str, list[float]] = {name: [] for name in names}
+    joules: dict[str, list[float | None]] = {name: [] for name in names}
     for number in range(-warmup, rounds):
         for index in range(len(names)):
             name = names[(index + number) % len(names)]
             settle()
+            if queued and torch.cuda.is_available():
+                contestants[name]()
+            before = energy()
             began = now()
             contestants[name]()
             ended = now()
             settle()
             if number >= 0:
+                after = energy()
                 times[name].append(seconds(began, ended))
-    return {name: Timed(values) for name, values in times.items()}
+                joules[name].append(None if before is None or after is None else after - before)
+    return {name: Timed(values, _mean(joules[name])) for name, values in times.items()}
+
+
+def _mean(values: list[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return statistics.fmean(known) if len(known) == len(values) else None

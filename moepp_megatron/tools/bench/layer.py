@@ -116,7 +116,7 @@ def _measure(
 ) -> dict[str, Any]:
     method = {"forward": "forward_only", "forward_backward": "forward_backward"}[name]
     works = {key: getattr(layer, method) for key, layer in layers.items()}
-    times = interleaved(works, rounds, warmup=2)
+    times = interleaved(works, rounds, warmup=2, queued=True)
     result: dict[str, Any] = {}
     for key, layer in layers.items():
         parts = parts_ms(layer.layer, layer.forward_only, rounds)

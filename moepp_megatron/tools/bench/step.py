@@ -7,6 +7,7 @@ A result is what `--json` writes:
     measured_ffn_fraction         the counted share
     vanilla_ms, moepp_ms          median milliseconds per step
     speedup                       vanilla time over MoE++ time, median of the rounds' ratios
+    vanilla_j, moepp_j            mean J of a step on the first rank's GPU; null without NVML
     vanilla_a2a_bytes, moepp_a2a_bytes
                                   hidden vectors' bytes that leave their ranks in forward passes
     vanilla_a2a_time_s, moepp_a2a_time_s
@@ -17,8 +18,8 @@ A result is what `--json` writes:
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ from torch import Tensor
 from moepp_megatron.config import Config, Layout
 from moepp_megatron.config.vanilla import vanilla
 from moepp_megatron.moe.router import MoEPPRouter
+from moepp_megatron.runtime.nvml import Nvml, NvmlUnavailableError
 from moepp_megatron.runtime.patches import replaced
 from moepp_megatron.tools.bench.clock import interleaved, now, seconds, settle, speedup
 from moepp_megatron.tools.bench.held_routing import balanced_selection, balanced_shares, hold
@@ -113,7 +115,9 @@ def run_step_benchmark(config: Config, layout: Layout, rounds: int) -> dict[str,
         rounds: Steps of each model that count; two before and three behind them do not.
     """
     steppers = {"vanilla": _Stepper(vanilla(config), layout), "moepp": _Stepper(config, layout)}
-    times = interleaved({n: s.step for n, s in steppers.items()}, rounds, warmup=2)
+    with _energy() as energy:
+        contestants = {name: stepper.step for name, stepper in steppers.items()}
+        times = interleaved(contestants, rounds, warmup=2, energy=energy)
     counted = {name: stepper.routing.collect() for name, stepper in steppers.items()}
     waits = {f"{name}_a2a_time_s": each.all_to_all_seconds() for name, each in steppers.items()}
     training, moe = config.training, config.moe
@@ -125,9 +129,23 @@ def run_step_benchmark(config: Config, layout: Layout, rounds: int) -> dict[str,
         "tokens": training.global_batch_size * config.model.seq_length,
         "speedup": speedup(times["vanilla"], times["moepp"]),
         **{f"{name}_ms": timed.median_ms for name, timed in times.items()},
+        **{f"{name}_j": timed.joules for name, timed in times.items()},
         **{f"{name}_a2a_bytes": numbers["a2a_bytes"] for name, numbers in counted.items()},
         **waits,
     }
+
+
+@contextmanager
+def _energy() -> Iterator[Callable[[], float | None]]:
+    """Yield a reader of the energy counter of this rank's GPU, J; it returns None without one."""
+    with ExitStack() as stack:
+        try:
+            nvml = stack.enter_context(Nvml())
+            index = nvml.visible()[torch.cuda.current_device()]
+        except (NvmlUnavailableError, IndexError, TypeError):
+            yield lambda: None
+            return
+        yield lambda: nvml.energies([index])[0]
 
 
 def _hold_all(models: list[torch.nn.Module], config: Config, layout: Layout) -> None:

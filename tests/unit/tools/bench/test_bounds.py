@@ -187,7 +187,10 @@ def test_nested_parts_are_counted_once(monkeypatch):
 def test_contestants_take_turns():
     order: list[str] = []
     contestants = {name: (lambda name=name: order.append(name)) for name in ("a", "b")}
-    times = interleaved(contestants, rounds=3, warmup=1)
+    # A counter that nobody else moves: 2 J a turn of `a`, 3 of `b`.
+    joules = lambda: 2.0 * order.count("a") + 3.0 * order.count("b")  # noqa: E731
+    times = interleaved(contestants, rounds=3, warmup=1, queued=True, energy=joules)
     assert "".join(order) == "baabbaab"
     assert [len(timed.seconds) for timed in times.values()] == [3, 3]
+    assert [timed.joules for timed in times.values()] == [2.0, 3.0]
     assert speedup(Timed([2.0, 9.0, 4.0]), Timed([1.0, 3.0, 2.0])) == 2.0
