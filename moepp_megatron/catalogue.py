@@ -511,6 +511,25 @@ class Record(BaseModel):
             "moepp_skipped_steps",
         ),
     ] = None
+    static_fill: Annotated[
+        MaybeFloat,
+        Metric(
+            "most FFN rows of a layer and micro-batch, of the room that `moe.static_rows` gives",
+            "share",
+            "router",
+            "moepp_static_fill",
+            wrong="above 1 in more than 1 of 1,000 steps",
+        ),
+    ] = None
+    repeated_steps: Annotated[
+        MaybeInt,
+        Metric(
+            "steps since the run began that `moe.static_rows` had no room for and that ran again",
+            "",
+            "other",
+            "moepp_repeated_steps",
+        ),
+    ] = None
     slowest_rank: Annotated[
         MaybeInt,
         Metric(

@@ -6,8 +6,10 @@ writes; both have these fields. Imports no torch and nothing of this package but
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 from moepp_megatron.experts import CONSTANT, ExpertKind, ExpertLayout, Setting
@@ -247,6 +249,16 @@ EXPORTED = tuple(name for name, declared in DECLARED.items() if declared.says.ex
 """Settings that an exported model has under the same name."""
 EXTENSIONS = tuple(name for name, declared in DECLARED.items() if declared.says.extension)
 """Settings of which the vanilla baseline and older exports have the defaults."""
+
+
+def static_rows(rows_per_selection: float, topk: int, num_tokens: int, num_ranks: int = 1) -> int:
+    """FFN rows that a rank with `num_tokens` may send to each of `num_ranks` with static rows.
+
+    `rows_per_selection` is `moe.static_rows` times the target of the FFN share.
+    """
+    # Exact arithmetic on decimals, as with capacities.
+    rows = Fraction(str(rows_per_selection)) * topk * num_tokens / num_ranks
+    return min(math.ceil(rows), topk * num_tokens)
 
 
 def settings_of(kind: ExpertKind) -> tuple[str, ...]:

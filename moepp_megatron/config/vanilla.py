@@ -20,7 +20,7 @@ def vanilla(config: Config) -> Config:
     content = config.model_dump(mode="json", exclude_unset=True)
     content.pop("routing_guard", None)
     moe = content["moe"]
-    for name in ("budget", "bias_update_rate", *EXTENSIONS):
+    for name in ("budget", "bias_update_rate", "static_rows", *EXTENSIONS):
         moe.pop(name, None)
     own_scale = config.moe.router_topk / config.moe.num_ffn_experts
     scale = {"heterogeneous": own_scale, "grouped": 1.0}[config.moe.balance_loss]

@@ -87,6 +87,7 @@ PARTS = (
     "features.profile.part:ProfilePart",
     "features.data_stages.part:DataStagesPart",
     "training.parts.routing_counts:RoutingCountsPart",
+    "training.parts.static_rows:StaticRowsPart",
     "features.router_health.part:RouterHealthPart",
     "features.tokens.part:SourcesPart",
     "features.tokens.part:TokenClassesPart",

@@ -40,6 +40,7 @@ def moepp_config(config: Config) -> MoEPPConfig:
     settings |= {
         "tau": moe.balanced_tau,
         "deduplicate_dispatch": moe.dispatcher == "alltoall_dedup",
+        "static_rows": moe.static_rows_per_selection,
     }
     return MoEPPConfig(**settings)
 

@@ -9,6 +9,7 @@ copies.py             permutation: copies of rows per selection, and their sums 
 cpu_experts.py        FFN experts on a CPU
 cuda_graphs.py        attention and router of a layer as CUDA graphs; the rest is launched normally
 dedup_dispatcher.py   an all-to-all that sends a token at most once to each rank
+static_dispatcher.py  an all-to-all of equal splits, whose sizes the host knows before
 dispatcher.py         token dispatchers that move only what FFN experts need
 exchange.py           an all-to-all that leaves time for work, forward and backward
 expert_groups.py      group-limited routing: FFN experts come from a token's best groups of them

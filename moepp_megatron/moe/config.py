@@ -31,10 +31,14 @@ class MoEPPConfig(LayerSettings):
         deduplicate_dispatch: Whether the all-to-all sends a token once to each rank that holds
             experts of it, and not once to each expert
             (`TransformerConfig.moe_token_dispatcher_type` must be `alltoall`).
+        static_rows: FFN rows of a rank for each selection of its tokens, in passes in which
+            `MoEPPLayer.is_static`, which the training loop sets; None for no such passes. A loop
+            that sets it must discard passes whose `RoutingStatistics.fill` exceeds 1.
     """
 
     num_ffn_experts: int = field(kw_only=False)
     deduplicate_dispatch: bool = False
+    static_rows: float | None = None
 
     def __post_init__(self) -> None:
         """Refuse settings that no layer can be built from (ValueError)."""
@@ -82,6 +86,7 @@ class MoEPPConfig(LayerSettings):
             "expert_input_scale",
             "logits_norm_std",
             "deduplicate_dispatch",
+            "static_rows",
             "balance_loss",
         ):
             default = self.__dataclass_fields__[name].default

@@ -53,15 +53,66 @@ class Copies:
         return F.embedding_bag(self._of_rows, copies, self._first, mode="sum")
 
 
-def rows_of_tokens(routing_map: Tensor, slots: int) -> Tensor:
+class Places:
+    """[R] rows of a buffer, each with the row of [N, ...] values that it holds.
+
+    `source` [R] int64 is N for a row that holds nothing: its content is arbitrary and goes nowhere.
+    Has the operations of `Copies`; the sum is in order of the buffer, rounded to its dtype.
+    """
+
+    def __init__(self, source: Tensor, num_values: int) -> None:
+        self._source, self._num_values = source, num_values
+
+    def spread(self, values: Tensor) -> Tensor:
+        """Copy [N, ...] values to the buffer [R, ...]."""
+        return _Spread.apply(values, self)
+
+    def add_up(self, buffer: Tensor) -> Tensor:
+        """Sum the buffer [R, ...] to [N, ...] values; a value without rows is 0."""
+        return _AddUp.apply(buffer, self)
+
+    def _spread(self, values: Tensor) -> Tensor:
+        return values.index_select(0, self._source.clamp(max=self._num_values - 1))
+
+    def _add_up(self, buffer: Tensor) -> Tensor:
+        sums = buffer.new_zeros(self._num_values + 1, *buffer.shape[1:])
+        return sums.index_add_(0, self._source, buffer)[:-1]
+
+
+class Permutation:
+    """A new order of rows: row r of the result is row `order[r]`, [R] int64."""
+
+    def __init__(self, order: Tensor) -> None:
+        self._order = order
+        self._inverse = torch.empty_like(order).scatter_(
+            0, order, torch.arange(len(order), device=order.device)
+        )
+
+    def spread(self, rows: Tensor) -> Tensor:
+        """Reorder the rows."""
+        return _Spread.apply(rows, self)
+
+    def add_up(self, rows: Tensor) -> Tensor:
+        """Put reordered rows back."""
+        return _AddUp.apply(rows, self)
+
+    def _spread(self, rows: Tensor) -> Tensor:
+        return rows.index_select(0, self._order)
+
+    def _add_up(self, rows: Tensor) -> Tensor:
+        return rows.index_select(0, self._inverse)
+
+
+def rows_of_tokens(routing_map: Tensor, slots: int, numbers: Tensor | None = None) -> Tensor:
     """[T, slots] int32 numbers of each token's copies, for a kernel that adds them up in one pass.
 
     A token has a copy for each true column of `routing_map` [T, M], at most `slots`. Copies are in
-    order of columns, then tokens; -1 in empty slots.
+    order of columns, then tokens, or have `numbers` [T, M] int32; -1 in empty slots.
     """
     # Counting along the columns numbers the copies: no sort, and no count for the host to wait for.
-    by_column = routing_map.T
-    numbers = by_column.flatten().cumsum(dim=0, dtype=torch.int32).view(by_column.shape).T - 1
+    if numbers is None:
+        by_column = routing_map.T
+        numbers = by_column.flatten().cumsum(dim=0, dtype=torch.int32).view(by_column.shape).T - 1
     slot = routing_map.cumsum(dim=1) - 1
     # What is no copy goes to a slot of its own, which is then cut off.
     slot = slot.masked_fill(~routing_map, slots)
@@ -71,7 +122,7 @@ def rows_of_tokens(routing_map: Tensor, slots: int) -> Tensor:
 
 class _Spread(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, copies: Copies) -> Tensor:
+    def forward(ctx: Any, rows: Tensor, copies: Copies | Places | Permutation) -> Tensor:
         ctx.copies = copies
         return copies._spread(rows)
 
@@ -83,7 +134,7 @@ class _Spread(torch.autograd.Function):
 
 class _AddUp(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, copies: Copies) -> Tensor:
+    def forward(ctx: Any, rows: Tensor, copies: Copies | Places | Permutation) -> Tensor:
         ctx.copies = copies
         return copies._add_up(rows)
 

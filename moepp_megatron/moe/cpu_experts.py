@@ -106,6 +106,11 @@ def _activated(x: Tensor, weight: Tensor) -> Tensor:
     return activated
 
 
+def _by_expert(tensor: Tensor, rows: list[int]) -> tuple[Tensor, ...]:
+    """The rows of each expert; with static rows others follow, which nobody reads."""
+    return tensor[: sum(rows)].split(rows)
+
+
 def _forward(
     tokens: Tensor,
     gates: Tensor,
@@ -115,7 +120,7 @@ def _forward(
 ) -> Tensor:
     """The gates times W_out (silu(W_gate x) * W_up x); `keep` receives fc1's results."""
     output = torch.empty_like(tokens)
-    parts = zip(tokens.split(rows), gates.split(rows), output.split(rows), strict=True)
+    parts = zip(*(_by_expert(each, rows) for each in (tokens, gates, output)), strict=True)
     for index, (x, gate, out) in enumerate(parts):
         weight_in, weight_out = weights[2 * index], weights[2 * index + 1]
         if len(x):
@@ -151,7 +156,7 @@ class _CPUExperts(torch.autograd.Function):
         input_grad, gate_grad = torch.empty_like(tokens), torch.empty_like(gates)
         weight_grads: list[Tensor] = []
         tensors = (tokens, gates, grads[0], input_grad, gate_grad)
-        parts = zip(*(tensor.split(rows) for tensor in tensors), strict=True)
+        parts = zip(*(_by_expert(tensor, rows) for tensor in tensors), strict=True)
         for index, (x, gate, out_grad, x_grad, g_grad) in enumerate(parts):
             weight_in, weight_out = weights[2 * index], weights[2 * index + 1]
             if not len(x):

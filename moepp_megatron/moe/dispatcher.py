@@ -25,6 +25,7 @@ from torch import Tensor
 from moepp_megatron.moe.dedup_dispatcher import DedupAlltoAllTokenDispatcher
 from moepp_megatron.moe.exchange import Exchange
 from moepp_megatron.moe.flex_dispatcher import FFNFlexTokenDispatcher, vectors_sent
+from moepp_megatron.moe.static_dispatcher import StaticTokenDispatcher
 from moepp_megatron.moe.upstream_settings import refuse_setting
 
 
@@ -199,7 +200,7 @@ def _without_fusion(config: TransformerConfig) -> TransformerConfig:
 
 
 # Those that have the experts' outputs as rows before they add them up.
-RowDispatcher = FFNAlltoAllTokenDispatcher | DedupAlltoAllTokenDispatcher
+RowDispatcher = FFNAlltoAllTokenDispatcher | DedupAlltoAllTokenDispatcher | StaticTokenDispatcher
 
 
 # What `TransformerConfig.moe_token_dispatcher_type` may name; below, with `deduplicate_dispatch`.
@@ -253,6 +254,8 @@ def bytes_sent(dispatcher: MoETokenDispatcher, hidden: Tensor) -> int | Tensor:
     (4 bytes per selection) and the deduplicated dispatcher's maps (a byte per copy and expert).
     """
     row = hidden.shape[-1] * hidden.element_size()
+    if isinstance(dispatcher, StaticTokenDispatcher):
+        return 2 * (dispatcher.ep_size - 1) * dispatcher.rows_to_peer * row
     if isinstance(dispatcher, (MoEAlltoAllTokenDispatcher, DedupAlltoAllTokenDispatcher)):
         out, home = dispatcher.input_splits, dispatcher.output_splits
         if dispatcher.ep_size == 1 or out is None or home is None:

@@ -24,12 +24,14 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from moepp_megatron.moe.config import MoEPPConfig
+from moepp_megatron.moe.cpu_experts import CPUExperts
 from moepp_megatron.moe.cuda_graphs import refuse_uncapturable
 from moepp_megatron.moe.dispatcher import RowDispatcher, build_dispatcher, bytes_sent
 from moepp_megatron.moe.kernels import use_kernels
 from moepp_megatron.moe.padding import local_mask
 from moepp_megatron.moe.router import MoEPPRouter
 from moepp_megatron.moe.selection import Routing
+from moepp_megatron.moe.static_dispatcher import StaticTokenDispatcher
 from moepp_megatron.moe.statistics import RoutingStatistics, tracked_losses
 from moepp_megatron.moe.upstream_private import check_upstream
 from moepp_megatron.moe.upstream_settings import refuse_ignored
@@ -95,6 +97,7 @@ class MoEPPLayer(MoELayer):
     Attributes:
         fuses: True if kernels add up the experts' outputs: where `moepp.fused` allows it and they
             compute every kind of experts that there is (`experts.ExpertKind.has_kernel`).
+        is_static: Whether training passes use the buffer of `MoEPPConfig.static_rows`.
 
     Raises:
         ValueError: If a setting of megatron-core cannot be honoured by this layer.
@@ -129,6 +132,19 @@ class MoEPPLayer(MoELayer):
             pg_collection,
             moepp.deduplicate_dispatch,
         )
+        self._dynamic_dispatcher = self.token_dispatcher
+        self._static_dispatcher: StaticTokenDispatcher | None = None
+        self.is_static = False
+        if moepp.static_rows is not None:
+            self._static_dispatcher = StaticTokenDispatcher(
+                config, pg_collection, moepp.static_rows
+            )
+            if not isinstance(self.experts, CPUExperts):
+                raise ValueError(
+                    f"static_rows ({moepp.static_rows}) must be None with "
+                    f"{type(self.experts).__name__}, which reads the rows of each expert on the "
+                    "host; use None, or megatron-core's local experts in bf16 on Hopper or newer"
+                )
         self.zero_computation = ZeroComputationExperts(config, moepp)
         # Parameters are gathered and gradients reduced in the order of modules. The router uses
         # these experts' weights, so they come beside it, not a layer's FFN experts away.
@@ -272,11 +288,15 @@ class MoEPPLayer(MoELayer):
     def ffn_input(self, hidden_states: Tensor, routing: Routing) -> tuple[Tensor, Tensor]:
         """Rows for FFN experts and their gates, in the dispatcher's order: input of `dispatch`."""
         num_ffn = self.moepp.num_ffn_experts
+        gates, routing_map = routing.gates[:, :num_ffn], routing.routing_map[:, :num_ffn]
         if self.moepp.expert_input_scale != 1.0:
             hidden_states = hidden_states * self.moepp.expert_input_scale
-        return self.preprocess(
-            hidden_states, routing.gates[:, :num_ffn], routing.routing_map[:, :num_ffn]
-        )
+        self.token_dispatcher = self._dynamic_dispatcher
+        if self._static_dispatcher is not None and self.training:
+            self.statistics.add_fill(self._static_dispatcher.fill(routing_map))
+            if self.is_static:
+                self.token_dispatcher = self._static_dispatcher
+        return self.preprocess(hidden_states, gates, routing_map)
 
     def dispatch(self, hidden_states: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
         """Dispatch as megatron-core does and count the bytes."""

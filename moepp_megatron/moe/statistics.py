@@ -40,6 +40,8 @@ class RoutingStatistics:
         margins: [bins] int64 margins of FFN experts (`moe.margins`); None where none are counted.
         watches_margins: Whether they are to be counted.
         logit_norms: Norm of each micro-batch's logits, where `watches_logits`.
+        fill: Most FFN rows of a micro-batch for one rank, of the rows that static rows allow it:
+            a float64 scalar on the device; None without static rows.
         a2a_bytes: Bytes of hidden vectors that the dispatcher sent to other ranks, forward pass,
             dispatch and combine; a scalar on the device where only the device knows.
     """
@@ -60,6 +62,7 @@ class RoutingStatistics:
         self.losses: dict[str, tuple[Tensor, int | Tensor]] = {}
         self.num_tokens: int | Tensor = 0
         self.a2a_bytes: int | Tensor = 0
+        self.fill: Tensor | None = None
 
     @staticmethod
     def is_counting(training: bool) -> bool:
@@ -121,6 +124,10 @@ class RoutingStatistics:
     def sources(self) -> Tensor | None:
         """[sources, E] int64 selections of each data source's tokens; or None."""
         return self.tagged.sources if self.tagged and self.num_sources else None
+
+    def add_fill(self, fill: Tensor) -> None:
+        """Note one micro-batch's `fill`."""
+        self.fill = fill if self.fill is None else torch.maximum(self.fill, fill)
 
     @torch.no_grad()
     def add_margins(self, counts: Tensor) -> None:

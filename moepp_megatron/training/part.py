@@ -128,7 +128,10 @@ class Part(StepHooks):
         """Why the next batch comes from a new data stage, or None."""
 
     def begin_step(self, step: int, layout: Layout) -> None:
-        """Training step `step` begins, with the layout's number of micro-batches."""
+        """Training step `step` begins, with the layout's number of micro-batches.
+
+        Called once more where its passes run again (`StepHooks.repeats`).
+        """
 
     def end_step(self, step: Step) -> Iterable[Alert]:
         """Learn from a step, or from a refused batch."""

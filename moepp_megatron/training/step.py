@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -29,9 +29,10 @@ class StepHooks:
 
     Attributes:
         may_refuse: True if `refuses` may refuse a batch, so that a step must be undoable.
+        may_repeat: True if `repeats` may ask for the step's passes once more.
     """
 
-    may_refuse = False
+    may_refuse = may_repeat = False
 
     def batches(
         self, batches: list[Iterator[Batch]], num_microbatches: int
@@ -61,6 +62,10 @@ class StepHooks:
     def summands(self) -> Sequence[Summand]:
         """Values to sum over all ranks before the optimizer acts."""
         return ()
+
+    def repeats(self) -> bool:
+        """True to undo the passes and run them again over the same batches; asked once a step."""
+        return False
 
     def refuses(self, sums: StepSums, losses: Tensor) -> bool:
         """True to skip the batch's update; arguments as of `StepResult`."""
@@ -97,6 +102,7 @@ def training_step(
     layout: Layout,
     hooks: Sequence[StepHooks] = (),
     summands: Sequence[Summand] = (),
+    begin_again: Callable[[], None] = lambda: None,
 ) -> StepResult:
     """Run one optimizer step.
 
@@ -108,10 +114,22 @@ def training_step(
         hooks: What else the step does, in order. All of them judge the batch; where one refuses it,
             it is read and nothing else has changed.
         summands: What is summed over all ranks besides what the hooks sum.
+        begin_again: Called before passes that a hook has run again.
     """
+    repeaters = [hook for hook in hooks if hook.may_repeat]
+    if repeaters:
+        # Drawn before the state is noted: a loader draws random numbers, and draws only once.
+        drawn = [[next(each) for _ in range(layout.num_microbatches)] for each in batches]
+        batches = [iter(each) for each in drawn]
     judges = [hook for hook in hooks if hook.may_refuse]
-    before = _StepState(model.models) if judges else None
+    before = _StepState(model.models) if judges or repeaters else None
     result = compute_gradients(model, batches, config, layout, hooks, summands)
+    wishes = [hook.repeats() for hook in repeaters]
+    if before is not None and any(wishes):
+        before.restore()
+        begin_again()
+        batches = [iter(each) for each in drawn]
+        result = compute_gradients(model, batches, config, layout, hooks, summands)
     verdicts = [judge.refuses(result.sums, result.losses) for judge in judges]
     if before is not None and any(verdicts):
         before.restore()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch.distributed as dist
@@ -185,9 +186,10 @@ class Trainer:
         samples = self._sizes.at(before.consumed_samples)
         layout = self._sizes.layout(self.layout, before.consumed_samples)
         self.supervisor.begin_step(before.step + 1)
-        self.parts.begin_step(before.step + 1, layout)
+        begin = partial(self.parts.begin_step, before.step + 1, layout)
+        begin()
         started = time.perf_counter()
-        result = training_step(self.model, batches, self.config, layout, self.parts, [stop])
+        result = training_step(self.model, batches, self.config, layout, self.parts, [stop], begin)
         if result.updated:
             self.progress = before.after_step(samples, samples * self.config.model.seq_length)
         else:

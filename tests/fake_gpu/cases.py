@@ -159,6 +159,10 @@ LOCAL: dict[str, dict[str, Any]] = {
     ),
     "all-gather": smallest(_TWO_EXPERT_RANKS, "moe.dispatcher=allgather", world_size=2),
     "deduplicated": smallest(_TWO_EXPERT_RANKS, "moe.dispatcher=alltoall_dedup", world_size=2),
+    "static rows": smallest("moe.static_rows=1.3"),
+    "static rows, expert parallel": smallest(
+        _TWO_EXPERT_RANKS, "moe.static_rows=1.3", world_size=2
+    ),
     "DeepEP": smallest(_TWO_EXPERT_RANKS, "moe.dispatcher=flex", world_size=2),
     "HybridEP": smallest(
         _TWO_EXPERT_RANKS, "moe.dispatcher=flex", "moe.flex_backend=hybridep", world_size=2

@@ -261,6 +261,7 @@ class _Run:
         from moepp_megatron.training import step as step_module
         from moepp_megatron.training.checkpoint.files import Progress
         from moepp_megatron.training.part import Step
+        from moepp_megatron.training.parts import static_rows
         from moepp_megatron.training.signals import StopRequest
         from moepp_megatron.training.step import training_step
         from moepp_megatron.training.step_sums import mean_loss
@@ -272,6 +273,8 @@ class _Run:
         # Nor are there other ranks' processes, for gloo to find.
         routing_guard.Agreement = lambda: None
         watching = counting_parts(config, self.layout, self.model, None, guarded="guard" in parts)
+        # Nor has what is read numbers: rows have room.
+        static_rows.StaticRowsPart.take_sum = lambda part, total: None
         stop = StopRequest()
         prepare = step_module.prepare_gradients
 

@@ -27,6 +27,8 @@ def test_local_modules(local):
     tables = {
         "all-gather": (reads.ALL_GATHER, reads.PERMUTATION),
         "deduplicated": (reads.DEDUPLICATED,),
+        "static rows": (),
+        "static rows, expert parallel": (),
         "DeepEP": (reads.DEEPEP,),
         "HybridEP": (reads.HYBRIDEP,),
         "HybridEP, a part of a chunk": (reads.HYBRIDEP, reads.UNEVEN),

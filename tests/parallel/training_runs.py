@@ -7,6 +7,7 @@ statistics), so a comparison covers what a user runs. `compare` holds one run ag
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,8 @@ class Run:
     gradients: dict[str, np.ndarray] = field(default_factory=dict)
     divergences: list[float] = field(default_factory=list)
     mtp_losses: list[float] = field(default_factory=list)
+    fills: list[float] = field(default_factory=list)
+    repeated: list[int] = field(default_factory=list)
 
 
 def settings(**sections):
@@ -161,7 +164,7 @@ def train(raw, steps: int, prepare=None):
     config, layout = begin(raw)
     model = build_training_model(config)
     # By name, so that a feature can be deleted without these runs.
-    names = ("DistillationPart", "MultiTokenPredictionPart", "RoutesPart")
+    names = ("DistillationPart", "MultiTokenPredictionPart", "RoutesPart", "StaticRowsPart")
     of_loss = [kind for kind in _part_kinds() if kind.__name__ in names]
     dataset = SyntheticDataset(config, steps)
     losses = _made(of_loss, config, layout, model, dataset).parts
@@ -174,10 +177,16 @@ def train(raw, steps: int, prepare=None):
     pieces = _capture_gradients(model)
     batches = rank_batches(dataset, 0, config, len(model.chunks))
     run = Run()
-    recorded = {"distillation_loss": run.divergences, "mtp_loss": run.mtp_losses}
+    recorded = {
+        "distillation_loss": run.divergences,
+        "mtp_loss": run.mtp_losses,
+        "static_fill": run.fills,
+        "repeated_steps": run.repeated,
+    }
     for step in range(1, steps + 1):
         parts.begin_step(step, layout)
-        result = training_step(model, batches, config, layout, parts)
+        begin_again = partial(parts.begin_step, step, layout)
+        result = training_step(model, batches, config, layout, parts, begin_again=begin_again)
         run.losses.append(mean_loss(result.losses))
         run.grad_norms.append(result.grad_norm)
         run.routing.append(collector.collect())

@@ -115,6 +115,12 @@ class BudgetSettings(EngineMoESection):  # type: ignore[misc]  # as EngineMoESec
         return self.phi(self.tau)
 
     @property
+    def largest_ffn_share(self) -> float:
+        """The largest target of the FFN share in the run."""
+        start = self.budget.start_ffn_per_token
+        return max(self.ffn_share, 0.0 if start is None else start / self.router_topk)
+
+    @property
     def balanced_tau(self) -> float:
         """The tau under which perfect balance gives `ffn_share`."""
         share = self.ffn_share

@@ -104,7 +104,7 @@ def _in_layout(saved: Config, config: Config) -> Config:
     shape.pop("mtp_num_layers", None)
     moe = saved.moe.model_dump(mode="json", exclude_unset=True)
     # What acts only in training, or makes a token's logits depend on the others in the batch.
-    for key in ("budget", "bias_update_rate", "capacity_factor", "input_jitter_eps"):
+    for key in ("budget", "bias_update_rate", "capacity_factor", "input_jitter_eps", "static_rows"):
         moe.pop(key, None)
     ours = config.moe.model_dump(mode="json", exclude_unset=True)
     moe |= {key: ours[key] for key in _DISPATCHER if key in ours}

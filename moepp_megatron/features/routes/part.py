@@ -89,6 +89,7 @@ class RoutesPart(Part):
 
     def begin_step(self, step: int, layout: Layout) -> None:
         """Read the routes of a batch."""
+        self._forget_seen()
         to = self._settings.record, self._settings.trace
         self._writes = to != (None, None) and step <= self._last
         self._num_samples = self._sizes.at(self._first_sample)
@@ -198,11 +199,14 @@ class RoutesPart(Part):
             self._write(self._file(self._settings.record))
         self._first_sample += step.samples
         self._rows = self._given = None
+        self._forget_seen()
+        return alerts
+
+    def _forget_seen(self) -> None:
         self._seen.clear()
         for replay in self._replays:
             replay.clear_indices()
             replay.clear_router_replay_action()
-        return alerts
 
     def judge(self, step: Step) -> Iterator[Outcome]:
         """Save and end the run where routes were not written, or the next batch has none."""

@@ -1,0 +1,146 @@
+"""Static rows: runs a step that had no room for all FFN rows once more, with as many as needed."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from moepp_megatron.config import Layout
+from moepp_megatron.moe.layer import moepp_layers
+from moepp_megatron.observe.alerts import Alert
+from moepp_megatron.training.part import Part, PartContext, State, Step, Why
+from moepp_megatron.training.step_sums import Summand
+
+logger = logging.getLogger(__name__)
+
+# Steps of which one may lack room before it is told. As many at first, not balanced yet, do not
+# count.
+_WINDOW = 1000
+
+
+class StaticRowsPart(Part):
+    """Decides for each step whether its layers have static rows.
+
+    A step has them if the step before had room for all rows, whichever path it took. So a step runs
+    twice only where a phase without room begins.
+
+    Args:
+        run: The run; `moe.static_rows` is set.
+    """
+
+    key: ClassVar[str] = "static_rows"
+    may_repeat = True
+
+    def __init__(self, run: PartContext) -> None:
+        self._factor = run.config.moe.static_rows or 0.0
+        self._layers = [layer for chunk in run.model.models for layer in moepp_layers(chunk)]
+        self._is_static = self._told = False
+        self._fits, self._repeated = True, 0
+        self._lacking: list[tuple[int, float]] = []
+        if run.config.moe.share_controller == "none" and dist.get_rank() == 0:
+            logger.warning(
+                "moe.static_rows (%s) has no moe.budget that holds the FFN share: layers whose "
+                "share drifts up (0.998 was measured at tau 0.75) leave the room for the mean of "
+                "all, and steps then run without static rows",
+                self._factor,
+            )
+
+    @classmethod
+    def of(cls, run: PartContext) -> StaticRowsPart | None:
+        """The part of a run; None without static rows."""
+        return None if run.config.moe.static_rows is None else cls(run)
+
+    def begin_step(self, step: int, layout: Layout) -> None:
+        """Choose the path of the step."""
+        self._choose(self._fits)
+
+    def _choose(self, is_static: bool) -> None:
+        self._is_static = is_static
+        for layer in self._layers:
+            layer.is_static = is_static
+
+    def _fill(self) -> Tensor:
+        """Most rows of this rank's layers, of the room for them; float64 on the device."""
+        fills = [layer.statistics.fill for layer in self._layers]
+        known = [fill for fill in fills if fill is not None]
+        if not known:
+            device = torch.cuda.current_device()
+            return torch.zeros((), dtype=torch.float64, device=device)
+        return torch.stack(known).max()
+
+    def _largest_fill(self) -> float:
+        """The fill of all ranks; a collective."""
+        fill = self._fill()
+        dist.all_reduce(fill, op=dist.ReduceOp.MAX)
+        return float(fill)
+
+    def summands(self) -> Sequence[Summand]:
+        """Ranks that lack room."""
+        return (self,)
+
+    def summand(self) -> Tensor:
+        """[1] float64 on the device: 1 where this rank lacks room."""
+        return (self._fill() > 1.0).double().reshape(1)
+
+    def take_sum(self, total: Tensor) -> None:
+        """Note how many ranks lack room."""
+        self._fits = float(total) == 0.0
+
+    def repeats(self) -> bool:
+        """True if rows have been cut off."""
+        is_wrong = self._is_static and not self._fits
+        if is_wrong:
+            self._repeated += 1
+            self._choose(False)
+        return is_wrong
+
+    def end_step(self, step: Step) -> Iterator[Alert]:
+        """Leave static rows until the next step; say if they lack room too often."""
+        # Passes in between, such as those over refused batches, are not watched.
+        self._choose(False)
+        first = step.number - _WINDOW
+        self._lacking = [entry for entry in self._lacking if entry[0] > first]
+        if not self._fits and first > 0:
+            self._lacking.append((step.number, self._largest_fill()))
+        if len(self._lacking) > 1 and not self._told:
+            self._told = True
+            held = self._factor * max(fill for _, fill in self._lacking)
+            yield Alert(
+                step=step.number,
+                time=time.time(),
+                rule="static_rows",
+                metric="static_fill",
+                value=self._lacking[-1][1],
+                condition=f"above 1 in {len(self._lacking)} of the last {_WINDOW} steps, which ran "
+                "without static rows",
+                severity="warning",
+                action="warn",
+                remedy=f"moe.static_rows ({self._factor:g}) would have held them with {held:.3g}",
+            )
+
+    def record(self, step: Step, fields: Mapping[str, Any]) -> dict[str, Any]:
+        """The fill of the step, and how many have run again; a collective."""
+        return {"static_fill": self._largest_fill(), "repeated_steps": self._repeated}
+
+    def state(self) -> State:
+        """Whether the next step has static rows, and what is counted."""
+        return {
+            "fits": self._fits,
+            "repeated": self._repeated,
+            "lacking": [list(entry) for entry in self._lacking],
+            "told": self._told,
+        }
+
+    def load(self, state: State, why: Why, step: int) -> Iterable[Alert]:
+        """Continue from a state."""
+        self._fits = state.get("fits", True)
+        self._repeated = state.get("repeated", 0)
+        self._lacking = [(int(number), float(fill)) for number, fill in state.get("lacking", ())]
+        self._told = state.get("told", False)
+        return ()

@@ -1,0 +1,156 @@
+"""Training with static rows: as without, in every layout that has them, and where room lacks."""
+
+import pytest
+
+from tests.parallel.checkpoint_runs import logged, run_trainer, trainer_settings
+from tests.parallel.resilience_runs import copy_as_of
+from tests.parallel.training_runs import (
+    CP2,
+    EP2,
+    FULL,
+    PP2,
+    STEPS,
+    TP2,
+    assemble,
+    begin_training,
+    compare,
+    short,
+    train,
+)
+
+CASES = {
+    "one": (1, {}),
+    "data": (2, {}),
+    "tensor": (2, {"parallel": TP2}),
+    "pipeline": (2, {"parallel": PP2}),
+    "experts": (2, {"parallel": EP2}),
+    "experts and tensor": (2, {"parallel": TP2 | EP2 | {"expert_tensor_parallel_size": 1}}),
+    "experts and pipeline": (4, {"parallel": EP2 | PP2}),
+    "experts of four": (
+        4,
+        {"parallel": {"expert_model_parallel_size": 4}, "training": {"global_batch_size": 8}},
+    ),
+    "full": (1, {"training": FULL}),
+    "virtual": (
+        2,
+        {
+            "model": {"num_layers": 4},
+            "parallel": PP2 | {"virtual_pipeline_model_parallel_size": 2},
+        },
+    ),
+    "context": (2, {"parallel": CP2}),
+    "further tokens": (1, {"model": {"mtp_num_layers": 1}}),
+    "documents": (2, {"parallel": EP2, "data": {"reset_attention_mask": True}}),
+    "shared": (2, {"parallel": EP2, "moe": {"shared_expert_ffn_hidden_size": 24}}),
+    "selective": (
+        1,
+        {"training": {"recompute_granularity": "selective", "recompute_modules": ["moe"]}},
+    ),
+    "capacity": (1, {"moe": {"capacity_factor": 1.0}}),
+}
+
+
+def runs(ranks, world, sections, *factors):
+    """A run with each of these values of `moe.static_rows`."""
+    made = []
+    for factor in factors:
+        moe = sections.get("moe", {}) | {"static_rows": factor}
+        made.append(assemble(ranks(world).run(train, short(**sections | {"moe": moe}), STEPS)))
+    return made
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_static_rows_train_the_same(ranks, case):
+    world, sections = CASES[case]
+    static, dynamic = runs(ranks, world, sections, 4.0, None)
+    assert static.repeated == [0] * STEPS
+    assert all(0.0 < fill <= 1.0 for fill in static.fills)
+    compare(static, dynamic, 1e-6)
+
+
+@pytest.mark.parametrize("case", ["one", "data", "pipeline", "full", "experts"])
+def test_steps_without_room_are_repeated_to_the_bit(ranks, case):
+    world, sections = CASES[case]
+    noisy = sections | {"moe": {"input_jitter_eps": 0.1, "bias_update_rate": 0.0}}
+    small, dynamic = runs(ranks, world, noisy, 0.2, None)
+    # The second step takes the other path at once.
+    assert small.repeated == [1] * STEPS
+    assert all(fill > 1.0 for fill in small.fills)
+    assert small.losses == dynamic.losses
+    assert small.grad_norms == dynamic.grad_norms
+    assert small.routing == dynamic.routing
+
+
+@pytest.mark.parametrize("factor", [3.0, 0.9])
+def test_two_and_two_steps_are_four(ranks, corpus, tmp_path, factor):
+    """Resumed at step 2; the state says which path the next step takes."""
+    for name in ("whole", "parts"):
+        raw = trainer_settings(
+            corpus,
+            tmp_path / name,
+            moe={"num_ffn_experts": 8, "static_rows": factor},
+            training={"train_iters": 4, "log_interval": 1},
+            parallel=EP2,
+            checkpoint={"save_interval": 2, "load": "auto"},
+        )
+        ranks(2).run(run_trainer, raw)
+        if name == "whole":
+            copy_as_of(2, tmp_path / "whole", tmp_path / "parts")
+    for key in ("loss", "grad_norm", "static_fill", "repeated_steps"):
+        assert logged(tmp_path / "parts", key) == logged(tmp_path / "whole", key)
+    assert (max(logged(tmp_path / "whole", "static_fill")) > 1.0) == (factor < 1.0)
+
+
+def test_a_run_goes_on_over_a_change_of_the_setting(ranks, corpus, tmp_path):
+    losses = {}
+    for name, factors in {
+        "without": (None, None),
+        "changed": (3.0, None),
+        "new": (None, 3.0),
+    }.items():
+        for steps, factor in zip((2, 4), factors, strict=True):
+            raw = trainer_settings(
+                corpus,
+                tmp_path / name,
+                moe={"num_ffn_experts": 8, "static_rows": factor},
+                training={"train_iters": steps, "log_interval": 1},
+                checkpoint={"save_interval": 2, "load": "auto"},
+            )
+            ranks(1).run(run_trainer, raw)
+        losses[name] = logged(tmp_path / name)
+    assert len(losses["without"]) == 4
+    assert losses["changed"] == pytest.approx(losses["without"], rel=1e-6)
+    assert losses["new"] == pytest.approx(losses["without"], rel=1e-6)
+
+
+def told(raw, lacking):
+    """Alerts of a part whose steps with these numbers lack room by half."""
+    from types import SimpleNamespace
+
+    import torch
+
+    from moepp_megatron.moe.layer import moepp_layers
+    from moepp_megatron.training.parts.static_rows import StaticRowsPart
+
+    config, _, model = begin_training(raw)
+    part = StaticRowsPart(SimpleNamespace(config=config, model=model))
+    (first, *_) = moepp_layers(model.models[0])
+    alerts = []
+    for number in range(1, 2200):
+        part.begin_step(number, None)
+        fill = 1.5 if number in lacking else 0.5
+        first.statistics.fill = torch.tensor(fill, dtype=torch.float64)
+        part.take_sum(part.summand())
+        assert part.repeats() == (number in lacking and number - 1 not in lacking)
+        alerts += [(a.step, a.text()) for a in part.end_step(SimpleNamespace(number=number))]
+        part.load(part.state(), "resume", number)
+    return alerts
+
+
+def test_room_that_lacks_too_often_is_told_once(ranks):
+    raw = short(moe={"static_rows": 1.2})
+    assert ranks(1).run(told, raw, [*range(1, 100), 1500]) == [[]]
+    ((alert, *others),) = ranks(1).run(told, raw, [1500, 1501, 1700, 2100])
+    assert others == []
+    assert alert[0] == 1501
+    assert "moe.static_rows (1.2) would have held them with 1.8" in alert[1]

@@ -1,0 +1,99 @@
+"""The layer with static rows against the layer that sizes its rows: output, gradients, fill."""
+
+import pytest
+import torch
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+
+from moepp_megatron.layer_settings import static_rows
+from tests.unit.moe import builders
+
+SHAPE = (12, 8)
+TOPK = 2
+
+
+def results(rows_per_selection, is_static, padded=False, **changes):
+    """Output, gradients by name and fill of a layer on the same weights and inputs."""
+    moepp = builders.of_kinds((8, 1, 1, 2), TOPK, static_rows=rows_per_selection)
+    torch.manual_seed(1)
+    layer = builders.build_layer(moepp, **changes)
+    layer.train()
+    layer.is_static = is_static
+    MoEAuxLossAutoScaler.set_loss_scale(torch.tensor(1.0))
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(*SHAPE, builders.HIDDEN, generator=generator).requires_grad_()
+    previous = torch.randn(*SHAPE, moepp.num_experts, generator=generator).requires_grad_()
+    mask = torch.zeros(SHAPE[1], SHAPE[0], dtype=torch.bool)
+    mask[:, -3:] = True
+    output, logits = layer(x, previous, padding_mask=mask if padded else None)
+    (output.square().sum() + logits.sin().sum()).backward()
+    gradients = {name: each.grad for name, each in layer.named_parameters()}
+    gradients |= {"x": x.grad, "previous": previous.grad}
+    fill = layer.statistics.fill
+    return output.detach(), gradients, None if fill is None else float(fill)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("rows", [0.9, 1.0, 5.0])
+def test_static_rows_compute_the_same(rows, padded):
+    output, gradients, fill = results(rows, True, padded)
+    expected, expected_gradients, _ = results(None, False, padded)
+    assert 0.0 < fill <= 1.0
+    assert torch.equal(output, expected)
+    for name, gradient in expected_gradients.items():
+        largest = gradient.abs().max()
+        # Sums over rows of one token may be in another order.
+        assert (gradients[name] - gradient).abs().max() <= 1e-6 * largest, name
+
+
+def test_too_few_rows_are_seen():
+    output, _, fill = results(0.3, True)
+    expected, _, _ = results(None, False)
+    assert fill > 1.0
+    assert not torch.equal(output, expected)
+    dynamic, _, seen = results(0.3, False)
+    assert seen == fill
+    assert torch.equal(dynamic, expected)
+
+
+def test_rows_that_hold_nothing_reach_nothing(monkeypatch):
+    """Products leave them out, so their memory may hold anything."""
+
+    def filled(tensor, *args, **kwargs):
+        return torch.full_like(tensor, torch.nan)
+
+    monkeypatch.setattr("moepp_megatron.moe.cpu_experts.torch.empty_like", filled)
+    output, gradients, _ = results(1.0, True)
+    assert output.isfinite().all()
+    assert all(gradient.isfinite().all() for gradient in gradients.values())
+
+
+def test_rows_of_each_token_for_kernels():
+    """The table by which kernels add up rows: those that the sum without kernels takes."""
+    moepp = builders.of_kinds((8, 1, 1, 2), TOPK, static_rows=0.9)
+    layer = builders.build_layer(moepp)
+    layer.train()
+    layer.is_static = True
+    with torch.no_grad():
+        layer(torch.randn(*SHAPE, builders.HIDDEN), torch.randn(*SHAPE, moepp.num_experts))
+    dispatcher = layer.token_dispatcher
+    rows = torch.randn(dispatcher.rows_to_peer, builders.HIDDEN)
+    taken, table = dispatcher.combine_rows(dispatcher.token_combine(rows))
+    padded = torch.cat([taken, torch.zeros(1, builders.HIDDEN)])
+    added = dispatcher.combine_postprocess(dispatcher.token_combine(rows))
+    torch.testing.assert_close(padded[table.long()].sum(dim=1), added.view(-1, builders.HIDDEN))
+
+
+def test_the_bound_is_exact_and_at_most_all_selections():
+    # 110.00000000000001 in floating point.
+    assert static_rows(0.55, 2, 100) == 110
+    assert static_rows(0.75, 8, 4096, 8) == 3072
+    assert static_rows(64.0, 2, 10) == 20
+
+
+def test_evaluation_is_not_static():
+    layer = builders.build_layer(builders.of_kinds((8, 1, 1, 2), TOPK, static_rows=0.1)).eval()
+    layer.is_static = True
+    with torch.no_grad():
+        layer(torch.randn(*SHAPE, builders.HIDDEN), torch.zeros(*SHAPE, 12))
+    assert type(layer.token_dispatcher).__name__ == "FFNAlltoAllTokenDispatcher"
+    assert layer.statistics.fill is None
