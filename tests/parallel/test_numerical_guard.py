@@ -167,13 +167,13 @@ def run_with_another_cause(raw, **named) -> str | None:
 
     from moepp_megatron.training.parts import refused_batches
 
-    original = refused_batches.find_cause
+    original = refused_batches._find_cause
 
     def find_cause(*args):
         found = original(*args)
         return replace(found, cause="targets") if dist.get_rank() == 1 else found
 
-    with mock.patch.object(refused_batches, "find_cause", find_cause):
+    with mock.patch.object(refused_batches, "_find_cause", find_cause):
         return run_trainer(raw, **named)
 
 
