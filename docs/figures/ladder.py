@@ -19,7 +19,6 @@ from moepp_megatron.tools.report.drawing import (
     LINE_COLOURS,
     MUTED,
     PAPER,
-    legend_above,
     new_figure,
     plot_style,
     svg_data_uri,
@@ -71,7 +70,9 @@ def main() -> None:
         names = [f"{size}\n{x:.1e}" for size, x in zip(shown, flop, strict=True)]
         below.set_xticks(flop, labels=names)
         below.set_xlabel("size and FLOP of training, the same for every arm")
-        legend_above(above)
+        # Over the axes, where no line runs.
+        place = {"loc": "outside upper left", "ncols": 3, "borderaxespad": 0.2}
+        figure.legend(*above.get_legend_handles_labels(), **place)
         paper = Rectangle((0, 0), 1, 1, transform=figure.transFigure, color=PAPER, zorder=-1)
         figure.add_artist(paper)
         content = base64.b64decode(svg_data_uri(figure).partition(",")[2]).decode()

@@ -1,6 +1,7 @@
 """README and the docs: every line with moepp parses."""
 
 import re
+import runpy
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
@@ -90,3 +91,11 @@ def test_command_lines_parse(page):
                 _check(line)
         else:
             _check(found[0].strip())
+
+
+@pytest.mark.parametrize(
+    "script", sorted((ROOT / "docs/figures").glob("*.py")), ids=lambda x: x.stem
+)
+def test_scripts_of_figures_find_what_they_import(script, monkeypatch):
+    monkeypatch.syspath_prepend(str(script.parent))
+    runpy.run_path(str(script))
