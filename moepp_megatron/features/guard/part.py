@@ -14,9 +14,8 @@ import torch
 from torch import Tensor
 
 from moepp_megatron.config import Layout
-from moepp_megatron.features.guard.alerts import alert_of
+from moepp_megatron.features.guard.alerts import alert_of, effective_rules
 from moepp_megatron.features.guard.copies import RouterCopies
-from moepp_megatron.features.guard.rules import effective_rules
 from moepp_megatron.features.guard.settings import MEASURED, is_watched
 from moepp_megatron.observe.alerts import Alert
 from moepp_megatron.observe.guard_judge import WHOLE_MODEL, CompleteRule, Event, RuleJudge, Values

@@ -5,8 +5,7 @@ import math
 
 import pytest
 
-from moepp_megatron.features.guard.alerts import REMEDIES
-from moepp_megatron.features.guard.rules import complete, effective_rules
+from moepp_megatron.features.guard.alerts import REMEDIES, complete, effective_rules
 from moepp_megatron.features.guard.settings import (
     DEFAULT_RULES,
     GUARD_METRICS,

@@ -9,9 +9,8 @@ from typing import get_args
 import pytest
 import torch
 
-from moepp_megatron.features.guard.alerts import alert_of
+from moepp_megatron.features.guard.alerts import alert_of, effective_rules
 from moepp_megatron.features.guard.part import counted
-from moepp_megatron.features.guard.rules import effective_rules
 from moepp_megatron.features.guard.settings import COUNTED, RoutingGuardSection
 from moepp_megatron.observe.guard_judge import WHOLE_MODEL, CompleteRule, Event
 from moepp_megatron.observe.shift.monitor import Cause, ShiftEvent
