@@ -1,5 +1,6 @@
 """Training with static rows: as without, in every layout that has them, and where room lacks."""
 
+import numpy as np
 import pytest
 
 from tests.parallel.checkpoint_runs import logged, run_trainer, trainer_settings
@@ -79,6 +80,8 @@ def test_steps_without_room_are_repeated_to_the_bit(ranks, case):
     assert small.losses == dynamic.losses
     assert small.grad_norms == dynamic.grad_norms
     assert small.routing == dynamic.routing
+    for name, gradient in dynamic.gradients.items():
+        np.testing.assert_array_equal(small.gradients[name], gradient)
 
 
 @pytest.mark.parametrize("factor", [3.0, 0.9])

@@ -152,6 +152,8 @@ def losses_and_gradients(raw, inputs):
 
 def train(raw, steps: int, prepare=None):
     """Train on this rank's layout."""
+    from megatron.core.distributed import finalize_model_grads
+
     from moepp_megatron.training.batches import rank_batches
     from moepp_megatron.training.checkpoint.files import Progress
     from moepp_megatron.training.part import Parts, Step
@@ -187,6 +189,8 @@ def train(raw, steps: int, prepare=None):
         parts.begin_step(step, layout)
         begin_again = partial(parts.begin_step, step, layout)
         result = training_step(model, batches, config, layout, parts, begin_again=begin_again)
+        if step == 1:
+            model.chunks[0].config.finalize_model_grads_func = finalize_model_grads
         run.losses.append(mean_loss(result.losses))
         run.grad_norms.append(result.grad_norm)
         run.routing.append(collector.collect())
@@ -386,17 +390,18 @@ class SyntheticDataset:
 
 
 def _capture_gradients(model):
-    """A list that fills with this rank's pieces of the first step's final gradients."""
+    """A list with this rank's pieces of the newest pass's final gradients."""
     from megatron.core.distributed import finalize_model_grads
 
     pieces: list[Any] = []
 
     def finalize(chunks, num_tokens=None, **kwargs):
         finalize_model_grads(chunks, num_tokens, **kwargs)
-        if not pieces:
-            for chunk, inner in zip(model.chunks, model.models, strict=True):
-                complete_shards(chunk)
-                pieces.extend(gradient_pieces(inner))
+        # A step's passes may run again.
+        pieces.clear()
+        for chunk, inner in zip(model.chunks, model.models, strict=True):
+            complete_shards(chunk)
+            pieces.extend(gradient_pieces(inner))
 
     model.chunks[0].config.finalize_model_grads_func = finalize
     return pieces
