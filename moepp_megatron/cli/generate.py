@@ -85,35 +85,29 @@ def generate(
     world_size = rank.world_size if rank.is_launched else nproc
     sampling = Sampling(temperature, top_p, seed)
 
-    def read(checkpoint: Path) -> GenerateRequest:
-        return GenerateRequest.read(
+    @newest_again
+    def sample(checkpoint: Path) -> list[str] | None:
+        request = GenerateRequest.read(
             checkpoint, prompt, overrides or [], world_size, max_new_tokens, sampling, chat
         )
-
-    @newest_again
-    def sample(checkpoint: Path) -> list[str]:
-        request = read(checkpoint)
+        if not rank.is_launched and nproc > 1:
+            options = option_words(
+                prompt=prompt,
+                max_new_tokens=request.max_new_tokens,
+                temperature=temperature,
+                top_p=top_p,
+                seed=seed,
+                chat=chat,
+            )
+            start_ranks(nproc, ["generate", *options, str(checkpoint), *(overrides or [])])
+            return None
         if rank.rank == 0:
             for notice in request.scoring.notices:
                 echo(f"note: {notice}", err=True)
         return run(request)
 
-    if not rank.is_launched and nproc > 1:
-        request = read(checkpoint)
-        # The folder that was found, so that ranks need not look for it again.
-        options = option_words(
-            prompt=prompt,
-            max_new_tokens=request.max_new_tokens,
-            temperature=temperature,
-            top_p=top_p,
-            seed=seed,
-            chat=chat,
-        )
-        checkpoint = request.scoring.checkpoint
-        start_ranks(nproc, ["generate", *options, str(checkpoint), *(overrides or [])])
-        return
     texts = sample(checkpoint)
-    if rank.rank == 0:
+    if texts is not None and rank.rank == 0:
         # An empty line between texts.
         text = "\n\n".join(texts)
         # A model may have learnt to write what a terminal obeys; a file gets what it wrote.

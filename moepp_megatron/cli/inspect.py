@@ -46,16 +46,22 @@ def inspect(
     quiet()
     from moepp_megatron.runtime.rank import RankEnvironment
     from moepp_megatron.tools.inspection.request import InspectRequest
+    from moepp_megatron.training.checkpoint.find import newest_again
 
     rank = RankEnvironment.read()
     world_size = rank.world_size if rank.is_launched else nproc
     options: dict[str, Any] = {"json": json, "language": language, "max_tokens": max_tokens}
-    request = InspectRequest.read(checkpoint, text, out, overrides or [], world_size, **options)
-    if rank.is_launched or nproc == 1:
-        _inspect_rank(request)
-        return
-    words = option_words(text=text, out=out, **options)
-    start_ranks(nproc, ["inspect", *words, str(checkpoint), *(overrides or [])])
+
+    @newest_again
+    def write_page(checkpoint: Path) -> None:
+        request = InspectRequest.read(checkpoint, text, out, overrides or [], world_size, **options)
+        if rank.is_launched or nproc == 1:
+            _inspect_rank(request)
+            return
+        words = option_words(text=text, out=out, **options)
+        start_ranks(nproc, ["inspect", *words, str(checkpoint), *(overrides or [])])
+
+    write_page(checkpoint)
 
 
 def _inspect_rank(request: InspectRequest) -> None:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from moepp_megatron.cli.echo import echo
 from moepp_megatron.cli.options import CheckpointArgument, LayoutArgument, NprocOption
 from moepp_megatron.cli.ranks import option_words, start_ranks
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 def score(
@@ -54,21 +57,33 @@ def score(
     from moepp_megatron.interop.score import run
     from moepp_megatron.interop.score_request import ScoreRequest
     from moepp_megatron.runtime.rank import RankEnvironment
+    from moepp_megatron.training.checkpoint.find import newest_again
 
     rank = RankEnvironment.read()
     rank.check_nproc(nproc)
     world_size = rank.world_size if rank.is_launched else nproc
-    request = ScoreRequest.read(checkpoint, tokens, out, overrides or [], world_size, logits, text)
-    if rank.rank == 0:
-        for notice in request.notices:
-            echo(f"note: {notice}", err=True)
-    if not rank.is_launched and nproc > 1:
-        options = option_words(tokens=tokens, text=text, out=out, logits=logits)
-        start_ranks(nproc, ["score", *options, str(checkpoint), *(overrides or [])])
+
+    @newest_again
+    def read_scores(
+        checkpoint: Path,
+    ) -> tuple[ScoreRequest, dict[str, np.ndarray]] | None:
+        request = ScoreRequest.read(
+            checkpoint, tokens, out, overrides or [], world_size, logits, text
+        )
+        if rank.rank == 0:
+            for notice in request.notices:
+                echo(f"note: {notice}", err=True)
+        if not rank.is_launched and nproc > 1:
+            options = option_words(tokens=tokens, text=text, out=out, logits=logits)
+            start_ranks(nproc, ["score", *options, str(checkpoint), *(overrides or [])])
+            return None
+        scores = run(request)
+        return None if scores is None else (request, scores)
+
+    found = read_scores(checkpoint)
+    if found is None:
         return
-    scores = run(request)
-    if scores is None:
-        return
+    request, scores = found
     if request.text is not None:
         for line in request.text.lines(scores["token_logprobs"]):
             echo(line)
