@@ -76,6 +76,8 @@ def _endless(dataset: Any, consumed_samples: int, config: Config) -> Iterator[Ba
     # A step of a ramped run may end in the first batches, in every layout after the same sample.
     batch = math.gcd(*training.batch_sizes)
     start = sample_index(dataset, consumed_samples, config)
+    # A loader with processes pins in a thread, which breaks a graph that is being captured.
+    pins = torch.cuda.is_available() and not (config.data.num_workers and training.cuda_graphs)
     while True:
         yield from batches(
             dataset,
@@ -85,7 +87,7 @@ def _endless(dataset: Any, consumed_samples: int, config: Config) -> Iterator[Ba
             parallel_state.get_data_parallel_world_size(),
             batch,
             num_workers=config.data.num_workers,
-            pin_memory=torch.cuda.is_available(),
+            pin_memory=pins,
             vocab_size=vocabulary_of(dataset, config.model.vocab_size),
         )
         start = getattr(dataset, "repeats_from", 0)

@@ -116,6 +116,24 @@ def test_bf16(card, dispatcher, fused):
 
 
 @FUSED
+@ALL_TO_ALL
+@pytest.mark.parametrize("experts", [[3, 6], [5, 6]])
+def test_bf16_with_experts_without_rows(card, experts, dispatcher, fused):
+    moepp = MoEPPConfig(num_ffn_experts=4, balance_coeff=0.1, fused=fused)
+    layer, previous = forced(
+        moepp,
+        experts,
+        dispatcher=dispatcher,
+        params_dtype=torch.bfloat16,
+        bf16=True,
+        device=card,
+    )
+    run = run_both(layer, torch.randn(8, 3, HIDDEN).to(card).bfloat16(), previous)
+    assert run.expected.selected_TE[:, experts].all()
+    check_bf16(run)
+
+
+@FUSED
 @pytest.mark.parametrize("dispatcher", DISPATCHERS)
 def test_grouped_experts_of_transformer_engine(card, transformer_engine, dispatcher, fused):
     """Its grouped GEMM and its fused permutation."""
