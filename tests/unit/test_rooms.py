@@ -25,18 +25,18 @@ ROOMS = ["__main__", "cli", *(f"tools.{room}" for room in TOOLS), *ENGINE, *FLOO
 # is raised only by the commit that names the capability that it buys, and that lowers another.
 BUDGETS = {
     "__main__": (16, 0),
-    "cli": (20_117, 49),
+    "cli": (20_193, 49),
     "tools.experiments": (9_121, 40),
     "tools.report": (31_070, 101),
     "tools.planning": (27_207, 99),
     "tools.inspection": (3_602, 13),
     "tools.bench": (6_866, 26),
-    "tools.profiling": (15_096, 61),
+    "tools.profiling": (15_069, 61),
     "tools.doctor": (9_788, 50),
     "cluster": (1_517, 1),
     "interop": (39_619, 118),
     "features": (23_459, 40),
-    "training": (49_526, 163),
+    "training": (49_542, 163),
     "model": (8_200, 32),
     "moe": (43_052, 138),
     "data": (30_882, 106),
@@ -51,7 +51,7 @@ BUDGETS = {
 }
 MAX_FILES, MAX_TEMPLATE_LINES = 448, 283
 MAX_PUBLIC_NAMES, MAX_CLASS_NAMES_TWICE = 1_340, 6
-MAX_TEST_TOKENS, MAX_BENCHMARK_TOKENS = 439_500, 34_150
+MAX_TEST_TOKENS, MAX_BENCHMARK_TOKENS = 440_500, 34_150
 MAX_WORDS, MAX_README_WORDS = 48_000, 900
 
 # Not yet: planning says in which order to read it, the experiments nothing.
