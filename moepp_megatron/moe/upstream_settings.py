@@ -146,7 +146,7 @@ REFUSED: dict[str, _Refused] = {
     "moe_pad_experts_for_cuda_graph_inference": _Refused(
         (False,), "it counts K selections a token"
     ),
-    "moe_expert_rank_capacity_factor": _Refused((None,), "tokens over it would vanish uncounted"),
+    "moe_expert_rank_capacity_factor": _Refused((None,), "its overflow is not counted here"),
     "moe_shared_expert_overlap": _Refused(
         (False,),
         "no step of its dispatchers runs shared experts, which the MoE++ layer runs during the "
