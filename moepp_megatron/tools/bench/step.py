@@ -148,7 +148,7 @@ def _energy() -> Iterator[Callable[[], float | None]]:
         yield lambda: nvml.energies([index])[0]
 
 
-def _hold_all(models: list[torch.nn.Module], config: Config, layout: Layout) -> None:
+def _hold_all(models: list[Any], config: Config, layout: Layout) -> None:
     moe, training = config.moe, config.training
     num_tokens = training.micro_batch_size * config.model.seq_length // (layout.tp * layout.cp)
     generator = torch.Generator().manual_seed(training.seed + dist.get_rank())
