@@ -31,7 +31,7 @@ BUDGETS = {
     "tools.planning": (27_207, 99),
     "tools.inspection": (3_602, 13),
     "tools.bench": (6_866, 26),
-    "tools.profiling": (15_069, 61),
+    "tools.profiling": (15_096, 61),
     "tools.doctor": (9_788, 50),
     "cluster": (1_517, 1),
     "interop": (39_619, 118),

@@ -73,6 +73,11 @@ class MeasuredStepTime:
     exposed_us: float
 
     @property
+    def idle_us(self) -> float:
+        """Time in which the rank neither computed nor communicated."""
+        return max(0.0, self.step_us - self.compute_us - self.exposed_us)
+
+    @property
     def exposed_share(self) -> float:
         """Exposed communication as a share of the step."""
         return self.exposed_us / self.step_us if self.step_us > 0 else 0.0
