@@ -514,7 +514,7 @@ class Record(BaseModel):
     static_fill: Annotated[
         MaybeFloat,
         Metric(
-            "most FFN rows of a layer and micro-batch, of the room that `moe.static_rows` gives",
+            "most FFN rows of a layer and micro-batch, over the size of `moe.static_rows`' buffer",
             "share",
             "router",
             "moepp_static_fill",
@@ -524,7 +524,7 @@ class Record(BaseModel):
     repeated_steps: Annotated[
         MaybeInt,
         Metric(
-            "steps since the run began that `moe.static_rows` had no room for and that ran again",
+            "steps of the run that overflowed `moe.static_rows`' buffer and ran again",
             "",
             "other",
             "moepp_repeated_steps",

@@ -11,6 +11,7 @@ mtp/           the loss of multi-token prediction (MTP)
 profile/       profiles of single steps
 router_health/ the router health of a step, from every rank's logits
 routes/        records, replays and traces the experts that tokens take
+static_rows/   fixed numbers of rows for FFN experts; steps that overflow run again
 tasks/         evaluates the running model on tasks of lm-eval
 telemetry/     power, utilisation, memory and links of all nodes
 tokens/        FFN experts by class of tokens; loss and experts by data source

@@ -25,6 +25,7 @@ from moepp_megatron.features.mtp.settings import MultiTokenPredictionSettings
 from moepp_megatron.features.profile.settings import ProfileSettings
 from moepp_megatron.features.router_health.settings import RouterHealthSettings
 from moepp_megatron.features.routes.settings import RoutesSection
+from moepp_megatron.features.static_rows.settings import StaticRowsSettings
 from moepp_megatron.features.tasks.settings import EvaluationSection
 from moepp_megatron.features.telemetry.settings import TelemetrySection
 from moepp_megatron.features.tokens.settings import TokenSettings
@@ -39,7 +40,7 @@ class ModelSection(MultiTokenPredictionSettings, EngineModelSection):
     """Shape of the transformer; names follow megatron-core's TransformerConfig."""
 
 
-class MoESection(BudgetSettings, EngineMoESection):  # type: ignore[misc]  # as EngineMoESection
+class MoESection(StaticRowsSettings, BudgetSettings, EngineMoESection):  # type: ignore[misc]  # as EngineMoESection
     """Experts, router, balance: the layer's settings, and what surrounds the layer."""
 
 
@@ -87,7 +88,7 @@ PARTS = (
     "features.profile.part:ProfilePart",
     "features.data_stages.part:DataStagesPart",
     "training.parts.routing_counts:RoutingCountsPart",
-    "training.parts.static_rows:StaticRowsPart",
+    "features.static_rows.part:StaticRowsPart",
     "features.router_health.part:RouterHealthPart",
     "features.tokens.part:SourcesPart",
     "features.tokens.part:TokenClassesPart",

@@ -45,7 +45,7 @@ def check_fit(config: Config) -> None:
             _check_engine(f"{name} (true)", needed, "false")
     if config.moe.dispatcher == "flex":
         _check_flex(config)
-    if config.moe.static_rows is not None:
+    if config.moe.static_rows_per_selection is not None:
         _check_static_rows(config)
     if config.training.cuda_graphs:
         _check_cuda_graphs(config)
@@ -196,15 +196,20 @@ def _check_local_latent_attention(config: Config) -> None:
 def _check_static_rows(config: Config) -> None:
     machine = FP8Machine.this()
     if machine.transformer_engine is not None:
-        lacks = "an environment without Transformer Engine, which reads each expert's rows on the "
-        lacks += "host"
+        rule = (
+            "must be null where Transformer Engine is installed, which reads each expert's rows on "
+            "the host"
+        )
     elif machine.capability is not None and (
         machine.capability < (9, 0) or config.precision.dtype != "bf16"
     ):
-        lacks = "bf16 and a GPU from Hopper on, where a product takes its sizes from the device"
+        rule = (
+            "must have bf16 and a Hopper GPU or newer, where a product takes its sizes from the "
+            "device"
+        )
     else:
         return
-    raise UnfitError(f"moe.static_rows ({config.moe.static_rows}) must have {lacks}; use null")
+    raise UnfitError(f"moe.static_rows ({config.moe.static_rows}) {rule}; use null")
 
 
 def _check_cuda_graphs(config: Config) -> None:

@@ -257,11 +257,11 @@ class _Run:
         import numpy as np
 
         from moepp_megatron.features.guard import part as routing_guard
+        from moepp_megatron.features.static_rows import part as static_rows
         from moepp_megatron.features.tokens import part as token_groups
         from moepp_megatron.training import step as step_module
         from moepp_megatron.training.checkpoint.files import Progress
         from moepp_megatron.training.part import Step
-        from moepp_megatron.training.parts import static_rows
         from moepp_megatron.training.signals import StopRequest
         from moepp_megatron.training.step import training_step
         from moepp_megatron.training.step_sums import mean_loss

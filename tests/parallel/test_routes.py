@@ -42,7 +42,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "tp 2, pp 2, ep 2": (4, {"parallel": TP2 | PP2 | EP2}),
     "dense first, capacity": (1, {"moe": {"layer_freq": [0, 1], "capacity_factor": 1.1}}),
     "ep 2, static rows": (2, {"parallel": EP2, "moe": {"static_rows": 4.0}}),
-    "ep 2, static rows without room": (2, {"parallel": EP2, "moe": {"static_rows": 0.2}}),
+    "ep 2, static rows that overflow": (2, {"parallel": EP2, "moe": {"static_rows": 0.2}}),
     "vanilla, ep 2": (2, {"parallel": EP2, "moe": VANILLA | {"num_ffn_experts": 8}}),
 }
 

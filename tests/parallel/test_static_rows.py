@@ -1,4 +1,4 @@
-"""Training with static rows: as without, in every layout that has them, and where room lacks."""
+"""Training with static rows: as without, in every layout that has them, and after overflow."""
 
 import numpy as np
 import pytest
@@ -70,7 +70,7 @@ def test_static_rows_train_the_same(ranks, case):
 
 
 @pytest.mark.parametrize("case", ["one", "data", "pipeline", "full", "experts"])
-def test_steps_without_room_are_repeated_to_the_bit(ranks, case):
+def test_steps_that_overflow_are_repeated_to_the_bit(ranks, case):
     world, sections = CASES[case]
     noisy = sections | {"moe": {"input_jitter_eps": 0.1, "bias_update_rate": 0.0}}
     small, dynamic = runs(ranks, world, noisy, 0.2, None)
@@ -126,14 +126,14 @@ def test_a_run_goes_on_over_a_change_of_the_setting(ranks, corpus, tmp_path):
     assert losses["new"] == pytest.approx(losses["without"], rel=1e-6)
 
 
-def told(raw, lacking):
-    """Alerts of a part whose steps with these numbers lack room by half."""
+def alerts_of(raw, overflows):
+    """Alerts of a part whose steps with these numbers overflow by half."""
     from types import SimpleNamespace
 
     import torch
 
+    from moepp_megatron.features.static_rows.part import StaticRowsPart
     from moepp_megatron.moe.layer import moepp_layers
-    from moepp_megatron.training.parts.static_rows import StaticRowsPart
 
     config, _, model = begin_training(raw)
     part = StaticRowsPart(SimpleNamespace(config=config, model=model))
@@ -141,19 +141,19 @@ def told(raw, lacking):
     alerts = []
     for number in range(1, 2200):
         part.begin_step(number, None)
-        fill = 1.5 if number in lacking else 0.5
+        fill = 1.5 if number in overflows else 0.5
         first.statistics.fill = torch.tensor(fill, dtype=torch.float64)
         part.take_sum(part.summand())
-        assert part.repeats() == (number in lacking and number - 1 not in lacking)
+        assert part.repeats() == (number in overflows and number - 1 not in overflows)
         alerts += [(a.step, a.text()) for a in part.end_step(SimpleNamespace(number=number))]
         part.load(part.state(), "resume", number)
     return alerts
 
 
-def test_room_that_lacks_too_often_is_told_once(ranks):
+def test_frequent_overflow_is_reported_once(ranks):
     raw = short(moe={"static_rows": 1.2})
-    assert ranks(1).run(told, raw, [*range(1, 100), 1500]) == [[]]
-    ((alert, *others),) = ranks(1).run(told, raw, [1500, 1501, 1700, 2100])
+    assert ranks(1).run(alerts_of, raw, [*range(1, 100), 1500]) == [[]]
+    ((alert, *others),) = ranks(1).run(alerts_of, raw, [1500, 1501, 1700, 2100])
     assert others == []
     assert alert[0] == 1501
     assert "moe.static_rows (1.2) would have held them with 1.8" in alert[1]

@@ -36,41 +36,6 @@ _MOEPP = "set moe.gating_residual to true or add zero-computation experts"
 _OTHER_SCORES = "use moe.score_function sigmoid or sqrtsoftplus, or leave it out"
 
 
-# Where `moe.static_rows` cannot be honoured: condition, what it is with the reason, remedy.
-_DYNAMIC_ONLY = (
-    (
-        lambda c: c.moe.is_vanilla,
-        "megatron-core's vanilla MoE layer, which has no static path here",
-        _MOEPP,
-    ),
-    (
-        lambda c: c.moe.dispatcher != "alltoall",
-        "moe.dispatcher {moe.dispatcher}, which reads its sizes on the host",
-        "moe.dispatcher alltoall",
-    ),
-    (
-        lambda c: c.parallel.expert_tensor_size > 1,
-        "experts over tensor-parallel ranks, whose rows are gathered by their number",
-        "parallel.expert_tensor_parallel_size 1",
-    ),
-    (
-        lambda c: c.parallel.overlap_moe_expert_parallel_comm,
-        "parallel.overlap_moe_expert_parallel_comm, which frees what is sent at once",
-        "parallel.overlap_moe_expert_parallel_comm false",
-    ),
-    (
-        lambda c: c.precision.fp8,
-        "precision.fp8: Transformer Engine reads the rows of each expert on the host",
-        "precision.fp8 null",
-    ),
-    (
-        lambda c: c.training.profile_steps,
-        "training.profile_steps, whose ranges are those of the dynamic path",
-        "training.profile_steps []",
-    ),
-)
-
-
 def _layer_can_be_built(config: Config) -> Iterator[Problem]:
     for name, rule, remedy in config.moe.problems("moe."):
         yield Problem(f"moe.{name}", getattr(config.moe, name), rule, remedy)
@@ -124,10 +89,6 @@ class EngineMoESection(Section, LayerSettings):  # type: ignore[misc]
     cutlass_grouped_gemm: bool = False
     """Let one CUTLASS kernel multiply all FFN experts of a rank, in bf16 on Hopper (Transformer
     Engine; the weights' gradients stay with cuBLAS), in place of a cuBLAS product each"""
-    static_rows: Annotated[float | None, Unit("1", gt=0.0, le=64.0)] = None
-    """Rows of FFN experts that steps have room for, over the share of moe.budget or moe.tau: sizes
-    are fixed and no layer waits for the host; a step that needs more runs again without. null: as
-    many rows as are selected"""
     layer_freq: Annotated[int | list[int], Unit("layers")] = 1
     """MoE layers: every n-th layer from the first, or one 0 or 1 per layer"""
     ffn_hidden_size: Annotated[int | None, Unit("channels", ge=1)] = None
@@ -152,8 +113,8 @@ class EngineMoESection(Section, LayerSettings):  # type: ignore[misc]
 
     @property
     def static_rows_per_selection(self) -> float | None:
-        """FFN rows of a rank for each selection of its tokens, with `static_rows`."""
-        return None if self.static_rows is None else self.static_rows * self.largest_ffn_share
+        """FFN rows of a rank for each selection of its tokens; None without static rows."""
+        return None
 
     @property
     def balanced_tau(self) -> float:
@@ -296,15 +257,6 @@ class EngineMoESection(Section, LayerSettings):  # type: ignore[misc]
             "must be false with parallel.pipeline_model_parallel_size "
             "({parallel.pipeline_model_parallel_size}): no stage sees all layers' gradients",
             "set moe.constants_shared to false, or change parallel.pipeline_model_parallel_size",
-        ),
-        group(
-            lambda c: c.moe.static_rows is not None,
-            *(
-                refuse(
-                    "moe.static_rows", wrong, f"must be null with {what}", f"use null, or {remedy}"
-                )
-                for wrong, what, remedy in _DYNAMIC_ONLY
-            ),
         ),
         refuse(
             "moe.shared_expert_gate",

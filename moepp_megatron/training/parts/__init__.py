@@ -3,5 +3,4 @@
 order.py            makes the parts, in order
 refused_batches.py  the numerical guard: refuses batches and acts on their cause
 routing_counts.py   selections, losses and bytes of one step, over all ranks
-static_rows.py      static rows: repeats steps that had no room for all rows
 """

@@ -1,4 +1,4 @@
-"""Static rows: runs a step that had no room for all FFN rows once more, with as many as needed."""
+"""Static rows: repeats a step whose FFN rows overflow the buffer, with as many as needed."""
 
 from __future__ import annotations
 
@@ -19,16 +19,15 @@ from moepp_megatron.training.step_sums import Summand
 
 logger = logging.getLogger(__name__)
 
-# Steps of which one may lack room before it is told. As many at first, not balanced yet, do not
-# count.
+# Steps of which one may overflow without a warning. The first ones, not balanced yet, do not count.
 _WINDOW = 1000
 
 
 class StaticRowsPart(Part):
     """Decides for each step whether its layers have static rows.
 
-    A step has them if the step before had room for all rows, whichever path it took. So a step runs
-    twice only where a phase without room begins.
+    A step has them if the rows of the step before fit, whichever path it took. So a step runs twice
+    only where a phase of overflow begins.
 
     Args:
         run: The run; `moe.static_rows` is set.
@@ -40,14 +39,14 @@ class StaticRowsPart(Part):
     def __init__(self, run: PartContext) -> None:
         self._factor = run.config.moe.static_rows or 0.0
         self._layers = [layer for chunk in run.model.models for layer in moepp_layers(chunk)]
-        self._is_static = self._told = False
+        self._is_static = self._warned = False
         self._fits, self._repeated = True, 0
-        self._lacking: list[tuple[int, float]] = []
+        self._overflows: list[tuple[int, float]] = []
         if run.config.moe.share_controller == "none" and dist.get_rank() == 0:
             logger.warning(
                 "moe.static_rows (%s) has no moe.budget that holds the FFN share: layers whose "
-                "share drifts up (0.998 was measured at tau 0.75) leave the room for the mean of "
-                "all, and steps then run without static rows",
+                "share drifts up (0.998 was measured at tau 0.75) overflow, and steps then run "
+                "without static rows",
                 self._factor,
             )
 
@@ -66,7 +65,7 @@ class StaticRowsPart(Part):
             layer.is_static = is_static
 
     def _fill(self) -> Tensor:
-        """Most rows of this rank's layers, of the room for them; float64 on the device."""
+        """Largest number of rows of this rank's layers over the buffer's; float64 on the device."""
         fills = [layer.statistics.fill for layer in self._layers]
         known = [fill for fill in fills if fill is not None]
         if not known:
@@ -81,15 +80,15 @@ class StaticRowsPart(Part):
         return float(fill)
 
     def summands(self) -> Sequence[Summand]:
-        """Ranks that lack room."""
+        """The number of ranks that overflow."""
         return (self,)
 
     def summand(self) -> Tensor:
-        """[1] float64 on the device: 1 where this rank lacks room."""
+        """[1] float64 on the device: 1 where this rank overflows."""
         return (self._fill() > 1.0).double().reshape(1)
 
     def take_sum(self, total: Tensor) -> None:
-        """Note how many ranks lack room."""
+        """Note whether any rank overflows."""
         self._fits = float(total) == 0.0
 
     def repeats(self) -> bool:
@@ -101,24 +100,24 @@ class StaticRowsPart(Part):
         return is_wrong
 
     def end_step(self, step: Step) -> Iterator[Alert]:
-        """Leave static rows until the next step; say if they lack room too often."""
+        """Leave static rows until the next step; warn if they overflow too often."""
         # Passes in between, such as those over refused batches, are not watched.
         self._choose(False)
         first = step.number - _WINDOW
-        self._lacking = [entry for entry in self._lacking if entry[0] > first]
+        self._overflows = [entry for entry in self._overflows if entry[0] > first]
         if not self._fits and first > 0:
-            self._lacking.append((step.number, self._largest_fill()))
-        if len(self._lacking) > 1 and not self._told:
-            self._told = True
-            held = self._factor * max(fill for _, fill in self._lacking)
+            self._overflows.append((step.number, self._largest_fill()))
+        if len(self._overflows) > 1 and not self._warned:
+            self._warned = True
+            held = self._factor * max(fill for _, fill in self._overflows)
             yield Alert(
                 step=step.number,
                 time=time.time(),
                 rule="static_rows",
                 metric="static_fill",
-                value=self._lacking[-1][1],
-                condition=f"above 1 in {len(self._lacking)} of the last {_WINDOW} steps, which ran "
-                "without static rows",
+                value=self._overflows[-1][1],
+                condition=f"above 1 in {len(self._overflows)} of the last {_WINDOW} steps, which "
+                "ran without static rows",
                 severity="warning",
                 action="warn",
                 remedy=f"moe.static_rows ({self._factor:g}) would have held them with {held:.3g}",
@@ -133,14 +132,16 @@ class StaticRowsPart(Part):
         return {
             "fits": self._fits,
             "repeated": self._repeated,
-            "lacking": [list(entry) for entry in self._lacking],
-            "told": self._told,
+            "overflows": [list(entry) for entry in self._overflows],
+            "warned": self._warned,
         }
 
     def load(self, state: State, why: Why, step: int) -> Iterable[Alert]:
         """Continue from a state."""
         self._fits = state.get("fits", True)
         self._repeated = state.get("repeated", 0)
-        self._lacking = [(int(number), float(fill)) for number, fill in state.get("lacking", ())]
-        self._told = state.get("told", False)
+        self._overflows = [
+            (int(number), float(fill)) for number, fill in state.get("overflows", ())
+        ]
+        self._warned = state.get("warned", False)
         return ()
