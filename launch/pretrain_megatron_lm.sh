@@ -18,7 +18,7 @@ model=(
     --untie-embeddings-and-output-weights --attention-dropout 0 --hidden-dropout 0
 )
 experts=(
-    # FFN experts alone; the zero-computation experts come with --moepp-num-*-experts.
+    # FFN experts only; the zero-computation experts come with --moepp-num-*-experts.
     --num-experts 8 --moe-router-topk 2 --moe-aux-loss-coeff 0.01
     --moe-token-dispatcher-type alltoall --expert-model-parallel-size 2
     --moepp-num-zero-experts 1 --moepp-num-copy-experts 1 --moepp-num-constant-experts 2

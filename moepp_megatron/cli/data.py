@@ -207,8 +207,8 @@ def verify(
         raise damaged("DIR", folder, ", ".join(problems))
     if not all(state.compared for state in states):
         echo(
-            "no hashes: an earlier version has prepared this, so that sizes, index and tokens "
-            "alone were checked; moepp data prepare --force adds hashes"
+            "no hashes: an earlier version has prepared this, so only sizes, index and tokens "
+            "were checked; moepp data prepare --force adds hashes"
         )
     echo(f"{folder}: intact, {manifest.documents:,} documents, {manifest.tokens:,} tokens")
 

@@ -107,8 +107,8 @@ def load_hardware(name: str) -> Hardware:
     """Read a description.
 
     Args:
-        name: Name of a file in `configs/hardware` without `.yaml`, or the beginning of one alone,
-            such as h100; or a path of a YAML file.
+        name: Name of a file in `configs/hardware` without `.yaml`, or a beginning that only one
+            has, such as h100; or a path of a YAML file.
 
     Raises:
         ConfigError: No such description, or one that is not valid.

@@ -240,8 +240,8 @@ def _notice_of_ends(encoded: _Encoded, tokenizer: Tokenizer) -> str | None:
     (common, _), *_ = encoded.ends.most_common(1)
     return (
         f"{others} of {encoded.ends.total()} conversations do not end with {tokenizer.eod_token}, "
-        f"the end-of-document token, at which alone moepp generate stops; their usual last token "
-        f"is {tokenizer.decode([common])!r}: name that one with --eod-token, or end answers with "
+        f"the end-of-document token, the only one at which moepp generate stops; their usual last "
+        f"token is {tokenizer.decode([common])!r}: name that one with --eod-token, or end answers with "
         "{{ eos_token }} in the template"
     )
 

@@ -1,4 +1,4 @@
-"""Which files of a source are text: of Hugging Face datasets, and of the built-in corpus.
+"""Selects the files of a source that are text: Hugging Face datasets, and the built-in corpus.
 
 Folders that `save_to_disk` wrote, or of parquet as on the Hub, hold other files too, and splits
 that must not be trained on by mistake. The built-in corpus is Python's library without its tables.

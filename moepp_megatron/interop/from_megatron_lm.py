@@ -1,13 +1,13 @@
 """Converts a checkpoint of Megatron-LM's own training loop to ours without copying tensors.
 
 Both have megatron-core's distributed format with the same names of tensors. Only the index, which
-lists the weights alone, the configuration and the checksums are new. Optimizer, random
+lists only the weights, the configuration and the checksums are new. Optimizer, random
 states and pickled objects of the other loop are not entered into the index, so nothing of them is
 ever unpickled.
 
     SAVE/latest_checkpointed_iteration.txt    the number of the newest, or `release`
     SAVE/iter_0000100/                        megatron-core's distributed format
-    SAVE/release/                             weights alone
+    SAVE/release/                             weights only
 
 The run's arguments are a pickled `argparse.Namespace` among other objects. They are read without
 importing, calling or building anything that the file names: every class that it asks for becomes an

@@ -93,7 +93,7 @@ def _released_moe(hf: Mapping[str, Any]) -> dict[str, Any]:
     if len(set(counts)) != 1:
         raise ConfigError(
             f"config.json: num_experts ({counts}) must be one number for all layers; the released "
-            "code reads the first alone"
+            "code reads only the first"
         )
     fixed = sum(_RELEASED_KINDS.values())
     if counts[0] <= fixed:

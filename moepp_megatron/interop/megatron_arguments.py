@@ -3,7 +3,7 @@
 Settings for which Megatron has an argument keep it. They are read from the `TransformerConfig` that
 Megatron builds:
 
-    --num-experts                      F, the FFN experts alone
+    --num-experts                      F, the FFN experts only
     --moe-router-topk                  K
     --moe-aux-loss-coeff               beta of the balance loss
     --moe-router-load-balancing-type   aux_loss, seq_aux_loss or global_aux_loss (the micro-batch,
@@ -58,7 +58,7 @@ _MEANINGS = {
     "experts, K --moe-router-topk); for the strength of Megatron's 0.01 use 0.01 E/K.",
     "log_throughput": "MoE++: counts K FFN experts per token, of which only the FFN share is "
     "computed; the true figure is lower.",
-    "num_experts": "MoE++: FFN experts alone.",
+    "num_experts": "MoE++: FFN experts only.",
 }
 
 
@@ -181,8 +181,8 @@ def _refuse_unsupported(config: TransformerConfig, args: argparse.Namespace) -> 
     if config.multi_latent_attention:
         raise ValueError(
             "TransformerConfig.multi_latent_attention (True) must be False in Megatron-LM's loop, "
-            "because the local modules of latent attention are made fit by this package's own "
-            "model alone; use False, or `moepp train`"
+            "because only this package's own model adapts the local modules of latent "
+            "attention; use False, or `moepp train`"
         )
     if config.mtp_num_layers:
         raise ValueError(

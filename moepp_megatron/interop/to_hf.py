@@ -157,7 +157,7 @@ def mcore_to_hf(
 
 
 def _without_further_tokens(config: Config) -> Config:
-    """The model without the layers of multi-token prediction, which train the others alone."""
+    """The model without the layers of multi-token prediction, which only serve training."""
     if config.model.mtp_num_layers == 0:
         return config
     content = config.model_dump(mode="json", exclude_unset=True)

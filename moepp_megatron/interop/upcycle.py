@@ -136,7 +136,7 @@ def _added_rules(config: Config, ours: str, has_residual: bool, seed: int) -> It
 
 
 def _noise(seed: int, name: str, shape: Shape) -> Tensor:
-    """Standard normal numbers, fp32, that depend on seed and name alone."""
+    """Standard normal numbers, fp32, that depend only on seed and name."""
     digest = hashlib.sha256(repr((seed, name)).encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
     return torch.randn(shape, generator=generator)

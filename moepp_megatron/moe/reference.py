@@ -180,9 +180,9 @@ def in_best_groups(
 
     FFN experts are divided into `num_groups` groups of neighbours. A group's score is the sum of
     its K / `group_topk` (rounded down) largest affinities, and a token may select FFN experts of
-    its `group_topk` best groups alone; between equal groups the first one is better. Affinities are
-    what ranks experts, the scores with their biases; without biases, the scores of a router of FFN
-    experts alone, which order groups in the same way and do not underflow where zero-computation
+    only its `group_topk` best groups; between equal groups the first one is better. Affinities are
+    what ranks experts, the scores with their biases; without biases, the scores of a router of only
+    FFN experts, which order groups in the same way and do not underflow where zero-computation
     experts have nearly all of the softmax.
 
     Zero-computation experts are in no group, change no group's score, and can always be selected:

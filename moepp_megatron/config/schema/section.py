@@ -139,7 +139,7 @@ class Section(BaseModel):
         shorthand: Words that stand for the whole section, each with its keys.
         removed: Keys of earlier versions: the value that changes nothing, which resolved
             configurations still name, and what to do about another one.
-        of_one_run: Keys of one run alone, which others of its configuration do without, as do
+        of_one_run: Keys of only one run, which others of its configuration do without, as do
             models that only run forward.
     """
 

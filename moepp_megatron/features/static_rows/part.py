@@ -128,7 +128,7 @@ class StaticRowsPart(Part):
         return {"static_fill": self._largest_fill(), "repeated_steps": self._repeated}
 
     def state(self) -> State:
-        """Whether the next step has static rows, and what is counted."""
+        """The path of the next step, and the counts so far."""
         return {
             "fits": self._fits,
             "repeated": self._repeated,

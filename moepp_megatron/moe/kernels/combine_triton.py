@@ -1,8 +1,8 @@
 """Kernels that `combine.py` launches. Tiles are [BLOCK_T tokens, BLOCK_D columns]; sums are fp32.
 
 Constant and copy experts are the columns of tiles [BLOCK_T, BLOCK_C], padded to a power of two, and
-A V and the two products of its backward pass are products of matrices. A GPU multiplies bf16 alone
-with its matrix units without loss, so fp32 factors are cut into three bf16 numbers of 8 bits each.
+A V and the two products of its backward pass are products of matrices. Matrix units of a GPU
+multiply only bf16 without loss, so fp32 factors are cut into three bf16 numbers of 8 bits each.
 """
 
 from __future__ import annotations

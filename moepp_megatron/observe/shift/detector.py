@@ -251,7 +251,7 @@ class Detector:
         self._steps, self._learnt, self._suspect_steps = state["counts"]
         self.evidence = math.nan if state["evidence"] is None else state["evidence"]
         peak = state["peak"]
-        # A checkpoint of an earlier version has the peak alone.
+        # A checkpoint of an earlier version has only the peak.
         self._outlier, self.peak, self.jump = peak if isinstance(peak, list) else (0.0, peak, peak)
         level, slope, mean = state["numbers"]
         self._level = None if level is None else np.array(level, dtype=np.float64)

@@ -223,7 +223,7 @@ class ShiftMonitor:
             return "data"
         if routers := [name for name in event.series if name in _OF_ROUTERS]:
             event.is_fault = self._confirmed >= _CONFIRMED
-            # What has come step by step, or is first seen in the loss, is not of the routers alone.
+            # What has come step by step, or is first seen in the loss, is not only of the routers.
             is_sudden = any(self._detectors[name].is_sudden for name in routers)
             is_first = event.series[0] in _OF_ROUTERS
             return "router" if event.is_fault and is_sudden and is_first else "unknown"

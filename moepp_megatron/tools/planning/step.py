@@ -120,7 +120,7 @@ class Cost:
 
 @dataclass(frozen=True, slots=True)
 class _CriticalPath:
-    """What a step's time is made of: the slowest rank's passes, what comes between and after."""
+    """The parts of a step's time: the slowest rank's passes, and what is between and after them."""
 
     alone: PassTime  # of the slowest rank, a micro-batch
     paired: PassTime  # the same beside the opposite pass of another micro-batch

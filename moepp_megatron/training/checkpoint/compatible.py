@@ -146,8 +146,8 @@ def _state_problems(checkpoint: Path, saved: Config, config: Config) -> Iterator
             "optimizer.kind",
             wanted,
             f"must be that of the checkpoint {checkpoint} ({kind}), whose state it continues",
-            f"use {kind}, or in another run.dir checkpoint.load_optimizer=false, which takes the "
-            "weights alone",
+            f"use {kind}, or in another run.dir checkpoint.load_optimizer=false, which takes "
+            "only the weights",
         )
     before, now = saved.training.global_batch_size, config.training.global_batch_size
     data = config.data

@@ -86,7 +86,7 @@ class RunFolder:
     def claim(self, start: Start, say: Callable[[str], object] = print) -> Iterator[None]:
         """Claim the folder for this process in the block; only the deciding process enters.
 
-        If no run has begun inside, nothing is left behind. `say` is told what was moved where.
+        If no run has begun inside, nothing is left behind. `say` gets what was moved where.
 
         Raises:
             ConfigError: The folder holds a run and `start` says neither what to do, a run is being
@@ -170,7 +170,7 @@ class RunFolder:
                 held.append(file.name)
         if held:
             raise ConfigError(
-                f"run.dir ({self.path}) must be a folder for the run alone, and holds "
+                f"run.dir ({self.path}) must be a folder for only the run, and holds "
                 f"{', '.join(held)}; choose a folder in it, such as {self.path / 'runs' / 'first'}"
             )
 

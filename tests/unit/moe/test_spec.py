@@ -213,7 +213,7 @@ def empty_chunk_state():
 @pytest.mark.parametrize("setting", ["mrope", "defer_embedding_wgrad_compute", "fp8_output_proj"])
 def test_what_a_hybrid_model_lacks_is_refused(setting):
     config = megatron_config(MOEPP)
-    # megatron-core itself takes two of them with other settings alone; the third is no field.
+    # megatron-core itself takes two of them only with other settings; the third is no field.
     setattr(config, setting, True)
     embedding = "mrope" if setting == "mrope" else "rope"
     spec = get_moepp_block_spec(config, MOEPP, use_transformer_engine=False)

@@ -148,7 +148,7 @@ def test_a_folder_with_another_use_is_refused(run, write, held: str, start: Star
     file = run / "mine.yaml" if held == "mine.yaml" else run.parent / "mine.yaml"
     file.write_text("base: run/base.yaml" if held == "base.yaml" else "moe:")
     start = replace(start, config_file=file)
-    with pytest.raises(ConfigError, match=rf"for the run alone, and holds {held}; choose"):
+    with pytest.raises(ConfigError, match=rf"for only the run, and holds {held}; choose"):
         enter(config_in(run), start)
     make_run(run, write)
     before = files(run)
