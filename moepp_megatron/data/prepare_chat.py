@@ -241,8 +241,8 @@ def _notice_of_ends(encoded: _Encoded, tokenizer: Tokenizer) -> str | None:
     return (
         f"{others} of {encoded.ends.total()} conversations do not end with {tokenizer.eod_token}, "
         f"the end-of-document token, the only one at which moepp generate stops; their usual last "
-        f"token is {tokenizer.decode([common])!r}: name that one with --eod-token, or end answers with "
-        "{{ eos_token }} in the template"
+        f"token is {tokenizer.decode([common])!r}: name that one with --eod-token, or end answers "
+        "with {{ eos_token }} in the template"
     )
 
 
