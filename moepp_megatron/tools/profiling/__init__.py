@@ -3,9 +3,8 @@
 collective.py        one collective operation, whatever recorded it
 trace.py             what one rank recorded, and what its process groups are for
 load.py              what all ranks recorded, on one clock
-formats/             torch's profiler, torch's flight recorder
+formats/             traces of torch's profiler
 measures/            exposure, waiting, bytes, experts' load, links
 analysis.py          all of it together
 document.py          the same as JSON
-summary.py           sums over a recording of collectives only
 """

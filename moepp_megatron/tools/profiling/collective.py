@@ -1,7 +1,7 @@
 """One collective operation on one rank, in the common form of all sources.
 
 Sizes follow nccl-tests (doc/PERFORMANCE.md): `size` is the bytes of the larger of the two buffers
-of a rank, so that algorithm and bus bandwidth are `size / time` and `size / time * factor`.
+of a rank.
 """
 
 from __future__ import annotations
@@ -28,23 +28,6 @@ class Operation(StrEnum):
 
 
 POINT_TO_POINT = frozenset({Operation.SEND, Operation.RECEIVE})
-# The larger buffer holds a part for each rank, of which a rank's own does not travel.
-PARTED = frozenset(
-    {
-        Operation.ALL_GATHER,
-        Operation.REDUCE_SCATTER,
-        Operation.ALL_TO_ALL,
-        Operation.GATHER,
-        Operation.SCATTER,
-    }
-)
-
-
-def bus_factor(operation: Operation, ranks: int) -> float:
-    """Bus over algorithm bandwidth in a group of `ranks` (nccl-tests, doc/PERFORMANCE.md)."""
-    if operation is Operation.ALL_REDUCE:
-        return 2.0 * (ranks - 1) / ranks
-    return (ranks - 1) / ranks if operation in PARTED else 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,10 +75,3 @@ class Collective:
     def duration_us(self) -> float:
         """Microseconds from start to end, waiting for late ranks included."""
         return self.end_us - self.start_us
-
-    @property
-    def bus_bandwidth(self) -> float | None:
-        """GB/s (1e9 bytes) by nccl-tests' `busbw`; None where size, time or group is unknown."""
-        if self.size is None or self.duration_us <= 0 or self.group_size < 1:
-            return None
-        return self.size / self.duration_us / 1e3 * bus_factor(self.operation, self.group_size)

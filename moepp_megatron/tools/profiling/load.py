@@ -38,11 +38,6 @@ def load_profile(folder: Path) -> list[RankTrace]:
     return _on_one_clock(traces)
 
 
-def has_kineto(folder: Path) -> bool:
-    """True if `load_profile` finds traces there."""
-    return bool(_files(folder))
-
-
 def _files(folder: Path) -> list[Path]:
     place = folder / "profile" if (folder / "profile").is_dir() else folder
     return sorted(

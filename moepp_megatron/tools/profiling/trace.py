@@ -49,12 +49,8 @@ class TracedGroup:
     @property
     def meaning(self) -> str:
         """expert, tensor, data, pipeline, ...; else the description itself."""
-        return meaning(self.description) or self.description or "unknown"
-
-
-def meaning(description: str) -> str | None:
-    """The meaning of a group's description; None for one that megatron-core does not use."""
-    return next((name for part, name in _MEANINGS if part in description), None)
+        known = (name for part, name in _MEANINGS if part in self.description)
+        return next(known, self.description or "unknown")
 
 
 @dataclass(frozen=True)
@@ -181,16 +177,16 @@ class RankTrace:
         """The same recording with `us` microseconds added to its times."""
         return replace(
             self,
-            collectives=shifted(self.collectives, us),
-            parts=shifted(self.parts, us),
-            steps={n: shifted([span], us)[0] for n, span in self.steps.items()},
-            kernels=shifted(self.kernels, us),
-            host_work=shifted(self.host_work, us),
-            waits=shifted(self.waits, us),
+            collectives=_shifted(self.collectives, us),
+            parts=_shifted(self.parts, us),
+            steps={n: _shifted([span], us)[0] for n, span in self.steps.items()},
+            kernels=_shifted(self.kernels, us),
+            host_work=_shifted(self.host_work, us),
+            waits=_shifted(self.waits, us),
             base_ns=self.base_ns - round(us * 1000),
         )
 
 
-def shifted[Timed: (Span, Collective)](timed: list[Timed], us: float) -> list[Timed]:
+def _shifted[Timed: (Span, Collective)](timed: list[Timed], us: float) -> list[Timed]:
     """The same with `us` microseconds added to starts and ends."""
     return [replace(item, start_us=item.start_us + us, end_us=item.end_us + us) for item in timed]

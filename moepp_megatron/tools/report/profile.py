@@ -10,7 +10,6 @@ from typing import Any
 from rich.table import Table
 
 from moepp_megatron.tools.profiling.analysis import Profile
-from moepp_megatron.tools.profiling.summary import ProfileSummary
 from moepp_megatron.tools.report.formatting import data_size, percent
 from moepp_megatron.tools.report.terminal import titled_table, wide_console
 
@@ -143,14 +142,6 @@ def print_profile(profile: Profile, document: dict[str, Any]) -> None:
     console.print(_table("Ranks: milliseconds", _RANK, document["rank_steps"], 0))
 
 
-def print_summary(summary: ProfileSummary) -> None:
-    """Print a recording of collectives only: sums per rank over the recording."""
-    console = wide_console(highlight=True)
-    console.print(f"{summary.name}, {summary.ranks} ranks", highlight=False)
-    means = "ms, waiting for late ranks included, and GB/s"
-    console.print(_table(f"Collectives of a rank: {means}", _SUMMARY, summary.rows, 2))
-
-
 def _table(title: str, cells: _Cells, items: Iterable[Any], words: int) -> Table:
     table = titled_table(title, *cells, words=words)
     for item in items:
@@ -216,13 +207,4 @@ _RANK: _Cells = {
     "exposed": lambda one: _ms(one["exposed_ms"]),
     "share": lambda one: percent(one["exposed_share"]),
     "expert rows": lambda one: _NO if one["expert_rows"] is None else f"{one['expert_rows']:,}",
-}
-_SUMMARY: _Cells = {
-    "operation": lambda row: row.operation,
-    "group": lambda row: row.group or _NO,
-    "calls": lambda row: f"{row.calls:g}",
-    "bytes": lambda row: _NO if row.bytes is None else data_size(row.bytes),
-    "time": lambda row: f"{row.time_us / 1e3:,.3f}" if row.time_us else _NO,
-    "algbw": lambda row: _rate(row.algorithm_gb_s),
-    "busbw": lambda row: _rate(row.bus_gb_s),
 }

@@ -20,8 +20,8 @@ from moepp_megatron.tools.experiments.pilot.pilot import ArmOutcome, PilotResult
 from moepp_megatron.tools.experiments.pilot.verdict import Verdict
 from moepp_megatron.tools.experiments.scaling.page import ScaleRecord, print_records
 from moepp_megatron.tools.experiments.statistics import Interval
-from moepp_megatron.tools.profiling.summary import ProfileSummary, _SummaryRow
-from moepp_megatron.tools.report.profile import print_summary
+from moepp_megatron.tools.report.profile import _table
+from moepp_megatron.tools.report.terminal import wide_console
 from tests.unit.tools.report.conftest import synthetic_config, synthetic_records, write_run
 
 # Sets the title, clears the screen, makes a link by rich's markup, ends markup that never began.
@@ -93,10 +93,9 @@ def test_errors_that_quote_a_configuration(hostile_run, moepp, command):
     assert err.count("\n") == 1
 
 
-def test_profile_of_collectives(capsys, monkeypatch):
+def test_profile(capsys, monkeypatch):
     monkeypatch.setattr("moepp_megatron.tools.report.terminal.LOG_WIDTH", 400)
-    row = _SummaryRow(HOSTILE, "expert", 1.0, None, None, 1.0)
-    print_summary(ProfileSummary(HOSTILE, 1, (row,)))
+    wide_console(highlight=True).print(_table(HOSTILE, {"group": str}, [HOSTILE], 1))
     printed = harmless(capsys.readouterr().out)
     assert SHOWN in printed
     assert printed.count(r"x\x1b]0;t") == 2, printed

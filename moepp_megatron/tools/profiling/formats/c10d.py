@@ -19,7 +19,7 @@ from moepp_megatron.tools.profiling.formats.records import (
     whole_list,
 )
 
-# c10::ScalarType in NCCL's events and flight records, C++ type names in those of the CPU.
+# c10::ScalarType in NCCL's events, C++ type names in those of the CPU.
 _BYTES = {
     "float": 4,
     "double": 8,
@@ -65,11 +65,7 @@ _NAMES = {
 
 
 def operation_of(name: str) -> Operation:
-    """Operation of a name of c10d: `allreduce_`, `_allgather_base_`, `all_to_allv`, `gloo:send`.
-
-    Those of flight records too (torch/distributed/flight_recorder/components/types.py, COLLECTIVES
-    and P2P).
-    """
+    """Return the operation that c10d calls `allreduce_`, `_allgather_base_`, `gloo:send`, ..."""
     plain = name.lower().split("::")[-1].split(":")[-1].lstrip("_")
     operations = (operation for start, operation in _NAMES.items() if plain.startswith(start))
     return next(operations, Operation.OTHER)

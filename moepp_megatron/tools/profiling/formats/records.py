@@ -24,29 +24,21 @@ LARGEST = 1 << 63
 MOST_RANKS = 1 << 20
 
 
-def read_bytes(path: Path, limit: int | None = None) -> bytes:
-    """The content of a file, unpacked if gzip; its first `limit` bytes where given.
-
-    Raises:
-        ProfileError: The file cannot be read, its compression is damaged, or it is too large.
-    """
-    with _opened(path) as file:
-        content = file.read(MAX_BYTES + 1 if limit is None else limit)
-    if len(content) > MAX_BYTES:
-        raise _too_large(path)
-    return content
-
-
 def read_document(path: Path, remedy: str = "record it again") -> Any:
     """The content of a JSON file, which may be gzip; `remedy` ends the error.
 
     Raises:
-        ProfileError: As `read_bytes`, or the file is not JSON.
+        ProfileError: The file cannot be read, its compression is damaged, it is too large or not
+            JSON.
     """
+    with _opened(path) as file:
+        content = file.read(MAX_BYTES + 1)
+    if len(content) > MAX_BYTES:
+        raise ProfileError(
+            f"{path}: more than {MAX_BYTES >> 20} MiB (unpacked); record fewer steps or calls"
+        )
     try:
-        return parse_json(read_bytes(path))
-    except ProfileError:
-        raise
+        return parse_json(content)
     except ValueError as error:
         raise ProfileError(f"{path}: not a whole JSON file ({error}); {remedy}") from None
 
@@ -61,12 +53,6 @@ def read_model[Model: BaseModel](
         first = error.errors(include_url=False, include_input=False)[0]
         where = ".".join(str(part) for part in first["loc"]) or "the whole"
         raise ProfileError(f"{path}: field {where!r}: {first['msg'].lower()}; {remedy}") from None
-
-
-def _too_large(path: Path) -> ProfileError:
-    return ProfileError(
-        f"{path}: more than {MAX_BYTES >> 20} MiB (unpacked); record fewer steps or calls"
-    )
 
 
 @contextmanager

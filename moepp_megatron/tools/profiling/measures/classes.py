@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from moepp_megatron.tools.profiling.collective import Collective, Operation, bus_factor
+from moepp_megatron.tools.profiling.collective import Collective, Operation
 from moepp_megatron.tools.profiling.measures.exposure import (
     Interval,
     computing,
@@ -19,6 +19,17 @@ from moepp_megatron.tools.profiling.measures.lateness import CallKey, Lateness
 from moepp_megatron.tools.profiling.measures.links import Link, Links
 from moepp_megatron.tools.profiling.measures.purpose import PURPOSES, place_of, purpose_of
 from moepp_megatron.tools.profiling.trace import RankTrace
+
+# The larger buffer holds a part for each rank, of which a rank's own does not travel.
+_PARTED = frozenset(
+    {
+        Operation.ALL_GATHER,
+        Operation.REDUCE_SCATTER,
+        Operation.ALL_TO_ALL,
+        Operation.GATHER,
+        Operation.SCATTER,
+    }
+)
 
 
 class _ClassName(NamedTuple):
@@ -73,12 +84,12 @@ class CallClass:
     @property
     def algorithm_gb_s(self) -> float | None:
         """Size over transfer time, GB/s (1e9 bytes)."""
-        return rate_gb_s(self.size, self.transfer_us)
+        return _rate_gb_s(self.size, self.transfer_us)
 
     @property
     def bus_gb_s(self) -> float | None:
         """Bus bandwidth over transfer time, GB/s."""
-        return rate_gb_s(self.bus_bytes, self.transfer_us)
+        return _rate_gb_s(self.bus_bytes, self.transfer_us)
 
     @property
     def peak_gb_s(self) -> float | None:
@@ -100,12 +111,19 @@ class CallClass:
             self.wait_us += late.wait_us
         if call.size is not None:
             self.size += call.size
-            self.bus_bytes += call.size * bus_factor(call.operation, max(call.group_size, 1))
+            self.bus_bytes += call.size * _bus_factor(call.operation, max(call.group_size, 1))
 
 
-def rate_gb_s(size: float | None, us: float) -> float | None:
+def _rate_gb_s(size: float | None, us: float) -> float | None:
     """GB/s (1e9 bytes); None where either is unknown or 0."""
     return size / us / 1e3 if size and us > 0 else None
+
+
+def _bus_factor(operation: Operation, ranks: int) -> float:
+    """Bus over algorithm bandwidth in a group of `ranks` (nccl-tests, doc/PERFORMANCE.md)."""
+    if operation is Operation.ALL_REDUCE:
+        return 2.0 * (ranks - 1) / ranks
+    return (ranks - 1) / ranks if operation in _PARTED else 1.0
 
 
 def call_classes(

@@ -35,18 +35,6 @@ def test_the_terminal_and_the_json_say_the_same(run):
         assert title in result.output
 
 
-def test_flight_records(tmp_path):
-    recorded = SAMPLE.parent / "flight_recorder_nccl"
-    result = command(recorded, "--json", tmp_path / "f.json")
-    assert result.exit_code == 0, result.output
-    assert "all_to_all" in result.output
-    rows = {row["operation"]: row for row in json.loads((tmp_path / "f.json").read_text())["rows"]}
-    assert rows["all_to_all"]["group"] == "expert"
-    # Each of four ranks takes 250 us, and gathers 2^14 bf16 in all.
-    assert rows["all_to_all"]["time_us"] == pytest.approx(250)
-    assert rows["all_gather"]["bytes"] == 16384 * 2
-
-
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
