@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from moepp_megatron.catalogue import METRICS
-from moepp_megatron.tools.report.live import exported
-from moepp_megatron.tools.report.live.exported import OF_RECORDS
+from moepp_megatron.tools.report.live import prometheus
+from moepp_megatron.tools.report.live.prometheus import OF_RECORDS
 
 WIDTH = 24
 HEIGHT = 8
@@ -79,17 +79,17 @@ PANELS = (
         "State",
         6,
         "none",
-        (Curve(exported.STATE.name, "{{state}}", "== 1"),),
+        (Curve(prometheus.STATE.name, "{{state}}", "== 1"),),
         kind="stat",
         text="name",
     ),
     Panel("Step", 6, "none", (_one("step", "step"),), kind="stat"),
-    Panel("Last record", 6, "s", (Curve(exported.RECORD_AGE.name, "age"),), kind="stat"),
+    Panel("Last record", 6, "s", (Curve(prometheus.RECORD_AGE.name, "age"),), kind="stat"),
     Panel(
         "Alerts",
         6,
         "none",
-        (Curve(exported.ALERTS.name, "{{rule}} {{severity}}"),),
+        (Curve(prometheus.ALERTS.name, "{{rule}} {{severity}}"),),
         kind="stat",
         text="value_and_name",
     ),
@@ -101,7 +101,7 @@ PANELS = (
         (
             _one("ffn_fraction", "measured"),
             _one("ffn_target", "target"),
-            Curve(exported.PHI.name, "phi"),
+            Curve(prometheus.PHI.name, "phi"),
         ),
     ),
     _own("layer_ffn_fraction", width=12),
@@ -165,7 +165,7 @@ def _datasource() -> dict[str, Any]:
 
 def _choices() -> list[dict[str, Any]]:
     """The monitor, and the run among those that it serves."""
-    state = exported.STATE.name
+    state = prometheus.STATE.name
     return [
         _choice("instance", f"label_values({state}, instance)", "Monitor"),
         _choice("run", f'label_values({state}{{instance="$instance"}}, run)', "Run"),

@@ -23,7 +23,7 @@ from moepp_megatron.config import megatron_flags as flags
 from moepp_megatron.config.reference import _SectionReference, section_references
 from moepp_megatron.features.guard.settings import COUNTED, GUARD_METRICS, MEASURED
 from moepp_megatron.observe.tensorboard import _tag_of
-from moepp_megatron.tools.report.live import exported
+from moepp_megatron.tools.report.live import prometheus
 
 DOCS = Path(__file__).parents[1] / "docs"
 
@@ -115,15 +115,15 @@ metric without a key exists in Prometheus only.
             row.meaning,
             row.unit,
             _tag(key, row),
-            *_served(row.prometheus, exported.OF_RECORDS[key].labels),
+            *_served(row.prometheus, prometheus.OF_RECORDS[key].labels),
         )
         for key, row in OF_RECORD.items()
     ]
-    idlest, other = IN_LAYERS["min_ffn_load"], exported.OTHER
+    idlest, other = IN_LAYERS["min_ffn_load"], prometheus.OTHER
     rows.append(("", idlest.meaning, "", "", *_served(idlest.prometheus, idlest.labels)))
     rows.append(("", other.meaning, "", "", *_served(other.name, other.labels)))
     health = [(_code(name), IN_LAYERS[name].unit, IN_LAYERS[name].meaning) for name in MEASURED]
-    run = [(*_served(each.name, each.labels), each.meaning) for each in exported.OF_RUN]
+    run = [(*_served(each.name, each.labels), each.meaning) for each in prometheus.OF_RUN]
     guard = [(_code(name), _place(name), METRICS[name].with_unit) for name in GUARD_METRICS]
     return "\n".join(
         [

@@ -6,29 +6,103 @@ import contextlib
 import ipaddress
 import itertools
 import os
-import socket
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
+from prometheus_client import CollectorRegistry, start_http_server
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
+from moepp_megatron.catalogue import IN_LAYERS, OF_RECORD, Metric
 from moepp_megatron.config import ConfigError
+from moepp_megatron.experts import FFN
 from moepp_megatron.file_names import RUN_FILES
 from moepp_megatron.runtime.printable import printable
-from moepp_megatron.tools.report.live.exported import Exported, samples_of
-from moepp_megatron.tools.report.live.run import LiveRun, check_folder
+from moepp_megatron.tools.report.live.run import STATES, LiveRun, check_folder
 from moepp_megatron.tools.report.run_data import ReportError, name_below, runs_inside
+from moepp_megatron.tools.report.series import min_over_mean
+
+# Values of the metric's labels, and the number.
+Sample = tuple[tuple[str, ...], float]
+
+
+@dataclass(frozen=True)
+class _Exported:
+    """One metric.
+
+    Attributes:
+        labels: Labels of its values of one run, besides ``run``, separated by commas.
+    """
+
+    name: str
+    meaning: str
+    labels: str = ""
+
+
+def _served(row: Metric) -> _Exported:
+    # A series for each expert of each layer would be thousands: Prometheus has their kinds.
+    labels = row.labels.replace("layer,expert,", "layer,")
+    return _Exported(row.prometheus, row.with_unit, labels)
+
+
+OF_RECORDS: Mapping[str, _Exported] = {key: _served(row) for key, row in OF_RECORD.items()}
+"""By the key of the record. Numbers under other keys are served as ``moepp_other{key="..."}``."""
+
+OTHER = _Exported("moepp_other", "a number of the record that this table does not name", "key")
+MIN_FFN_LOAD = _served(IN_LAYERS["min_ffn_load"])
+PHI = _Exported("moepp_phi_ratio", "FFN share wanted: under perfect balance, or the budget's")
+TRAIN_ITERS = _Exported("moepp_train_iters", "steps of the whole run")
+RUN_INFO = _Exported("moepp_run_info", "1; the label name holds run.name", "name")
+STATE = _Exported("moepp_run_state", "1 for the state that the run is in, else 0", "state")
+RECORD_AGE = _Exported("moepp_record_age_seconds", "time since the last record was written")
+ALERTS = _Exported("moepp_alerts", "alerts so far, by rule and severity", "rule,severity")
+OF_RUN = (RUN_INFO, STATE, RECORD_AGE, TRAIN_ITERS, PHI, ALERTS)
+"""Served with the records' numbers."""
+
+
+def _samples_of(run: LiveRun) -> Iterator[tuple[_Exported, list[Sample]]]:
+    """The metrics of a run as it was at the last poll.
+
+    A run that is silent or over keeps its state, age and alerts, but no numbers of records, so
+    that graphs end where the run did.
+    """
+    state = run.health().state
+    yield from _of_run(run, state)
+    if run.history.newest is None or state != "running":
+        return
+    sums: dict[_Exported, dict[tuple[str, ...], float]] = {}
+    loads: dict[str, list[float]] = {}
+    for key, labels, value in run.numbers():
+        metric = OF_RECORDS.get(key, OTHER)
+        if metric is OTHER:
+            labels = (key,)
+        elif metric.labels:
+            named = dict(zip(OF_RECORD[key].labels.split(","), labels, strict=True))
+            labels = tuple(named[label] for label in metric.labels.split(","))
+        samples = sums.setdefault(metric, {})
+        samples[labels] = samples.get(labels, 0.0) + value
+        if key == "layer_expert_share" and labels[1] == FFN.name:
+            loads.setdefault(labels[0], []).append(value)
+    yield from ((metric, [*samples.items()]) for metric, samples in sums.items())
+    if run.config is not None:
+        yield MIN_FFN_LOAD, [((layer,), min_over_mean(row)) for layer, row in loads.items()]
+
+
+def _of_run(run: LiveRun, state: str) -> Iterator[tuple[_Exported, list[Sample]]]:
+    yield STATE, [((name,), float(name == state)) for name in STATES]
+    if run.config is not None:
+        yield RUN_INFO, [((run.config.run.name,), 1.0)]
+        yield TRAIN_ITERS, [((), run.config.training.train_iters)]
+        yield PHI, [((), run.config.phi)]
+    if run.record_age_s is not None:
+        yield RECORD_AGE, [((), run.record_age_s)]
+    yield ALERTS, [(labels, float(n)) for labels, n in sorted(run.alert_counts.items())]
+
 
 ADDRESS = "127.0.0.1"
-# A scraper sends its request at once, and asks every few seconds.
-REQUEST_S = 5.0
-MAX_THREADS = 8
 
 
 class LiveRuns:
@@ -95,7 +169,7 @@ class _RunsCollector(Collector):
         # Requests are served by threads.
         with self._lock:
             for name, run in self._runs.look().items():
-                for metric, samples in samples_of(run):
+                for metric, samples in _samples_of(run):
                     family = families.setdefault(metric.name, _family(metric))
                     for labels, number in samples:
                         # They may come from elsewhere, and half a surrogate pair has no bytes.
@@ -105,7 +179,7 @@ class _RunsCollector(Collector):
 
 
 def serve(runs: LiveRuns, port: int, host: str = ADDRESS) -> str:
-    """Serves runs on ``host:port`` from background threads.
+    """Serve runs on ``host:port`` from background threads.
 
     Args:
         port: The port; 0 takes a free one.
@@ -121,13 +195,12 @@ def serve(runs: LiveRuns, port: int, host: str = ADDRESS) -> str:
     registry = CollectorRegistry()
     registry.register(_RunsCollector(runs))
     try:
-        server = _NumbersServer(host, port, lambda: generate_latest(registry), CONTENT_TYPE_LATEST)
+        server, _ = start_http_server(port, host, registry)
     except OSError as error:
         raise ConfigError(
             f"--prometheus ({port}) must be a free port of {host} ({error.strerror}); "
             "use another one, or another --bind"
         ) from None
-    threading.Thread(target=server.serve_forever, daemon=True).start()
     shown = f"[{host}]" if ":" in host else host
     return f"http://{shown}:{server.server_port}/metrics"
 
@@ -146,75 +219,6 @@ def wait_until_stopped() -> None:
         threading.Event().wait()
 
 
-def _family(metric: Exported) -> GaugeMetricFamily:
+def _family(metric: _Exported) -> GaugeMetricFamily:
     labels = metric.labels.split(",") if metric.labels else []
     return GaugeMetricFamily(metric.name, metric.meaning, labels=["run", *labels])
-
-
-class _NumbersServer(ThreadingHTTPServer):
-    """Answers GET with what `content` returns, as Prometheus's text."""
-
-    daemon_threads = True
-
-    def __init__(
-        self, host: str, port: int, content: Callable[[], bytes], content_type: str
-    ) -> None:
-        self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        self.content, self.content_type = content, content_type
-        self._free = threading.BoundedSemaphore(MAX_THREADS)
-        super().__init__((host, port), _Handler)
-
-    def process_request(self, request: Any, client_address: Any) -> None:
-        """Start a thread for the request; close it if all threads are busy."""
-        if self._free.acquire(blocking=False):
-            super().process_request(request, client_address)
-        else:
-            self.shutdown_request(request)
-
-    def process_request_thread(self, request: Any, client_address: Any) -> None:
-        """Answer, in a thread of its own."""
-        try:
-            super().process_request_thread(request, client_address)
-        finally:
-            self._free.release()
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """Report nothing, because a client may disconnect at any time."""
-
-
-class _Handler(BaseHTTPRequestHandler):
-    server: _NumbersServer
-
-    def setup(self) -> None:
-        """Start the clock; a limit only on each read would admit an endless slow request."""
-        super().setup()
-        self._deadline = threading.Timer(REQUEST_S, self._give_up)
-        self._deadline.daemon = True
-        self._deadline.start()
-
-    def finish(self) -> None:
-        """Stop the clock."""
-        self._deadline.cancel()
-        super().finish()
-
-    def _give_up(self) -> None:
-        with contextlib.suppress(OSError):
-            self.connection.shutdown(socket.SHUT_RDWR)
-
-    def do_GET(self) -> None:  # noqa: N802 (http.server's name)
-        """Answer with the numbers, at / and /metrics."""
-        # The request is here; whoever does not take the answer is not waited for either.
-        self._deadline.cancel()
-        self.connection.settimeout(REQUEST_S)
-        if self.path.partition("?")[0] not in ("/", "/metrics"):
-            self.send_error(404)
-            return
-        content = self.server.content()
-        self.send_response(200)
-        self.send_header("Content-Type", self.server.content_type)
-        self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
-        self.wfile.write(content)
-
-    def log_message(self, format: str, *args: Any) -> None:
-        """Log nothing, because a scraper asks every few seconds."""

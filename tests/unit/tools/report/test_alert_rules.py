@@ -10,17 +10,17 @@ import yaml
 
 from moepp_megatron.config.schema import ResilienceSection
 from moepp_megatron.features.guard.settings import DEFAULT_RULES
-from moepp_megatron.tools.report.live import exported
+from moepp_megatron.tools.report.live import prometheus
 from moepp_megatron.tools.report.live.run import STATES
 
 FILE = Path(__file__).parents[4] / "docs" / "grafana" / "alerts.yaml"
 LABELS = {
     metric.name: {"run", *metric.labels.split(",")}
     for metric in (
-        *exported.OF_RECORDS.values(),
-        *exported.OF_RUN,
-        exported.OTHER,
-        exported.MIN_FFN_LOAD,
+        *prometheus.OF_RECORDS.values(),
+        *prometheus.OF_RUN,
+        prometheus.OTHER,
+        prometheus.MIN_FFN_LOAD,
     )
 }
 needs_promtool = pytest.mark.skipif(

@@ -1,14 +1,10 @@
 """The numbers that Prometheus gets, and the dashboard and table that name them."""
 
-import contextlib
 import json
 import math
 import re
-import select
 import socket
-import threading
 import time
-import urllib.error
 import urllib.request
 from pathlib import Path
 
@@ -20,9 +16,15 @@ from moepp_megatron.config import ConfigError
 from moepp_megatron.observe.alert_sinks import _AlertFile
 from moepp_megatron.observe.alerts import Alert
 from moepp_megatron.observe.metrics import StepMetrics
-from moepp_megatron.tools.report.live import prometheus
-from moepp_megatron.tools.report.live.exported import MIN_FFN_LOAD, OF_RECORDS, OF_RUN, OTHER
-from moepp_megatron.tools.report.live.prometheus import LiveRuns, is_open, serve
+from moepp_megatron.tools.report.live.prometheus import (
+    MIN_FFN_LOAD,
+    OF_RECORDS,
+    OF_RUN,
+    OTHER,
+    LiveRuns,
+    is_open,
+    serve,
+)
 
 EXPORTED = {metric.name for metric in (*OF_RECORDS.values(), *OF_RUN, OTHER, MIN_FFN_LOAD)}
 
@@ -157,49 +159,6 @@ def test_the_dashboard_asks_for_what_is_exported():
     assert all(place["x"] + place["w"] <= 24 for place in places)
     corners = {(place["x"], place["y"]) for place in places}
     assert len(corners) == len(places)
-
-
-def connections(port: int, count: int, sent: bytes) -> list[socket.socket]:
-    """Requests that have begun and do not go on."""
-    opened = [socket.create_connection(("127.0.0.1", port), timeout=30) for _ in range(count)]
-    for one in opened:
-        one.sendall(sent)
-    return opened
-
-
-def test_half_sent_requests_are_dropped(tmp_path, scrape, monkeypatch):
-    monkeypatch.setattr(prometheus, "REQUEST_S", 0.5)
-    get = scrape(tmp_path)
-    port = int(get.address.split(":")[2].split("/")[0])
-    for one in connections(port, 40, b"GET /metrics HTTP/1.0\r\nX-Half: "):
-        # Closed by the server: at once where no thread is free, else after the time.
-        with contextlib.suppress(ConnectionResetError):
-            assert one.recv(1) == b""
-    assert get()["moepp_run_state"][("waiting",)] == 1
-
-
-def test_threads_are_bounded(tmp_path, scrape, monkeypatch):
-    """Whatever time a request has: what finds no free thread is closed at once."""
-    monkeypatch.setattr(prometheus, "REQUEST_S", 600.0)
-    port = int(scrape(tmp_path).address.split(":")[2].split("/")[0])
-    before = threading.active_count()
-    stuck = connections(port, 40, b"GET /metrics HTTP/1.0\r\nX-Half: ")
-    try:
-        held = set(stuck)
-        while len(held) > prometheus.MAX_THREADS:
-            closed, _, _ = select.select(held, [], [], 10)
-            assert closed, f"{len(held)} requests are held"
-            held -= set(closed)
-        # One thread and its clock for each.
-        assert threading.active_count() - before <= 2 * prometheus.MAX_THREADS
-    finally:
-        for one in stuck:
-            one.close()
-
-
-def test_other_paths_are_not_found(tmp_path, scrape):
-    with pytest.raises(urllib.error.HTTPError, match="404"):
-        urllib.request.urlopen(scrape(tmp_path).address + "/other", timeout=30)
 
 
 @pytest.mark.parametrize(

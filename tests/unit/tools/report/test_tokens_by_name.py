@@ -9,7 +9,7 @@ import pytest
 from moepp_megatron.runtime.terminal import Console
 from moepp_megatron.tools.report.blocks import _render_page
 from moepp_megatron.tools.report.drawing import plot_style
-from moepp_megatron.tools.report.live.exported import samples_of
+from moepp_megatron.tools.report.live.prometheus import _samples_of
 from moepp_megatron.tools.report.live.run import LiveRun
 from moepp_megatron.tools.report.live.table import print_run
 from moepp_megatron.tools.report.page import _page
@@ -90,7 +90,7 @@ def test_the_monitor_has_numbers_by_source(run):
 def test_prometheus_gets_them_by_name(run):
     live = LiveRun(run, clock=time.time)
     live.poll()
-    found = {metric.name: dict(samples) for metric, samples in samples_of(live)}
+    found = {metric.name: dict(samples) for metric, samples in _samples_of(live)}
     assert found["moepp_source_loss"][("code",)] == pytest.approx(4.5)
     assert found["moepp_source_tokens_ratio"] == {("web <b>",): 0.6, ("code",): 0.3}
     assert found["moepp_class_ffn_per_token"][("rarest 1%",)] == 1.5
