@@ -3,11 +3,11 @@
 python -m benchmarks.serve_throughput benchmarks/results/serve_throughput.jsonl
 python -m benchmarks.serve_throughput benchmarks/results/vllm_throughput.jsonl --vllm
 
-Weights are random; a selection bias sets the share of FFN experts among picks: one for each phase
-and batch in transformers, one for all in vLLM. Time is that of one thread. Models first run with
-their products counted: FFN experts multiply the rows picked. With --vllm the models run in vLLM
-instead, all compiled, in the environment of tests/vllm/requirements.txt; where there is a GPU, on
-it, in bf16, by the clock and without counts, which graphs do not show.
+Weights are random; a selection bias sets the share of FFN experts among picks in each phase and
+batch. Time is that of one thread. Models first run with their products counted: FFN experts
+multiply the rows picked. With --vllm the models run in vLLM instead, all compiled, in the
+environment of tests/vllm/requirements.txt; where there is a GPU, on it, in bf16, by the clock, with
+one bias for all phases and without counts, which graphs do not show.
 """
 
 from __future__ import annotations
@@ -118,6 +118,10 @@ class Served(torch.nn.Module):
         os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
         from vllm import LLM, SamplingParams
 
+        from moepp_megatron.interop.vllm import register
+
+        # Only an installed package has the entry point.
+        register()
         self.sampling = SamplingParams(temperature=0, max_tokens=NEW + 1, ignore_eos=True)
         self.places = []
         if IS_GPU:
@@ -182,9 +186,11 @@ def measure(models: dict[str, Any], experts: str, batch: int) -> Any:
     ids = tokens(batch, PROMPTS.get(experts, LENGTH))
     rates, counts, given = defaultdict(list), {}, {}
     for name, model in models.items():
-        if experts in PROMPTS and gates(model):
+        if experts in PROMPTS:
             model.set_experts_implementation("eager")
-            given[name] = biases(model, float(name.split()[-1]), ids)
+        if gates(model) and not IS_GPU:
+            share = name.removeprefix("FFN share ").partition(",")[0]
+            given[name] = biases(model, float(share), ids)
         if experts in PROMPTS:
             model.set_experts_implementation(experts)
         counts[name] = run(model, ids, given.get(name), counted)
