@@ -11,6 +11,10 @@ rungs   Sizes XS to L, seeds 1 to 3, mixture A: vanilla's steps, and the steps t
 decide  One setting of the paper's arm at a time: sizes XS and S, seeds 11 to 15, mixture B, whose
         corpora chose nothing.
 top     Size XL at vanilla's FLOP. `ladder_table --predict XL` comes first.
+equal   Equal FFN work: tokens take as many FFN experts on average as vanilla's, of more picks
+        (`EQUAL`). Arms are tuned as before, but from the package's initial weights and with two
+        seeds. Sizes S and M, mixture A, seeds 1 to 5; then the control.
+proof   The arms of `PROVED` on sizes M and L, seeds 31 to 33, mixture C, which chose nothing.
 
 A mixture is a third each of source text, English prose and other languages, from the files of the
 machine (`fault_corpora`). Within a seed all arms see the same tokens in the same order, as far as
@@ -38,6 +42,7 @@ from benchmarks.ladder_run import (
     ARMS,
     CHANGES,
     DECIDING,
+    EQUAL,
     SIZES,
     Run,
     machine,
@@ -51,6 +56,10 @@ from moepp_megatron.runtime.rank import RankEnvironment
 
 RATES, STDS = (1.5e-3, 3e-3, 6e-3), (0.03, 0.06, 0.12)
 TOP = "XL"
+# The same of arms of equal FFN work, of which each trial has two seeds.
+EQUAL_RATES, EQUAL_STDS = (6e-3, 12e-3, 24e-3), (0.01, 0.02, 0.04)
+CONTROLLED = ("vanilla selected", "K3 mix nonzero", "K4 zero nonzero", "K3 null nonzero")
+PROVED = ("vanilla", "vanilla selected", "K3 mix nonzero", "K3 zero nonzero")
 
 
 class Missing(Exception):
@@ -97,18 +106,24 @@ def valid(result: dict[str, Any]) -> float:
     return float(np.mean(list(result["valid"].values())))
 
 
-def tuned(arm: str, results: Results) -> tuple[float, float]:
+def tuned(arm: str, results: Results, stage: str = "tune") -> tuple[float, float]:
     """Learning rate and initial weights of an arm, the same rule for each.
 
     First the rate at the middle of `STDS`, then the standard deviation at the best rate: the best
     of three values a factor of two apart; the range is widened while the best is at its end.
     """
-    rate = best(RATES, lambda value: _tune(arm, value, STDS[1], results))
-    return rate, best(STDS, lambda value: _tune(arm, rate, value, results))
+    rates, stds, seeds = {
+        "tune": (RATES, STDS, (0,)),
+        "tune equal": (EQUAL_RATES, EQUAL_STDS, (0, 6)),
+    }[stage]
 
+    def loss(rate: float, std: float) -> float:
+        steps = SIZES["S"].steps
+        runs = [Run(stage, arm, "S", seed, steps, rate, std) for seed in seeds]
+        return float(np.mean([valid(results.of(run)) for run in runs]))
 
-def _tune(arm: str, rate: float, std: float, results: Results) -> float:
-    return valid(results.of(Run("tune", arm, "S", 0, SIZES["S"].steps, rate, std)))
+    rate = best(rates, lambda value: loss(value, stds[1]))
+    return rate, best(stds, lambda value: loss(rate, value))
 
 
 def best(values: tuple[float, ...], loss: Callable[[float], float]) -> float:
@@ -137,6 +152,21 @@ def chains(stage: str, arms: list[str], sizes: list[str]) -> list[Chain]:
         "rungs": [partial(_rung, *cell) for cell in rungs],
         "decide": [partial(_decide, *cell) for cell in decide],
         "top": [partial(_top, arm) for arm in arms if TOP in sizes],
+        "tune equal": [partial(_equal_tuning, arm) for arm in EQUAL if not EQUAL[arm].tuned_as],
+        "equal": [
+            partial(_equal, "equal", size, seed, arm, "A")
+            for size, seed, arm in product(("S", "M"), range(1, 6), EQUAL)
+            if size in sizes and arm in arms
+        ],
+        "control": [
+            partial(_equal, "control", "S", seed, arm, "control")
+            for seed, arm in product(range(1, 6), CONTROLLED)
+        ],
+        "proof": [
+            partial(_equal, "proof", size, seed, arm, "C")
+            for size, seed, arm in product(("M", "L"), (31, 32, 33), PROVED)
+            if size in sizes and arm in arms
+        ],
     }
     return stages[stage]
 
@@ -167,6 +197,18 @@ def _top(arm: str, results: Results) -> Iterator[Run]:
     shares = [results.of(_equal_steps(arm, "L", seed, results))["share"] for seed in (1, 2, 3)]
     steps = steps_for_flop(arm, TOP, float(np.mean(shares)))
     yield Run("top", arm, TOP, 1, steps, *tuned(arm, results), what="flop")
+
+
+def _equal_tuning(arm: str, results: Results) -> Iterator[Run]:
+    tuned(arm, results, "tune equal")
+    yield from ()
+
+
+def _equal(
+    stage: str, size: str, seed: int, arm: str, mixture: str, results: Results
+) -> Iterator[Run]:
+    tuning = tuned(EQUAL[arm].tuned_as or arm, results, "tune equal")
+    yield Run(stage, arm, size, seed, SIZES[size].steps, *tuning, mixture)
 
 
 def missing(chosen: list[Chain], results: Results) -> list[Run]:
@@ -207,9 +249,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("out", type=Path, help="folder of the results")
-    stages = ["tune", "rungs", "decide"]
-    add("--stage", nargs="*", default=stages, choices=[*stages, "top"])
-    add("--arms", nargs="*", default=list(ARMS), choices=list(ARMS))
+    stages, equal = ["tune", "rungs", "decide"], ["tune equal", "equal", "control", "proof"]
+    add("--stage", nargs="*", default=stages, choices=[*stages, "top", *equal])
+    add("--arms", nargs="*", default=list(ARMS), choices=list(ARMS | EQUAL))
     add("--sizes", nargs="*", default=list(SIZES), choices=list(SIZES))
     add("--from", dest="taken", type=Path, metavar="FILE", help="results of another machine")
     add("--until", metavar="HH:MM", help="start no run after the next HH:MM")
