@@ -50,17 +50,12 @@ class CPUExperts(SequentialMLP):
             for expert in self.local_experts
             for linear in (expert.linear_fc1, expert.linear_fc2)
         ]
-        for linear in linears:
-            # Nobody calls these modules, and weights that are still being gathered
-            # (`parallel.overlap_param_gather`) are waited for in a hook before the call.
-            for hook in linear._forward_pre_hooks.values():
-                hook(linear, ())
-        weights = [linear.weight for linear in linears]
+        weights = [linear.get_parameter("weight") for linear in gathered(linears)]
         tokens, gates = permuted_local_hidden_states, permuted_probs
         return self.compute(tokens, gates, tokens_per_expert, weights), None
 
     def compute(
-        self, tokens: Tensor, gates: Tensor, tokens_per_expert: Tensor, weights: list[Tensor]
+        self, tokens: Tensor, gates: Tensor, tokens_per_expert: Tensor, weights: Sequence[Tensor]
     ) -> Tensor:
         """Outputs [rows, D] times gates; `weights` are fc1 and fc2 of each expert in turn."""
         rows = tokens_per_expert.tolist()
@@ -68,6 +63,16 @@ class CPUExperts(SequentialMLP):
             result: Tensor = _CPUExperts.apply(tokens, gates, rows, *weights)
             return result
         return _forward(tokens, gates, rows, weights, keep=None)
+
+
+def gathered(linears: list[torch.nn.Module]) -> list[torch.nn.Module]:
+    """The modules, which nobody calls, once their weights are there."""
+    # Weights that are still being gathered (`parallel.overlap_param_gather`) are waited for in a
+    # hook before the call.
+    for linear in linears:
+        for hook in linear._forward_pre_hooks.values():
+            hook(linear, ())
+    return linears
 
 
 # Elements of a weight. For each number of rows that it has not seen oneDNN makes a kernel first,

@@ -1,10 +1,11 @@
-"""FFN experts on a GPU without Transformer Engine: one product over all experts, not one for each.
+"""FFN experts on a GPU: one product over all of them, whose sizes stay on the device.
 
 megatron-core's `SequentialMLP` starts some ten kernels an expert and keeps every step of SwiGLU for
-the backward pass. Here each of the two products is one `torch.nn.functional.grouped_mm` over rows
-that are sorted by expert, and only the first one's result is kept. Parameters, their names and
-checkpoints are unchanged: each expert has its own, so the products take a copy of them side by
-side (4 bytes per weight in bf16), which is made again in the backward pass instead of being kept.
+the backward pass, and `TEGroupedMLP` reads each expert's rows on the host. Here each of the two
+products is one `torch.nn.functional.grouped_mm` over rows that are sorted by expert, and only the
+first one's result is kept. Parameters, their names and checkpoints are unchanged: each expert has
+its own, so the products take a copy of them side by side (4 bytes per weight in bf16), which is
+made again in the backward pass instead of being kept.
 
 Shape suffixes: R rows sorted by expert, E local experts, D channels, F of an expert.
 """
@@ -16,11 +17,19 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from megatron.core.transformer.moe.experts import TEGroupedMLP
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from moepp_megatron.moe.cpu_experts import CPUExperts, activation_grads, suits, swiglu, weighted
+from moepp_megatron.moe.cpu_experts import (
+    CPUExperts,
+    activation_grads,
+    gathered,
+    suits,
+    swiglu,
+    weighted,
+)
 
 # Rows of a matrix begin at multiples of 16 bytes.
 _ALIGNMENT = 8
@@ -39,16 +48,55 @@ class GroupedExperts(CPUExperts):
     """megatron-core's `SequentialMLP` of SwiGLU experts, in one product over all of them."""
 
     def compute(
-        self, tokens: Tensor, gates: Tensor, tokens_per_expert: Tensor, weights: list[Tensor]
+        self, tokens: Tensor, gates: Tensor, tokens_per_expert: Tensor, weights: Sequence[Tensor]
     ) -> Tensor:
-        """[R, D] outputs of all experts times `gates` [R], of `tokens` [R, D] sorted by expert.
+        """See `_outputs`."""
+        return _outputs(tokens, gates, tokens_per_expert, weights)
 
-        `tokens_per_expert` may be on any device; `weights` are fc1 [2F, D] and fc2 [D, F] in turn.
-        """
-        ends = tokens_per_expert.cumsum(0, dtype=torch.int32)
-        ends = ends.to(tokens.device, non_blocking=True)
-        result: Tensor = _GroupedExperts.apply(tokens, gates, ends, *weights)
-        return result
+
+class EngineExperts(TEGroupedMLP):
+    """megatron-core's `TEGroupedMLP` of SwiGLU experts, multiplied without Transformer Engine."""
+
+    def forward(
+        self,
+        permuted_local_hidden_states: Tensor,
+        tokens_per_expert: Tensor,
+        permuted_probs: Tensor,
+    ) -> tuple[Tensor, None]:
+        """Same as `TEGroupedMLP`; `tokens_per_expert` may be on any device."""
+        linears = gathered([self.linear_fc1, self.linear_fc2])
+        weights = [
+            linear.get_parameter(f"weight{index}")
+            for index in range(self.num_local_experts)
+            for linear in linears
+        ]
+        tokens, gates = permuted_local_hidden_states, permuted_probs
+        return _outputs(tokens, gates, tokens_per_expert, weights), None
+
+
+def suits_engine(config: TransformerConfig) -> bool:
+    """True if `EngineExperts` computes the same as `TEGroupedMLP`."""
+    fits = suits_grouped(config) if torch.cuda.is_available() else suits(config)
+    return (
+        fits
+        and not config.moe_single_grouped_weight
+        and not config.use_transformer_engine_op_fuser
+        and not {"expert_fc1", "moe_act"} & {*(config.offload_modules or ())}
+        and config.moe_mlp_glu_interleave_size is None
+    )
+
+
+def _outputs(
+    tokens: Tensor, gates: Tensor, tokens_per_expert: Tensor, weights: Sequence[Tensor]
+) -> Tensor:
+    """[R, D] outputs of all experts times `gates` [R], of `tokens` [R, D] sorted by expert.
+
+    `tokens_per_expert` may be on any device; `weights` are fc1 [2F, D] and fc2 [D, F] in turn.
+    """
+    ends = tokens_per_expert.cumsum(0, dtype=torch.int32)
+    ends = ends.to(tokens.device, non_blocking=True)
+    result: Tensor = _GroupedExperts.apply(tokens, gates, ends, *weights)
+    return result
 
 
 class _GroupedExperts(torch.autograd.Function):

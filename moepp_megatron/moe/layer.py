@@ -27,6 +27,7 @@ from moepp_megatron.moe.config import MoEPPConfig
 from moepp_megatron.moe.cpu_experts import CPUExperts
 from moepp_megatron.moe.cuda_graphs import refuse_uncapturable
 from moepp_megatron.moe.dispatcher import RowDispatcher, build_dispatcher, bytes_sent
+from moepp_megatron.moe.grouped_experts import EngineExperts
 from moepp_megatron.moe.kernels import use_kernels
 from moepp_megatron.moe.padding import local_mask
 from moepp_megatron.moe.router import MoEPPRouter
@@ -139,11 +140,11 @@ class MoEPPLayer(MoELayer):
             self._static_dispatcher = StaticTokenDispatcher(
                 config, pg_collection, moepp.static_rows
             )
-            if not isinstance(self.experts, CPUExperts):
+            if not isinstance(self.experts, (CPUExperts, EngineExperts)):
                 raise ValueError(
                     f"static_rows ({moepp.static_rows}) must be None with "
                     f"{type(self.experts).__name__}, which reads the rows of each expert on the "
-                    "host; use None, or megatron-core's local experts in bf16 on Hopper or newer"
+                    "host; use None, or SwiGLU experts in bf16 on Hopper or newer"
                 )
         self.zero_computation = ZeroComputationExperts(config, moepp)
         # Parameters are gathered and gradients reduced in the order of modules. The router uses

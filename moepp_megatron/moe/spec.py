@@ -11,7 +11,7 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_with_transformer_engine_spec,
 )
 from megatron.core.transformer.enums import LayerType
-from megatron.core.transformer.moe.experts import SequentialMLP
+from megatron.core.transformer.moe.experts import SequentialMLP, TEGroupedMLP
 from megatron.core.transformer.moe.moe_layer import ExpertsBuilder, MoESubmodules
 from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -26,7 +26,12 @@ from megatron.core.transformer.transformer_layer import MlpBuilder, get_transfor
 from moepp_megatron.moe.adapter import LayerAdapter, with_submodules
 from moepp_megatron.moe.config import MoEPPConfig
 from moepp_megatron.moe.cpu_experts import CPUExperts, suits
-from moepp_megatron.moe.grouped_experts import GroupedExperts, suits_grouped
+from moepp_megatron.moe.grouped_experts import (
+    EngineExperts,
+    GroupedExperts,
+    suits_engine,
+    suits_grouped,
+)
 from moepp_megatron.moe.lane import MoEPPTransformerLayer
 from moepp_megatron.moe.layer import MoEPPLayer, VanillaMoELayer, VanillaRouter
 from moepp_megatron.moe.router import MoEPPRouter
@@ -70,7 +75,7 @@ def get_moepp_layer_spec(
         return with_submodules(spec, mlp=mlp)
     router = partial(MoEPPRouter, moepp=moepp, has_residual=has_residual)
     submodules = dataclasses.replace(
-        submodules, router=router, experts=_experts(submodules.experts, config)
+        submodules, router=router, experts=_experts(submodules.experts, config, moepp)
     )
     mlp = partial(MoEPPLayer, submodules=submodules, moepp=moepp)
     return dataclasses.replace(with_submodules(spec, mlp=mlp), module=MoEPPTransformerLayer)
@@ -161,11 +166,20 @@ def vanilla_submodules(submodules: MoESubmodules, config: TransformerConfig) -> 
     return dataclasses.replace(submodules, experts=_experts(submodules.experts, config))
 
 
-def _experts(upstream: ExpertsBuilder, config: TransformerConfig) -> ExpertsBuilder:
-    """Builder of the FFN experts: megatron-core's, or ours in place of its local ones."""
-    if getattr(upstream, "func", None) is not SequentialMLP:
+def _experts(
+    upstream: ExpertsBuilder, config: TransformerConfig, moepp: MoEPPConfig | None = None
+) -> ExpertsBuilder:
+    """Builder of the FFN experts: megatron-core's, or ours in place of its local ones.
+
+    With static rows also in place of Transformer Engine's, which read their sizes on the host.
+    """
+    kind = getattr(upstream, "func", None)
+    ours: type[torch.nn.Module]
+    if kind is TEGroupedMLP and moepp is not None and moepp.static_rows is not None:
+        ours, is_fit = EngineExperts, suits_engine(config)
+    elif kind is not SequentialMLP:
         return upstream
-    if torch.cuda.is_available():
+    elif torch.cuda.is_available():
         ours, is_fit = GroupedExperts, suits_grouped(config)
     else:
         ours, is_fit = CPUExperts, suits(config)

@@ -87,7 +87,7 @@ def chosen_cross_entropy(wanted: CrossEntropy) -> CrossEntropy:
 def _of_transformer_engine() -> dict[str, tuple[str, str]]:
     details = {
         "attention": "DotProductAttention",
-        "experts": "grouped product",
+        "experts": "grouped product; torch's with moe.static_rows",
         "permutation": "fused",
         "RMSNorm": "fused with the linear layer after it",
         "gradient accumulation of linear layers": "in the matrix product of the weight gradient, "

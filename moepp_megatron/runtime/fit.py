@@ -194,22 +194,15 @@ def _check_local_latent_attention(config: Config) -> None:
 
 
 def _check_static_rows(config: Config) -> None:
-    machine = FP8Machine.this()
-    if machine.transformer_engine is not None:
-        rule = (
-            "must be null where Transformer Engine is installed, which reads each expert's rows on "
-            "the host"
+    capability = FP8Machine.this().capability
+    widths = config.model.hidden_size, config.expert_ffn_hidden_size
+    is_fit = config.precision.dtype == "bf16" and not any(width % 8 for width in widths)
+    if capability is not None and (capability < (9, 0) or not is_fit):
+        raise UnfitError(
+            f"moe.static_rows ({config.moe.static_rows}) must have bf16, widths of model and "
+            "experts that 8 divides, and a Hopper GPU or newer, where a product takes its sizes "
+            "from the device; use null"
         )
-    elif machine.capability is not None and (
-        machine.capability < (9, 0) or config.precision.dtype != "bf16"
-    ):
-        rule = (
-            "must have bf16 and a Hopper GPU or newer, where a product takes its sizes from the "
-            "device"
-        )
-    else:
-        return
-    raise UnfitError(f"moe.static_rows ({config.moe.static_rows}) {rule}; use null")
 
 
 def _check_cuda_graphs(config: Config) -> None:

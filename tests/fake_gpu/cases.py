@@ -201,6 +201,8 @@ ENGINE: dict[str, dict[str, Any]] = {
             "capacity, context parallel",
             "all-gather",
             "deduplicated",
+            "static rows",
+            "static rows, expert parallel",
             "DeepEP",
             "HybridEP",
             "graphs",

@@ -20,6 +20,8 @@ IS_COVERED = pytest.mark.parametrize(
 TABLES = {
     "all-gather": (reads.ALL_GATHER, reads.PERMUTATION, reads.FUSED_PERMUTATION),
     "deduplicated": (reads.DEDUPLICATED,),
+    "static rows": (),
+    "static rows, expert parallel": (),
     "DeepEP": (reads.DEEPEP,),
     "HybridEP": (reads.HYBRIDEP,),
     "HybridEP, its own permutation": (reads.HYBRIDEP,),
@@ -43,8 +45,9 @@ def played(play: Play, cases_by_name, is_covered: bool, *args, **kwargs):
 @IS_COVERED
 def test_features(play, transformer_engine, is_covered):
     outcomes = played(play, cases.ENGINE, is_covered, transformer_engine)
-    for outcome in outcomes.values():
-        assert outcome["modules"][-1] == "TEGroupedMLP"
+    for name, outcome in outcomes.items():
+        experts = "EngineExperts" if "static rows" in name else "TEGroupedMLP"
+        assert experts in outcome["modules"]
     if is_covered:
         return
     layers = outcomes["all-gather"]["layers"]

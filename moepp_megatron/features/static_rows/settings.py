@@ -36,6 +36,11 @@ _DYNAMIC_ONLY = (
         "precision.fp8 null",
     ),
     (
+        lambda c: {"expert_fc1", "moe_act"} & {*c.megatron.offload_modules},
+        "megatron.offload_modules that Transformer Engine's experts have",
+        "leave expert_fc1 and moe_act out",
+    ),
+    (
         lambda c: c.training.profile_steps,
         "training.profile_steps, whose ranges are those of the dynamic path",
         "training.profile_steps []",

@@ -120,6 +120,27 @@ def test_bf16_moments_need_fused_adam(monkeypatch, machine, lack):
     assert "use fp32, or install" in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("machine", "overrides", "is_fit"),
+    [
+        (H100, ["precision.dtype=bf16"], True),
+        (NEITHER, [], True),
+        (H100, ["precision.dtype=fp32"], False),
+        (H100, ["precision.dtype=bf16", "moe.ffn_hidden_size=36"], False),
+        (replace(H100, capability=A100), ["precision.dtype=bf16"], False),
+    ],
+)
+def test_static_rows_need_grouped_products(monkeypatch, machine, overrides, is_fit):
+    monkeypatch.setattr(FP8Machine, "this", classmethod(lambda cls: machine))
+    static = ["moe.static_rows=1.3", "precision.cross_entropy=unfused", *overrides]
+    config = load_config(ROOT / "configs/models/moepp_0.6b_8_4.yaml", static)
+    if is_fit:
+        check_fit(config)
+        return
+    with pytest.raises(UnfitError, match=r"static_rows \(1.3\) must have bf16, widths .* Hopper"):
+        check_fit(config)
+
+
 def test_this_machine_refuses_before_it_starts(monkeypatch):
     monkeypatch.setattr(FP8Machine, "this", classmethod(lambda cls: NEITHER))
     with pytest.raises(UnfitError, match=r"precision.fp8 \(hybrid\) must have") as caught:

@@ -76,7 +76,7 @@ def test_attention_experts_and_permutation(install, monkeypatch):
     monkeypatch.setattr(backends, "have_transformer_engine", lambda: True)
     assert lines()[:3] == [
         "attention: Transformer Engine (DotProductAttention)",
-        "experts: Transformer Engine (grouped product)",
+        "experts: Transformer Engine (grouped product; torch's with moe.static_rows)",
         "permutation: Transformer Engine (fused)",
     ]
 
