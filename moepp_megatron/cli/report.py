@@ -27,8 +27,8 @@ def report(
     """Write a run's page, or one page that compares several runs.
 
     The page of one run is made of its config.yaml, metrics.jsonl and alerts.jsonl. That of several
-    shows their losses over tokens, time and FLOPs, FFN shares, step times, and the settings that
-    differ. Runs may still be training.
+    shows losses and FFN shares over tokens, losses after the same tokens, time and FLOPs, step
+    times, and the settings that differ. Runs may still be training.
 
     Examples:
         moepp report runs/quickstart

@@ -33,7 +33,7 @@ from moepp_megatron.tools.report.blocks import (
 from moepp_megatron.tools.report.drawing import LINE_COLOURS, envelope, plot_style, short_name
 from moepp_megatron.tools.report.lines import Dashes, Frame, PlotLine, line_plot
 from moepp_megatron.tools.report.run_data import ReportError, RunData, load_run, name_below
-from moepp_megatron.tools.report.series import Series, finite
+from moepp_megatron.tools.report.series import finite
 from moepp_megatron.tools.report.summary import RunSummary, finite_mean, step_weights, summarize
 
 DEFAULT_OUT = Path("comparison.html")
@@ -43,8 +43,6 @@ _MOST_RUNS = 24
 _END = 0.1
 # The folder is the run's name on the page.
 _NOT_COMPARED = ("run.dir",)
-# A configuration that somebody has made up may have thousands.
-_MOST_SETTINGS = 300
 _LONGEST_VALUE = 120
 # Where one of these differs, so does what the loss is a mean of.
 _DECIDE_THE_LOSS = (
@@ -213,9 +211,7 @@ def _settings(settings: Mapping[str, Sequence[str]], names: Sequence[str]) -> Bl
         return Text(["All settings are equal but for the folders."], "nothing")
     rows = [[Cell(name, "code"), *map(Cell, values)] for name, values in settings.items()]
     caption = "From each run's config.yaml; a dash: the run has no such setting."
-    if len(rows) > _MOST_SETTINGS:
-        caption += f" {len(rows) - _MOST_SETTINGS} more are not shown."
-    return Table(("Setting", *names), rows[:_MOST_SETTINGS], caption)
+    return Table(("Setting", *names), rows, caption)
 
 
 def _warnings(runs: Sequence[_ComparedRun], settings: Mapping[str, Sequence[str]]) -> list[str]:
@@ -285,75 +281,30 @@ def _losses(runs: Sequence[_ComparedRun]) -> list[Table]:
 
 
 def _plots(runs: Sequence[_ComparedRun]) -> list[Plot]:
-    """Loss over tokens, time and FLOPs; FFN share and step time over tokens."""
+    """Plot loss and FFN share of all runs over the tokens that they were trained on."""
 
     def validation(axes: Axes) -> None:
         for run, (colour, _) in zip(runs, _LOOKS, strict=False):
             x, y = finite(run.axes["tokens"], run.data.numbers.values("valid_loss"))
             axes.plot(*envelope(x, y), "D", color=colour, markersize=4.5)
 
-    loss, share = "loss (nats)", formatting.percent
+    loss = Frame("loss (nats)", x="tokens", wide=True, height=4.0, change=validation)
+    share = Frame("FFN share", formatting.percent, "tokens", 0, 1.02, wide=True, height=3.6)
+    about_loss = "Token mean over the global batch. Diamonds: validation loss."
+    about_share = "What lies below 100% is expert work that was not done."
     return [
-        _plot(
-            runs,
-            "Loss over tokens",
-            ("tokens", "loss"),
-            "Token mean over the global batch. Diamonds: validation loss.",
-            Frame(loss, x="tokens", wide=True, height=4.0, change=validation),
-        ),
-        _plot(
-            runs,
-            "Loss over time",
-            ("seconds", "loss"),
-            "Time in training steps, without start, evaluation and checkpoints. It compares "
-            "machines and layouts as well as models.",
-            Frame(loss, x="training time (s)", height=3.6),
-        ),
-        _plot(
-            runs,
-            "Loss over FLOPs",
-            ("flops", "loss"),
-            "Forward and backward pass; experts that tokens did not take do not count.",
-            Frame(loss, x="model FLOP", height=3.6),
-        ),
-        _plot(
-            runs,
-            "FFN share of all selections",
-            ("tokens", "ffn_fraction"),
-            "What lies below 100% is expert work that was not done.",
-            Frame("FFN share", share, "tokens", 0, 1.02, height=3.6),
-        ),
-        _plot(
-            runs,
-            "Step time",
-            ("tokens", "step_time_s"),
-            "Wall time of a step. Single slow steps, as the first, may lie above the picture.",
-            Frame("seconds", x="tokens", height=3.6, change=_without_peaks),
-        ),
+        _plot(runs, "Loss over tokens", "loss", about_loss, loss),
+        _plot(runs, "FFN share of all selections", "ffn_fraction", about_share, share),
     ]
 
 
-def _without_peaks(axes: Axes) -> None:
-    """Cut the axis where the first step, which warms up, would flatten all others."""
-    medians = [np.median(np.asarray(line.get_ydata(), np.float64)) for line in axes.get_lines()]
-    axes.set_ylim(0, min(axes.get_ylim()[1], 3 * max(medians)))
-
-
-def _plot(
-    runs: Sequence[_ComparedRun], title: str, over: tuple[str, str], caption: str, frame: Frame
-) -> Plot:
-    """One number of all runs over one axis; runs without two points are named instead."""
-    lines, absent, (axis, key) = [], [], over
-    for run, (colour, dashes) in zip(runs, _LOOKS, strict=False):
-        points = Series(np.empty(0), np.empty(0))
-        if axis in run.axes:
-            points = finite(run.axes[axis], run.data.numbers.values(key))
-        if len(points.x) < 2:
-            absent.append(run.name)
-        else:
-            lines.append(PlotLine(short_name(run.name), points, colour, dashes))
+def _plot(runs: Sequence[_ComparedRun], title: str, key: str, caption: str, frame: Frame) -> Plot:
+    """Plot one number of all runs; runs without two points are named instead."""
+    lines, absent = [], []
+    for run, look in zip(runs, _LOOKS, strict=False):
+        points = finite(run.axes["tokens"], run.data.numbers.values(key))
+        lines.append(PlotLine(short_name(run.name), points, *look))
+        absent += [run.name] if len(points.x) < 2 else []
     if absent:
         caption += f" Fewer than two points: {', '.join(absent)}."
-    if not lines:
-        return Plot(title, caption, None, f"No run has two finite points ({', '.join(absent)}).")
     return line_plot(title, caption, lines, frame)
