@@ -1,7 +1,7 @@
 """The model: from configuration to Megatron modules with layout-independent weights.
 
 all_heads_norm.py    RMSNorm of the queries, or of the keys, of all heads of a token at once
-attention.py         exact causal attention under context parallelism, for local modules
+attention.py         causal attention under context parallelism, latent attention: for local modules
 build.py             builds this rank's model chunks
 causal_attention.py  causal attention on a GPU without Transformer Engine, for local modules
 cross_entropy.py     the model's loss: Triton kernels, or megatron-core's cross entropy
@@ -9,7 +9,6 @@ document_attention.py  attention that stays within documents: masks, packed sequ
 fp8_weights.py       weights that exist only in FP8, used as if they were plain tensors
 gpt.py               a GPT model with MoE++ layers on megatron-core's HybridModel
 initialize.py        weights that do not depend on the layout
-latent_attention.py  megatron-core's multi-head latent attention, corrected for its local modules
 local_modules.py     megatron-core's local modules, made fit for all layouts
 megatron_config.py   translates the user's configuration into megatron-core's and the MoE++ layer's
 multi_token_loss.py  the loss of multi-token prediction

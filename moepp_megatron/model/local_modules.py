@@ -9,9 +9,8 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from moepp_megatron.model.attention import ContextParallelAttention
+from moepp_megatron.model.attention import ContextParallelAttention, with_local_latent_attention
 from moepp_megatron.model.causal_attention import CausalAttention, suits_causal_attention
-from moepp_megatron.model.latent_attention import with_local_latent_attention
 from moepp_megatron.moe.adapter import with_attention, with_submodules
 from moepp_megatron.runtime.optional import fused_rms_norm
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import fmean
 
 from moepp_megatron.tools.profiling.load import load_profile
-from moepp_megatron.tools.profiling.measures.classes import CallClass, call_classes
+from moepp_megatron.tools.profiling.measures.classes import CallClass, Links, call_classes
 from moepp_megatron.tools.profiling.measures.expected_bytes import (
     ExpectedLayerBytes,
     layer_bytes,
@@ -21,7 +21,6 @@ from moepp_megatron.tools.profiling.measures.expert_load import (
 )
 from moepp_megatron.tools.profiling.measures.exposure import MeasuredStepTime, step_time
 from moepp_megatron.tools.profiling.measures.lateness import CallKey, Lateness, lateness
-from moepp_megatron.tools.profiling.measures.links import Links
 from moepp_megatron.tools.profiling.trace import About, ProfileError, RankTrace
 
 

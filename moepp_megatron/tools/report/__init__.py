@@ -3,7 +3,6 @@
 alerts.py              A run's alerts on its page: a table, and marks where they fall on curves
 bench.py               results of `moepp bench`: tables and JSON
 blocks.py              a page as a list of plots, tables and texts, which one template draws
-cards.py               the headline numbers of a run, and what it cost its machines
 comparison.py          the page of several runs: curves over each other, settings that differ
 curves.py              plots over the course of training
 drawing.py             the look that all plots share, and turning a figure into text for the page

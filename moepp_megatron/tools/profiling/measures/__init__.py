@@ -6,5 +6,4 @@ purpose.py         what a collective serves
 classes.py         sums by kind of collective
 expected_bytes.py  all-to-all bytes against the routing
 expert_load.py     rows of FFN experts by rank, and a rank that these do not explain
-links.py           the link of a call, and the bandwidth that it could reach
 """

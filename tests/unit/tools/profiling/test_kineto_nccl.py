@@ -88,12 +88,12 @@ def test_network_between_nodes():
     traces = load_profile(SAMPLE)
     for trace in traces:
         trace.about.nodes = ["node-a", "node-b"]
-    from moepp_megatron.tools.profiling.measures.links import Link, Links
+    from moepp_megatron.tools.profiling.measures.classes import Links, _Link
 
     call = traces[0].collectives[0]
-    assert Links(traces).of(call) == Link("network", 50.0)  # 400 Gbit/s a card.
+    assert Links(traces).of(call) == _Link("network", 50.0)  # 400 Gbit/s a card.
     traces[0].about.nodes = ["node-a"]
-    assert Links(traces).of(call) == Link("unknown")
+    assert Links(traces).of(call) == _Link("unknown")
 
 
 def kernel(**args):

@@ -3,9 +3,8 @@
 import pytest
 
 from moepp_megatron.tools.report.blocks import _render_page
-from moepp_megatron.tools.report.cards import hardware_cards
 from moepp_megatron.tools.report.curves import section_plots
-from moepp_megatron.tools.report.page import _page
+from moepp_megatron.tools.report.page import _hardware_cards, _page
 from moepp_megatron.tools.report.run_data import load_run
 
 
@@ -23,7 +22,7 @@ def with_gpus(records) -> None:
 
 def test_totals_of_the_run(make_run):
     run = load_run(make_run(steps=4, edit=with_gpus))
-    cards = {card.label: card for card in hardware_cards(run)}
+    cards = {card.label: card for card in _hardware_cards(run)}
     assert cards["MFU"].value == "40.0%"
     assert cards["GPU-hours"].value == "1.00"
     assert cards["Energy"].value == "4.000 kWh"
@@ -48,7 +47,7 @@ def test_records_without_some_of_it(make_run, missing):
         for record in records[:2]:
             del record[missing]
 
-    labels = [card.label for card in hardware_cards(load_run(make_run(steps=4, edit=edit)))]
+    labels = [card.label for card in _hardware_cards(load_run(make_run(steps=4, edit=edit)))]
     assert labels == ["MFU", "GPU-hours", "Energy"]
 
 
