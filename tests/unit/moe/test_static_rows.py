@@ -1,10 +1,17 @@
 """The layer with static rows against the layer that sizes its rows: output, gradients, fill."""
 
+from functools import partial
+
 import pytest
 import torch
+from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from moepp_megatron.layer_settings import static_rows
+from moepp_megatron.moe import spec
+from moepp_megatron.moe.grouped_experts import GroupedExperts
 from tests.unit.moe import builders
 
 SHAPE = (12, 8)
@@ -97,3 +104,44 @@ def test_evaluation_is_not_static():
         layer(torch.randn(*SHAPE, builders.HIDDEN), torch.zeros(*SHAPE, 12))
     assert type(layer.token_dispatcher).__name__ == "FFNAlltoAllTokenDispatcher"
     assert layer.statistics.fill is None
+
+
+def passes(is_static):
+    """A function of input and logits before: output of a layer and all gradients."""
+    torch.manual_seed(1)
+    layer = builders.build_layer(builders.of_kinds((8, 1, 1, 2), TOPK, static_rows=0.9)).train()
+    layer.is_static = is_static
+    assert type(layer.experts) is GroupedExperts
+
+    def both(x, previous):
+        inputs = [x.detach().requires_grad_(), previous.detach().requires_grad_()]
+        output, logits = layer(*inputs)
+        loss = output.square().sum() + logits.sin().sum()
+        return output.detach(), *torch.autograd.grad(loss, [*inputs, *layer.parameters()])
+
+    return both
+
+
+def inputs():
+    return torch.randn(*SHAPE, builders.HIDDEN), torch.randn(*SHAPE, 12)
+
+
+def test_forward_and_backward_are_one_graph_for_every_routing(monkeypatch):
+    """Traced with tensors without numbers, which nothing can read, with the products of a GPU.
+
+    Not by `torch.compile`, which cannot trace megatron-core's `MoEAuxLossAutoScaler.backward`.
+    """
+    monkeypatch.setattr(spec, "CPUExperts", GroupedExperts)
+    MoEAuxLossAutoScaler.set_loss_scale(torch.tensor(1.0))
+    trace = partial(make_fx, tracing_mode="fake", _allow_non_fake_inputs=True)
+    graph = trace(passes(True))(*inputs())
+    with pytest.raises(GuardOnDataDependentSymNode):
+        trace(passes(False))(*inputs())
+    destroy_moe_metrics_tracker()
+    eager = passes(True)
+    for _ in range(2):
+        given = inputs()
+        with torch.no_grad():
+            found = graph(*given)
+        for mine, expected in zip(found, eager(*given), strict=True):
+            assert torch.equal(mine, expected)
