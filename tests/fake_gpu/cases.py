@@ -126,7 +126,7 @@ VANILLA = (
 )
 _TWO_EXPERT_RANKS = "parallel.expert_model_parallel_size=2"
 _STAGES = "parallel.pipeline_model_parallel_size=2"
-WATCHED = ["observe.health_interval=1", "routing_guard.enabled=true", "routing_guard.dry_run=true"]
+WATCHED = ["observe.health_interval=1"]
 _TENSOR_AND_CONTEXT = [
     "parallel.tensor_model_parallel_size=2",
     "parallel.sequence_parallel=true",

@@ -317,7 +317,7 @@ def test_a_dry_run_changes_no_bit(ranks, tmp_path):
         8,
         (COLLAPSE,),
         layout="dp2",
-        routing_guard=guard(*rules, dry_run=True),
+        routing_guard=guard(*rules, enabled=None),
         # Were it to go back, there would be something to go back to.
         checkpoint={"save_interval": 2},
     )

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator
 from difflib import get_close_matches
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from moepp_megatron.catalogue import METRICS
 from moepp_megatron.config.errors import Problem
@@ -79,18 +79,6 @@ DEFAULT_RULES = (
         severity="critical",
     ),
 )
-# Of each rule of `routing_guard.rules`; a resolved configuration has them as null.
-_OF_RULES = ("of_steps", "clear_for_steps", "scope", "min_steps_between", "max_firings")
-# Default rules of the guard that are gone: what changes one is complete by what it was.
-_GONE_RULES: dict[str, dict[str, Any]] = {
-    "many_ffn_experts": {
-        "metric": "mean_ffn_to_target",
-        "for_steps": 100,
-        "above": 1.5,
-        "clear": 1.3,
-    },
-    "dead_expert": {"metric": "min_ffn_load", "for_steps": 75, "below": 0.01, "clear": 0.05},
-}
 
 
 def _changed(base: GuardRule, own: GuardRule) -> GuardRule:
@@ -99,23 +87,6 @@ def _changed(base: GuardRule, own: GuardRule) -> GuardRule:
         # A new limit takes the place of the old one, and the old way back does not fit it.
         base = base.model_copy(update={"above": None, "below": None, "clear": None})
     return base.model_copy(update=given)
-
-
-def _current_rules(rules: Iterable[Any]) -> Iterator[Any]:
-    """Rules of the guard, as this version has them."""
-    for rule in rules:
-        if not isinstance(rule, Mapping):
-            yield rule
-            continue
-        given = {k: v for k, v in rule.items() if v is not None or k not in _OF_RULES}
-        gone = _GONE_RULES.get(str(rule.get("name")))
-        if gone is None or given.get("metric") is not None:
-            yield given
-        elif given.get("action") != "none":
-            own = {k: v for k, v in given.items() if v is not None}
-            # A limit of its own takes the place of the old one and of the way back.
-            names = ("metric", "for_steps") if {"above", "below"} & own.keys() else tuple(gone)
-            yield {name: gone[name] for name in names} | own
 
 
 # What switches off router health.
@@ -218,10 +189,9 @@ class RoutingGuardSection(Section):
     """Watches the routers and acts where a rule holds."""
 
     enabled: bool | None = None
-    """true: judge the rules after every step and act; null: judge and only report, as with dry_run;
-    false: neither. `routing_guard: safe`, `observe` and `off` are short for these"""
-    dry_run: bool = False
-    """Only report what would be done; the model's numbers stay what they are"""
+    """true: judge the rules after every step and act; null: judge and only report, so that the
+    model's numbers stay what they are; false: neither. `routing_guard: safe`, `observe` and `off`
+    are short for these"""
     defaults: bool = True
     """Begin with the default rules (docs/guard.md)"""
     rules: list[GuardRule] = []
@@ -234,7 +204,7 @@ class RoutingGuardSection(Section):
     @property
     def acts(self) -> bool:
         """True if actions are carried out, not only reported."""
-        return self.enabled is True and not self.dry_run
+        return self.enabled is True
 
     def merged_rules(self) -> dict[str, GuardRule]:
         """The default rules with the user's changes, and the user's own, by name; dropped too."""
@@ -263,16 +233,17 @@ class RoutingGuardSection(Section):
         no_effect_where(
             lambda c: c.routing_guard.enabled is False,
             "with routing_guard.enabled false",
-            "routing_guard.dry_run routing_guard.rules",
+            "routing_guard.rules",
             "leave enabled out",
         ),
     )
     shorthand = {
-        "safe": {"enabled": True, "dry_run": False},
+        "safe": {"enabled": True},
         "observe": {"enabled": None},
         "off": {"enabled": False},
     }
     removed = {
+        "dry_run": (False, "use `routing_guard: observe`"),
         "safe_ramp": (20, "leave it out: safe mode ends at once"),
         "force_ffn": (
             {"tokens": "high_loss", "token_ids": [], "share": 0.1, "decay": 0.99},
@@ -295,14 +266,6 @@ class RoutingGuardSection(Section):
             "leave it out, or use routing_guard.false_alarm_steps",
         ),
     }
-
-    @classmethod
-    def current(cls, keys: Mapping[Any, Any]) -> dict[Any, Any]:
-        """The keys, and rules of earlier versions, as this version has them."""
-        kept = super().current(keys)
-        if isinstance(kept.get("rules"), list):
-            kept["rules"] = list(_current_rules(kept["rules"]))
-        return kept
 
 
 def is_watched(config: Config) -> bool:

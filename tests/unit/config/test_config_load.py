@@ -128,32 +128,6 @@ def test_a_resolved_configuration_of_an_older_version_loads(minimal, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("own", "rules"),
-    [
-        ({"name": "dead_expert", "action": "none"}, []),
-        (
-            {"name": "dead_expert", "action": "stop", "metric": None},
-            [("min_ffn_load", None, 0.01, 0.05, 75, "stop")],
-        ),
-        (
-            {"name": "many_ffn_experts", "above": 2.0},
-            [("mean_ffn_to_target", 2.0, None, None, 100, None)],
-        ),
-        (
-            {"name": "dead_expert", "metric": "loss", "above": 9.0},
-            [("loss", 9.0, None, None, None, None)],
-        ),
-    ],
-)
-def test_changes_of_default_rules_that_are_gone(minimal, own, rules):
-    """Checkpoints have them, and mean what they meant."""
-    resolved = load_config(minimal).model_dump(mode="json")
-    resolved["routing_guard"]["rules"] = [own]
-    found = parse_config(resolved).routing_guard.rules
-    assert [(r.metric, r.above, r.below, r.clear, r.for_steps, r.action) for r in found] == rules
-
-
-@pytest.mark.parametrize(
     ("text", "value"),
     [
         ("1e-4", 1e-4),
@@ -303,24 +277,19 @@ def test_a_section_that_may_be_left_out(minimal, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "enabled", "dry_run"),
-    [
-        ("safe", True, False),
-        ("observe", None, True),
-        ("off", False, True),
-        ("{enabled: true}", True, True),
-    ],
+    ("text", "enabled"),
+    [("safe", True), ("observe", None), ("off", False), ("{enabled: true}", True)],
 )
-def test_one_word_stands_for_a_section(tmp_path, minimal, text, enabled, dry_run):
+def test_one_word_stands_for_a_section(tmp_path, minimal, text, enabled):
     """In a file over its base, and as an override; what the word does not set stays."""
     base = tmp_path / "base.yaml"
-    base.write_text(minimal.read_text() + "routing_guard: {enabled: false, dry_run: true}\n")
+    base.write_text(minimal.read_text() + "routing_guard: {enabled: false, warmup: 3}\n")
     over = tmp_path / "over.yaml"
     over.write_text(f"base: base.yaml\nrouting_guard: {text}\n")
     found = [load_config(over), load_config(base, [f"routing_guard={text}"])]
     for config in found:
         guard = config.routing_guard
-        assert (guard.enabled, guard.dry_run) == (enabled, dry_run)
+        assert (guard.enabled, guard.warmup) == (enabled, 3)
     # As it is recorded.
     again = tmp_path / "again.yaml"
     again.write_text(found[0].to_yaml())
@@ -331,5 +300,3 @@ def test_the_guard_only_tells_unless_it_is_told_to_act(minimal):
     assert load_config(minimal).routing_guard.enabled is None
     assert not load_config(minimal).routing_guard.acts
     assert load_config(minimal, ["routing_guard=safe"]).routing_guard.acts
-    dry = ["routing_guard=safe", "routing_guard.dry_run=true"]
-    assert not load_config(minimal, dry).routing_guard.acts
