@@ -12,9 +12,9 @@ decide  One setting of the paper's arm at a time: sizes XS and S, seeds 11 to 15
         corpora chose nothing.
 top     Size XL at vanilla's FLOP. `ladder_table --predict XL` comes first.
 equal   Equal FFN work: tokens take as many FFN experts on average as vanilla's, of more picks
-        (`EQUAL`). Arms are tuned as before, but from the package's initial weights and with two
-        seeds. Sizes S and M, mixture A, seeds 1 to 5; then the control.
-proof   The arms of `PROVED` on sizes M and L, seeds 31 to 33, mixture C, which chose nothing.
+        (`EQUAL`), tuned as before but with two seeds each. Size S, seeds 1 to 5, mixture A; the
+        control; the arms of `MIDDLE` on size M.
+proof   The arms of `PROVED` on size L, seeds 31 to 33, mixture C, which chose nothing.
 
 A mixture is a third each of source text, English prose and other languages, from the files of the
 machine (`fault_corpora`). Within a seed all arms see the same tokens in the same order, as far as
@@ -28,7 +28,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime, timedelta
 from functools import partial
 from hashlib import sha256
@@ -57,8 +57,17 @@ from moepp_megatron.runtime.rank import RankEnvironment
 RATES, STDS = (1.5e-3, 3e-3, 6e-3), (0.03, 0.06, 0.12)
 TOP = "XL"
 # The same of arms of equal FFN work, of which each trial has two seeds.
-EQUAL_RATES, EQUAL_STDS = (6e-3, 12e-3, 24e-3), (0.01, 0.02, 0.04)
+EQUAL_RATES = (6e-3, 12e-3, 24e-3)
 CONTROLLED = ("vanilla selected", "K3 mix nonzero", "K4 zero nonzero", "K3 null nonzero")
+MIDDLE = (
+    "vanilla",
+    "vanilla selected",
+    "K3 mix none",
+    "K3 mix nonzero",
+    "K4 mix nonzero",
+    "K3 zero nonzero",
+    "K3 copy selected",
+)
 PROVED = ("vanilla", "vanilla selected", "K3 mix nonzero", "K3 zero nonzero")
 
 
@@ -114,7 +123,7 @@ def tuned(arm: str, results: Results, stage: str = "tune") -> tuple[float, float
     """
     rates, stds, seeds = {
         "tune": (RATES, STDS, (0,)),
-        "tune equal": (EQUAL_RATES, EQUAL_STDS, (0, 6)),
+        "tune equal": (EQUAL_RATES, STDS, (0, 6)),
     }[stage]
 
     def loss(rate: float, std: float) -> float:
@@ -154,19 +163,11 @@ def chains(stage: str, arms: list[str], sizes: list[str]) -> list[Chain]:
         "top": [partial(_top, arm) for arm in arms if TOP in sizes],
         "tune equal": [partial(_equal_tuning, arm) for arm in EQUAL if not EQUAL[arm].tuned_as],
         "equal": [
-            partial(_equal, "equal", size, seed, arm, "A")
-            for size, seed, arm in product(("S", "M"), range(1, 6), EQUAL)
-            if size in sizes and arm in arms
+            *(_equals("equal", "S", range(1, 6), list(EQUAL), "A")),
+            *(_equals("control", "S", range(1, 6), CONTROLLED, "control")),
+            *(_equals("equal", "M", range(1, 6), MIDDLE, "A")),
         ],
-        "control": [
-            partial(_equal, "control", "S", seed, arm, "control")
-            for seed, arm in product(range(1, 6), CONTROLLED)
-        ],
-        "proof": [
-            partial(_equal, "proof", size, seed, arm, "C")
-            for size, seed, arm in product(("M", "L"), (31, 32, 33), PROVED)
-            if size in sizes and arm in arms
-        ],
+        "proof": [*_equals("proof", "L", range(31, 34), PROVED, "C")],
     }
     return stages[stage]
 
@@ -202,6 +203,13 @@ def _top(arm: str, results: Results) -> Iterator[Run]:
 def _equal_tuning(arm: str, results: Results) -> Iterator[Run]:
     tuned(arm, results, "tune equal")
     yield from ()
+
+
+def _equals(
+    stage: str, size: str, seeds: range, arms: Sequence[str], mixture: str
+) -> Iterator[Chain]:
+    for seed, arm in product(seeds, arms):
+        yield partial(_equal, stage, size, seed, arm, mixture)
 
 
 def _equal(
@@ -249,9 +257,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("out", type=Path, help="folder of the results")
-    stages, equal = ["tune", "rungs", "decide"], ["tune equal", "equal", "control", "proof"]
-    add("--stage", nargs="*", default=stages, choices=[*stages, "top", *equal])
-    add("--arms", nargs="*", default=list(ARMS), choices=list(ARMS | EQUAL))
+    stages = ["tune", "rungs", "decide"]
+    add(
+        "--stage",
+        nargs="*",
+        default=stages,
+        choices=[*stages, "top", "tune equal", "equal", "proof"],
+    )
+    add("--arms", nargs="*", default=list(ARMS), choices=list(ARMS))
     add("--sizes", nargs="*", default=list(SIZES), choices=list(SIZES))
     add("--from", dest="taken", type=Path, metavar="FILE", help="results of another machine")
     add("--until", metavar="HH:MM", help="start no run after the next HH:MM")

@@ -118,10 +118,10 @@ def _more(
     return EqualArm({**own, **counts, "budget": _HELD, **moe}, against, tuned_as)
 
 
-def _fine(topk: int, zeros: int, tuned_as: str = "") -> EqualArm:
-    """`topk` picks of 32 FFN experts a quarter as wide and of `zeros`: 8 FFN experts a token."""
+def _fine(topk: int) -> EqualArm:
+    """`topk` picks of 32 FFN experts a quarter as wide and 16 zeros: 8 FFN experts a token."""
     held = {"num_ffn_experts": 32, "budget": {"target_ffn_per_token": 8.0}}
-    arm = _more(topk, (zeros, 0, 0), "nonzero", tuned_as, **held)
+    arm = _more(topk, (16, 0, 0), "nonzero", _BASE, **held)
     return replace(arm, against="vanilla fine")
 
 
@@ -131,12 +131,12 @@ EQUAL: dict[str, EqualArm] = {
     "vanilla": EqualArm({}, ""),
     "vanilla selected": EqualArm(ARMS["vanilla selected"], ""),
     "K3 mix none": _more(3, _MIX, "none"),
-    "K3 mix selected": _more(3, _MIX, "selected"),
+    "K3 mix selected": _more(3, _MIX, "selected", _BASE),
     _BASE: _more(3, _MIX, "nonzero"),
     "K4 mix nonzero": _more(4, _MIX, "nonzero", _BASE),
     "K3 zero nonzero": _more(3, _ZERO, "nonzero", _BASE),
     "K4 zero nonzero": _more(4, (8, 0, 0), "nonzero", _BASE),
-    "K3 copy selected": _more(3, _COPY, "selected", "K3 mix selected"),
+    "K3 copy selected": _more(3, _COPY, "selected", _BASE),
     "K3 null nonzero": replace(_more(3, _ZERO, "nonzero", _BASE), null=1.0),
     "K3 mix nonzero, residual": _more(3, _MIX, "nonzero", _BASE, gating_residual=True),
     "K3 mix nonzero, tau": _more(3, _MIX, "nonzero", _BASE, budget={**_HELD, "controller": "tau"}),
@@ -144,11 +144,13 @@ EQUAL: dict[str, EqualArm] = {
     # Each FFN expert takes the tokens whose score is above its own threshold (arXiv 2603.11535).
     "threshold": replace(_more(8, (8, 0, 0), "nonzero", _BASE, **_BIAS_ALONE), null=0.0),
     "vanilla fine": EqualArm(
-        {"num_ffn_experts": 32, "router_topk": 8, "gate_normalization": "selected"}, ""
+        {"num_ffn_experts": 32, "router_topk": 8, "gate_normalization": "selected"},
+        "",
+        "vanilla selected",
     ),
-    "fine K10": _fine(10, 16, "fine K12"),
-    "fine K12": _fine(12, 16),
-    "fine K16": _fine(16, 16, "fine K12"),
+    "fine K10": _fine(10),
+    "fine K12": _fine(12),
+    "fine K16": _fine(16),
 }
 
 # Changes of the paper's arm whose worth stage `decide` measures on the two smallest sizes, at that
