@@ -195,7 +195,7 @@ def _refuse_unsupported(config: TransformerConfig, args: argparse.Namespace) -> 
         raise ValueError(
             f"--moe-routing-trace-path ({trace}) must be absent with MoE++ layers, because "
             "Megatron's tracer writes nothing of a router that hands on its logits; leave it out, "
-            "and use `moepp convert megatron-lm` and `moepp train` with routes.trace"
+            "and use `moepp convert megatron-lm` and `moepp train` with routes.record"
         )
 
 

@@ -86,12 +86,6 @@ def _lost_files(progress: Progress, folder: Path) -> Alert:
     return _alert(progress, "lost_files", "tokens", condition=reason, action=action)
 
 
-def lost_output(progress: Progress, reason: str) -> Alert:
-    """Report output that could not be written; the run continues without it."""
-    fields = {"condition": reason, "severity": "warning", "action": "go on without"}
-    return _alert(progress, "lost_output", "tokens", **fields)
-
-
 # What to do about refused batches, by action.
 _REMEDIES = {
     "skip_batch": "look at the texts of the batch if others follow",

@@ -1,6 +1,5 @@
 """Recorded routes repeat a run to the bit in every layout, other ones do not; what files hold."""
 
-import json
 from pathlib import Path
 from shutil import copy
 from typing import Any
@@ -11,7 +10,7 @@ import pytest
 from moepp_megatron.config import ConfigError
 from moepp_megatron.observe.metrics import StepMetrics, read_metrics
 from tests.parallel.ranks import RankPools
-from tests.parallel.resilience_runs import BATCH, Fault, copy_as_of, run_trainer, trainer_settings
+from tests.parallel.resilience_runs import BATCH, Fault, run_trainer, trainer_settings
 from tests.parallel.training_runs import (
     CP2,
     EP2,
@@ -75,8 +74,7 @@ def recorded(folder: Path) -> list[np.ndarray]:
 def test_a_replay_is_the_recorded_run(ranks, tmp_path, layout):
     size, sections = LAYOUTS[layout]
     plain = run(ranks, size, {}, **sections)
-    written = {"record": str(tmp_path / "routes"), "trace": str(tmp_path / "trace")}
-    assert_same(run(ranks, size, written, **sections), plain)
+    assert_same(run(ranks, size, {"record": str(tmp_path / "routes")}, **sections), plain)
     replayed = run(ranks, size, {"replay": str(tmp_path / "routes")}, **sections)
     assert_same(replayed, plain)
 
@@ -89,33 +87,11 @@ def test_a_replay_is_the_recorded_run(ranks, tmp_path, layout):
             np.testing.assert_allclose(counts / counts.sum(), expected, atol=1e-12)
             loads.append(counts[:8].max() / counts[:8].mean())
         assert plain.routing[step]["max_ffn_load"] == pytest.approx(max(loads))
-    assert_trace_holds(tmp_path, size, sections)
 
 
 def plain_layers(sections) -> int:
     layers: int = sections.get("model", {}).get("num_layers", 2)
     return layers
-
-
-def assert_trace_holds(folder: Path, size: int, sections):
-    """Each rank's lines are Megatron's; together they name every selection once."""
-    counts: dict[tuple[int, int], np.ndarray] = {}
-    for rank in range(size):
-        for line in (folder / f"trace/router_trace_rank{rank}.jsonl").read_text().splitlines():
-            record = json.loads(line)
-            experts = np.array(record.pop("top_indices"))
-            assert experts.shape == (record.pop("num_tokens"), record.pop("topk"))
-            place = record.pop("step"), record.pop("layer")
-            assert record == {"stage": "pre_dispatch", "block": "decoder", "rank": rank}
-            counts.setdefault(place, np.zeros(16, dtype=int))
-            counts[place] += np.bincount(experts.ravel(), minlength=16)
-    pattern = sections.get("moe", {}).get("layer_freq", [1] * plain_layers(sections))
-    numbers = [number for number, is_moe in enumerate(pattern) if is_moe]
-    assert sorted(counts) == [(s, n) for s in range(1, STEPS + 1) for n in numbers]
-    for step, routes in enumerate(recorded(folder / "routes"), 1):
-        for column, number in enumerate(numbers):
-            expected = np.bincount(routes[:, column].ravel(), minlength=16)
-            np.testing.assert_array_equal(counts[step, number], expected)
 
 
 def test_routes_of_one_layout_serve_another(ranks, tmp_path):
@@ -188,9 +164,8 @@ def test_what_is_no_file_of_the_step_is_refused(ranks, tmp_path):
 
 def test_a_folder_that_cannot_be_one_is_refused(ranks, tmp_path):
     (tmp_path / "file").touch()
-    for name in ("record", "trace"):
-        (line,) = ranks(1).run(refusal, short(routes={name: str(tmp_path / "file")}))
-        assert line.startswith(f"routes.{name} ({tmp_path}/file) must leave")
+    (line,) = ranks(1).run(refusal, short(routes={"record": str(tmp_path / "file")}))
+    assert line.startswith(f"routes.record ({tmp_path}/file) must leave")
 
 
 def test_files_stay_with_their_batches(ranks, tmp_path):
@@ -205,17 +180,13 @@ def test_files_stay_with_their_batches(ranks, tmp_path):
             checkpoint={"save_interval": 2, "load": "auto"},
             routes={key: str(tmp_path / folder) for key, folder in routes.items()},
         )
-        ranks(1).run(run_trainer, raw, (), faults if name != "again" else ())
+        ranks(1).run(run_trainer, raw, (), faults)
         return list(read_metrics(tmp_path / name / "metrics.jsonl"))
 
-    run = train_in("run", record="routes", trace="trace")
+    run = train_in("run", record="routes")
     batches = run[-1].skipped_steps + 6
     names = [of_step(tmp_path / "routes", number + 1, BATCH).name for number in range(batches)]
     assert sorted(path.name for path in (tmp_path / "routes").iterdir()) == names
-    (trace,) = (tmp_path / "trace").iterdir()
-    lines = trace.read_bytes().splitlines()
-    steps = [json.loads(line)["step"] for line in lines]
-    assert steps == [step for step in range(1, 6) for _ in range(len(steps) // 5)]
     replayed = train_in("replay", replay="routes")
     assert [r.loss for r in replayed] == [r.loss for r in run]
     assert [r.layer_expert_share for r in replayed] == [r.layer_expert_share for r in run]
@@ -231,31 +202,14 @@ def test_files_stay_with_their_batches(ranks, tmp_path):
             train_in(name, replay="routes")
         assert (tmp_path / name / "checkpoints/step_00000004").is_dir()
 
-    copy_as_of(4, tmp_path / "run", tmp_path / "again")
-    train_in("again", trace="trace")
-    assert trace.read_bytes().splitlines()[: len(lines) * 4 // 5] == lines[: len(lines) * 4 // 5]
-    assert [json.loads(line)["step"] for line in trace.read_bytes().splitlines()] == steps
-
 
 def test_what_cannot_be_written_ends_no_run_unsaved(ranks, tmp_path):
-    def train_in(name: str):
-        raw = trainer_settings(
-            tmp_path / f"{name}-run",
-            training={"train_iters": 3},
-            routes={name: str(tmp_path / name)},
-        )
-        ranks(2).run(run_trainer, raw)
-
-    (tmp_path / "trace/router_trace_rank0.jsonl").mkdir(parents=True)
-    train_in("trace")
-    alerts = (tmp_path / "trace-run/alerts.jsonl").read_text().splitlines()
-    (alert,) = [json.loads(line) for line in alerts]
-    assert alert["rule"] == "lost_output"
-    assert "router_trace_rank0.jsonl" in alert["condition"]
-    of_step(tmp_path / "record", 2, BATCH).mkdir(parents=True)
+    routes = {"record": str(tmp_path / "routes")}
+    raw = trainer_settings(tmp_path / "run", training={"train_iters": 3}, routes=routes)
+    of_step(tmp_path / "routes", 2, BATCH).mkdir(parents=True)
     with pytest.raises(Exception, match=r"routes.record: .*; step 2 is saved"):
-        train_in("record")
-    assert (tmp_path / "record-run/checkpoints/step_00000002").is_dir()
+        ranks(2).run(run_trainer, raw)
+    assert (tmp_path / "run/checkpoints/step_00000002").is_dir()
 
 
 def refusal(raw) -> str:

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
 import logging
-import math
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -26,7 +23,6 @@ from moepp_megatron.observe.alerts import Alert
 from moepp_megatron.runtime.atomic import write_atomic
 from moepp_megatron.runtime.disk import write_error
 from moepp_megatron.runtime.distributed import Agreement
-from moepp_megatron.training.alerts import lost_output
 from moepp_megatron.training.batches import sample_index
 from moepp_megatron.training.part import Outcome, Part, PartContext, Step, Stop
 from moepp_megatron.training.run_folder.ownership import check_kind
@@ -71,16 +67,12 @@ class RoutesPart(Part):
             for chunk in run.model.models
             for replay in drive_routers(chunk, self._routes_of, self._take)
         ]
-        # Why the last batch's routes are not written, on rank 0; why they are not in the trace.
+        # Why the last batch's routes are not written, on rank 0.
         self._failure: str | None = None
-        self._lost: str | None = None
         self._warned = False
-        # The newest step in the trace, which another start may have written.
-        self._traced: float = math.inf
-        for name in ("record", "trace"):
-            if (folder := getattr(self._settings, name)) is not None:
-                check_kind(Path(folder), "folder", f"routes.{name}")
-                Path(folder).mkdir(parents=True, exist_ok=True)
+        if (folder := self._settings.record) is not None:
+            check_kind(Path(folder), "folder", "routes.record")
+            Path(folder).mkdir(parents=True, exist_ok=True)
 
     @classmethod
     def of(cls, run: PartContext) -> RoutesPart | None:
@@ -90,8 +82,7 @@ class RoutesPart(Part):
     def begin_step(self, step: int, layout: Layout) -> None:
         """Read the routes of a batch."""
         self._forget_seen()
-        to = self._settings.record, self._settings.trace
-        self._writes = to != (None, None) and step <= self._last
+        self._writes = self._settings.record is not None and step <= self._last
         self._num_samples = self._sizes.at(self._first_sample)
         if self._settings.replay is not None and self._given is None:
             reason = self._agreement.first_reason(self._read(self._settings.replay))
@@ -180,27 +171,12 @@ class RoutesPart(Part):
 
     def end_step(self, step: Step) -> Iterable[Alert]:
         """Write what was taken; a collective where it is recorded."""
-        alerts: list[Alert] = []
-        if self._writes and self._settings.trace is not None:
-            # The name that Megatron's tools/moe_routing looks for.
-            path = Path(self._settings.trace) / f"router_trace_rank{dist.get_rank()}.jsonl"
-            try:
-                self._append(path, step.attempt)
-                self._lost = None
-            except OSError as error:
-                # What only looks ends no run. A half line goes with the next step's.
-                self._traced = math.inf
-                reason = f"routes.trace: {write_error(error, path)}"
-                if self._lost is None:
-                    logger.error("%s", reason)
-                    alerts.append(lost_output(step.progress, reason))
-                self._lost = reason
         if self._writes and self._settings.record is not None:
             self._write(self._file(self._settings.record))
         self._first_sample += step.samples
         self._rows = self._given = None
         self._forget_seen()
-        return alerts
+        return ()
 
     def _forget_seen(self) -> None:
         self._seen.clear()
@@ -218,25 +194,6 @@ class RoutesPart(Part):
             reason = self._agreement.first_reason(reason)
         if reason is not None:
             yield Stop(lambda saved: ConfigError(f"{reason}; {saved}"))
-
-    def _append(self, path: Path, step: int) -> None:
-        """Append a line per layer and micro-batch, as Megatron-LM's `RouterTracer` does."""
-        if step <= self._traced:
-            _cut(path, step)
-        self._traced = step
-        with path.open("a", encoding="ascii") as file:
-            for number, _, experts in self._seen:
-                record = {
-                    "step": step,
-                    "stage": "pre_dispatch",
-                    "block": "decoder",
-                    "layer": number - 1,
-                    "rank": dist.get_rank(),
-                    "num_tokens": experts.shape[0],
-                    "topk": experts.shape[1],
-                    "top_indices": experts.tolist(),
-                }
-                file.write(json.dumps(record) + "\n")
 
     def _write(self, path: Path) -> None:
         """Bring the routes of all ranks together and write them on rank 0."""
@@ -261,16 +218,3 @@ class RoutesPart(Part):
     def _file(self, folder: str) -> Path:
         """The batch's file."""
         return Path(folder) / f"from_sample_{self._first_sample:08d}.npz"
-
-
-def _cut(path: Path, step: int) -> None:
-    """Drop the lines of a trace from a step on, which were undone or are of another run."""
-    end = 0
-    with path.open("a+b") as file:
-        file.seek(0)
-        for line in file:
-            found = re.match(rb'{"step": (\d+),', line)
-            if found is None or int(found[1]) >= step or not line.endswith(b"\n"):
-                break
-            end += len(line)
-        file.truncate(end)

@@ -9,7 +9,7 @@ from moepp_megatron.config.schema.section import PathText, Section, Unit
 
 
 class RoutesSection(Section):
-    """Router replay, and traces of routing."""
+    """Router replay."""
 
     record: PathText | None = None
     """Folder for the experts that each token of a batch selects: from_sample_00000000.npz and so
@@ -17,22 +17,19 @@ class RoutesSection(Section):
     replay: PathText | None = None
     """Folder with such files, one for every batch, whose experts the routers select, with gates
     from their own logits; null lets them select"""
-    trace: PathText | None = None
-    """Folder for router_trace_rankN.jsonl, the file of Megatron's `--moe-routing-trace-path`; null
-    is off"""
     steps: Annotated[int | None, Unit("steps", ge=1)] = None
-    """Record and trace this many steps, from the first one of this start; null: all"""
+    """Record this many steps, from the first one of this start; null: all"""
 
     @property
     def enabled(self) -> bool:
         """True if routers record or repeat selections."""
-        return any(each is not None for each in (self.record, self.replay, self.trace))
+        return self.record is not None or self.replay is not None
 
     def transformer_fields(self) -> dict[str, Any]:
         """Switch on megatron-core's own place for given routes."""
         return {"moe_enable_routing_replay": self.enabled}
 
-    megatron_flags = "moe-routing-trace-path=trace moe-routing-trace-max-training-iters=steps"
+    removed = {"trace": (None, "use routes.record, whose files have the same experts")}
     own_rules = (
         group(
             lambda c: c.routes.replay is not None,
@@ -62,15 +59,15 @@ class RoutesSection(Section):
                 "its layers are not run chunk by chunk",
             ),
         )
-        for name in ("record", "replay", "trace")
+        for name in ("record", "replay")
     )
     no_effect = (
         no_effect_where(
-            lambda c: c.routes.record is None and c.routes.trace is None,
-            "without routes.record or routes.trace",
+            lambda c: c.routes.record is None,
+            "without routes.record",
             "routes.steps",
-            "set one of them",
+            "set it",
         ),
     )
-    uses = "record=output trace=output"
-    of_one_run = "record replay trace steps"
+    uses = "record=output"
+    of_one_run = "record replay steps"
