@@ -40,12 +40,7 @@ _ZERO_EXPERTS = {"zero": "moe.num_zero_experts", "copy": "moe.num_copy_experts"}
 
 @dataclass(frozen=True)
 class _Translation:
-    """A configuration from a Megatron-LM command line.
-
-    Attributes:
-        content: Sections with settings, for YAML.
-        notes: What has no counterpart, differs or is missing, one sentence each.
-    """
+    """A configuration, and notes on what has no counterpart, differs or is missing."""
 
     content: dict[str, Any]
     notes: tuple[str, ...]

@@ -21,16 +21,7 @@ _KINDS = {"int": "whole number", "float": "number", "bool": "true or false", "st
 
 @dataclass(frozen=True)
 class _SettingReference:
-    """One setting.
-
-    Attributes:
-        name: Dotted name, such as `moe.tau`; `section.list[].key` for a key of a list's entries.
-        kind: What YAML holds: a whole number, a number, text, a path, a list.
-        default: The default as YAML shows it; None for a setting that must be given.
-        unit: Unit; "1" for a pure number, "-" for what is no quantity.
-        allowed: Bounds and choices, such as `>= 1`.
-        meaning: What it is.
-    """
+    """A setting; `default` is None where it must be given, `unit` "-" for what is no quantity."""
 
     name: str
     kind: str
@@ -47,13 +38,7 @@ class _SettingReference:
 
 @dataclass(frozen=True)
 class _SectionReference:
-    """A section with its own settings; sections inside it follow as entries of their own.
-
-    Attributes:
-        name: Dotted name; `section.list[]` for the entries of a list.
-        meaning: What it is.
-        settings: Its settings in the order of the schema.
-    """
+    """A section with its own settings; sections inside it follow as entries of their own."""
 
     name: str
     meaning: str

@@ -38,11 +38,7 @@ _SHAREGPT_ROLES = {"human": "user", "gpt": ANSWERS, "chatgpt": ANSWERS, "observa
 
 
 def _messages_of(record: dict[str, Any]) -> list[Message]:
-    """The messages of a record.
-
-    Raises:
-        UnusableChat: They cannot be trained on.
-    """
+    """Return the messages of a record; UnusableChat if they cannot be trained on."""
     messages = _messages(record)
     if not isinstance(messages, list) or not messages:
         raise UnusableChat("no messages, conversations, or instruction and output")
@@ -283,13 +279,7 @@ def _write_sequences(
 
 
 def _pack(lengths: Sequence[int], order: NDArray[np.int64], room: int) -> list[list[int]]:
-    """The conversations of each sequence: each is put into the fullest one with room for it.
-
-    Args:
-        lengths: Tokens of each conversation, at most `room`.
-        order: [conversations] The order in which they are put.
-        room: Tokens of a sequence.
-    """
+    """Put each conversation, in this order, into the fullest sequence with room for it."""
     packs: list[list[int]] = []
     # Tokens left, and the sequence.
     spaces: list[tuple[int, int]] = []

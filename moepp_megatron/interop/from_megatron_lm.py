@@ -225,10 +225,7 @@ _MOST_BYTES = 64 * 1024**2
 
 
 def _find_megatron_checkpoint(source: Path) -> Path:
-    """The checkpoint that a `--save` folder of Megatron-LM, or one of its checkpoints, means.
-
-    ConfigError if there is none, or it is of another format than torch_dist.
-    """
+    """Find the torch_dist checkpoint that a `--save` folder has or is; ConfigError without one."""
     folder = source
     tracker = source / TRACKER_FILE
     if tracker.is_file():
@@ -244,10 +241,7 @@ def _find_megatron_checkpoint(source: Path) -> Path:
 
 
 def _read_arguments(reader: TensorReader) -> Namespace:
-    """The arguments of the run that wrote a checkpoint: numbers, texts and lists of these.
-
-    Other values, such as enumerations, are left out. ConfigError if they cannot be read.
-    """
+    """Read the numbers, texts and lists of a checkpoint's arguments; ConfigError if it cannot."""
     legacy = reader.folder / _COMMON_FILE
     try:
         record = legacy.read_bytes() if legacy.is_file() else reader.read_bytes(_COMMON_KEY)

@@ -42,16 +42,7 @@ _MARGIN = 1e-3
 def _router_rules(
     config: Config, ours: str, theirs: str, gate: str | None, bias: str | None, seed: int
 ) -> Iterator[TensorRule]:
-    """Router rows, and the selection bias that they need.
-
-    Args:
-        config: Configuration of the new model.
-        ours: Beginning of our names.
-        theirs: Beginning of the source's names of this layer.
-        gate: Name of the source's router; None for a dense source.
-        bias: Name of the source's selection bias, or None.
-        seed: Seed of the noise.
-    """
+    """Make rules of router rows and of the selection bias; `gate` is None for a dense source."""
     moe, width = config.moe, config.model.hidden_size
     sources = [HFTensor(theirs + "post_attention_layernorm.weight", (width,))]
     if gate is not None:
@@ -96,13 +87,7 @@ def _router_rules(
 
 
 def _new_rows(ffn: Tensor, norm: Tensor, directions: Tensor) -> Tensor:
-    """[Z, D] router rows of added experts, dtype of `ffn`: the mean FFN row, and noise.
-
-    Args:
-        ffn: [F, D] router rows of the FFN experts.
-        norm: [D] weight of the norm before the router.
-        directions: [Z, D] random directions.
-    """
+    """Make [Z, D] router rows of added experts, dtype of `ffn`: the mean FFN row, and noise."""
     lengths = (norm.double() * directions.double()).norm(dim=-1, keepdim=True)
     scale = _NOISE / (lengths * math.sqrt(norm.numel())).clamp(min=1e-30)
     return (ffn.double().mean(dim=0) + scale * directions.double()).to(ffn.dtype)

@@ -186,10 +186,7 @@ def _olmoe_decoder(hf: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _deepseek_decoder_section(hf: Mapping[str, Any]) -> dict[str, Any]:
-    """Our `model` section of a DeepSeek-V3 model.
-
-    ConfigError if this package's decoder lacks a feature, or a field is missing.
-    """
+    """Return a DeepSeek-V3's `model` section; ConfigError if the decoder here lacks a feature."""
     norms = "all norms of this package's decoder add the same, and those of latent attention 1e-6"
     epsilon, paired = hf.get("rms_norm_eps", _LATENT_EPSILON), hf.get("rope_interleave", True)
     quantized = hf.get("quantization_config")

@@ -31,11 +31,7 @@ RESUME_COMMAND = "MOEPP_RESUME_COMMAND"
 
 
 class _ProcessId(BaseModel):
-    """A process of a machine.
-
-    Attributes:
-        started: Its start time, seconds since 1970, because a pid may be reused.
-    """
+    """A process; its start time, seconds since 1970, because a pid may be reused."""
 
     model_config = ConfigDict(extra="ignore", frozen=True)
 

@@ -16,13 +16,7 @@ FINGERPRINT = 256
 
 
 class _NewLines(NamedTuple):
-    """The result of one look at the file.
-
-    Attributes:
-        rewritten: Whether the file was replaced or cut: `lines` then start at its
-            beginning, and lines read before are void.
-        lines: Whole lines without their line ends; parts of one that is too long for memory.
-    """
+    """Whole lines; `rewritten`: the file was replaced or cut, and earlier lines are void."""
 
     rewritten: bool
     lines: list[bytes]

@@ -16,14 +16,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class _Patch:
-    """One replacement.
-
-    Attributes:
-        module: The module of this package that makes it.
-        what: The object of `library`, and for how long.
-        why: What goes wrong, or is not to be had, without it.
-        until: When it can go.
-    """
+    """A replacement: who makes it, of what and for how long, why, and until when."""
 
     module: str
     library: str

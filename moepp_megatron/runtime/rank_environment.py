@@ -46,10 +46,7 @@ class _Variable:
 
 
 def _rank_variables(num_local_ranks: int, interface: str | None = None) -> list[_Variable]:
-    """The variables of ranks on this machine.
-
-    `interface` is the network interface towards the other machines; None where there are none.
-    """
+    """List the variables of ranks; `interface` leads to other machines, if there are any."""
     cores, at_start = len(os.sched_getaffinity(0)), functools.partial(_Variable, only_at_start=True)
     variables = [
         # One thread a core in all; torchrun would choose 1 whatever the machine has.

@@ -135,12 +135,7 @@ def _is_vector(parameter: Tensor, name: str) -> bool:
 
 
 def _parameter_kind(parameter: Tensor, name: str) -> str:
-    """The field of `ParameterGroups` that a parameter belongs to, or `matrices`.
-
-    Args:
-        parameter: The parameter.
-        name: Its name in a model chunk, wrapped or not.
-    """
+    """Return a parameter's field of `ParameterGroups`, or `matrices`; it may be wrapped."""
     if ".router." in name or name.endswith(".shared_experts.gate_weight"):
         return "router"
     if name.endswith((".constants", ".mixing_weight")):

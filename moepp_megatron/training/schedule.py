@@ -111,13 +111,7 @@ class BatchSizes:
 
 @dataclass(frozen=True)
 class _BatchStage:
-    """Steps with one batch size, as long as no batch is refused.
-
-    Attributes:
-        first_step: The first of them, from 1.
-        size: Sequences of a step.
-        consumed_samples: Sequences read before the first of them.
-    """
+    """Steps of one batch size, from `first_step`, as long as no batch is refused."""
 
     first_step: int
     size: int

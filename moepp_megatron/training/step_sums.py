@@ -197,18 +197,7 @@ def _l2_norm(
     per_tensor: bool,
     *unused: Any,
 ) -> tuple[Tensor, None]:
-    """The norm of all tensors together, in the form of apex's multi-tensor kernel.
-
-    Args:
-        chunk_size: Unused.
-        no_op: Unused.
-        tensor_lists: Tensors on one device, at least one.
-        per_tensor: Unused; the caller asks for none.
-        *unused: What the kernel takes besides.
-
-    Returns:
-        [1] fp32 norm on the device of the tensors, and no norms of single ones.
-    """
+    """Compute the [1] fp32 norm of all tensors, in the form of apex's multi-tensor kernel."""
     tensors = [tensor for tensors in tensor_lists for tensor in tensors]
     norms = torch.stack([norm.float() for norm in torch._foreach_norm(tensors)])
     return torch.linalg.vector_norm(norms).reshape(1), None

@@ -221,11 +221,7 @@ def _device() -> str:
 
 
 class _TrafficCounter:
-    """Counts the layers of a model while `Ranges` hold its methods.
-
-    Attributes:
-        passes: What was counted since the last `take`.
-    """
+    """Counts a model's layers while `Ranges` hold its methods; `passes` are not yet taken."""
 
     def __init__(self) -> None:
         self.passes: list[dict[str, Any]] = []

@@ -203,10 +203,7 @@ def _counts_on_ranks(dataset: Any, vocab_size: int) -> NDArray[np.int64]:
 
 
 def _layers_know_tokens(config: Config) -> bool:
-    """True if the layers receive token tags.
-
-    They do not with the combined schedule or a router in a CUDA graph.
-    """
+    """True unless the combined schedule, or a router in a CUDA graph, keeps tags from layers."""
     return not (
         config.parallel.overlap_moe_expert_parallel_comm
         or "moe_router" in config.training.cuda_graphs
@@ -217,11 +214,7 @@ def _layers_know_tokens(config: Config) -> bool:
 def _tag_tokens(
     chunks: Iterable[torch.nn.Module], groups: Tensor | None = None
 ) -> list[RoutingStatistics]:
-    """Let the layers of model chunks know their tokens; the layers' statistics.
-
-    `groups` are [vocabulary] int64 groups of token ids, on the device; None leaves them as they
-    are.
-    """
+    """Give layers the groups of token ids, [vocabulary] int64, or none; return their statistics."""
     found: list[RoutingStatistics] = []
     for chunk in chunks:
         assert isinstance(chunk, MoEPPGPTModel), "layers of other models know nothing"
@@ -239,18 +232,7 @@ _TOKENS = 1 << 21
 
 
 def _token_counts(dataset: Any, vocab_size: int) -> NDArray[np.int64]:
-    """Count each token id in evenly spaced samples.
-
-    Args:
-        dataset: Its samples have `tokens`, [sequence length] int64.
-        vocab_size: Size of the vocabulary; all ids are smaller.
-
-    Returns:
-        [vocab_size] int64.
-
-    Raises:
-        ConfigError: If a token is outside the vocabulary (`check_tokens`).
-    """
+    """Count ids in evenly spaced samples, [vocab_size] int64; ConfigError if one is outside."""
     counts = np.zeros(vocab_size, dtype=np.int64)
     length = len(dataset[0]["tokens"])
     wanted = min(len(dataset), max(1, _TOKENS // length))
@@ -265,15 +247,7 @@ def _token_counts(dataset: Any, vocab_size: int) -> NDArray[np.int64]:
 
 
 def _frequency_bands(counts: NDArray[np.int64], edges: Sequence[float]) -> NDArray[np.int64]:
-    """Sort token ids into classes that hold given shares of the tokens.
-
-    Args:
-        counts: [V] int64 occurrences of each id.
-        edges: Share of the tokens up to the end of each class but the last, rising.
-
-    Returns:
-        [V] int64 class of each id, 0 for the most frequent. Ids that do not occur are in the last.
-    """
+    """Sort token ids by frequency into classes of these shares: [V] int64, 0 the most frequent."""
     # Stable, so that ids of one count are in one order everywhere.
     order = np.argsort(-counts, kind="stable")
     ordered = counts[order]

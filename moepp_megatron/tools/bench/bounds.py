@@ -89,10 +89,7 @@ def card_obstacle(dtype: str) -> str | None:
 
 
 def _matmul_tflops(dtype: str, size: int) -> float:
-    """TFLOP/s of a square product: fp8 has one scale per tensor and bf16 results.
-
-    fp32 is what `precision.dtype: fp32` computes: no TF32, unless torch allows it.
-    """
+    """Measure TFLOP/s of a square product: fp8 with a scale a tensor, fp32 without TF32."""
     product = matmul(dtype, size)
     return 2.0 * size**3 / _median_seconds(product) / 1e12
 

@@ -143,12 +143,7 @@ def _measure(
 
 
 def _kept_bytes(forward: Callable[[], Tensor], parameters: list[Tensor]) -> int:
-    """Bytes that autograd keeps after `forward`, each storage once, parameters left out.
-
-    Args:
-        forward: Runs the forward pass; its result is freed without a backward pass.
-        parameters: The layer's parameters, which are not counted.
-    """
+    """Count what autograd keeps after `forward`, each storage once, parameters left out."""
     parameter_storages = {parameter.untyped_storage().data_ptr() for parameter in parameters}
     kept: dict[int, int] = {}
     # Held until the end: a freed address could be taken again and be counted as the same.

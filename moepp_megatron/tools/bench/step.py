@@ -44,12 +44,7 @@ _ALL_TO_ALL_STEPS = 3
 
 
 class _Stepper:
-    """A model with random tokens, its routing held at perfect balance.
-
-    Args:
-        config: The model.
-        layout: The rank grid; groups exist.
-    """
+    """A model with random tokens, its routing held at perfect balance; groups exist."""
 
     def __init__(self, config: Config, layout: Layout) -> None:
         self._config, self._layout = config, layout

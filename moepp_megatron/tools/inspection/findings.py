@@ -139,10 +139,7 @@ def find(request: InspectRequest, trace: Trace) -> Findings:
 def _extremes(
     trace: Trace, ids: np.ndarray, pieces: Sequence[str], length: int
 ) -> tuple[int, list[TokenGroup], list[TokenGroup]]:
-    """The least number of occurrences, and tokens with the most and the fewest FFN experts.
-
-    At most `length` at each end, and never more than half; `pieces` are the texts of the tokens.
-    """
+    """Return the least count, and up to `length` tokens with the most and fewest FFN experts."""
     counts = Counter(ids.tolist())
     # A rare token's mean says little; a short text has no others.
     least = next((n for n in (5, 3, 2) if sum(c >= n for c in counts.values()) >= 2 * length), 1)

@@ -72,10 +72,7 @@ class RoutingRecorder:
 
 
 def _selected_experts(gates: Tensor, routing_map: Tensor, topk: int) -> tuple[Tensor, Tensor]:
-    """[T, K] int64 selected experts of each token and their gates, the largest gate first.
-
-    `gates` are [T, E], `routing_map` [T, E] bool with K selected in each row.
-    """
+    """Return [T, K] int64 selected experts and their gates, the largest gate first."""
     # A selected expert's gate may be 0: a zero expert's under gate_normalization nonzero.
     ranked = gates.masked_fill(~routing_map, -1.0)
     order = ranked.sort(dim=1, descending=True, stable=True).indices[:, :topk]

@@ -85,11 +85,7 @@ def build_comparison(folders: Sequence[Path], out: Path = DEFAULT_OUT) -> Path:
 
 
 def _load_runs(folders: Sequence[Path]) -> list[_ComparedRun]:
-    """Read runs; one that is named twice is read once.
-
-    Raises:
-        ReportError: Fewer than two runs, too many, or one that cannot be read.
-    """
+    """Read 2 to `_MOST_RUNS` different runs; ReportError if one cannot be read."""
     # By their real paths, and read by the names that were given, which messages repeat.
     given = {Path(os.path.realpath(folder)): folder for folder in folders}
     if not 2 <= len(given) <= _MOST_RUNS:

@@ -22,12 +22,7 @@ Row = list[Cell]
 
 @dataclass(frozen=True)
 class _LayerWork:
-    """Forward work of all MoE layers for one token, FLOP.
-
-    Attributes:
-        experts_per_token: FFN experts per token in one layer.
-        zero_computation: The closed form of the zero-computation experts.
-    """
+    """Forward work of all MoE layers for one token, FLOP."""
 
     experts_per_token: float
     ffn: float

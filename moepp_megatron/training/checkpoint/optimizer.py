@@ -236,11 +236,7 @@ def sharded_boxes(shard: _ParameterShard, prefix: str, values: Tensor) -> list[S
 def _boxes(
     shape: tuple[int, ...], first: int, last: int
 ) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """The boxes that hold elements `first` to `last` (excluded) of a tensor in memory order.
-
-    Returns:
-        Corner and sizes of each box, in memory order: at most two for each dimension, less one.
-    """
+    """Cover elements `first` to `last` (excluded) in memory order with boxes: corner and sizes."""
     if first >= last:
         return []
     if not shape:

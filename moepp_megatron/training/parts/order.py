@@ -27,11 +27,7 @@ _EARLIER = {
 
 
 def _part_kinds(plugins: Sequence[str] = ()) -> Iterator[type[Part]]:
-    """The class of each part, in order: the package's own, then those of `run.parts`.
-
-    Raises:
-        ConfigError: A plugin cannot be imported, or is no class of parts.
-    """
+    """Yield the classes of parts in order, plugins last; ConfigError if one is no such class."""
     found = [*named(PARTS), *(load_plugin("parts", "run.parts", name) for name in plugins)]
     for kind, name in zip(found, (*PARTS, *plugins), strict=True):
         if not (isinstance(kind, type) and issubclass(kind, Part)):

@@ -118,10 +118,7 @@ def matched_arms(config: Config, steps: int, equal_time: int, share: float) -> l
 
 
 def _with_steps(config: Config, steps: int) -> Config:
-    """The same model, whose learning rate goes through all of its schedule in this many steps.
-
-    Every step is logged, for its time; nothing is saved, loaded or sent anywhere.
-    """
+    """Fit the whole schedule into these steps; log each of them; save, load and send nothing."""
     optimizer, training = config.optimizer, config.training
     # An eighth of a short run, or the share that CONFIG has where that is more.
     share = max(1 / 8, config.warmup_iters / training.train_iters)

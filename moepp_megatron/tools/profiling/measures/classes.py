@@ -23,12 +23,7 @@ from moepp_megatron.tools.profiling.trace import RankTrace
 
 @dataclass(frozen=True)
 class _Link:
-    """A kind of link.
-
-    Attributes:
-        name: NVLink, network, or this machine if it has no GPU.
-        peak_gb_s: Rated bandwidth of one direction of a GPU, 1e9 bytes/s; None where unknown.
-    """
+    """A kind of link, and its rated GB/s (1e9) of one direction of a GPU; None where unknown."""
 
     name: str
     peak_gb_s: float | None = None
@@ -78,14 +73,7 @@ _PARTED = frozenset(
 
 
 class _ClassName(NamedTuple):
-    """The kind of a call.
-
-    Attributes:
-        purpose: One of `PURPOSES`.
-        operation: Operation of c10d.
-        group: Meaning of the process group.
-        phase: forward, recompute or backward of a layer; "" outside of layers.
-    """
+    """The kind of a call; the group by its meaning, `phase` empty outside of layers."""
 
     purpose: str
     operation: Operation

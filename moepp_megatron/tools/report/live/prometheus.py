@@ -31,11 +31,7 @@ Sample = tuple[tuple[str, ...], float]
 
 @dataclass(frozen=True)
 class _Exported:
-    """One metric.
-
-    Attributes:
-        labels: Labels of its values of one run, besides ``run``, separated by commas.
-    """
+    """One metric, and its labels besides ``run``, separated by commas."""
 
     name: str
     meaning: str
