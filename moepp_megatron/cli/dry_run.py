@@ -64,11 +64,6 @@ def _number(count: int, one: str, several: str) -> str:
 def build_and_check(config: Config, layout: Layout, rank: int) -> bool:
     """Build a rank of the layout on this machine, print every comparison with the plan.
 
-    Args:
-        config: A checked configuration.
-        layout: The layout, of any number of ranks.
-        rank: The rank to build.
-
     Returns:
         Whether all agree.
 

@@ -10,9 +10,6 @@ def path_problems(config: Config) -> tuple[list[str], list[str]]:
     """A line for each path that a run would refuse on this machine, and the data's warnings.
 
     Nothing is made or changed, and object storage is not asked.
-
-    Args:
-        config: A checked configuration.
     """
     from moepp_megatron.data.prepared_data import check_data
     from moepp_megatron.features.registry import FILE_CHECKS, named

@@ -45,10 +45,6 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 def config_layers(path: str | Path, overrides: Sequence[str] = ()) -> list[tuple[str, Content]]:
     """List the layers of a configuration, checked only for names; later ones win.
 
-    Args:
-        path: YAML file.
-        overrides: `section.key=value`.
-
     Returns:
         Each layer's origin, a file's path or `command line`, and its sections: the lowest base
         first, then the file, then the overrides in their order.
@@ -78,10 +74,6 @@ def validated(content: Mapping[str, Any], source: str = "the configuration") -> 
     """A configuration whose keys, types and ranges are valid; the cross-field rules are not asked.
 
     It describes a run that need not be one of this trainer's (`moepp plan --measured`).
-
-    Args:
-        content: Sections.
-        source: Where they come from, for messages.
 
     Raises:
         ConfigError: Unknown keys or wrong values, one line each.
@@ -269,10 +261,6 @@ DEFAULT = "default"
 
 def config_with_origins(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """The resolved configuration, each value with its origin.
-
-    Args:
-        path: YAML file.
-        overrides: `section.key=value`.
 
     Returns:
         Sections as in the file; each setting is a pair of its resolved value, as JSON has it, and

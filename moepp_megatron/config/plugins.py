@@ -103,11 +103,6 @@ class Plugin:
 def load_plugin(kind: str, setting: str, name: str) -> Any:
     """Import what a setting names.
 
-    Args:
-        kind: The kind of plugin, such as `sinks`.
-        setting: Dotted name of the setting, for messages.
-        name: Its value, `plugin:NAME`.
-
     Raises:
         ConfigError: It is not installed, or cannot be imported.
     """
@@ -131,9 +126,6 @@ def plugin_of(annotation: Any) -> Plugin | None:
 
 def check_plugins(config: Iterable[tuple[str, Any]]) -> None:
     """Refuse names of plugins that are not installed; nothing is imported.
-
-    Args:
-        config: A configuration: its sections with their names.
 
     Raises:
         ConfigError: One is not.

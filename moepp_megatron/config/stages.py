@@ -61,9 +61,6 @@ def stage_layers(config: Config) -> Stages:
 
     Chunk `v` of rank `p` is stage `v * PP + p` in the order of the layers, as in megatron-core's
     interleaved schedule.
-
-    Args:
-        config: A checked configuration.
     """
     pp = config.parallel.pipeline_model_parallel_size
     vpp = virtual_stages(config)

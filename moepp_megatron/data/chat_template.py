@@ -58,10 +58,6 @@ class ChatTemplate:
         tokenizer: Encodes what it renders; its end-of-document token is the template's `eos_token`.
         name: What errors call the template.
 
-    Attributes:
-        text: The template.
-        tokenizer: Encodes what it renders.
-
     Raises:
         ConfigError: The text is no template.
     """

@@ -31,9 +31,6 @@ class ConversationDataset(GPTDataset):
 
     megatron-core's order, epochs and cache of indices are as for text: without an extra token, its
     samples are the documents, because those are as long.
-
-    Attributes:
-        marks: The indexed dataset of marks.
     """
 
     marks: IndexedDataset | None = None

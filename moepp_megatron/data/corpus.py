@@ -147,11 +147,6 @@ def write_documents(
 ) -> dict[str, str]:
     """Write `PREFIX.bin` and `PREFIX.idx` with megatron-core's builder.
 
-    Args:
-        prefix: Path of both files without the suffix.
-        documents: Ids of each document.
-        dtype: Integer type of the ids.
-
     Returns:
         SHA-256 by file name.
     """

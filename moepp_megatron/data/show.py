@@ -22,12 +22,6 @@ from moepp_megatron.data.verify import check_start, damaged, read_manifest
 class Corpus:
     """A prepared folder, or a pair of .bin and .idx, whose documents can be read.
 
-    Args:
-        folder: The folder, and the setting that names it.
-
-    Attributes:
-        manifest: What it holds.
-
     Raises:
         ConfigError: There is none, or it is damaged.
     """

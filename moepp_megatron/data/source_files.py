@@ -51,10 +51,6 @@ def lacks_checksum(path: Path, compression: Compression | None) -> bool:
 def open_source(path: Path, compression: Compression | None) -> Iterator[BinaryIO]:
     """Open a source file to read its contents, decompressed.
 
-    Args:
-        path: the file.
-        compression: how it is compressed; None if it is not.
-
     Raises:
         ConfigError: it cannot be read; it is compressed with Zstandard and pyarrow, which reads
             that, is absent; or the compressed data are damaged, end too early or unpack to more

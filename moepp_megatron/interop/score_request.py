@@ -33,10 +33,6 @@ def text_of(path: Path, limit: int | None = None) -> tuple[str, bool]:
 def checkpoint_tokenizer(folder: Path, config: Config) -> Tokenizer:
     """The tokenizer that a checkpoint keeps.
 
-    Args:
-        folder: The checkpoint's folder.
-        config: Its configuration.
-
     Raises:
         ConfigError: It has none, or one with more tokens than the model.
     """

@@ -168,9 +168,6 @@ class StatusSink:
     It is written again where it was removed, so that no other run takes the folder for free. A run
     that fails or is killed does not close it, and leaves the id of a process that is gone.
 
-    Args:
-        run_dir: The run's folder.
-
     Raises:
         OSError: If the folder cannot be written.
     """

@@ -74,9 +74,6 @@ class BatchSizes:
     """The batch size by the sequences that a run has read, refused batches included.
 
     A resumed run knows how many it has read, so a ramp continues where it was.
-
-    Args:
-        config: The run's configuration.
     """
 
     def __init__(self, config: Config) -> None:

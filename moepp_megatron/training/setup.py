@@ -36,14 +36,7 @@ from moepp_megatron.training.step_sums import replace_l2_norm
 
 @dataclass
 class TrainingModel:
-    """Everything that a training step changes.
-
-    Attributes:
-        chunks: Data-parallel wrappers of this rank's model chunks.
-        models: The chunks themselves.
-        optimizer: Megatron's optimizer over all chunks.
-        scheduler: Learning rate and weight decay by step.
-    """
+    """Everything that a training step changes."""
 
     chunks: list[DistributedDataParallel]
     models: list[MoEPPGPTModel]

@@ -23,13 +23,7 @@ _SMOOTHING = 0.95
 
 
 class BudgetPart(Part):
-    """Keeps the model to `moe.budget`.
-
-    Args:
-        config: The run's configuration; `moe.budget.acts` is true.
-        model: The wrapped model.
-        routing: Counts the selections of a step.
-    """
+    """Keeps the model to `moe.budget`."""
 
     key: ClassVar[str] = "budget"
 

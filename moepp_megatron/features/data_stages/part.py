@@ -15,12 +15,7 @@ from moepp_megatron.training.part import Part, PartContext, State, Why
 
 
 class DataStagesPart(Part):
-    """The stages of a run's data, and that of its newest batch.
-
-    Args:
-        config: The run's configuration; it names data.
-        consumed_samples: Samples that have been read.
-    """
+    """The stages of a run's data, and that of its newest batch."""
 
     key: ClassVar[str] = "data_stages"
 

@@ -39,13 +39,7 @@ logger = logging.getLogger(__name__)
 
 
 class ProfilePart(Part):
-    """Records the steps that the configuration names.
-
-    Args:
-        config: The run's configuration.
-        layout: The rank grid; process groups exist.
-        model: The wrapped model.
-    """
+    """Records the steps that the configuration names."""
 
     def __init__(self, config: Config, layout: Layout, model: TrainingModel) -> None:
         self._config, self._layout, self._model = config, layout, model

@@ -40,11 +40,7 @@ _DIGEST = "tokens_sha256"
 
 
 class RoutesPart(Part):
-    """The routes of a run; its construction hooks into the model's chunks.
-
-    Args:
-        run: What it is made from.
-    """
+    """The routes of a run; its construction hooks into the model's chunks."""
 
     def __init__(self, run: PartContext) -> None:
         self._config, self._settings = run.config, run.config.routes

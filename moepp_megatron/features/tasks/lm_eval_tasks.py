@@ -180,12 +180,6 @@ def run_tasks(
 def try_tasks(tasks: Tasks, tokenizer: Tokenizer, max_length: int, limit: int | None) -> None:
     """Evaluate with scores of 0, to find a task's errors before training.
 
-    Args:
-        tasks: Same as in `run_tasks`.
-        tokenizer: Same.
-        max_length: Same.
-        limit: Same.
-
     Raises:
         ConfigError: A task cannot be evaluated.
     """

@@ -117,12 +117,7 @@ class Source:
 
 
 class GpuSource(Source):
-    """GPUs of this node.
-
-    Args:
-        uuids: The GPUs that the run uses, "GPU-...".
-        nvml: An open NVML, which is closed with this.
-    """
+    """GPUs of this node."""
 
     def __init__(
         self, uuids: Sequence[str], nvml: Nvml, clock: Callable[[], float] = time.monotonic

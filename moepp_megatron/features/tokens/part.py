@@ -122,14 +122,7 @@ class SourcesPart(Part):
 
 
 class TokenClassesPart(Part):
-    """Counts by class of token ids.
-
-    Args:
-        run: The run; its layers know their tokens.
-
-    Attributes:
-        groups: The classes, the same on every rank.
-    """
+    """Counts by class of token ids."""
 
     key: ClassVar[str] = "token_classes"
 

@@ -16,11 +16,7 @@ from moepp_megatron.training.step_sums import mean_loss
 
 
 class ValidationPart(Part):
-    """Validates every `training.eval_interval` steps and after the last one.
-
-    Args:
-        run: The run; it has something to validate on.
-    """
+    """Validates every `training.eval_interval` steps and after the last one."""
 
     def __init__(self, run: PartContext) -> None:
         self._run = run

@@ -36,9 +36,6 @@ class MoEPPModelProvider(GPTModelProvider):
     Megatron's own fields keep their meaning (`num_moe_experts` counts FFN experts); the balance
     loss follows `moe_router_load_balancing_type` and `moe_aux_loss_coeff`, also where a recipe
     changes them later.
-
-    Attributes:
-        moepp: The layer's settings.
     """
 
     moepp: MoEPPConfig | None = None

@@ -84,11 +84,6 @@ class Contestant:
         vanilla: megatron-core's layer instead of the MoE++ layer.
         fp8_recipe: `precision.fp8_recipe`, for "fp8".
         fused: `moe.fused`.
-
-    Attributes:
-        layer: The module.
-        load: The work that the held routing demands.
-        work: Unavoidable work of each part in a forward pass.
     """
 
     def __init__(

@@ -63,13 +63,7 @@ class Interval:
 
 @dataclass(frozen=True)
 class Estimate:
-    """A number that was measured with a normal error of unknown size.
-
-    Attributes:
-        mean: The estimate.
-        error: Its standard error; None where nothing tells.
-        degrees: Degrees of freedom of the standard error.
-    """
+    """A number that was measured with a normal error of unknown size."""
 
     mean: float
     error: float | None = None

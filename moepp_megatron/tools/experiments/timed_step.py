@@ -31,11 +31,7 @@ class BothSteps(BaseModel, frozen=True, allow_inf_nan=False):
 
 @dataclass(frozen=True)
 class TimedStepTrial(Trial[BothSteps]):
-    """One start of `moepp bench step`.
-
-    Attributes:
-        file: The file of its result.
-    """
+    """One start of `moepp bench step`."""
 
     file: Path
 

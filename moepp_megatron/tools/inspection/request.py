@@ -78,16 +78,6 @@ class InspectRequest:
     ) -> InspectRequest:
         """Check a request.
 
-        Args:
-            checkpoint: A checkpoint folder or a run.
-            text: File to read.
-            out: Page to write.
-            overrides: Settings `parallel.key=value` or `precision.key=value`.
-            world_size: Ranks.
-            json: JSON file to write.
-            language: `python` has keywords and identifiers, `text` has not.
-            max_tokens: Tokens to read at most.
-
         Raises:
             ConfigError: If the request is wrong.
         """

@@ -109,10 +109,6 @@ class Profile:
 def analyse(folder: Path, step: int | None = None) -> Profile:
     """Read and analyse a recording.
 
-    Args:
-        folder: A run's folder or one of traces.
-        step: One step; all recorded ones where None.
-
     Raises:
         ProfileError: The recording cannot be read, or does not hold the step.
     """

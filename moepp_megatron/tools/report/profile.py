@@ -121,12 +121,7 @@ def _duration(us: float) -> str:
 
 
 def print_profile(profile: Profile, document: dict[str, Any]) -> None:
-    """Print findings, then tables.
-
-    Args:
-        profile: The profile.
-        document: The same profile in the form of `profiling.document`.
-    """
+    """Print findings, then tables."""
     console = wide_console(highlight=True)
     for sentence in _findings(profile):
         console.print(f"- {sentence}", highlight=False)

@@ -32,12 +32,7 @@ _NOT_OF_THE_FIRST_LAYER = ("residual_ratio",)
 
 
 class Series(NamedTuple):
-    """A number over steps, finite everywhere.
-
-    Attributes:
-        x: Steps, or another axis, [n] float64.
-        y: Values, [n] float64.
-    """
+    """A number over steps, finite everywhere."""
 
     x: np.ndarray
     y: np.ndarray

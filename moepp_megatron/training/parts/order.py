@@ -39,12 +39,7 @@ def _part_kinds(plugins: Sequence[str] = ()) -> Iterator[type[Part]]:
 
 
 def build_parts(run: PartContext, kinds: Iterable[type[Part]] | None = None) -> list[Part]:
-    """Make the parts of a run, in order; every rank must call.
-
-    Args:
-        run: What they are made from.
-        kinds: Their classes; None for all of `features.registry` and `run.parts`.
-    """
+    """Make the parts of a run, in order; every rank must call."""
     for kind in _part_kinds(run.config.run.parts) if kinds is None else kinds:
         part = kind.of(run)
         if part is not None:

@@ -56,11 +56,7 @@ _REMEDY: dict[Cause, str] = {
 
 
 class RefusedBatchesPart(Part):
-    """Refuses batches with a non-finite or spiking loss; after many in a row, finds out why.
-
-    Args:
-        run: The run; `resilience.guard` is on.
-    """
+    """Refuses batches with a non-finite or spiking loss; after many in a row, finds out why."""
 
     key: ClassVar[str] = "numerical_guard"
     may_refuse = True

@@ -24,11 +24,6 @@ from moepp_megatron.training.step_sums import Summand, sum_over_ranks
 class RoutingCountsPart(Part):
     """Routing metrics of one step, global over the batch and all MoE layers.
 
-    Args:
-        model: The wrapped model.
-        config: The run's configuration.
-        layout: The rank grid.
-
     Attributes:
         layer_numbers: Global numbers of all MoE layers of the model.
     """

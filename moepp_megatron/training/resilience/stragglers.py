@@ -41,9 +41,6 @@ class _CollectiveClock:
     time of a collective on the compute stream is what training loses to it. A collective that is
     being captured into a CUDA graph is not measured: its events would belong to the graph, and
     could never be read.
-
-    Attributes:
-        counting: Whether collectives are timed now.
     """
 
     def __init__(self) -> None:

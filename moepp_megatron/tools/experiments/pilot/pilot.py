@@ -39,16 +39,7 @@ Outcomes = Mapping[ArmKind, Mapping[int, RunOutcome]]
 
 @dataclass(frozen=True)
 class Pilot:
-    """A pilot as far as it was when its properties were first read; `replace` reads them again.
-
-    Attributes:
-        folder: DIR, absolute.
-        nproc: Ranks of each run and session.
-        config: CONFIG with its overrides.
-        steps: Steps of a run of vanilla and MoE++.
-        seeds: All seeds.
-        command: The command line.
-    """
+    """A pilot as far as it was when its properties were first read; `replace` reads them again."""
 
     folder: Path
     nproc: int
@@ -139,14 +130,7 @@ class Pilot:
 
 @dataclass(frozen=True)
 class ArmOutcome:
-    """The outcome of an arm's runs, means over seeds.
-
-    Attributes:
-        valid_loss: Final validation loss, nats.
-        loss_difference: Difference to vanilla with the same seed; None for vanilla.
-        time_ratio: Step time over vanilla's in the runs; None for vanilla and "short".
-        ffn_share: FFN share of all selections, last quarter of the steps.
-    """
+    """The outcome of an arm's runs, means over seeds; losses in nats, less vanilla's."""
 
     kind: ArmKind
     name: str

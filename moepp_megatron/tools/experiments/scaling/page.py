@@ -136,12 +136,6 @@ def write_scaling_page(
 ) -> None:
     """Write the page, which needs no other file and no network.
 
-    Args:
-        path: The page.
-        name: Name of the configuration.
-        records: Records of the finished points; at least one.
-        missing: Names of the points that were not measured.
-
     Raises:
         ReportError: It cannot be written.
     """

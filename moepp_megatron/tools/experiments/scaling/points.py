@@ -101,12 +101,6 @@ def build_points(
     Degrees that a layout does not name are the configuration's; expert parallelism is then as wide
     as divides both the experts and the ranks.
 
-    Args:
-        config: Source of the other settings.
-        nprocs: Rank counts.
-        layouts: Values of `--layout`.
-        modes: "strong", "weak".
-
     Raises:
         ConfigError: If a layout is malformed, or nothing fits.
     """

@@ -165,14 +165,7 @@ def call_classes(
     late: Mapping[CallKey, Lateness],
     links: Links,
 ) -> list[CallClass]:
-    """All calls within the steps by kind, the most exposed first.
-
-    Args:
-        traces: Traces of all recorded ranks.
-        steps: The steps to count.
-        late: Waiting of each call.
-        links: The link that each group uses.
-    """
+    """All calls within the steps by kind, the most exposed first."""
     classes: dict[_ClassName, CallClass] = {}
     for trace in traces:
         for span in [trace.steps[step] for step in steps if step in trace.steps]:

@@ -27,9 +27,6 @@ class Lateness(NamedTuple):
 def lateness(collectives: Mapping[int, list[Collective]]) -> dict[CallKey, Lateness]:
     """Split every call that all ranks of its group have recorded.
 
-    Args:
-        collectives: Collectives of each rank, on one clock.
-
     Returns:
         Lateness by rank and place in its list; calls that cannot be matched are missing.
     """

@@ -51,10 +51,6 @@ def purpose_of(collective: Collective, meaning: str) -> str:
     """The purpose of a call, one of `PURPOSES`.
 
     Where the recorder has put ranges, the part of the layer decides; then the group and operation.
-
-    Args:
-        collective: The call.
-        meaning: Meaning of its group (`TracedGroup.meaning`).
     """
     place, operation = place_of(collective), collective.operation
     in_optimizer = "optimizer" in collective.scopes

@@ -196,9 +196,6 @@ def _ago(seconds: float | None) -> str:
 class LiveRun:
     """The known state of a run; `poll` updates it.
 
-    Attributes:
-        damaged_lines: Number of invalid lines in the records' file.
-
     Raises:
         ReportError: If it is not a folder, or not a run's.
     """
