@@ -29,7 +29,7 @@ def watch(worker):
 
     def counted(out, rows, *rest):
         picks = rest[5]
-        assert picks.shape == (len(rows), 1)
+        assert len(picks) == len(rows)
         assert 0 <= picks.min() <= picks.max() < len(rest[0])
         worker.rows += picks.numel()
         kernel(out, rows, *rest)
