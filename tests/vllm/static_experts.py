@@ -12,6 +12,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from random import Random
 from types import SimpleNamespace
 from unittest import mock
 
@@ -45,7 +46,41 @@ FORMS = {
     | {"num_experts_per_tok": 2, "group_topk": 1, "score_function": "sqrtsoftplus"},
     "shared": {"shared_expert_intermediate_size": 24, "shared_expert_gate": True}
     | {"expert_input_scale": 2.0, "hidden_size": 76, "moe_intermediate_size": 48},
+    "vanilla": dict.fromkeys(("num_constant_experts", "num_copy_experts", "num_zero_experts"), 0)
+    | {"gating_residual": False},
 }
+
+
+def drawn(seed):
+    """Draw sizes and a form."""
+    random = Random(seed)
+    groups, size, temperature = random.randint(1, 4), random.randint(2, 4), random.uniform(0.5, 2.0)
+    kept, each = random.randint(1, groups), random.randint(1, 2)
+    shared = random.choice([None, 24])
+    choices = {
+        "num_constant_experts": (0, 1, 3),
+        "num_copy_experts": (0, 1, 2),
+        "num_zero_experts": (1, 2),
+        "score_function": ("softmax", "sigmoid", "sqrtsoftplus"),
+        "gate_normalization": ("none", "selected", "nonzero"),
+        "logits_norm_std": (None, 1.5),
+        "hidden_size": range(20, 80, 4),
+        "moe_intermediate_size": range(8, 56, 8),
+        **dict.fromkeys(("gate_scale", "expert_input_scale"), (1.0, 2.5)),
+        **dict.fromkeys(("gating_residual", "two_layer_gate", "selection_bias"), (False, True)),
+    }
+    return {name: random.choice(values) for name, values in choices.items()} | {
+        "num_ffn_experts": groups * size,
+        "num_groups": groups,
+        "group_topk": kept,
+        "num_experts_per_tok": kept * each,
+        "constant_temperature": temperature,
+        "shared_expert_intermediate_size": shared,
+        "shared_expert_gate": shared is not None and random.random() < 0.5,
+    }
+
+
+FORMS |= {f"drawn {seed}": drawn(seed) for seed in range(8)}
 TOKENS = (1, 7, 16, 33)
 LAYERS, ROWS = [], []
 
@@ -168,7 +203,7 @@ def check(fields):
         x = torch.randn(count, config.hidden_size, generator=random)
         lane = torch.randn(count, config.total_experts, generator=random)
         gates, chosen, _ = ours.gate(x, lane)
-        # A token without a pick of an FFN expert.
+        # A token without a pick of an FFN expert, where the form has others.
         chosen[0] = config.total_experts - 1
         is_ffn = chosen < config.num_ffn_experts
         exact = ours.experts.ffn.double()(
@@ -178,15 +213,16 @@ def check(fields):
         ROWS.clear()
         output = static.experts.ffn_output(x, gates, chosen)
         assert torch.equal(captured.pop(), chosen.int())
-        assert output[0].count_nonzero() == 0
+        assert output[0].any() == is_ffn[0].any()
         found["rows"].append(sum(ROWS))
         found["picked"].append(int(is_ffn.sum()))
         found["kernels"] = max(found["kernels"], error(output, exact))
-        whole, half = static.experts.ffn.expert_map, config.num_ffn_experts // 2
+        whole, half = static.experts.ffn.expert_map, -(-config.num_ffn_experts // 2)
         total = torch.zeros_like(output)
         for rank in range(2):
             own = torch.full_like(whole, -1)
-            own[rank * half :][:half] = torch.arange(half, dtype=torch.int32)
+            part = own[rank * half :][:half]
+            part.copy_(torch.arange(len(part)))
             static.experts.ffn.routed_experts._expert_map = own
             total += static.experts.ffn_output(x, gates, chosen)
         static.experts.ffn.routed_experts._expert_map = whole
