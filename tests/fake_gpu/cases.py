@@ -38,6 +38,12 @@ def needs_engine(path: Path) -> bool:
     return config.precision.fp8 is not None or recomputes
 
 
+def experts_of_a_rank(path: Path) -> int:
+    """FFN experts that a rank of a shipped configuration has."""
+    config = _loaded(path)
+    return config.moe.num_ffn_experts // config.parallel.expert_model_parallel_size
+
+
 def stage_layers_of(path: Path) -> int | None:
     """Layers of a pipeline stage; None where stages or layers differ from each other."""
     config = _loaded(path)

@@ -30,6 +30,10 @@ def engine(play, transformer_engine):
         # With logits that outweigh layers, and the other way round.
         "peaks": [cases.whole(SMALL, *changes, f"model.vocab_size={n}") for n in (65536, 4096)],
         "layers": [cases.whole(qwen3, *rich, f"model.num_layers={n}") for n in (2, 3)],
+        "static rows": [
+            cases.whole(SMALL, "moe.static_rows=1.6", *changes[1:], f"model.num_layers={n}")
+            for n in (2, 3)
+        ],
     }
     played = iter(play([case for each in wanted.values() for case, _ in each], transformer_engine))
     return {name: [(next(played), plan) for _, plan in each] for name, each in wanted.items()}
@@ -41,11 +45,14 @@ def test_peak_memory_is_the_planned_one(engine):
         assert memory.total == pytest.approx(outcome["peak"], rel=TOLERANCE)
 
 
-def test_a_layer_keeps_what_is_planned(engine):
+@pytest.mark.parametrize(
+    ("name", "tables"), [("layers", (reads.DEEPEP,)), ("static rows", ())], ids=str
+)
+def test_a_layer_keeps_what_is_planned(engine, name, tables):
     """What one more layer adds."""
-    (few, less), (more, most) = engine["layers"]
+    (few, less), (more, most) = engine[name]
     sound([few, more])
-    assert excess(few, (reads.DEEPEP,)) == {}
+    assert excess(few, tables) == {}
     assert most.total - less.total == pytest.approx(more["peak"] - few["peak"], rel=0.03)
 
 

@@ -12,7 +12,7 @@ from dataclasses import replace
 
 from moepp_megatron.tools.planning.grid import Grid
 from moepp_megatron.tools.planning.parts import Layer
-from moepp_megatron.tools.planning.traffic import distinct_targets
+from moepp_megatron.tools.planning.traffic import distinct_targets, rows_with_room
 from moepp_megatron.tools.planning.workload import LatentAttention, Workload
 
 # GPUs of a node.
@@ -45,11 +45,13 @@ def peak_bytes(load: Workload, grid: Grid, layer: Layer) -> float:
     if layer.is_moe:
         # Sent and received rows, and gradients of the experts' two inner tensors.
         row = load.hidden * size
-        sent = tokens * load.experts.ffn_per_token * row
+        sent = rows_with_room(load, grid, tokens * load.experts.ffn_per_token) * row
         if load.experts.dispatcher in ("alltoall_dedup", "flex"):
             taken, experts = load.experts.ffn_per_token, load.experts.num_ffn_experts
             sent = tokens * distinct_targets(grid.ep, taken, experts) * row
-        inner = 3 * layer.rows * grid.etp * load.experts.ffn_size / grid.etp * size
+        inner = layer.rows * grid.etp * load.experts.ffn_size / grid.etp * size
+        # PyTorch's operations have twice as many (`moe/grouped_experts.py`).
+        inner *= 3 if load.experts.static_rows is None else 6
         arrived = layer.rows * grid.etp * row
         peak += sent + arrived + inner
         if load.delays_gradients and grid.expert_overlap:
@@ -149,7 +151,8 @@ def _moe(load: Workload, grid: Grid, rows: float) -> float:
     arrived = rows * grid.etp
     width = load.experts.ffn_size / grid.etp
     first_input = arrived * load.hidden * kept_size
-    activation = 0.0 if "moe_act" in grid.recompute else arrived * width * kept_size
+    repeats = "moe_act" in grid.recompute or load.experts.static_rows is not None
+    activation = 0.0 if repeats else arrived * width * kept_size
     # Between the products of the zero-computation experts, in fp32.
     matmuls = load.experts.local_matmuls(load.hidden)
     between = sum(n if k == load.hidden else k for n, k in matmuls)

@@ -76,6 +76,7 @@ def layer_time(
     parts = list(layer_parts(load, grid, Layer(is_moe, rows, has_residual=True)))
     traffic = layer_traffic(load, grid, machine, is_moe, skew)
     overlaps = grid.expert_overlap and traffic.experts > 0
+    reads_sizes = is_moe and load.experts.static_rows is None
     slower = 1.0 / (1.0 - machine.reached.overlap_slowdown) if overlaps else 1.0
     clock = _LayerClock(machine, slower, load.graphs)
     for part in parts:
@@ -100,8 +101,8 @@ def layer_time(
         ]
         clock.hide(EXCHANGE, overlapped[0], overlapped[1] + (repeats - 1) * overlapped[0])
         if load.experts.dispatcher != "allgather":
-            clock.wait_for_metadata(repeats, overlaps)
-    return clock.time(reads_sizes=is_moe)
+            clock.wait_for_metadata(repeats, overlaps or not reads_sizes)
+    return clock.time(reads_sizes)
 
 
 @lru_cache(maxsize=100_000)

@@ -16,6 +16,7 @@ from moepp_megatron.tools.planning import activations
 from moepp_megatron.tools.planning.grid import Grid, layer_key
 from moepp_megatron.tools.planning.parts import Layer
 from moepp_megatron.tools.planning.pipeline import chunks_in_flight
+from moepp_megatron.tools.planning.traffic import rows_with_room
 from moepp_megatron.tools.planning.workload import Workload
 
 GIB = 2**30
@@ -196,7 +197,7 @@ def layer_counts(
 @lru_cache(maxsize=100_000)
 def _layer_bytes(load: Workload, grid: Grid, is_moe: bool, skew: float) -> tuple[float, float]:
     """Activations of a layer and micro-batch: kept for the backward pass, needed beside them."""
-    layer = Layer(is_moe, fullest_rows(load, grid, skew))
+    layer = Layer(is_moe, rows_with_room(load, grid, fullest_rows(load, grid, skew)))
     return activations.kept_bytes(load, grid, layer), activations.peak_bytes(load, grid, layer)
 
 

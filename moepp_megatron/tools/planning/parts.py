@@ -13,7 +13,7 @@ from typing import Literal, assert_never
 
 from moepp_megatron.tools.planning.grid import Grid
 from moepp_megatron.tools.planning.rates import Work, linear_products, linear_work
-from moepp_megatron.tools.planning.traffic import distinct_targets
+from moepp_megatron.tools.planning.traffic import distinct_targets, rows_with_room
 from moepp_megatron.tools.planning.workload import Workload
 
 # Dispatchers whose rows travel during computation.
@@ -25,6 +25,11 @@ _CORE_KERNELS = 10
 _ROUTER_KERNELS, _FUSED_ROUTER_KERNELS = (10, 8), (1, 7)
 # Reads and writes, forward and backward, of a tensor [rows, I] between an FFN's two products.
 _ACTIVATION_PASSES = (3, 6)
+# The same in PyTorch's operations (`moe/grouped_experts.py`), and kernels with the products; passes
+# over a tensor [rows, D] times its gates, and over the weights, which are copied side by side.
+_GROUPED_PASSES, _GROUPED_KERNELS, _GATED_PASSES, _WEIGHT_PASSES = (5, 20), (9, 17), 2, 2
+# Of the permutation of static rows, either way (tests/fake_gpu counts all three).
+_STATIC_KERNELS = 24
 # Of clamping both halves of the first product, two clamps that are joined again: the same passes,
 # and kernels (megatron-core, fusions/fused_bias_geglu.py).
 _CLAMP_PASSES, _CLAMP_KERNELS = (8, 10), 3
@@ -161,6 +166,8 @@ def _permutation(load: Workload, grid: Grid, rows: float) -> LayerPart:
     arrived = rows * grid.etp
     taken, experts = load.experts.ffn_per_token, load.experts.num_ffn_experts
     match load.experts.dispatcher if grid.ep > 1 else None:
+        case _ if load.experts.static_rows is not None:
+            return _static_permutation(load, grid, rows_with_room(load, grid, rows))
         case None:
             moved = tokens + arrived
         case "alltoall":
@@ -180,6 +187,16 @@ def _permutation(load: Workload, grid: Grid, rows: float) -> LayerPart:
     return LayerPart("permutation", work, work, _again(grid, "moe", work))
 
 
+def _static_permutation(load: Workload, grid: Grid, rows: float) -> LayerPart:
+    """The same of `moe/static_dispatcher.py`, in PyTorch's operations over all rows of a buffer."""
+    # A gather reads and writes all rows; a sum reads them, and adds to what it reads and writes.
+    # Between ranks rows are sorted by expert once more, and back.
+    passes = 9 if grid.ep > 1 else 3
+    moved = (grid.tokens(load.seq) + passes * rows) * load.hidden * load.numbers.activation_bytes
+    work = Work(moved=moved, kernels=_STATIC_KERNELS)
+    return LayerPart("permutation", work, work, _again(grid, "moe", work))
+
+
 def _experts(load: Workload, grid: Grid, rows: float) -> LayerPart:
     """The FFN experts of a rank."""
     # A product for each expert and matrix (Transformer Engine's cublaslt_gemm.cu); backward two.
@@ -191,7 +208,10 @@ def _experts(load: Workload, grid: Grid, rows: float) -> LayerPart:
     first = linear_work(load, rows / experts, 2 * width, load.hidden, experts)
     second = linear_work(load, rows / experts, load.hidden, width, experts)
     activation = load.numbers.activation_bytes * rows * width
-    moved, kernels = _around_products(load, activation, rows, experts)
+    if load.experts.static_rows is None:
+        moved, kernels = _around_products(load, activation, rows, experts)
+    else:
+        moved, kernels = _around_grouped(load, rows_with_room(load, grid, rows), experts)
     forward, backward = (
         part.plus(other, moved=moved_bytes + copied, kernels=count + copies)
         for part, other, moved_bytes, count in zip(first, second, moved, kernels, strict=True)
@@ -219,6 +239,17 @@ def _around_products(
         for base, per_expert, bias in zip((4, 6), (2, 4), _BIAS_KERNELS, strict=True)
     ]
     return moved, kernels
+
+
+def _around_grouped(load: Workload, rows: float, experts: int) -> tuple[list[float], list[int]]:
+    """The same of `GroupedExperts`, with one product for all experts, over all rows of a buffer."""
+    size, hidden, width = load.numbers.activation_bytes, load.hidden, load.experts.ffn_size
+    weights = 3 * hidden * width * experts
+    others = size * (_GATED_PASSES * rows * hidden + _WEIGHT_PASSES * weights)
+    moved = [passes * size * rows * width + others for passes in _GROUPED_PASSES]
+    # The gradient of each of an expert's two weights is added to the sum over micro-batches.
+    moved[1] += weights * (size + 2 * load.numbers.gradient_bytes)
+    return moved, [_GROUPED_KERNELS[0], _GROUPED_KERNELS[1] + 2 * experts]
 
 
 def _row_copies(load: Workload, rows: float) -> tuple[float, int]:

@@ -67,6 +67,7 @@ class Space:
     def of(cls, config: Config, world: int, per_node: int) -> Space:
         """The space of a configuration; its own layout does not matter."""
         load = Workload.from_config(config)
+        is_static = load.experts.static_rows is not None
         return cls(
             world=world,
             per_node=per_node,
@@ -74,9 +75,10 @@ class Space:
             groups_are_set=config.model.num_query_groups is not None,
             can_overlap=config.precision.dtype == "bf16"
             and not config.training.cuda_graphs
-            and not load.experts.shares_constants,
+            and not load.experts.shares_constants
+            and not is_static,
             distributed_optimizer=config.parallel.use_distributed_optimizer,
-            dispatchers=_dispatchers(config),
+            dispatchers=() if is_static else _dispatchers(config),
             states=_states(config),
         )
 
@@ -130,6 +132,9 @@ class Space:
             sets += _LATENT
             if not all(self.load.is_moe):
                 sets += (("mla_up_proj", "mlp"),)
+        if self.load.experts.static_rows is not None:
+            # Their experts never keep what `moe_act` repeats.
+            return tuple(modules for modules in sets if "moe_act" not in modules)
         return sets
 
     def _tensor(self) -> list[int]:
@@ -179,7 +184,7 @@ class Space:
     def _experts(self, tp: int, pp: int) -> Iterator[tuple[int, int]]:
         experts = self.load.experts
         for etp in sorted({1, tp}):
-            if experts.ffn_size % etp:
+            if experts.ffn_size % etp or (etp > 1 and experts.static_rows is not None):
                 continue
             for ep in _divisors(experts.num_ffn_experts):
                 if self.world % (ep * etp * pp) == 0:

@@ -7,6 +7,7 @@ from functools import lru_cache
 from math import ceil, exp, lgamma
 from typing import assert_never
 
+from moepp_megatron.layer_settings import static_rows
 from moepp_megatron.tools.planning.grid import Grid, GroupName, group_shape
 from moepp_megatron.tools.planning.machine import Machine
 from moepp_megatron.tools.planning.workload import Workload
@@ -74,6 +75,15 @@ def send_seconds(is_across: bool, sent_bytes: float, machine: Machine) -> float:
 def _start(place: Placement, machine: Machine) -> float:
     reached = machine.reached
     return reached.nvlink_latency_s if place.nodes == 1 else reached.network_latency_s
+
+
+def rows_with_room(load: Workload, grid: Grid, rows: float) -> float:
+    """Rows that a rank's dispatcher moves and keeps: `rows`, or the buffer of static rows."""
+    share = load.experts.static_rows
+    if share is None:
+        return rows
+    topk, tokens = load.experts.router_topk, grid.tokens(load.seq)
+    return float(grid.ep * static_rows(share, topk, tokens, grid.ep))
 
 
 @lru_cache(maxsize=4096)
@@ -148,7 +158,8 @@ def _expert_seconds(load: Workload, grid: Grid, machine: Machine, skew: float = 
         case None:
             pass
         case "alltoall":
-            seconds = all_to_all_seconds(place, skew * tokens * taken * row, machine)
+            rows = rows_with_room(load, grid, skew * tokens * taken)
+            seconds = all_to_all_seconds(place, rows * row, machine)
         case "alltoall_dedup":
             copies = tokens * distinct_targets(place.size, taken, experts)
             seconds = all_to_all_seconds(place, skew * copies * row, machine)
@@ -195,7 +206,7 @@ def exchanged_bytes(load: Workload, grid: Grid) -> float:
         return 0.0
     match load.experts.dispatcher:
         case "alltoall":
-            rows = taken * (ep - 1) / ep
+            rows = rows_with_room(load, grid, tokens * taken) / tokens * (ep - 1) / ep
         case "allgather":
             rows = grid.etp * ep - 1.0
         case "alltoall_dedup" | "flex":

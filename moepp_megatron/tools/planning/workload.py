@@ -192,6 +192,7 @@ class _ExpertShape(ExpertLayout):
     most_nodes: int | None = None  # a token's experts lie on at most this many nodes; None for any
     num_groups: int = 1  # groups of neighbouring FFN experts
     group_topk: int = 1  # groups that a token's FFN experts come from
+    static_rows: float | None = None  # rows of `moe.static_rows` for each selection
 
     def most_nodes_of(self, nodes: int) -> int | None:
         """Most nodes that a token goes to where FFN experts lie on `nodes` nodes; None for any."""
@@ -330,4 +331,5 @@ def _experts(config: Config) -> _ExpertShape:
         group_topk=moe.group_topk,
         dispatcher=moe.dispatcher,
         flex_pads=moe.flex_backend == "hybridep",
+        static_rows=moe.static_rows_per_selection,
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from statistics import median
 
@@ -11,9 +11,10 @@ from rich.table import Table
 
 from moepp_megatron.runtime.atomic import write_result
 from moepp_megatron.tools.planning.measured.compare import Range, error_range, published
-from moepp_megatron.tools.planning.memory import GIB
+from moepp_megatron.tools.planning.memory import GIB, fullest_rows
 from moepp_megatron.tools.planning.plan import Plan, Planned
-from moepp_megatron.tools.planning.traffic import placement
+from moepp_megatron.tools.planning.traffic import placement, rows_with_room
+from moepp_megatron.tools.planning.workload import Workload
 from moepp_megatron.tools.report import formatting
 from moepp_megatron.tools.report.terminal import print_uncut, titled_table
 
@@ -67,6 +68,8 @@ def print_plan(plan: Plan, tokens: float, price: float | None) -> None:
             f"fullest rank over mean, in a layer: {load.mean:.2f} on average (half of the layers "
             f"below {load.median:.2f}, nine in ten below {load.p90:.2f}); times hold the average"
         )
+    for line in _static_rows(plan, plan.best):
+        print_uncut(line)
     print_uncut(_how_well(errors))
     for run in published(plan.config, plan.machine, plan.world)[:_PUBLISHED]:
         print_uncut(
@@ -211,6 +214,20 @@ def _extras(planned: Planned) -> list[str]:
     grid = planned.grid
     found = [*grid.recompute, *(f"{state} bf16" for state in grid.states)]
     return found + (["a2a overlap"] if grid.expert_overlap else [])
+
+
+def _static_rows(plan: Plan, best: Planned) -> Iterator[str]:
+    """Compare the buffer of static rows with what experts need."""
+    factor, load = plan.config.moe.static_rows, Workload.from_config(plan.config)
+    if factor is None:
+        return
+    mean = fullest_rows(load, best.grid)
+    rows = rows_with_room(load, best.grid, mean)
+    yield (
+        f"moe.static_rows ({factor:g}): {rows:,.0f} rows a micro-batch are moved, sent and kept, "
+        f"{mean:,.0f} needed on average; the fullest rank needs {best.step.load.p99:.2f} times "
+        "the average in one of 100 layers, and a step in which one overflows runs twice"
+    )
 
 
 def _step_range(planned: Planned, errors: Range | None) -> str:

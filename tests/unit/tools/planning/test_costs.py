@@ -2,6 +2,7 @@
 
 import random
 from dataclasses import replace
+from math import ceil
 from pathlib import Path
 
 import pytest
@@ -365,6 +366,29 @@ def test_ranks_wait_for_sizes_once_a_forward_pass(h100: Machine) -> None:
     graphs = frozenset({"attn", "moe_router", "moe_preprocess"})
     captured = seconds_of(replace(LOAD, graphs=graphs), plain, h100)
     assert captured.seconds[METADATA] == reached.metadata_overlapped_s
+
+
+def test_static_rows_are_sent_moved_and_kept_whatever_is_needed(h100: Machine) -> None:
+    """Only products leave out the rows that nobody needs; no rank waits for sizes."""
+    grid, static = Grid(8, ep=4), Workload.from_config(configured(static_rows=1.25))
+    needed = 4096 * LOAD.experts.ffn_per_token
+    rows = 4 * ceil(1.25 * needed / 4)
+    more = pytest.approx(rows / needed)
+    assert exchanged_bytes(static, grid) / exchanged_bytes(LOAD, grid) == more
+    stages = even_stages(8, 1, 1)
+    kept = [memory_of(load, grid, stages, 0).activations / 8 for load in (LOAD, static)]
+    # The activation between the products is computed again.
+    wider = rows * (2048 + 2 * 5632) - needed * (2048 + 3 * 5632)
+    assert kept[1] - kept[0] == pytest.approx(2 * wider)
+    parts = [
+        {part.name: part for part in layer_parts(load, grid, Layer(True, needed))}
+        for load in (LOAD, static)
+    ]
+    for name in ("experts", "permutation"):
+        dynamic, fixed = (found[name] for found in parts)
+        assert fixed.backward.products == dynamic.backward.products
+        assert fixed.backward.moved > dynamic.backward.moved
+    assert seconds_of(static, grid, h100).seconds[METADATA] == h100.reached.metadata_overlapped_s
 
 
 def test_backward_one_of_three_tensor_collectives_is_exposed(h100: Machine) -> None:

@@ -65,8 +65,9 @@ def is_legal(config: Config, grid: Grid) -> bool:
         ),
         configured(model={"vocab_size": 1026, "num_query_groups": None}, batch=32),
         configured(model={"num_query_groups": 2}, moe={"constants_shared": True}),
+        configured(moe={"static_rows": 1.5}),
     ],
-    ids=["plain", "flex-dense-shared", "odd-vocabulary", "one V, shared key heads"],
+    ids=["plain", "flex-dense-shared", "odd-vocabulary", "one V, shared key heads", "static rows"],
 )
 def test_space_holds_what_the_rules_accept(config):
     found = set(Space.of(config, WORLD, per_node=8).grids())
@@ -105,7 +106,8 @@ def test_overlapped_exchange_only_where_the_rules_allow_it():
     assert all(is_legal(config, grid) for grid in grids[::25])
     in_fp32 = configured(precision={"dtype": "fp32"})
     one_v = configured(moe={"constants_shared": True})
-    for other in (in_fp32, one_v):
+    static = configured(moe={"static_rows": 1.5})
+    for other in (in_fp32, one_v, static):
         assert not any(grid.expert_overlap for grid in Space.of(other, WORLD, 8).grids())
         assert not any(is_legal(other, grid) for grid in grids[::25])
     # Without constant experts there is nothing to share.
