@@ -24,7 +24,7 @@
 # In this order unless --steps names some; it may also name one part of layer, step or tests, such as
 # layer_bf16_cutlass. A part that leaves no result has failed. Writes OUT/<card>.json (default benchmarks/results), which
 # `python -m benchmarks.gpu_page` makes a page of. What each part leaves stays in WORK (default runs/gpu_sh),
-# Triton's cache too. A part ends after ten minutes at most, and all of them, with what they left
+# the caches of Triton and Inductor too. A part ends after ten minutes at most, and all of them, with what they left
 # written to the record, within --limit; one that has passed with this commit (MOEPP_COMMIT, where
 # there is no git) is not run again, so the same command continues after a break (--again runs it
 # anyway). All parts run even after one fails; the exit status is 0 if all passed, but for those that
@@ -90,6 +90,7 @@ work=$(realpath -m -- "$work") out=${out:+$(realpath -m -- "$out")}
 cd -- "$root"
 mkdir -p -- "$work"
 export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-$work/triton}
+export TORCHINDUCTOR_CACHE_DIR=${TORCHINDUCTOR_CACHE_DIR:-$work/inductor}
 commit=${MOEPP_COMMIT:-$(git describe --always --dirty --abbrev=40 2>/dev/null || printf unknown)}
 
 has() { [[ ,$steps, == *,$1,* || ,$steps, == *,${1%%_*},* ]]; }

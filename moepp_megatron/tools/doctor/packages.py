@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import platform
 import sys
+from pathlib import Path
 
 from moepp_megatron.config import Config, UnfitError
 from moepp_megatron.moe import upstream_versions
@@ -17,6 +19,7 @@ from moepp_megatron.runtime.backends import (
 )
 from moepp_megatron.runtime.fit import check_fit, compiler_obstacle
 from moepp_megatron.runtime.optional import OF_ALL, have_triton, how_to_install
+from moepp_megatron.runtime.rank_environment import with_rank_variables
 from moepp_megatron.tools.doctor.finding import Finding, Severity, error, judged, note, warning
 from moepp_megatron.tools.doctor.gpu_checks import TorchCuda
 
@@ -34,7 +37,7 @@ def check_packages(config: Config | None) -> list[Finding]:
     findings += [_check_backend(backend, on_gpu) for backend in backends]
     nvshmem = version_of("nvidia-nvshmem-cu13") or version_of("nvidia-nvshmem-cu12")
     findings.append(_check_nvshmem(version_of("deep_ep"), nvshmem))
-    findings += [_check_compiler()] if have_triton() else []
+    findings += [_check_compiler(), _check_caches()] if have_triton() else []
     loss = "auto" if config is None else config.precision.cross_entropy
     if megatron is not None:
         findings += [_check_kernel(choice) for choice in kernel_choices(loss)]
@@ -113,6 +116,20 @@ def _check_compiler() -> Finding:
     found = f"lacks {lacks}" if obstacle else "a C compiler and Python.h"
     rule = "Triton needs it to start a kernel"
     return judged(obstacle is None, "Triton's compiler", found, rule, remedy, Severity.ERROR)
+
+
+def _check_caches() -> Finding:
+    """Check that what Triton and Inductor compile for a rank can be kept."""
+    variables, found, lost = with_rank_variables(os.environ, 1), [], []
+    for name in ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR"):
+        folder = variables.get(name)
+        found.append(f"{name} {folder or 'not set'}")
+        if folder is not None:
+            place = next(each for each in (Path(folder), *Path(folder).parents) if each.exists())
+            lost += [] if place.is_dir() and os.access(place, os.W_OK | os.X_OK) else [name]
+    rule = "kernels are compiled again at each start if it cannot be written"
+    remedy = f"set {' and '.join(lost)} to a folder of yours on this node, or unset it"
+    return judged(not lost, "compiled kernels", ", ".join(found), rule, remedy, Severity.WARNING)
 
 
 def _check_kernel(choice: KernelChoice) -> Finding:

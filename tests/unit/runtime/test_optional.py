@@ -203,6 +203,19 @@ def test_an_extension_that_does_not_compile_is_said_before_the_model_is_built(mo
     assert "(Error building extension 'share_storage_ext')" in str(refused.value)
 
 
+def test_the_doctor_names_the_folders_of_compiled_kernels(monkeypatch, tmp_path):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "triton"))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "new/inductor"))
+    kept = packages._check_caches()
+    assert kept.severity is Severity.OK
+    assert str(tmp_path / "new/inductor") in kept.found
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "file/inductor"))
+    lost = packages._check_caches()
+    assert lost.severity is Severity.WARNING
+    assert lost.remedy.startswith("set TORCHINDUCTOR_CACHE_DIR to")
+
+
 @pytest.mark.parametrize("variable", ["TRITON_CACHE_DIR", "TORCH_EXTENSIONS_DIR"])
 def test_what_is_compiled_is_kept_where_nobody_else_writes(monkeypatch, tmp_path, variable):
     monkeypatch.setattr(rank_environment.tempfile, "gettempdir", lambda: str(tmp_path))
