@@ -32,6 +32,8 @@ from moepp_megatron.tools.experiments.timed_step import TimedStepTrial
 from moepp_megatron.tools.report.series import Numbers, Series, finite
 from moepp_megatron.training.run_folder import refuse_running
 
+# `equal_time` is MoE++ trained for vanilla's time, `narrow` vanilla with narrower experts and
+# MoE++'s compute, `short` vanilla with fewer steps.
 ArmKind = Literal["vanilla", "moepp", "equal_time", "narrow", "short"]
 # Of the steps, in the runs that show what tokens are worth.
 _SHORT_SHARE = 0.7
@@ -51,14 +53,7 @@ _FEWEST_WARMUP, _WARMUP_SHARE = 2, 0.1
 
 @dataclass(frozen=True)
 class Arm:
-    """A model of the pilot.
-
-    Attributes:
-        kind: "vanilla"; "moepp"; `equal_time` is MoE++ trained for vanilla's time; `narrow` is
-            vanilla with narrower experts and MoE++'s compute; "short" is vanilla with fewer steps.
-        name: As shown: "MoE++", "vanilla, 70% of the steps".
-        config: Configuration of its runs, without folder and seed.
-    """
+    """A model of the pilot: its name as shown, and the configuration of its runs but for seeds."""
 
     kind: ArmKind
     name: str
@@ -71,11 +66,7 @@ class Arm:
 
 
 def first_arms(config: Config, steps: int) -> list[Arm]:
-    """The arms of the first stage: vanilla, MoE++, vanilla with fewer steps.
-
-    Raises:
-        ConfigError: CONFIG is vanilla, `steps` are too few, or a rule forbids an arm.
-    """
+    """Return the first arms; ConfigError: CONFIG is vanilla, `steps` too few, or an arm refused."""
     if config.moe.num_zero_computation_experts == 0:
         raise ConfigError(
             "moe.num_zero_experts (0) and the other counts of zero-computation experts must not "
@@ -99,13 +90,8 @@ def matched_arms(config: Config, steps: int, equal_time: int, share: float) -> l
     """The arms that match MoE++: itself in vanilla's time, and vanilla in its compute.
 
     The narrowed experts are as wide as does `share` of the work, rounded to what divides CONFIG's
-    own width, up to 16, so that products keep their alignment.
-
-    Args:
-        config: The configuration that `first_arms` was given.
-        steps: Its steps.
-        equal_time: Steps of MoE++ in vanilla's time.
-        share: Share of MoE++'s selections that goes to FFN experts.
+    own width, up to 16, so that products keep their alignment. `config` and `steps` are those of
+    `first_arms`, `equal_time` the steps of MoE++ in vanilla's time.
     """
     unit = math.gcd(config.expert_ffn_hidden_size, 16)
     width = max(round(share * config.expert_ffn_hidden_size / unit), 1) * unit
@@ -149,19 +135,12 @@ def _with_steps(config: Config, steps: int) -> Config:
 
 @dataclass(frozen=True)
 class RunOutcome:
-    """The outcome of one run.
+    """The outcome of one run."""
 
-    Attributes:
-        valid_loss: Final validation loss, nats.
-        step_time_s: Median of the steps that only train, seconds.
-        ffn_share: FFN share of all selections, last quarter of the steps.
-        curve: Training loss over tokens.
-    """
-
-    valid_loss: float
-    step_time_s: float
-    ffn_share: float
-    curve: Series
+    valid_loss: float  # final, nats
+    step_time_s: float  # median of the steps that only train
+    ffn_share: float  # of all selections, last quarter of the steps
+    curve: Series  # training loss over tokens
 
 
 def run_outcome(numbers: Numbers) -> RunOutcome:
@@ -184,13 +163,7 @@ def run_outcome(numbers: Numbers) -> RunOutcome:
 
 @dataclass(frozen=True)
 class PilotRun(Trial[RunOutcome]):
-    """One arm with one seed; finished when its last step has a validation loss.
-
-    Attributes:
-        seed: The seed of initial weights and of the order of the data.
-        config: Its complete configuration.
-        file: The file of that.
-    """
+    """One arm with one seed; finished when its last step has a validation loss."""
 
     arm: Arm
     seed: int

@@ -39,14 +39,7 @@ _LIMITS = (
 
 
 def write_pilot_page(result: PilotResult, runs: Outcomes, out: Path) -> Path:
-    """Write the page, which needs no other file and no network.
-
-    Returns:
-        `out`.
-
-    Raises:
-        ReportError: It cannot be written; an existing page is then unchanged.
-    """
+    """Write the page to `out`, and return that; ReportError if it cannot be written."""
     with plot_style():
         plot = _difference_plot(result, runs)
     blocks: list[Block] = [plot, _arm_table(result), Text(_LIMITS, "note")]

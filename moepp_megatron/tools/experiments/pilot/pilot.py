@@ -99,21 +99,14 @@ class Pilot:
         return Estimate.of([-math.log(ratio) for ratio in found])
 
     def claim(self) -> None:
-        """Make DIR, or check it, and write the configurations of all runs that are known.
-
-        Raises:
-            ConfigError: It belongs to other settings, or cannot be written.
-        """
+        """Make or check DIR and write all known configurations; ConfigError if it is another's."""
         content = self._moepp.config.model_dump(mode="json")
         settings = {name: keys for name, keys in content.items() if name not in _ELSEWHERE}
         files = {run.file: run.config.to_yaml(run.title) for run in self.runs}
         claim(self.folder, settings, ("configs", "runs", "logs", "speed"), files)
 
     def run(self, progress: Callable[[str], object]) -> Pilot:
-        """Do what is not finished; return the finished pilot.
-
-        Args:
-            progress: Called with the title of each run before it is begun.
+        """Do what is not finished, each after a call of `progress`; return the finished pilot.
 
         Raises:
             Interrupted: Stopped from outside.
@@ -147,32 +140,22 @@ class PilotResult:
 
     All intervals are 95% t-intervals; those of loss differences take the noise from all arms
     together (statistics.py), those of speed are over sessions.
-
-    Attributes:
-        look: Number of the newest look; 0 before the first one, so that nothing is decided.
-        next_seeds: Seeds of the next look.
-        level: One-sided level that this look decides at.
-        arms: Vanilla first.
-        sentence: The answer for the person who decides.
     """
 
     command: str
     seeds: list[int]
-    look: int
+    look: int  # the newest; 0 before the first one, so that nothing is decided
     next_seeds: int
-    level: float
-    arms: list[ArmOutcome]
+    level: float  # one-sided
+    arms: list[ArmOutcome]  # vanilla first
     verdict: Verdict
     sentence: str
 
 
 def result_of(pilot: Pilot) -> tuple[PilotResult, Outcomes] | None:
-    """The result of the seeds that every arm has finished, and these runs.
+    """Return the result of the seeds that every arm has finished, and these runs, if there are any.
 
-    None before MoE++ was timed, and where no seed is finished.
-
-    Raises:
-        RunFailed: If a finished run has diverged.
+    RunFailed if a finished run has diverged.
     """
     arms = {run.arm.kind: run.arm for run in pilot.runs}
     found = {

@@ -35,34 +35,22 @@ SPEED_LIMIT = 0.01
 
 
 def level_of(look: int) -> float:
-    """The one-sided level of look 1, 2, ..."""
+    """Return the one-sided level of look 1, 2, ..."""
     return LEVEL / 2**look
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """Does MoE++ pay?
-
-    Attributes:
-        token_value: Nats that an e-fold of tokens is worth to vanilla.
-        loss_in_time: Loss after vanilla's time minus vanilla's, nats; the error of the measured
-            speed, which decides how many steps that are, is included.
-        loss_in_compute: Loss minus the narrowed vanilla model's, nats.
-        time_to_loss: Time to vanilla's loss over vanilla's, from `loss_in_time`; None where fewer
-            steps have not clearly cost vanilla loss, so that the value of tokens is unknown.
-        speed: Step time over vanilla's in the sessions, which decided the steps of `equal_time`.
-        speed_in_runs: The same in the training runs.
-        speeds_agree: Whether these differ by no more than `SPEED_LIMIT`.
-    """
+    """Does MoE++ pay? Losses in nats, less vanilla's; times over vanilla's."""
 
     answer: Literal["pays", "does not pay", "undecided"]
-    token_value: Interval
-    loss_in_time: Interval
-    loss_in_compute: Interval
-    time_to_loss: Interval | None
-    speed: Interval
+    token_value: Interval  # nats that an e-fold of tokens is worth to vanilla
+    loss_in_time: Interval  # after vanilla's time, with the error of the measured speed
+    loss_in_compute: Interval  # less the narrowed vanilla model's
+    time_to_loss: Interval | None  # None where tokens are not clearly worth anything
+    speed: Interval  # of a step, in the sessions, which decided the steps of `equal_time`
     speed_in_runs: Interval
-    speeds_agree: bool
+    speeds_agree: bool  # within `SPEED_LIMIT`
 
 
 def judge(
@@ -72,14 +60,10 @@ def judge(
     in_runs: Estimate,
     level: float | None,
 ) -> Verdict:
-    """The verdict on MoE++.
+    """Judge MoE++ at the one-sided level of the newest look; None before the first one.
 
-    Args:
-        losses: Losses of all arms, by their kinds.
-        log_tokens: Logarithm of vanilla's tokens over those of the short runs.
-        speed: Logarithm of MoE++'s step time over vanilla's, in the sessions.
-        in_runs: The same in the training runs.
-        level: One-sided level of the newest look; None before the first one.
+    `log_tokens` is the logarithm of vanilla's tokens over those of the short runs, `speed` and
+    `in_runs` that of MoE++'s step time over vanilla's in the sessions and in the training runs.
     """
     worth = {"vanilla": -1.0 / log_tokens, "short": 1.0 / log_tokens}
     value = losses.contrast(worth)
@@ -116,7 +100,7 @@ def _time_to_loss(losses: PooledLosses, worth: Mapping[str, float]) -> Estimate:
 
 
 def sentence(found: Verdict, has_looked: bool = True) -> str:
-    """The answer for the person who decides."""
+    """Say the answer to the person who decides."""
     if not has_looked:
         return f"Undecided: nothing is decided before {LOOK} seeds."
     loss, compute = found.loss_in_time.mean, found.loss_in_compute
