@@ -99,7 +99,7 @@ class ContextParallelAttention(MegatronModule):
         refuse_unused(
             type(self).__name__, attention_bias=attention_bias, packed_seq_params=packed_seq_params
         )
-        gathered = GatherSequence.apply(torch.cat([key, value], dim=-1), self.cp_group)
+        gathered = _GatherSequence.apply(torch.cat([key, value], dim=-1), self.cp_group)
         whole_key, whole_value = gathered.split([key.shape[-1], value.shape[-1]], dim=-1)
         starts = _chunk_starts(query.shape[0], self.cp_group)
         masks = (None, None) if attention_mask is None else attention_mask.chunk(2, dim=2)
@@ -134,7 +134,7 @@ def _chunk_starts(num_local_tokens: int, group: torch.distributed.ProcessGroup) 
     return group.rank() * length, (2 * group.size() - 1 - group.rank()) * length
 
 
-class GatherSequence(torch.autograd.Function):
+class _GatherSequence(torch.autograd.Function):
     """[S, b, g, d] of all ranks in order of positions; backward: fp32 reduce-scatter."""
 
     @staticmethod

@@ -122,13 +122,13 @@ def summed_gradients():
     import torch
     from megatron.core import parallel_state
 
-    from moepp_megatron.model.attention import GatherSequence
+    from moepp_megatron.model.attention import _GatherSequence
 
     parallel_state.initialize_model_parallel(context_parallel_size=4)
     group = parallel_state.get_context_parallel_group()
     orders = sorted(set(permutations((256.0, 1.0, -256.0, 1.0))))
     local = torch.zeros(2, 1, 1, len(orders), dtype=torch.bfloat16, requires_grad=True)
-    gathered = GatherSequence.apply(local, group)
+    gathered = _GatherSequence.apply(local, group)
     terms = torch.tensor([order[group.rank()] for order in orders], dtype=torch.bfloat16)
     gathered.backward(terms.expand_as(gathered))
     return local.grad.float().unique().tolist()

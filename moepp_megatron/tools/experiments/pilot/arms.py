@@ -143,7 +143,7 @@ class RunOutcome:
     curve: Series  # training loss over tokens
 
 
-def run_outcome(numbers: Numbers) -> RunOutcome:
+def _run_outcome(numbers: Numbers) -> RunOutcome:
     """The outcome of a finished run, whose last record has a finite validation loss."""
     steps = numbers.values("step")
     times, shares = numbers.values("step_time_s"), numbers.values("ffn_fraction")
@@ -203,7 +203,7 @@ class PilotRun(Trial[RunOutcome]):
                 f"run {self.name} has diverged: its validation loss is {last.valid_loss}; look at "
                 f"{folder}, or lower optimizer.lr"
             )
-        return run_outcome(Numbers(records=records))
+        return _run_outcome(Numbers(records=records))
 
 
 def session(run: PilotRun, share: float, number: int) -> TimedStepTrial:

@@ -55,7 +55,7 @@ class Point:
     @property
     def overrides(self) -> list[str]:
         """Settings of this point's layout and batch."""
-        degrees = parse_layout(self.layout)
+        degrees = _parse_layout(self.layout)
         settings = [f"parallel.{DEGREES[key]}={n}" for key, n in degrees.items()]
         # Steps of one size are compared.
         settings += [
@@ -72,7 +72,7 @@ class Point:
         return TimedStepTrial.of(file, self.name, self.nproc, words, rounds)
 
 
-def parse_layout(text: str) -> dict[str, int]:
+def _parse_layout(text: str) -> dict[str, int]:
     """Degrees by name from `ep=2,tp=1`; `auto` is empty.
 
     Raises:
@@ -104,7 +104,7 @@ def build_points(
     Raises:
         ConfigError: If a layout is malformed, or nothing fits.
     """
-    wanted = [(text, parse_layout(text)) for text in layouts]
+    wanted = [(text, _parse_layout(text)) for text in layouts]
     points: dict[str, Point] = {}
     impossible: dict[str, str] = {}
     for nproc, (text, degrees), mode in itertools.product(sorted(nprocs), wanted, modes):

@@ -71,7 +71,7 @@ def operation_of(name: str) -> Operation:
     return next(operations, Operation.OTHER)
 
 
-def bytes_of_type(name: str) -> int | None:
+def _bytes_of_type(name: str) -> int | None:
     """Bytes of an element; None for a type that is not known."""
     plain = name.lower()
     return 1 if plain.removeprefix("c10::").startswith("float8") else _BYTES.get(plain)
@@ -89,7 +89,7 @@ class Sizes:
 
 def sizes_of_nccl(args: dict[str, Any], operation: Operation) -> Sizes:
     """Read the arguments of `record_param_comms` or of an NCCL kernel."""
-    width = bytes_of_type(str(args.get("dtype", "")))
+    width = _bytes_of_type(str(args.get("dtype", "")))
     given, returned = (optional(args, f"{side} msg nelems", int) for side in ("In", "Out"))
     if width is None or given is None or returned is None:
         return Sizes()
@@ -112,7 +112,7 @@ def sizes_of_cpu(args: dict[str, Any], operation: Operation, ranks: int, dtype: 
     if operation is Operation.BARRIER:
         return Sizes(0)
     types = [str(kind) for kind in optional(args, "Input type", list) or []]
-    width = bytes_of_type(next((kind for kind in types if bytes_of_type(kind)), dtype))
+    width = _bytes_of_type(next((kind for kind in types if _bytes_of_type(kind)), dtype))
     totals = [(width or 0) * count for count in _elements(optional(args, "Input Dims", list) or [])]
     if width is None or not totals or max(totals) > LARGEST:
         return Sizes()

@@ -14,8 +14,8 @@ from moepp_megatron.runtime.launch import LaunchOptions
 from moepp_megatron.tools.experiments.runner import RunFailed, claim, run_trial
 from moepp_megatron.tools.experiments.scaling.page import scale_records
 from moepp_megatron.tools.experiments.scaling.points import (
+    _parse_layout,
     build_points,
-    parse_layout,
     shared_settings,
 )
 from moepp_megatron.tools.experiments.timed_step import BothSteps, TimedStepTrial
@@ -88,7 +88,7 @@ def test_weak_batch_grows_from_the_smallest_count(config):
 )
 def test_malformed_layouts(text):
     with pytest.raises(ConfigError, match="--layout"):
-        parse_layout(text)
+        _parse_layout(text)
 
 
 def test_records_are_relative_to_the_fastest_layout_of_the_smallest_count(config):

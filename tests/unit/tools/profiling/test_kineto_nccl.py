@@ -6,7 +6,7 @@ import pytest
 
 from moepp_megatron.tools.profiling.analysis import Profile, analyse
 from moepp_megatron.tools.profiling.collective import Collective, Operation
-from moepp_megatron.tools.profiling.formats.c10d import bytes_of_type, operation_of
+from moepp_megatron.tools.profiling.formats.c10d import _bytes_of_type, operation_of
 from moepp_megatron.tools.profiling.formats.kineto import _parse_kineto
 from moepp_megatron.tools.profiling.formats.records import whole_list
 from moepp_megatron.tools.profiling.load import load_profile
@@ -179,10 +179,10 @@ def test_all_operations_of_torch_are_known():
 
 
 def test_types_and_lists():
-    assert (bytes_of_type("ComplexDouble"), bytes_of_type("UInt16")) == (16, 2)
-    assert bytes_of_type("Float8_e4m3fn") == bytes_of_type("c10::Float8_e5m2") == 1
-    assert bytes_of_type("c10::BFloat16") == bytes_of_type("Half") == 2
-    assert bytes_of_type("ScalarList") is None
+    assert (_bytes_of_type("ComplexDouble"), _bytes_of_type("UInt16")) == (16, 2)
+    assert _bytes_of_type("Float8_e4m3fn") == _bytes_of_type("c10::Float8_e5m2") == 1
+    assert _bytes_of_type("c10::BFloat16") == _bytes_of_type("Half") == 2
+    assert _bytes_of_type("ScalarList") is None
     assert whole_list("[1, 2]") == [1, 2]
     assert whole_list("[1, 2, ...]") is None
     assert whole_list("") is None

@@ -7,9 +7,9 @@ import pytest
 from moepp_megatron.config import ConfigError, with_overrides
 from moepp_megatron.experts import FFN_ONLY
 from moepp_megatron.tools.experiments.pilot.arms import (
+    _run_outcome,
     first_arms,
     matched_arms,
-    run_outcome,
 )
 from moepp_megatron.tools.report.series import Numbers
 from tests.unit.tools.experiments.pilot.synthetic import config_of, record
@@ -99,7 +99,7 @@ def test_an_outcome_is_of_plain_warm_steps_and_the_last_quarter():
     # Those with router health are not timed, nor is the last one, which is evaluated.
     records[30:39] = [each.model_copy(update={"router_health": HEALTH}) for each in records[30:39]]
     last = {"ffn_fraction": 0.7, "valid_loss": 4.0, "step_time_s": 8.0, "loss": math.nan}
-    found = run_outcome(Numbers(records=[*records, record(40, **last)]))
+    found = _run_outcome(Numbers(records=[*records, record(40, **last)]))
     assert (found.valid_loss, found.step_time_s) == (4.0, 1.0)
     assert found.ffn_share == pytest.approx(0.61)
     assert found.curve.x.tolist() == [80.0 * step for step in range(1, 40)]
@@ -108,4 +108,4 @@ def test_an_outcome_is_of_plain_warm_steps_and_the_last_quarter():
 def test_a_run_of_measured_steps_alone_is_timed_all_the_same():
     records = [record(step, router_health=HEALTH, step_time_s=step) for step in range(1, 8)]
     records.append(record(8, router_health=HEALTH, valid_loss=4.0, step_time_s=8.0))
-    assert run_outcome(Numbers(records=records)).step_time_s == 5.5
+    assert _run_outcome(Numbers(records=records)).step_time_s == 5.5
