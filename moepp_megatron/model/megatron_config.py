@@ -41,6 +41,7 @@ def moepp_config(config: Config) -> MoEPPConfig:
         "tau": moe.balanced_tau,
         "deduplicate_dispatch": moe.dispatcher == "alltoall_dedup",
         "static_rows": moe.static_rows_per_selection,
+        "captures_experts": "moe" in config.training.cuda_graphs,
     }
     return MoEPPConfig(**settings)
 
@@ -211,7 +212,9 @@ def _flex_fields(config: Config) -> dict[str, object]:
 def _graph_fields(config: Config) -> dict[str, object]:
     if not config.training.cuda_graphs:
         return {}
-    return {"cuda_graph_impl": "local", "cuda_graph_modules": list(config.training.cuda_graphs)}
+    # Where the experts are captured, the router is too.
+    names = ["moe_router" if part == "moe" else part for part in config.training.cuda_graphs]
+    return {"cuda_graph_impl": "local", "cuda_graph_modules": [*dict.fromkeys(names)]}
 
 
 def kernel_fields(config: Config) -> dict[str, object]:

@@ -34,11 +34,13 @@ class MoEPPConfig(LayerSettings):
         static_rows: FFN rows of a rank for each selection of its tokens, in passes in which
             `MoEPPLayer.is_static`, which the training loop sets; None for no such passes. A loop
             that sets it must discard passes whose `RoutingStatistics.fill` exceeds 1.
+        captures_experts: Whether passes with static rows run dispatch to combine as CUDA graphs.
     """
 
     num_ffn_experts: int = field(kw_only=False)
     deduplicate_dispatch: bool = False
     static_rows: float | None = None
+    captures_experts: bool = False
 
     def __post_init__(self) -> None:
         """Refuse settings that no layer can be built from (ValueError)."""

@@ -1,12 +1,14 @@
-"""Attention and router of a layer as CUDA graphs; the rest is launched normally.
+"""Attention, router and experts of a layer as CUDA graphs; the rest is launched normally.
 
-    attention | norm, router logits, scores, selection, gates | losses, limits, counts, experts
-    ---- graph ---- ------------------ graph ----------------   ----------- no graph ----------
+    attention | norm, router logits, scores, selection, gates | losses, limits, counts | experts
+    -- graph -- ------------------ graph ----------------------      no graph            - graph -
 
 A graph repeats kernels on fixed addresses; Python code runs only once, at capture. So the cut is
 where the router stops being a function of its tensors: `MoEPPRouter.choose` is in the graph,
-`settle` (losses, capacity limits, statistics) is not. Dispatch reads sizes on the host and experts
-get another number of tokens each time: neither can be captured.
+`settle` (losses, capacity limits, statistics) is not. Dispatch to combine is a function of tensors
+with static rows alone: else the host reads sizes, and experts get other numbers of tokens each
+time. A pass without static rows replays no graph at all, for a graph expects its inputs where the
+graph before it has left them.
 
 megatron-core's "local" graphs do the work (`CudaGraphManager`): the first training step runs
 eagerly and is recorded, graphs are made at its end, later steps replay them.
@@ -21,33 +23,52 @@ from megatron.core.transformer.cuda_graphs import CudaGraphManager
 from megatron.core.transformer.enums import CudaGraphModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from moepp_megatron.moe.config import MoEPPConfig
 from moepp_megatron.moe.upstream_versions import TESTED_VERSION, refuse_elsewhere
 
 # Of a layer, the function to capture for each part.
 _FUNCTIONS = {
     CudaGraphModule.attn: "_forward_attention",
     CudaGraphModule.moe_router: "_forward_router",
+    CudaGraphModule.moe: "_forward_experts",
 }
+# What megatron-core may name: it refuses moe without capacities, so `MoEPPConfig` has it.
+_NAMED = {CudaGraphModule.attn, CudaGraphModule.moe_router}
 # megatron-core adds it to moe_router by itself. Nothing here is captured for it.
 _IMPLIED = CudaGraphModule.moe_preprocess
 
 
 class CapturedParts:
-    """The parts of one layer that run as graphs (`cuda_graph_modules`); replaces their methods."""
+    """The parts of one layer that run as graphs (`cuda_graph_modules`); replaces their methods.
+
+    Attributes:
+        replays: Whether training passes replay them.
+    """
 
     def __init__(self, layer: torch.nn.Module, config: TransformerConfig) -> None:
-        self._layer = layer
+        self._layer, self._config = layer, config
         self._is_pipeline = config.pipeline_model_parallel_size > 1
-        self._parts = {part for part in config.cuda_graph_modules if part in _FUNCTIONS}
-        for part in self._parts:
-            manager = CudaGraphManager(config, layer, function_name=_FUNCTIONS[part])
-            # A submodule, so that it learns of training and evaluation; it has no parameters.
-            layer.add_module(f"{part.name}_graphs", manager)
+        self._parts: set[CudaGraphModule] = set()
+        self.replays = True
+        for part in _NAMED.intersection(config.cuda_graph_modules):
+            self.add(part)
+
+    def add(self, part: CudaGraphModule) -> None:
+        """Capture a part."""
+        self._parts.add(part)
+        manager = CudaGraphManager(self._config, self._layer, function_name=_FUNCTIONS[part])
+        # A submodule, so that it learns of training and evaluation; it has no parameters.
+        self._layer.add_module(f"{part.name}_graphs", manager)
 
     @property
     def has_router(self) -> bool:
         """True if norm and router are captured."""
         return CudaGraphModule.moe_router in self._parts
+
+    @property
+    def has_experts(self) -> bool:
+        """True if dispatch, experts and combine are captured."""
+        return CudaGraphModule.moe in self._parts
 
     def arguments(self, part: CudaGraphModule, **kwargs: Any) -> dict[str, Any]:
         """The keyword arguments for a method that may be captured.
@@ -61,7 +82,7 @@ class CapturedParts:
         """
         if part not in self._parts:
             return kwargs
-        if not (self._layer.training and torch.is_grad_enabled()):
+        if not (self.replays and self._layer.training and torch.is_grad_enabled()):
             return {**kwargs, "eager": True}
         if self._is_pipeline:
             return {
@@ -71,10 +92,16 @@ class CapturedParts:
         return kwargs
 
 
-def refuse_uncapturable(config: TransformerConfig) -> None:
+def refuse_uncapturable(config: TransformerConfig, moepp: MoEPPConfig) -> None:
     """Refuse settings that no graph of a MoE++ layer can hold (ValueError)."""
     if config.cuda_graph_impl == "none":
         return
+    has_router = CudaGraphModule.moe_router in config.cuda_graph_modules
+    if moepp.captures_experts and (moepp.static_rows is None or not has_router):
+        raise ValueError(
+            f"captures_experts ({moepp.captures_experts}) must come with static_rows and with "
+            "moe_router in TransformerConfig.cuda_graph_modules; use False"
+        )
     refuse_elsewhere(
         "cuda_graph_impl",
         config.cuda_graph_impl,
@@ -90,14 +117,14 @@ def refuse_uncapturable(config: TransformerConfig) -> None:
             "router logits; use local"
         )
     parts = [part for part in config.cuda_graph_modules if part is not _IMPLIED]
-    if not parts or set(parts) - set(_FUNCTIONS):
+    if not parts or set(parts) - _NAMED:
         names = [part.name for part in parts]
         raise ValueError(
             f"TransformerConfig.cuda_graph_modules ({names}) must hold attn, moe_router or both "
             "with MoE++ layers: the number of tokens of an expert is another in every step, and a "
             "graph's sizes are fixed; use [attn, moe_router]"
         )
-    if config.moe_enable_routing_replay and CudaGraphModule.moe_router in parts:
+    if config.moe_enable_routing_replay and has_router:
         raise ValueError(
             f"TransformerConfig.moe_enable_routing_replay ({config.moe_enable_routing_replay}) "
             "must be False with moe_router in cuda_graph_modules, because a graph would repeat the "

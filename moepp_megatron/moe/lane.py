@@ -19,7 +19,7 @@ from torch import Tensor
 
 from moepp_megatron.moe.config import MoEPPConfig
 from moepp_megatron.moe.cuda_graphs import CapturedParts
-from moepp_megatron.moe.layer import MoEPPLayer
+from moepp_megatron.moe.layer import MoEPPLayer, moepp_layers
 from moepp_megatron.moe.selection import Routing
 from moepp_megatron.moe.upstream_versions import by_name
 
@@ -41,6 +41,12 @@ class MoEPPTransformerLayer(TransformerLayer):
 
     lane_width = 0
     captured: CapturedParts | None = None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        mlp = self.mlp
+        if self.captured and isinstance(mlp, MoEPPLayer) and mlp.moepp.captures_experts:
+            self.captured.add(CudaGraphModule.moe)
 
     def forward(
         self, hidden_states: Tensor, context: Tensor | None = None, **kwargs: Any
@@ -86,14 +92,43 @@ class MoEPPTransformerLayer(TransformerLayer):
             normed, *chosen = self._forward_router(
                 hidden_states, previous_logits, **self._arguments(CudaGraphModule.moe_router)
             )
+            routing = Routing(**dict(zip(_CAPTURED, chosen, strict=False)))
+            if self.captured.has_experts:
+                return self._captured_experts(hidden_states, normed, routing)
             residual = self._residual(hidden_states)
-            output, logits = self.mlp(
-                normed, chosen=Routing(**dict(zip(_CAPTURED, chosen, strict=False)))
-            )
+            output, logits = self.mlp(normed, chosen=routing)
         else:
             normed, residual = self.normed_and_residual(hidden_states)
             output, logits = self.mlp(normed, previous_logits, padding_mask=padding_mask, tags=tags)
         return self.with_residual(output, residual), logits
+
+    def _captured_experts(
+        self, hidden_states: Tensor, normed: Tensor, chosen: Routing
+    ) -> tuple[Tensor, Tensor]:
+        """Output [s, b, D] and logits of the layer after what a router chose."""
+        routing = self.mlp.router.settle(chosen)
+        self.mlp.choose_dispatcher(routing)
+        output = self._forward_experts(
+            hidden_states,
+            normed,
+            *(routing.gates, routing.routing_map, routing.mixing_logits),
+            **self._arguments(CudaGraphModule.moe),
+        )
+        self.mlp.count_bytes(normed)
+        return output, routing.logits
+
+    def _forward_experts(
+        self,
+        hidden_states: Tensor,
+        normed: Tensor,
+        gates: Tensor,
+        routing_map: Tensor,
+        mixing_logits: Tensor | None,
+    ) -> Tensor:
+        """The layer after `settle`, without counting anything: what a graph captures."""
+        routing = Routing(gates, routing_map, None, None, mixing_logits=mixing_logits)
+        output = self.mlp.combined_output(normed, routing, counts=False)
+        return self.with_residual(output, self._residual(hidden_states))
 
     def _forward_router(
         self, hidden_states: Tensor, previous_logits: Tensor | None
@@ -127,6 +162,17 @@ class MoEPPTransformerLayer(TransformerLayer):
 
     def _arguments(self, part: CudaGraphModule, **kwargs: Any) -> dict[str, Any]:
         return kwargs if self.captured is None else self.captured.arguments(part, **kwargs)
+
+
+def use_static_rows(model: torch.nn.Module, is_static: bool) -> None:
+    """Have training passes of all layers use static rows, and graphs of experts, or neither."""
+    layers = moepp_layers(model)
+    captures = any(layer.moepp.captures_experts for layer in layers)
+    for layer in layers:
+        layer.is_static = is_static
+    for module in model.modules():
+        if isinstance(module, MoEPPTransformerLayer) and module.captured is not None:
+            module.captured.replays = is_static or not captures
 
 
 def lane_columns(moepp: MoEPPConfig, dtype: torch.dtype) -> int:

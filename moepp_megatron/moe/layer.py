@@ -119,7 +119,7 @@ class MoEPPLayer(MoELayer):
     ) -> None:
         check_upstream()
         refuse_ignored(config, moepp)
-        refuse_uncapturable(config)
+        refuse_uncapturable(config, moepp)
         if is_mtp_layer:
             raise ValueError(_no_mtp_layer(config))
         if pg_collection is None:
@@ -254,20 +254,41 @@ class MoEPPLayer(MoELayer):
         assert routing.logits is not None, "a router's result has its logits"
         if self.router.health.enabled and RoutingStatistics.is_counting(self.training):
             self._measure_constants(hidden_states, routing)
-        dispatched, probs = self.dispatch(*self.ffn_input(hidden_states, routing))
+        self.choose_dispatcher(routing)
+        return self.combined_output(hidden_states, routing, padding), routing.logits
+
+    def choose_dispatcher(self, routing: Routing) -> None:
+        """Begin a pass with the dispatcher that it uses, and count how full static rows are."""
+        self.token_dispatcher = self._dynamic_dispatcher
+        if self._static_dispatcher is not None and self.training:
+            routing_map = routing.routing_map[:, : self.moepp.num_ffn_experts]
+            self.statistics.add_fill(self._static_dispatcher.fill(routing_map))
+            if self.is_static:
+                self.token_dispatcher = self._static_dispatcher
+
+    def combined_output(
+        self,
+        hidden_states: Tensor,
+        routing: Routing,
+        padding: Tensor | None = None,
+        counts: bool = True,
+    ) -> Tensor:
+        """[s, b, D] output of all experts; `counts` bytes that travel."""
+        dispatch = self.dispatch if counts else super().dispatch
+        dispatched, probs = dispatch(*self.ffn_input(hidden_states, routing))
         # While tokens travel to their experts and back: what needs no token to move.
         shared_output = self.shared_output(hidden_states, padding)
         expert_output, _ = self.routed_experts_compute(dispatched, probs)
         returning = self.combine(expert_output)
         if self.fuses:
             all_output = self.fused_output(returning, hidden_states, routing, shared_output)
-            return all_output.view(hidden_states.shape), routing.logits
+            return all_output.view(hidden_states.shape)
         output = self.local_output(hidden_states, routing, shared_output)
         ffn_output = self.postprocess(returning, None)
         if output is None:
-            return ffn_output, routing.logits
+            return ffn_output
         output.add_(ffn_output.view_as(output))
-        return output.view(hidden_states.shape), routing.logits
+        return output.view(hidden_states.shape)
 
     def _measure_constants(self, hidden_states: Tensor, routing: Routing) -> None:
         if self.moepp.num_constant_experts > 0:
@@ -292,19 +313,18 @@ class MoEPPLayer(MoELayer):
         gates, routing_map = routing.gates[:, :num_ffn], routing.routing_map[:, :num_ffn]
         if self.moepp.expert_input_scale != 1.0:
             hidden_states = hidden_states * self.moepp.expert_input_scale
-        self.token_dispatcher = self._dynamic_dispatcher
-        if self._static_dispatcher is not None and self.training:
-            self.statistics.add_fill(self._static_dispatcher.fill(routing_map))
-            if self.is_static:
-                self.token_dispatcher = self._static_dispatcher
         return self.preprocess(hidden_states, gates, routing_map)
 
     def dispatch(self, hidden_states: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
         """Dispatch as megatron-core does and count the bytes."""
         dispatched = super().dispatch(hidden_states, probs)
+        self.count_bytes(hidden_states)
+        return dispatched
+
+    def count_bytes(self, hidden_states: Tensor) -> None:
+        """Count the bytes of the pass that is dispatched."""
         if RoutingStatistics.is_counting(self.training):
             self.statistics.a2a_bytes += bytes_sent(self.token_dispatcher, hidden_states)
-        return dispatched
 
     def shared_output(self, hidden_states: Tensor, padding: Tensor | None) -> Tensor | None:
         """[s, b, D] output of the shared experts, 0 for padding [s, b]; None if there are none."""

@@ -169,6 +169,14 @@ LOCAL: dict[str, dict[str, Any]] = {
     "static rows, expert parallel": smallest(
         _TWO_EXPERT_RANKS, "moe.static_rows=1.3", world_size=2
     ),
+    "static rows, graphs": smallest("moe.static_rows=1.3", "training.cuda_graphs=[attn,moe]"),
+    "static rows, graphs, expert parallel": smallest(
+        _TWO_EXPERT_RANKS,
+        "moe.static_rows=1.3",
+        "training.cuda_graphs=[attn,moe]",
+        "moe.shared_expert_ffn_hidden_size=256",
+        world_size=2,
+    ),
     "DeepEP": smallest(_TWO_EXPERT_RANKS, "moe.dispatcher=flex", world_size=2),
     "HybridEP": smallest(
         _TWO_EXPERT_RANKS, "moe.dispatcher=flex", "moe.flex_backend=hybridep", world_size=2
@@ -209,6 +217,8 @@ ENGINE: dict[str, dict[str, Any]] = {
             "deduplicated",
             "static rows",
             "static rows, expert parallel",
+            "static rows, graphs",
+            "static rows, graphs, expert parallel",
             "DeepEP",
             "HybridEP",
             "graphs",

@@ -22,6 +22,8 @@ TABLES = {
     "deduplicated": (reads.DEDUPLICATED,),
     "static rows": (),
     "static rows, expert parallel": (),
+    "static rows, graphs": (),
+    "static rows, graphs, expert parallel": (),
     "DeepEP": (reads.DEEPEP,),
     "HybridEP": (reads.HYBRIDEP,),
     "HybridEP, its own permutation": (reads.HYBRIDEP,),
@@ -50,6 +52,8 @@ def test_features(play, transformer_engine, is_covered):
         assert experts in outcome["modules"]
     if is_covered:
         return
+    # Attention, router and experts of two layers, forward and backward.
+    assert outcomes["static rows, graphs"]["launches"]["a graph"] == 2 * 3 * 2
     layers = outcomes["all-gather"]["layers"]
     launches = outcomes["all-gather"]["owners"]["this package"]
     assert launches <= 46 * layers + token_id_kernels(layers)

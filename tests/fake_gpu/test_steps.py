@@ -29,6 +29,8 @@ def test_local_modules(local):
         "deduplicated": (reads.DEDUPLICATED,),
         "static rows": (),
         "static rows, expert parallel": (),
+        "static rows, graphs": (),
+        "static rows, graphs, expert parallel": (),
         "DeepEP": (reads.DEEPEP,),
         "HybridEP": (reads.HYBRIDEP,),
         "HybridEP, a part of a chunk": (reads.HYBRIDEP, reads.UNEVEN),

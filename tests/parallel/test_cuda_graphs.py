@@ -35,6 +35,42 @@ def train_with_graphs(raw, steps: int):
     return result
 
 
+def train_with_experts(raw, steps: int, replays: int):
+    """As `train`, with the products of a GPU; all graphs are replayed so often."""
+    from megatron.core.tensor_parallel.random import initialize_rng_tracker
+
+    from moepp_megatron.moe import spec
+    from moepp_megatron.moe.grouped_experts import GroupedExperts
+    from tests.graph_recorder import cpu_graphs, graphs_of
+
+    initialize_rng_tracker()
+    built: list[Any] = []
+    with pytest.MonkeyPatch.context() as patch, cpu_graphs():
+        patch.setattr(spec, "CPUExperts", GroupedExperts)
+        result = train(raw, steps, built.extend)
+        graphs = [graph for model in built for graph in graphs_of(model)]
+        assert {graph.replays for graph in graphs} <= {replays}
+        assert (len(graphs) > 0) == bool(raw["training"]["cuda_graphs"])
+    return result
+
+
+@pytest.mark.parametrize("layout", ["data parallel", "pipeline"])
+@pytest.mark.parametrize(("factor", "replays"), [(4.0, 2), (0.2, 0)])
+def test_experts_with_static_rows_are_captured(ranks, layout, factor, replays):
+    """Without a replay where the first step's rows overflow: it is repeated, others have none."""
+    sections: dict[str, Any] = {
+        "parallel": {"pipeline": PP2, "data parallel": {}}[layout],
+        "moe": {"static_rows": factor, "shared_expert_ffn_hidden_size": 24},
+    }
+    runs = []
+    for graphs in (["attn", "moe"], []):
+        raw = short(**sections, training={"cuda_graphs": graphs})
+        runs.append(assemble(ranks(2).run(train_with_experts, raw, STEPS + 1, replays)))
+    compare(*runs, 1e-6)
+    assert runs[0].repeated == [int(factor < 1.0)] * (STEPS + 1)
+    assert runs[0].fills == runs[1].fills
+
+
 def with_and_without(ranks: RankPools, sections) -> tuple[Run, Run]:
     """A run with graphs, which the second step replays in both directions, and one without."""
     plain = assemble(ranks(2).run(train, short(**sections), STEPS))

@@ -100,7 +100,7 @@ class MegatronSection(Section):
         ),
         _only_with(
             "megatron.fused_residual_rmsnorm",
-            lambda c: "moe_router" in c.training.cuda_graphs,
+            lambda c: c.training.captures_router,
             "must be false with moe_router in training.cuda_graphs, which captures a plain norm",
             "use [attn]",
         ),

@@ -80,11 +80,10 @@ def _recomputes_no_layers_of_a_rank(config: Config) -> bool:
     return layers is None or layers > max(_layers_of_a_rank(config), 1)
 
 
-_CAPTURABLE = ("attn", "moe_router")
+_CAPTURABLE = ("attn", "moe_router", "moe")
 # megatron-core's other parts, with the reason against each.
 _REASONS = {
     "mlp": "a dense FFN is not captured by the MoE++ layer",
-    "moe": "an expert gets another number of tokens in every step, and a graph's sizes are fixed",
     "moe_preprocess": "the all-to-all's sizes are read on the host, which no graph can do",
     "mamba": "there is no such layer here",
 }
@@ -95,14 +94,10 @@ def _unknown(config: Config) -> list[str]:
     return [part for part in config.training.cuda_graphs if part not in _CAPTURABLE]
 
 
-def _captures_router(config: Config) -> bool:
-    return "moe_router" in config.training.cuda_graphs
-
-
 def _only_capturable(config: Config) -> str:
     part = _unknown(config)[0]
     reason = _REASONS.get(part, "there is no such part")
-    return f"must hold only {' and '.join(_CAPTURABLE)}, because of {part}: {reason}"
+    return f"must hold only {', '.join(_CAPTURABLE)}, because of {part}: {reason}"
 
 
 def _recomputes_absent_shared_experts(config: Config) -> bool:
@@ -137,11 +132,16 @@ class EngineTrainingSection(Section):
     recompute_modules: list[str] = ["moe"]
     """With selective: the modules to recompute"""
     cuda_graphs: list[str] = []
-    """Parts of each layer that run as CUDA graphs: attn, moe_router"""
+    """Parts of each layer that run as CUDA graphs: attn, moe_router, moe (router and experts)"""
     log_interval: Annotated[int, Unit("steps", ge=1)] = 1
     """Steps between log lines"""
     deterministic: bool = False
     """Only deterministic kernels, at some cost in speed"""
+
+    @property
+    def captures_router(self) -> bool:
+        """True if routers run as CUDA graphs."""
+        return not {"moe_router", "moe"}.isdisjoint(self.cuda_graphs)
 
     @property
     def batch_sizes(self) -> list[int]:
@@ -208,14 +208,21 @@ class EngineTrainingSection(Section):
                 ),
                 refuse(
                     "training.cuda_graphs",
-                    lambda c: _captures_router(c) and c.moe.z_loss_coeff is not None,
+                    lambda c: "moe" in c.training.cuda_graphs and c.moe.static_rows is None,
+                    "must not hold moe without moe.static_rows: an expert gets another number of "
+                    "tokens in every step, and a graph's sizes are fixed",
+                    "set moe.static_rows, or use [attn, moe_router]",
+                ),
+                refuse(
+                    "training.cuda_graphs",
+                    lambda c: c.training.captures_router and c.moe.z_loss_coeff is not None,
                     "must have moe.z_loss_coeff ({moe.z_loss_coeff}) null with moe_router: the "
                     "loss is recorded by the host, which a graph does not repeat",
                     _REMEDY,
                 ),
                 refuse(
                     "training.cuda_graphs",
-                    lambda c: _captures_router(c) and c.moe.input_jitter_eps is not None,
+                    lambda c: c.training.captures_router and c.moe.input_jitter_eps is not None,
                     "must have moe.input_jitter_eps ({moe.input_jitter_eps}) null with moe_router: "
                     "noise inside a graph has not been tested",
                     _REMEDY,

@@ -147,7 +147,7 @@ def _metrics_are_measured(config: Config) -> Iterator[Problem]:
     """A rule needs its metric: router health can be switched off."""
     is_off = {
         "observe.health_interval": config.observe.health_interval == 0,
-        "training.cuda_graphs": "moe_router" in config.training.cuda_graphs,
+        "training.cuda_graphs": config.training.captures_router,
     }
     for name, rule in _own(config):
         for setting in _HEALTH if rule.metric in MEASURED else ():

@@ -42,7 +42,7 @@ class RouterHealthPart(Part):
         layers = [layer for chunk in model.models for layer in moepp_layers(chunk)]
         self._routers = {layer.layer_number: layer.router for layer in layers}
         # A router in a CUDA graph repeats kernels; it has no place for further ones.
-        is_captured = "moe_router" in config.training.cuda_graphs
+        is_captured = config.training.captures_router
         self._interval = 0 if is_captured or config.moe.is_vanilla else interval
         # There the loss comes after other micro-batches have passed the layers.
         self._sorts_losses = not config.parallel.overlap_moe_expert_parallel_comm

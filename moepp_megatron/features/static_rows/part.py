@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moepp_megatron.config import Layout
+from moepp_megatron.moe.lane import use_static_rows
 from moepp_megatron.moe.layer import moepp_layers
 from moepp_megatron.observe.alerts import Alert
 from moepp_megatron.training.part import Part, PartContext, State, Step, Why
@@ -38,7 +39,8 @@ class StaticRowsPart(Part):
 
     def __init__(self, run: PartContext) -> None:
         self._factor = run.config.moe.static_rows or 0.0
-        self._layers = [layer for chunk in run.model.models for layer in moepp_layers(chunk)]
+        self._chunks = run.model.models
+        self._layers = [layer for chunk in self._chunks for layer in moepp_layers(chunk)]
         self._is_static = self._warned = False
         self._fits, self._repeated = True, 0
         self._overflows: list[tuple[int, float]] = []
@@ -61,8 +63,8 @@ class StaticRowsPart(Part):
 
     def _choose(self, is_static: bool) -> None:
         self._is_static = is_static
-        for layer in self._layers:
-            layer.is_static = is_static
+        for chunk in self._chunks:
+            use_static_rows(chunk, is_static)
 
     def _fill(self) -> Tensor:
         """Largest number of rows of this rank's layers over the buffer's; float64 on the device."""

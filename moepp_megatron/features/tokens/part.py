@@ -199,7 +199,7 @@ def _layers_know_tokens(config: Config) -> bool:
     """True unless the combined schedule, or a router in a CUDA graph, keeps tags from layers."""
     return not (
         config.parallel.overlap_moe_expert_parallel_comm
-        or "moe_router" in config.training.cuda_graphs
+        or config.training.captures_router
         or config.moe.is_vanilla
     )
 

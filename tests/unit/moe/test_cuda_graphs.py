@@ -1,4 +1,6 @@
-"""Attention and router as CUDA graphs: replayed, they train like the uncaptured model."""
+"""Attention, router and experts as CUDA graphs: replayed, they train like the uncaptured model."""
+
+from dataclasses import replace
 
 import pytest
 import torch
@@ -7,7 +9,10 @@ from megatron.core.transformer.cuda_graphs import create_cudagraphs
 from megatron.core.transformer.enums import CudaGraphModule
 from torch import Tensor
 
+from moepp_megatron.moe import spec as specs
 from moepp_megatron.moe.config import MoEPPConfig
+from moepp_megatron.moe.grouped_experts import GroupedExperts
+from moepp_megatron.moe.lane import use_static_rows
 from moepp_megatron.moe.layer import moe_statistics
 from moepp_megatron.moe.spec import get_moepp_layer_spec
 from tests.graph_recorder import cpu_graphs, graphs_of
@@ -119,6 +124,38 @@ def test_replayed_graphs_train_like_the_model(parts, case):
             short = batch(4)[:, : SEQUENCE // 2]
             assert_close(token_losses(model, short), token_losses(plain, short), "evaluation")
         assert {graph.replays for graph in graphs} == {2}
+
+
+@tested_version_only
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("parts", [["moe_router"], ["attn", "moe_router"]], ids="+".join)
+def test_experts_with_static_rows_are_captured(monkeypatch, parts, case):
+    """And no graph is replayed in a step without static rows, before or after the capture."""
+    monkeypatch.setattr(specs, "CPUExperts", GroupedExperts)
+    moepp = replace(CASES[case], static_rows=1.2)
+    changes = {"moe_shared_expert_intermediate_size": 24, "moe_layer_freq": [1, 0, 1]}
+    plain = prepared(moepp, **changes)
+    with cpu_graphs():
+        changes |= {"cuda_graph_impl": "local", "cuda_graph_modules": list(parts)}
+        model = prepared(replace(moepp, captures_experts=True), **changes)
+        model.load_state_dict(plain.state_dict(), strict=False)
+        replayed = 0
+        for seed, is_static in enumerate([False, True, True, False, True]):
+            change_weights(model, plain, seed)
+            for each in (model, plain):
+                use_static_rows(each, is_static)
+            assert_same_step(model, plain, batch(seed), f"step {seed}")
+            create_cudagraphs()
+            replayed += is_static and seed > 1
+            graphs = graphs_of(model)
+            # Attention of three layers, router and experts of two; none before the first capture.
+            assert len(graphs) == (3 * ("attn" in parts) + 2 * 2 if seed else 0)
+            assert {graph.replays for graph in graphs} <= {replayed}
+        assert replayed == 2
+        theirs = moe_statistics(plain)
+        for number, ours in moe_statistics(model).items():
+            assert torch.equal(ours.selected, theirs[number].selected)
+            assert ours.fill == theirs[number].fill
 
 
 def test_what_reads_on_the_host_cannot_be_captured():
