@@ -1,6 +1,7 @@
 """What the ladder's results say, in Markdown; a prediction of a larger size, and what came of it.
 
     python -m benchmarks.ladder_table [FILE] [--predict SIZE PREDICTION | --compare PREDICTION]
+    python -m benchmarks.ladder_table [FILE] --equal PREDICTION
 
 Losses are nats, the mean of the held-out corpora. Differences are paired by seed, so that initial
 weights and the order of the data cancel. Intervals are 95% t-intervals unless they say otherwise.
@@ -25,6 +26,7 @@ from benchmarks.ladder_run import (
     BATCH,
     CHANGES,
     DECIDING,
+    EQUAL,
     KINDS,
     LENGTH,
     SIZES,
@@ -35,7 +37,14 @@ from moepp_megatron.runtime.atomic import write_atomic
 from moepp_megatron.tools.experiments.statistics import Estimate, t_below, t_quantile
 
 FILE = Path(__file__).parent / "results" / "ladder.jsonl"
-EQUAL = {"steps": "equal steps", "flop": "equal FLOP"}
+LENGTHS = {"steps": "equal steps", "flop": "equal FLOP"}
+# Where the arms of equal FFN work were run: stage, size, and the corpora that are compared.
+CELLS: dict[str, tuple[str, str, Sequence[str]]] = {
+    "S": ("equal", "S", ()),
+    "M": ("equal", "M", ()),
+    "L, other texts": ("proof", "L", ()),
+    "control": ("control", "S", KINDS["control"]["hard"]),
+}
 PAIRS = [(arm, "vanilla") for arm in ARMS if arm != "vanilla"]
 PAIRS += [("selected", "vanilla selected"), ("selected", "paper"), ("no residual", "paper")]
 # An arm, and what it is compared with, if anything.
@@ -113,7 +122,7 @@ def log_flop(size: str) -> float:
 def predictions(ladder: Ladder, size: str) -> Iterator[dict[str, Any]]:
     """Of every loss and difference at a size from the smaller ones, for so many new seeds."""
     sizes = list(SIZES)[: list(SIZES).index(size)]
-    for what, row in product(EQUAL, [*((arm, "") for arm in ARMS), *PAIRS]):
+    for what, row in product(LENGTHS, [*((arm, "") for arm in ARMS), *PAIRS]):
         _, at = line(ladder, row, sizes, what)
         found: dict[str, Any] = {"row": row, "at": what, "size": size, "from": sizes}
         for seeds in (1, 2, 3):
@@ -142,7 +151,13 @@ def came(ladder: Ladder, prediction: dict[str, Any]) -> list[str]:
     (low, high), sign = guess["95%"], "+" if row[1] else ""
     expected = f"{guess['mean'][0]:{sign}.3f} ({low:{sign}.3f} to {high:{sign}.3f})"
     verdict = f"inside {inside[0]}" if inside else "outside"
-    return [f"{EQUAL[what]}: {name(row)}", expected, f"{mean:{sign}.3f}", f"{len(found)}", verdict]
+    return [
+        f"{LENGTHS[what]}: {name(row)}",
+        expected,
+        f"{mean:{sign}.3f}",
+        f"{len(found)}",
+        verdict,
+    ]
 
 
 def name(row: Sequence[str]) -> str:
@@ -176,7 +191,7 @@ def pooled(groups: Sequence[Sequence[float]]) -> Estimate:
 
 def rungs(ladder: Ladder, sizes: Sequence[str]) -> Iterator[str]:
     """Losses with FFN share and steps; differences, with slope; differences by kind of text."""
-    for what, title in EQUAL.items():
+    for what, title in LENGTHS.items():
         rows, by_kind = [], []
         for arm in ARMS:
             rows.append([arm, *(_loss(rung(ladder, arm, size, what)) for size in sizes), "", ""])
@@ -197,7 +212,7 @@ def worth(ladder: Ladder, sizes: Sequence[str]) -> Iterator[str]:
     for arm in (arm for arm in ARMS if not arm.startswith("vanilla")):
         rows.append([arm])
         for size in sizes:
-            short, long = (rung(ladder, arm, size, what) for what in EQUAL)
+            short, long = (rung(ladder, arm, size, what) for what in LENGTHS)
             more = {seed: long[seed]["run"]["steps"] / short[seed]["run"]["steps"] for seed in long}
             found = [less({seed: long[seed]}, short)[0] / math.log(more[seed]) for seed in long]
             rows[-1].append(shown(Estimate.of(found)))
@@ -249,18 +264,93 @@ def decide(ladder: Ladder) -> Iterator[str]:
         yield table(["changed", *DECIDING, "both", every, seen, "FFN share"], rows)
 
 
+def equal_work(ladder: Ladder) -> Iterator[str]:
+    """Arms of equal FFN work less vanilla with the same gates, and what they spend where."""
+    rows, spent = [], []
+    for arm, settings in EQUAL.items():
+        if not settings.against:
+            continue
+        found = [_less(ladder, arm, settings.against, *cell) for cell in CELLS.values()]
+        both = [each for each in found[:2] if each]
+        shares = [
+            each["share"] * _topk(arm)
+            for each in ladder.get(("equal", arm, "S", "steps"), {}).values()
+        ]
+        cells = [shown(Estimate.of(each)) if each else "" for each in found]
+        rows.append(
+            [
+                name((arm, settings.against)),
+                *cells,
+                shown(pooled(both)) if both else "",
+                f"{np.mean(shares):.2f}" if shares else "",
+            ]
+        )
+        spent.append([arm, *_spent(ladder, arm)])
+    gates = [_less(ladder, "vanilla selected", "vanilla", *cell) for cell in CELLS.values()]
+    cells = [shown(Estimate.of(each)) if each else "" for each in gates]
+    rows.insert(0, ["vanilla selected less vanilla", *cells, shown(pooled(gates[:2])), ""])
+    yield table(["equal FFN work", *CELLS, "S and M", "FFN experts a token"], rows)
+    yield table(
+        ["FFN experts a token", *KINDS["A"], *KINDS["control"], "spread over 8 ranks"], spent
+    )
+
+
+def _less(
+    ladder: Ladder, arm: str, other: str, stage: str, size: str, kinds: Sequence[str]
+) -> list[float]:
+    return less(*(ladder.get((stage, each, size, "steps"), {}) for each in (arm, other)), kinds)
+
+
+def _topk(arm: str) -> int:
+    topk: int = EQUAL[arm].moe["router_topk"]
+    return topk
+
+
+def _spent(ladder: Ladder, arm: str) -> Iterator[str]:
+    """FFN experts a token by kind of text, on size S and in the control; how ranks differ."""
+    for stage, kinds in (("equal", KINDS["A"]), ("control", KINDS["control"])):
+        found = ladder.get((stage, arm, "S", "steps"), {}).values()
+        for each in kinds.values():
+            picks = [result["ffn"][kind] for result in found for kind in each]
+            yield f"{np.mean(picks):.2f}" if picks else ""
+    spread = [each["spread"] for each in ladder.get(("equal", arm, "S", "steps"), {}).values()]
+    yield f"{np.mean(spread):.1%}" if spread else ""
+
+
+def came_equal(ladder: Ladder, file: Path) -> str:
+    """Predictions of arms of equal FFN work, and what came."""
+    rows = []
+    for line in file.read_text().splitlines()[1:]:
+        said = json.loads(line)
+        stage = said.get("stage", "equal")
+        kinds = {"control": KINDS["control"]["hard"]}.get(stage, ())
+        found = _less(ladder, said["arm"], said["less"], stage, said["size"], kinds)
+        if not found:
+            continue
+        low, high = said["range"]
+        mean = float(np.mean(found))
+        place = "inside" if low <= mean <= high else "outside"
+        expected = f"{said['mean']:+.3f} ({low:+.3f} to {high:+.3f})"
+        label = f"{stage}, {said['size']}: {name((said['arm'], said['less']))}"
+        rows.append([label, expected, shown(Estimate.of(found)), place])
+    return table(["arm", "predicted", "came", ""], rows)
+
+
 def main() -> None:
     """Print tables, or write or compare a prediction."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("file", type=Path, nargs="?", default=FILE)
     parser.add_argument("--predict", nargs=2, metavar=("SIZE", "PREDICTION"))
     parser.add_argument("--compare", type=Path, metavar="PREDICTION")
+    parser.add_argument("--equal", type=Path, metavar="PREDICTION")
     arguments = parser.parse_args()
     ladder = read(arguments.file)
     if arguments.predict:
         size, target = arguments.predict
         lines = "".join(f"{json.dumps(each)}\n" for each in predictions(ladder, size))
         write_atomic(Path(target), lines.encode())
+    elif arguments.equal:
+        print("\n".join([*equal_work(ladder), came_equal(ladder, arguments.equal)]))
     elif arguments.compare:
         made = [json.loads(each) for each in arguments.compare.read_text().splitlines()]
         head = [f"size {made[0]['size']}", "predicted, 95%", "came", "seeds", ""]
