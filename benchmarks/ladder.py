@@ -68,7 +68,7 @@ MIDDLE = (
     "K3 zero nonzero",
     "K3 copy selected",
 )
-PROVED = ("vanilla", "vanilla selected", "K3 mix nonzero", "K3 zero nonzero")
+PROVED = ("vanilla selected", "K3 mix nonzero", "K4 mix nonzero", "K3 zero nonzero")
 
 
 class Missing(Exception):
