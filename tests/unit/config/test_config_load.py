@@ -211,6 +211,7 @@ FITS = {
     "models/moepp_2b_32_8.yaml": (8, 64),
     "models/moepp_7b_16_4.yaml": (8, 32, 64),
     "models/moepp_7b_16_4_fp8.yaml": (8, 32, 64),
+    "models/moepp_7b_16_4_equal_work.yaml": (8, 32, 64),
     "models/fine_grained_60_4.yaml": (8, 64),
     "models/qwen3_30b_a3b_32.yaml": (8, 64),
     "models/deepseek_v3_256_64.yaml": (8, 1024),
