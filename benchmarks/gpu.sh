@@ -14,7 +14,8 @@
 # fp8      tests/gpu of Transformer Engine: its signatures, and FP8
 # tests    the rest of tests/gpu, a part by file: training, documents, moments, NVML, bench
 # step     whole training steps and their energy against the vanilla rival: the 0.6B model in
-#          micro-batches of 16, in bf16 and FP8, and of 4; the 7B model with four layers
+#          micro-batches of 16, in bf16 and FP8, and of 4, there with static rows too; the 7B model
+#          with four layers
 # resume   the run of train, from its checkpoint
 # graphs   the runs of train with attention and router as CUDA graphs
 # trace    torch's trace of two steps of the 0.6B model: kernels, gaps, waits
@@ -193,7 +194,7 @@ if ((gpus > 0)); then
         training.global_batch_size=8 "${length[@]}")
     step=(configs/models/moepp_0.6b_8_4.yaml run.dir=unused training.micro_batch_size=16
         training.global_batch_size=16 --rounds 20)
-    micro4=(training.micro_batch_size=4 training.global_batch_size=8)
+    micro4=(training.micro_batch_size=4 training.global_batch_size=8 moe.static_rows=1.25)
     # Both models lie in memory at once: 5.6 GB a layer.
     large=(configs/models/moepp_7b_16_4.yaml run.dir=unused model.num_layers=4 --rounds 10
         parallel.expert_model_parallel_size=1 training.global_batch_size=4)
@@ -208,7 +209,7 @@ else
     one=("${all[@]}") many=("${all[@]}")
     precisions=(bf16)
     card=(--size 256 --megabytes 16)
-    once=(checkpoint.save_interval=2) micro4=()
+    once=(checkpoint.save_interval=2) micro4=(moe.static_rows=1.25)
     tiny=(model.num_layers=2 training.micro_batch_size=1)
     # Two sequences a step, so that two ranks have one each.
     model=(configs/quickstart.yaml parallel.expert_model_parallel_size=1 training.global_batch_size=2
@@ -267,7 +268,8 @@ for precision in "${precisions[@]}"; do
         overrides+=(precision.fp8=hybrid "precision.fp8_recipe=${precision#fp8:}")
     bench "step_${precision/:/_}" step "${step[@]}" "${overrides[@]}"
 done
-bench step_micro4 step "${step[@]}" precision.dtype=bf16 ${micro4[@]+"${micro4[@]}"}
+# With static rows as a third model.
+bench step_micro4 step "${step[@]}" precision.dtype=bf16 "${micro4[@]}"
 bench step_7b step "${large[@]}" precision.dtype=bf16
 if has resume; then
     [[ -e $work/run_first ]] || { corpus && without_te train first "${once[@]}"; }

@@ -192,6 +192,7 @@ def _steps(steps: Mapping[str, Mapping[str, Any]]) -> PageSection | None:
             f"{1 / row['phi']:.2f}",
             f"{row['tokens'] / row['moepp_ms'] * 1e3:,.0f}",
             *(_number(row[f"{model}_j"]) for model in ("vanilla", "moepp")),
+            _number(row.get("static_rows_ms")),
         )
         for name, row in steps.items()
     ]
@@ -206,6 +207,7 @@ def _steps(steps: Mapping[str, Mapping[str, Any]]) -> PageSection | None:
             "tokens/s",
             "vanilla, J",
             "MoE++, J",
+            "static rows, ms",
         ),
         1,
         rows,

@@ -105,6 +105,8 @@ def start(
     if not on_cpu:
         torch.cuda.set_device(device)
     if store is not None:
+        # Without `device_id`: with it NCCL makes the communicators of all groups
+        # at once, even of those that nothing uses; their memory and time have not been measured.
         dist.init_process_group(
             "gloo" if on_cpu else "nccl",
             store=store,

@@ -9,6 +9,8 @@ fails. Places are file and function: `kind file:function`. Numbers are reads for
 docs/gpu.md says what each is for.
 """
 
+from collections.abc import Sequence
+
 _CORE, _OWN = "megatron/core", "moepp_megatron"
 _DISPATCHER = f"{_CORE}/transformer/moe/token_dispatcher.py"
 
@@ -28,3 +30,21 @@ UNEVEN = {f"{kind} {_DISPATCHER}:setup_metadata": 1 for kind in ("copy to the de
 # package asks whether there are any.
 PERMUTATION = {f"masked_select {_DISPATCHER}:dispatch_postprocess": 1}
 FUSED_PERMUTATION = {f"item {_OWN}/moe/dispatcher.py:dispatch_postprocess": 1}
+
+
+def of_overrides(overrides: Sequence[str]) -> tuple[dict[str, int], ...]:
+    """Tables of a layer with Transformer Engine, by the dispatcher that overrides name."""
+    settings = dict(each.split("=", 1) for each in overrides)
+    if "moe.static_rows" in settings:
+        return ()
+    tables = {
+        "alltoall": (ALL_TO_ALL,),
+        "alltoall_dedup": (DEDUPLICATED,),
+        "allgather": (ALL_GATHER, PERMUTATION, FUSED_PERMUTATION),
+        "deepep": (DEEPEP,),
+        "hybridep": (HYBRIDEP,),
+    }
+    dispatcher = settings.get("moe.dispatcher", "alltoall")
+    if dispatcher == "flex":
+        dispatcher = settings.get("moe.flex_backend", "deepep")
+    return tables[dispatcher]

@@ -16,18 +16,6 @@ pytestmark = pytest.mark.timeout(900)
 IS_COVERED = pytest.mark.parametrize(
     "is_covered", [False, pytest.param(True, marks=pytest.mark.slow)]
 )
-# Of dispatchers and their reads; all others' are the all-to-all's.
-TABLES = {
-    "all-gather": (reads.ALL_GATHER, reads.PERMUTATION, reads.FUSED_PERMUTATION),
-    "deduplicated": (reads.DEDUPLICATED,),
-    "static rows": (),
-    "static rows, expert parallel": (),
-    "static rows, graphs": (),
-    "static rows, graphs, expert parallel": (),
-    "DeepEP": (reads.DEEPEP,),
-    "HybridEP": (reads.HYBRIDEP,),
-    "HybridEP, its own permutation": (reads.HYBRIDEP,),
-}
 
 
 def played(play: Play, cases_by_name, is_covered: bool, *args, **kwargs):
@@ -39,8 +27,8 @@ def played(play: Play, cases_by_name, is_covered: bool, *args, **kwargs):
         if "recompute" in name and name != "recompute core_attn":
             # More than is asked for; what one recomputes is not what another does.
             outcome["layers"] *= 2
-        dispatcher = name.removeprefix("FP8, ").removeprefix("MXFP8, ")
-        assert excess(outcome, TABLES.get(dispatcher, (reads.ALL_TO_ALL,))) == {}, name
+        tables = reads.of_overrides(cases_by_name[name]["overrides"])
+        assert excess(outcome, tables) == {}, name
     return outcomes
 
 
@@ -132,6 +120,8 @@ def _no_drawn_one_fails(play: Play, engine: Engine, seeds: range) -> int:
     for case, outcome in zip(chosen, play(chosen, engine), strict=True):
         assert outcome["error"] == "", f"{case}\n{outcome['error']}"
         assert outcome["faults"] == [], case
+        outcome["layers"] *= 2 if "recompute" in "".join(case["overrides"]) else 1
+        assert excess(outcome, reads.of_overrides(case["overrides"])) == {}, case
         count += outcome["refused"] == ""
     return count
 

@@ -55,15 +55,18 @@ def train_with_experts(raw, steps: int, replays: int):
 
 
 @pytest.mark.parametrize("layout", ["data parallel", "pipeline"])
-@pytest.mark.parametrize(("factor", "replays"), [(4.0, 2), (0.2, 0)])
-def test_experts_with_static_rows_are_captured(ranks, layout, factor, replays):
+@pytest.mark.parametrize(
+    ("parts", "factor", "replays"),
+    [(["attn", "moe"], 4.0, 2), (["attn", "moe"], 0.2, 0), (["attn", "moe_router"], 4.0, 2)],
+)
+def test_experts_with_static_rows_are_captured(ranks, layout, parts, factor, replays):
     """Without a replay where the first step's rows overflow: it is repeated, others have none."""
     sections: dict[str, Any] = {
         "parallel": {"pipeline": PP2, "data parallel": {}}[layout],
         "moe": {"static_rows": factor, "shared_expert_ffn_hidden_size": 24},
     }
     runs = []
-    for graphs in (["attn", "moe"], []):
+    for graphs in (parts, []):
         raw = short(**sections, training={"cuda_graphs": graphs})
         runs.append(assemble(ranks(2).run(train_with_experts, raw, STEPS + 1, replays)))
     compare(*runs, 1e-6)

@@ -125,6 +125,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
         4,
         {"parallel": PP2 | EP2, "training": {"recompute_granularity": "selective"}},
     ),
+    "ep 2, static rows": (2, {"parallel": EP2, "moe": {"static_rows": 4.0}}),
     "pp 2, chunks 2": (
         2,
         {

@@ -177,15 +177,19 @@ DEAD = {
 
 
 @pytest.mark.parametrize(
-    ("layout", "fault", "rule"),
-    [("ep2", Fault(5, "explosion", 2, 50.0), EXPLODE), ("pp2", Fault(5, "dead", 1), DEAD)],
+    ("layout", "fault", "rule", "moe"),
+    [
+        ("ep2", Fault(5, "explosion", 2, 50.0), EXPLODE, {}),
+        ("ep2", Fault(5, "explosion", 2, 50.0), EXPLODE, {"static_rows": 1.0}),
+        ("pp2", Fault(5, "dead", 1), DEAD, {}),
+    ],
 )
-def test_rollback(ranks, tmp_path, layout, fault, rule):
+def test_rollback(ranks, tmp_path, layout, fault, rule, moe):
     """Back to before the fault, not to the newest checkpoint; bit for bit a run without it.
 
     Steps 5, 6 and 7 show it; checkpoints are of steps 2, 4 and, too late, 6.
     """
-    common = {"observe": {"health_interval": 1}, "layout": layout}
+    common = {"observe": {"health_interval": 1}, "layout": layout, "moe": moe}
     checkpoint = {"save_interval": 2}
     rules = guard(rule)
     found = train(
@@ -195,6 +199,8 @@ def test_rollback(ranks, tmp_path, layout, fault, rule):
     assert found.decisions == [(7, rule["name"], fault.layer, "rollback")]
     assert found.losses == clean.losses
     assert found.weights == clean.weights
+    if moe:
+        assert 0 < logged(tmp_path / "a", "repeated_steps")[-1] < 8
     (alert,) = told(tmp_path / "a")
     assert alert.condition.endswith("back to step_00000004; steps undone: 3")
     # In the file itself, not only where a reader leaves out what came twice.

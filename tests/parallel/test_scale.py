@@ -37,6 +37,28 @@ def test_bytes_are_those_that_the_routing_asks_for(ranks):
         assert 0 < first[f"{kind}_a2a_time_s"] == second[f"{kind}_a2a_time_s"]
 
 
+def count_static_passes(raw):
+    from unittest import mock
+
+    from moepp_megatron.moe.static_dispatcher import StaticTokenDispatcher
+    from moepp_megatron.tools.bench.step import run_step_benchmark
+
+    begun = StaticTokenDispatcher.dispatch_preprocess
+    with mock.patch.object(
+        StaticTokenDispatcher, "dispatch_preprocess", autospec=True, side_effect=begun
+    ) as passes:
+        found = run_step_benchmark(*begin(raw), rounds=2)
+    return passes.call_count, found
+
+
+def test_static_rows_are_timed_beside_both(ranks):
+    raw = {**CONFIG, "moe": {**CONFIG["moe"], "static_rows": 1.5}}
+    for passes, found in ranks(2).run(count_static_passes, raw):
+        # Two layers and two micro-batches, in two rounds and two before them.
+        assert passes == 2 * 2 * (2 + 2)
+        assert found["static_rows_ms"] > 0
+
+
 def test_dispatcher_without_all_to_alls_has_no_time(ranks):
     raw = {**CONFIG, "moe": {**CONFIG["moe"], "dispatcher": "allgather"}}
     first, _ = ranks(2).run(measure, raw)

@@ -7,6 +7,7 @@ A result is what `--json` writes:
     measured_ffn_fraction         the counted share
     vanilla_ms, moepp_ms          median milliseconds per step
     speedup                       vanilla time over MoE++ time, median of the rounds' ratios
+    static_rows_ms, static_rows_j the same of MoE++ with static rows, if moe.static_rows is set
     vanilla_j, moepp_j            mean J of a step on the first rank's GPU; null without NVML
     vanilla_a2a_bytes, moepp_a2a_bytes
                                   hidden vectors' bytes that leave their ranks in forward passes
@@ -30,6 +31,7 @@ from torch import Tensor
 
 from moepp_megatron.config import Config, Layout
 from moepp_megatron.config.vanilla import vanilla
+from moepp_megatron.moe.lane import use_static_rows
 from moepp_megatron.moe.router import MoEPPRouter
 from moepp_megatron.runtime.nvml import Nvml, NvmlUnavailableError
 from moepp_megatron.runtime.patches import replaced
@@ -60,6 +62,14 @@ class _Stepper:
         self.routing.reset()
         training_step(self._model, self._batches, self._config, self._layout)
         dist.barrier()
+
+    def static_step(self) -> None:
+        """The same with static rows, of which a training run decides before each step."""
+        for model in self._model.models:
+            use_static_rows(model, True)
+        self.step()
+        for model in self._model.models:
+            use_static_rows(model, False)
 
     def all_to_all_seconds(self) -> float | None:
         """Time the all-to-alls of a step, forward and backward: median of steps, mean over ranks.
@@ -112,6 +122,8 @@ def run_step_benchmark(config: Config, layout: Layout, rounds: int) -> dict[str,
     steppers = {"vanilla": _Stepper(vanilla(config), layout), "moepp": _Stepper(config, layout)}
     with _energy() as energy:
         contestants = {name: stepper.step for name, stepper in steppers.items()}
+        if config.moe.static_rows is not None:
+            contestants["static_rows"] = steppers["moepp"].static_step
         times = interleaved(contestants, rounds, warmup=2, energy=energy)
     counted = {name: stepper.routing.collect() for name, stepper in steppers.items()}
     waits = {f"{name}_a2a_time_s": each.all_to_all_seconds() for name, each in steppers.items()}

@@ -83,6 +83,9 @@ def print_step(result: _Result) -> None:
         rate = tokens / milliseconds * 1e3
         numbers = (f"{milliseconds:.1f}", f"{rate:,.0f}", f"{sent / 1e6:.1f}")
         table.add_row(name, f"{shares[model]:.3f}", *numbers)
+    if (milliseconds := result.get("static_rows_ms")) is not None:
+        rate = tokens / milliseconds * 1e3
+        table.add_row("static rows", "", f"{milliseconds:.1f}", f"{rate:,.0f}", "")
     console = Console()
     console.print(table)
     console.print(
