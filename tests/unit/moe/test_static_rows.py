@@ -16,6 +16,7 @@ from tests.unit.moe import builders
 
 SHAPE = (12, 8)
 TOPK = 2
+BF16 = {"bf16": True, "params_dtype": torch.bfloat16}
 
 
 def results(rows_per_selection, is_static, padded=False, **changes):
@@ -109,8 +110,8 @@ def test_evaluation_is_not_static():
 def passes(is_static):
     """A function of input and logits before: output of a layer and all gradients."""
     torch.manual_seed(1)
-    layer = builders.build_layer(builders.of_kinds((8, 1, 1, 2), TOPK, static_rows=0.9)).train()
-    layer.is_static = is_static
+    layer = builders.build_layer(builders.of_kinds((8, 1, 1, 2), TOPK, static_rows=0.9), **BF16)
+    layer.bfloat16().train().is_static = is_static
     assert type(layer.experts) is GroupedExperts
 
     def both(x, previous):
@@ -123,7 +124,7 @@ def passes(is_static):
 
 
 def inputs():
-    return torch.randn(*SHAPE, builders.HIDDEN), torch.randn(*SHAPE, 12)
+    return torch.randn(*SHAPE, builders.HIDDEN).bfloat16(), torch.randn(*SHAPE, 12)
 
 
 def test_forward_and_backward_are_one_graph_for_every_routing(monkeypatch):
