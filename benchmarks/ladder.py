@@ -15,6 +15,7 @@ equal   Equal FFN work: tokens take as many FFN experts on average as vanilla's,
         (`EQUAL`), tuned as before but with two seeds each. Size S, seeds 1 to 5, mixture A; the
         control; the arms of `MIDDLE` on size M.
 proof   The arms of `PROVED` on size L, seeds 31 to 33, mixture C, which chose nothing.
+beyond  The best arm and its vanilla on size XL, seeds 41 to 43, mixture C; predicted first.
 
 A mixture is a third each of source text, English prose and other languages, from the files of the
 machine (`fault_corpora`). Within a seed all arms see the same tokens in the same order, as far as
@@ -69,6 +70,7 @@ MIDDLE = (
     "K3 copy selected",
 )
 PROVED = ("vanilla selected", "K3 mix nonzero", "K4 mix nonzero", "K3 zero nonzero")
+BEYOND = PROVED[:2]
 
 
 class Missing(Exception):
@@ -168,6 +170,7 @@ def chains(stage: str, arms: list[str], sizes: list[str]) -> list[Chain]:
             *(_equals("equal", "M", range(1, 6), MIDDLE, "A")),
         ],
         "proof": [*_equals("proof", "L", range(31, 34), PROVED, "C")],
+        "beyond": [*_equals("beyond", TOP, range(41, 44), BEYOND, "C")],
     }
     return stages[stage]
 
@@ -262,7 +265,7 @@ def main() -> None:
         "--stage",
         nargs="*",
         default=stages,
-        choices=[*stages, "top", "tune equal", "equal", "proof"],
+        choices=[*stages, "top", "tune equal", "equal", "proof", "beyond"],
     )
     add("--arms", nargs="*", default=list(ARMS), choices=list(ARMS))
     add("--sizes", nargs="*", default=list(SIZES), choices=list(SIZES))

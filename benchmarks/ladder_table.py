@@ -43,6 +43,7 @@ CELLS: dict[str, tuple[str, str, Sequence[str]]] = {
     "S": ("equal", "S", ()),
     "M": ("equal", "M", ()),
     "L, other texts": ("proof", "L", ()),
+    "XL, other texts": ("beyond", "XL", ()),
     "control": ("control", "S", KINDS["control"]["hard"]),
 }
 PAIRS = [(arm, "vanilla") for arm in ARMS if arm != "vanilla"]
@@ -320,8 +321,10 @@ def _spent(ladder: Ladder, arm: str) -> Iterator[str]:
 def came_equal(ladder: Ladder, file: Path) -> str:
     """Predictions of arms of equal FFN work, and what came."""
     rows = []
-    for line in file.read_text().splitlines()[1:]:
+    for line in file.read_text().splitlines():
         said = json.loads(line)
+        if "written" in said:
+            continue
         stage = said.get("stage", "equal")
         kinds = {"control": KINDS["control"]["hard"]}.get(stage, ())
         found = _less(ladder, said["arm"], said["less"], stage, said["size"], kinds)
