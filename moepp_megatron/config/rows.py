@@ -22,7 +22,10 @@ if TYPE_CHECKING:
 
 Rule = Callable[["Config"], Iterator[Problem]]
 WorldSizeRule = Callable[["Config", int], Iterator[Problem]]
-Condition = Callable[["Config"], object]
+Question = Callable[["Config"], object]
+# A function, or text: `moe.is_vanilla` is true of a setting or property that is neither null nor 0
+# nor empty, `moe.dispatcher flex` where it has this value; `not` may stand before, ` and ` between.
+Condition = str | Question
 Text = str | Callable[["Config"], str]
 
 
@@ -51,12 +54,8 @@ def fill(text: Text, config: Config, **names: object) -> str:
     return text(config) if callable(text) else _SETTINGS.vformat(text, (config,), names)
 
 
-def _problem(config: Config, name: str, value: Any, must: Text, remedy: Text) -> Problem:
-    return Problem(name, value, fill(must, config, name=name), fill(remedy, config, name=name))
-
-
 def refuse(
-    names: str, wrong: Condition, must: Text, remedy: Text, value: Condition | None = None
+    names: str, wrong: Condition, must: Text, remedy: Text, value: Question | None = None
 ) -> Rule:
     """A rule: each of these settings is refused where `wrong` is true.
 
@@ -68,13 +67,10 @@ def refuse(
         value: What messages show as the value; None: the setting's own.
     """
 
-    def rule(config: Config) -> Iterator[Problem]:
-        if wrong(config):
-            for name in names.split():
-                given = (value or attrgetter(name))(config)
-                yield _problem(config, name, given, must, remedy)
+    def items(config: Config) -> list[tuple[str, Any]]:
+        return [(name, (value or attrgetter(name))(config)) for name in names.split()]
 
-    return rule
+    return group(wrong, each(items, lambda _: True, must, remedy))
 
 
 def each(
@@ -88,7 +84,8 @@ def each(
     def rule(config: Config) -> Iterator[Problem]:
         for name, value in items(config):
             if wrong(value):
-                yield _problem(config, name, value, must, remedy)
+                texts = (fill(text, config, name=name) for text in (must, remedy))
+                yield Problem(name, value, *texts)
 
     return rule
 
@@ -105,13 +102,22 @@ def entries(name: str) -> Callable[[Config], list[tuple[str, Any]]]:
 
 def group(applies: Condition, *rules: Rule) -> Rule:
     """Rules that must hold only where `applies` is true."""
+    terms = [applies] if callable(applies) else applies.split(" and ")
 
     def rule(config: Config) -> Iterator[Problem]:
-        if applies(config):
+        if all(_holds(term, config) for term in terms):
             for member in rules:
                 yield from member(config)
 
     return rule
+
+
+def _holds(term: Condition, config: Config) -> object:
+    if callable(term):
+        return term(config)
+    name, _, wanted = term.removeprefix("not ").partition(" ")
+    value = attrgetter(name)(config)
+    return (_shown(value) == wanted if wanted else bool(value)) is not term.startswith("not ")
 
 
 def first(*rules: Rule) -> Rule:
@@ -153,13 +159,8 @@ def no_effect_with(switch: str, value: Any, names: str, remedy: str) -> Rule:
 
 def no_effect_without(switch: str, names: str, remedy: str) -> Rule:
     """A rule: none of `names` has an effect without another setting, or without a value of it."""
-    setting, _, value = switch.partition(" ")
-    value_of, remedy = attrgetter(setting), f"{remedy}, or leave it out"
-
-    def is_missing(config: Config) -> bool:
-        return value_of(config) != value if value else not value_of(config)
-
-    return no_effect_where(is_missing, f"without {switch}", names, remedy)
+    remedy = f"{remedy}, or leave it out"
+    return no_effect_where(f"not {switch}", f"without {switch}", names, remedy)
 
 
 _MOST_DIVISORS = 8

@@ -45,7 +45,7 @@ class CheckpointSection(Section):
     own_rules = (
         refuse(
             "checkpoint.async_save",
-            lambda c: c.checkpoint.async_save and c.checkpoint.save_interval == 0,
+            "checkpoint.async_save and not checkpoint.save_interval",
             "must have checkpoint.save_interval (0) above 0",
             "set checkpoint.save_interval to a number of steps, or checkpoint.async_save to false",
         ),

@@ -117,7 +117,7 @@ class EngineDataSection(Section):
         _split_has_three_parts,
         refuse(
             "data.blend",
-            lambda c: c.data.path is not None and c.data.blend,
+            "not data.path null and data.blend",
             "must be empty where data.path ({data.path!s}) is set",
             "set data.path to null, or data.blend to []",
             value=lambda c: [str(part.path) for part in c.data.blend],
@@ -139,7 +139,7 @@ class EngineDataSection(Section):
     )
     no_effect = table(
         no_effect_where(
-            lambda c: not c.data.reset_attention_mask,
+            "not data.reset_attention_mask",
             "on attention, which depends only on distances; only metrics by position change",
             "data.reset_position_ids",
             "set data.reset_attention_mask to true, or leave it out",

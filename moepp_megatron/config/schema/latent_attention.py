@@ -70,7 +70,7 @@ class LatentAttentionSection(Section):
     )
     own_rules = (
         group(
-            lambda c: c.model.latent_attention is not None,
+            "model.latent_attention",
             each(
                 values("model.num_query_groups model.kv_channels"),
                 lambda value: value is not None,
@@ -102,13 +102,13 @@ class LatentAttentionSection(Section):
             ),
             refuse(
                 "model.qkv_bias",
-                lambda c: c.model.qkv_bias,
+                "model.qkv_bias",
                 "must be false with model.latent_attention: its projections have no biases",
                 "use false, or set model.latent_attention to null",
             ),
             refuse(
                 "model.qk_layernorm_scope",
-                lambda c: c.model.qk_layernorm_scope != "head",
+                "not model.qk_layernorm_scope head",
                 "must be 'head' with model.latent_attention: its norms are of compressed vectors, "
                 "which have no heads",
                 "use 'head', or set model.latent_attention to null",
@@ -123,7 +123,7 @@ class LatentAttentionSection(Section):
             ),
         ),
         group(
-            lambda c: c.model.latent_attention is None,
+            "not model.latent_attention",
             refuse(
                 "training.recompute_modules",
                 lambda c: (

@@ -73,14 +73,14 @@ class MegatronSection(Section):
     own_rules = (
         refuse(
             "megatron.tp_comm_overlap",
-            lambda c: c.megatron.tp_comm_overlap,
+            "megatron.tp_comm_overlap",
             "must be false: the userbuffers of Transformer Engine need a communicator of their own "
             "(initialize_ub), which this trainer does not start",
             "leave it out",
         ),
         _only_with(
             "megatron.high_priority_a2a_comm_stream megatron.ep_overlap_early_attn_memory_release",
-            lambda c: not c.parallel.overlap_moe_expert_parallel_comm,
+            "not parallel.overlap_moe_expert_parallel_comm",
             "must come with parallel.overlap_moe_expert_parallel_comm (false), whose schedule "
             "reads it",
             "set that to true",
@@ -94,13 +94,13 @@ class MegatronSection(Section):
         ),
         _only_with(
             "megatron.moe_router_fusion",
-            lambda c: not c.moe.is_vanilla,
+            "not moe.is_vanilla",
             "must be false with MoE++ layers: the fused kernel knows one kind of expert",
             "set moe.fused",
         ),
         _only_with(
             "megatron.fused_residual_rmsnorm",
-            lambda c: c.training.captures_router,
+            "training.captures_router",
             "must be false with moe_router in training.cuda_graphs, which captures a plain norm",
             "use [attn]",
         ),
@@ -115,15 +115,15 @@ class MegatronSection(Section):
         ),
         refuse(
             "megatron.use_transformer_engine_op_fuser",
-            lambda c: c.megatron.use_transformer_engine_op_fuser,
+            "megatron.use_transformer_engine_op_fuser",
             "must be false: megatron-core gives it SwiGLU experts only with Transformer Engine's "
             "kernels for Blackwell, and pads rows to 256 for it, which has not been tried",
             "leave it out",
         ),
         group(
-            lambda c: c.megatron.fine_grained_activation_offloading,
+            "megatron.fine_grained_activation_offloading",
             _modules(
-                lambda c: not c.megatron.offload_modules,
+                "not megatron.offload_modules",
                 "must name a module with megatron.fine_grained_activation_offloading",
                 "use [core_attn, attn_proj], or set that to false",
             ),
@@ -134,7 +134,7 @@ class MegatronSection(Section):
                 "add core_attn",
             ),
             group(
-                lambda c: c.training.recompute_granularity == "selective",
+                "training.recompute_granularity selective",
                 _modules(
                     lambda c: _EXPERTS & _offloaded(c) and "moe" in c.training.recompute_modules,
                     "must not hold expert_fc1 or moe_act with moe in training.recompute_modules, "
@@ -157,14 +157,14 @@ class MegatronSection(Section):
             ),
             refuse(
                 "megatron.fine_grained_activation_offloading",
-                lambda c: c.training.recompute_granularity == "full",
+                "training.recompute_granularity full",
                 "must be false with training.recompute_granularity full, which keeps nothing to "
                 "send",
                 "leave one of the two out",
             ),
             refuse(
                 "megatron.fine_grained_activation_offloading",
-                lambda c: c.training.batch_ramp,
+                "training.batch_ramp",
                 "must be false with training.batch_ramp ({training.batch_ramp}): megatron-core "
                 "counts on as many micro-batches as the first step has",
                 "leave one of the two out",

@@ -80,7 +80,7 @@ class EngineModelSection(Section):
     )
     own_rules = table(
         group(
-            lambda c: c.model.latent_attention is None and c.model.kv_channels is None,
+            "not model.latent_attention and not model.kv_channels",
             first(
                 divisible(
                     "model.hidden_size",
@@ -98,7 +98,7 @@ class EngineModelSection(Section):
             ),
         ),
         group(
-            lambda c: c.model.latent_attention is None and c.model.kv_channels is not None,
+            "not model.latent_attention and model.kv_channels",
             refuse(
                 "model.kv_channels",
                 lambda c: c.model.head_dim % 2,
@@ -114,7 +114,7 @@ class EngineModelSection(Section):
         ),
         refuse(
             "model.qk_layernorm_scope",
-            lambda c: c.model.qk_layernorm_scope == "all_heads" and not c.model.qk_layernorm,
+            "model.qk_layernorm_scope all_heads and not model.qk_layernorm",
             "must be 'head' without model.qk_layernorm, which has the norms that it describes",
             "use 'head', or set model.qk_layernorm to true",
         ),

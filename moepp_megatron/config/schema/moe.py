@@ -157,19 +157,15 @@ class EngineMoESection(Section, LayerSettings):  # type: ignore[misc]
             "use {moe.num_experts} or less, or add experts",
         ),
         _layer_can_be_built,
-        group(
-            lambda c: c.moe.limits_groups and c.moe.is_vanilla,
-            refuse(
-                "moe.num_groups",
-                lambda c: (
-                    (c.moe.score_function, c.moe.gate_normalization) == ("softmax", "selected")
-                ),
-                "must be 1 with moe.score_function softmax and moe.gate_normalization selected on "
-                "megatron-core's vanilla MoE layer, which ranks groups by logits there, not by "
-                "scores",
-                "use moe.gate_normalization none or moe.score_function sigmoid, or add "
-                "zero-computation experts",
-            ),
+        refuse(
+            "moe.num_groups",
+            "moe.limits_groups and moe.is_vanilla and moe.score_function softmax and "
+            "moe.gate_normalization selected",
+            "must be 1 with moe.score_function softmax and moe.gate_normalization selected on "
+            "megatron-core's vanilla MoE layer, which ranks groups by logits there, not by "
+            "scores",
+            "use moe.gate_normalization none or moe.score_function sigmoid, or add "
+            "zero-computation experts",
         ),
         first(
             refuse(
@@ -198,7 +194,7 @@ class EngineMoESection(Section, LayerSettings):  # type: ignore[misc]
             ),
         ),
         group(
-            lambda c: c.moe.is_vanilla,
+            "moe.is_vanilla",
             each(
                 values("moe.two_layer_gate moe.expert_input_scale moe.logits_norm_std"),
                 lambda value: value is True or value not in (False, 1.0, None),
@@ -207,13 +203,13 @@ class EngineMoESection(Section, LayerSettings):  # type: ignore[misc]
             ),
             refuse(
                 "moe.dispatcher",
-                lambda c: c.moe.dispatcher == "alltoall_dedup",
+                "moe.dispatcher alltoall_dedup",
                 f"must be alltoall, allgather or flex {_VANILLA}",
                 f"use alltoall, {_MOEPP}",
             ),
             refuse(
                 "moe.balance_scope",
-                lambda c: c.moe.balance_scope == "global",
+                "moe.balance_scope global",
                 "must be microbatch or sequence without zero-computation experts and gating "
                 "residual, because the global loss of megatron-core's vanilla MoE layer shrinks "
                 "with the number of data-parallel ranks",
@@ -224,48 +220,45 @@ class EngineMoESection(Section, LayerSettings):  # type: ignore[misc]
         first(
             refuse(
                 "moe.bias_update_rate",
-                lambda c: c.moe.bias_update_rate > 0 and not c.moe.selection_bias,
+                "moe.bias_update_rate and not moe.selection_bias",
                 "must be 0 without moe.selection_bias, which it moves",
                 "set moe.selection_bias to true, or use 0",
             ),
             refuse(
                 "moe.bias_update_rate",
-                lambda c: c.moe.bias_update_rate > 0 and c.moe.share_controller == "bias",
+                "moe.bias_update_rate and moe.share_controller bias",
                 "must be 0 with moe.budget.controller bias, which moves the same bias",
                 "use 0, or moe.budget.controller tau",
             ),
             refuse(
                 "moe.bias_update_rate",
-                lambda c: c.moe.bias_update_rate > 0 and c.moe.score_function == "softmax",
+                "moe.bias_update_rate and moe.score_function softmax",
                 "must be 0 with moe.score_function softmax, for which megatron-core moves no bias",
                 _OTHER_SCORES,
             ),
-            group(
-                lambda c: c.moe.is_vanilla,
-                refuse(
-                    "moe.selection_bias",
-                    lambda c: c.moe.selection_bias and c.moe.score_function == "softmax",
-                    "must be false with moe.score_function softmax on megatron-core's vanilla MoE "
-                    "layer, which has no bias for it",
-                    _OTHER_SCORES,
-                ),
+            refuse(
+                "moe.selection_bias",
+                "moe.is_vanilla and moe.selection_bias and moe.score_function softmax",
+                "must be false with moe.score_function softmax on megatron-core's vanilla MoE "
+                "layer, which has no bias for it",
+                _OTHER_SCORES,
             ),
         ),
         refuse(
             "moe.constants_shared",
-            lambda c: c.moe.shares_constants and c.parallel.pipeline_model_parallel_size > 1,
+            "moe.shares_constants and not parallel.pipeline_model_parallel_size 1",
             "must be false with parallel.pipeline_model_parallel_size "
             "({parallel.pipeline_model_parallel_size}): no stage sees all layers' gradients",
             "set moe.constants_shared to false, or change parallel.pipeline_model_parallel_size",
         ),
         refuse(
             "moe.shared_expert_gate",
-            lambda c: c.moe.shared_expert_gate and c.moe.shared_expert_ffn_hidden_size is None,
+            "moe.shared_expert_gate and not moe.shared_expert_ffn_hidden_size",
             "must be false without moe.shared_expert_ffn_hidden_size, which has what it weighs",
             "use false, or give moe.shared_expert_ffn_hidden_size",
         ),
         group(
-            lambda c: c.moe.dispatcher == "flex",
+            "moe.dispatcher flex",
             refuse(
                 "moe.dispatcher",
                 lambda c: (
@@ -282,7 +275,7 @@ class EngineMoESection(Section, LayerSettings):  # type: ignore[misc]
             ),
             # DeepEP's kernels use multiprocessors in pairs.
             group(
-                lambda c: c.moe.flex_num_sms is not None and c.moe.flex_backend != "hybridep",
+                "moe.flex_num_sms and not moe.flex_backend hybridep",
                 divisible(
                     "moe.flex_num_sms", lambda c: 2, "2 for moe.flex_backend {moe.flex_backend}"
                 ),
@@ -305,18 +298,14 @@ class EngineMoESection(Section, LayerSettings):  # type: ignore[misc]
     )
     no_effect = table(
         no_effect_where(
-            lambda c: c.moe.num_zero_computation_experts == 0,
+            "not moe.num_zero_computation_experts",
             "without zero-computation experts",
             "moe.tau moe.balance_loss",
             "add some, or leave it out",
         ),
         no_effect_where(
-            lambda c: (
-                c.moe.num_zero_computation_experts > 0
-                and c.moe.balance_coeff == 0
-                and c.moe.bias_update_rate == 0
-                and c.moe.capacity_factor is None
-            ),
+            "moe.num_zero_computation_experts and not moe.balance_coeff and "
+            "not moe.bias_update_rate and moe.capacity_factor null",
             "with moe.balance_coeff 0 and no moe.capacity_factor",
             "moe.tau",
             "set moe.balance_coeff above 0, or leave it out",
@@ -329,7 +318,7 @@ class EngineMoESection(Section, LayerSettings):  # type: ignore[misc]
         ),
         refuse(
             "moe.gate_normalization",
-            lambda c: c.moe.gate_normalization == "nonzero" and c.moe.num_zero_experts == 0,
+            "moe.gate_normalization nonzero and not moe.num_zero_experts",
             "is the same as selected without zero experts",
             "use selected, or add zero experts",
         ),
@@ -339,7 +328,7 @@ class EngineMoESection(Section, LayerSettings):  # type: ignore[misc]
             if settings_of(kind)
         ),
         no_effect_where(
-            lambda c: c.moe.dispatcher != "flex",
+            "not moe.dispatcher flex",
             "with moe.dispatcher {moe.dispatcher}",
             "moe.flex_backend moe.flex_num_sms",
             "set moe.dispatcher to flex, or leave it out",
@@ -354,11 +343,11 @@ class EngineMoESection(Section, LayerSettings):  # type: ignore[misc]
         ),
         # A token has two experts of one rank only if a rank holds two and a token selects two.
         group(
-            lambda c: c.moe.dispatcher == "alltoall_dedup",
+            "moe.dispatcher alltoall_dedup",
             first(
                 refuse(
                     "moe.dispatcher",
-                    lambda c: c.parallel.expert_model_parallel_size == 1,
+                    "parallel.expert_model_parallel_size 1",
                     "sends no byte less than alltoall with parallel.expert_model_parallel_size (1)",
                     "use alltoall",
                 ),
@@ -370,14 +359,14 @@ class EngineMoESection(Section, LayerSettings):  # type: ignore[misc]
                 ),
                 refuse(
                     "moe.dispatcher",
-                    lambda c: c.moe.router_topk == 1,
+                    "moe.router_topk 1",
                     "sends no byte less than alltoall with moe.router_topk (1)",
                     "use alltoall",
                 ),
             ),
         ),
         no_effect_where(
-            lambda c: c.moe.is_vanilla,
+            "moe.is_vanilla",
             "on megatron-core's vanilla MoE layer",
             "moe.fused",
             "add zero-computation experts, or leave it out",

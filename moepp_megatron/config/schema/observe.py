@@ -55,7 +55,7 @@ class EngineObserveSection(Section):
     )
     no_effect = table(
         no_effect_where(
-            lambda c: c.observe.wandb.project is None,
+            "not observe.wandb.project",
             "without observe.wandb.project",
             "observe.wandb.entity observe.wandb.mode",
             "name a project",

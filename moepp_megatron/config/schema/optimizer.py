@@ -48,13 +48,11 @@ def _moments_need(wrong: Condition, must: str, remedy: str) -> Rule:
     """A rule that the first of the settings of FusedAdam answers for."""
 
     def rule(config: Config) -> Iterator[Problem]:
-        settings = config.optimizer.of_fused_adam
-        if settings and wrong(config):
-            key, (value, instead) = next(iter(settings.items()))
-            name, must_have = f"optimizer.{key}", f"must have {fill(must, config)}"
-            yield Problem(name, value, must_have, f"set {remedy}, or {name} to {instead}")
+        key, (value, instead) = next(iter(config.optimizer.of_fused_adam.items()))
+        name, must_have = f"optimizer.{key}", f"must have {fill(must, config)}"
+        yield Problem(name, value, must_have, f"set {remedy}, or {name} to {instead}")
 
-    return rule
+    return group("optimizer.of_fused_adam", group(wrong, rule))
 
 
 def _moment_falls(moment: str, beta: str) -> Rule:
@@ -194,46 +192,43 @@ class OptimizerSection(Section):
             lambda c: f"use {(c.optimizer.decay_iters or 0) // 10}, or raise optimizer.decay_iters",
         ),
         group(
-            lambda c: c.optimizer.decay_style == "WSD",
+            "optimizer.decay_style WSD",
             _wsd_decay_comes_after_warmup,
         ),
         # The rate of a step is lr times sqrt(warmup / step); without warmup it begins at lr (1).
-        group(
-            lambda c: c.optimizer.decay_style == "inverse-square-root",
-            refuse(
-                "optimizer.warmup_iters",
-                lambda c: c.optimizer.warmup_iters == 0,
-                "must be above 0 with optimizer.decay_style inverse-square-root, whose rate is lr "
-                "times the square root of warmup_iters over the step",
-                lambda c: f"use {max(c.training.train_iters // 100, 1)}",
-            ),
+        refuse(
+            "optimizer.warmup_iters",
+            "optimizer.decay_style inverse-square-root and not optimizer.warmup_iters",
+            "must be above 0 with optimizer.decay_style inverse-square-root, whose rate is lr "
+            "times the square root of warmup_iters over the step",
+            lambda c: f"use {max(c.training.train_iters // 100, 1)}",
         ),
         # megatron-core asserts the first two (optimizer_config.py, `__post_init__`).
         _moments_need(
-            lambda c: c.optimizer.kind != "adam",
+            "not optimizer.kind adam",
             "optimizer.kind ({optimizer.kind}) adam",
             "optimizer.kind to adam",
         ),
         _moments_need(
-            lambda c: not c.parallel.use_distributed_optimizer,
+            "not parallel.use_distributed_optimizer",
             "parallel.use_distributed_optimizer (false) true",
             "that to true",
         ),
         _moments_need(
-            lambda c: c.precision.dtype != "bf16",
+            "not precision.dtype bf16",
             "precision.dtype ({precision.dtype}) bf16: of fp32 weights FusedAdam would keep a "
             "second copy",
             "that to bf16",
         ),
         _moments_need(
-            lambda c: c.precision.fp8_param and c.precision.recipe == "delayed",
+            "precision.fp8_param and precision.recipe delayed",
             "precision.fp8_param (true) false with precision.fp8_recipe delayed, where FusedAdam "
             "would start from weights rounded to FP8",
             "precision.fp8_recipe to tensorwise or blockwise",
         ),
         refuse(
             "optimizer.store_param_remainders",
-            lambda c: c.optimizer.store_param_remainders and c.precision.fp8 is not None,
+            "optimizer.store_param_remainders and precision.fp8",
             "must be false with precision.fp8 ({precision.fp8}), with which megatron-core may "
             "keep the fp32 weights itself",
             "set it to false, or precision.fp8 to null",
@@ -245,24 +240,24 @@ class OptimizerSection(Section):
         # optimizers as they are, which have none of megatron-core's methods. The overlapped gather
         # works on ranges of flat buffers, and FP8 weights are written by the optimizer of ranges.
         group(
-            lambda c: c.optimizer.is_emerging,
+            "optimizer.is_emerging",
             refuse(
                 "parallel.use_distributed_optimizer",
-                lambda c: c.parallel.use_distributed_optimizer and c.precision.dtype != "bf16",
+                "parallel.use_distributed_optimizer and not precision.dtype bf16",
                 "must be false with optimizer.kind {optimizer.kind} and precision.dtype fp32: "
                 "megatron-core distributes whole matrices over data-parallel ranks only in bf16",
                 "set parallel.use_distributed_optimizer to false, or precision.dtype to bf16",
             ),
             refuse(
                 "parallel.overlap_param_gather",
-                lambda c: c.parallel.overlap_param_gather,
+                "parallel.overlap_param_gather",
                 "must be false with optimizer.kind {optimizer.kind}, whose ranks exchange whole "
                 "matrices",
                 "set it to false, or optimizer.kind to adam",
             ),
             refuse(
                 "precision.fp8_param",
-                lambda c: c.precision.fp8_param,
+                "precision.fp8_param",
                 "must be false with optimizer.kind {optimizer.kind}, which does not turn its fp32 "
                 "copies into FP8 weights",
                 "set it to false, or optimizer.kind to adam",

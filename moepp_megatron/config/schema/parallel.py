@@ -53,8 +53,8 @@ def _tensor_ranks_divide_widths(config: Config) -> Iterator[Problem]:
 
 
 def _query_groups_do_not_fit(config: Config) -> bool:
-    groups, ranks = config.model.query_groups, config.parallel.tensor_model_parallel_size
-    return groups % ranks != 0 and ranks % groups != 0
+    groups, ranks = config.model.num_query_groups, config.parallel.tensor_model_parallel_size
+    return groups is not None and groups % ranks != 0 and ranks % groups != 0
 
 
 def _expert_tensor_ranks_divide_expert_width(config: Config) -> Iterator[Problem]:
@@ -255,72 +255,60 @@ class ParallelSection(Section):
         ),
         _tensor_ranks_divide_widths,
         # Key/value heads are divided among the tensor-parallel ranks, or copied to several.
-        group(
-            lambda c: c.model.num_query_groups is not None,
-            refuse(
-                "model.num_query_groups",
-                _query_groups_do_not_fit,
-                "must be a multiple or a divisor of parallel.tensor_model_parallel_size "
-                "({parallel.tensor_model_parallel_size})",
-                "use {parallel.tensor_model_parallel_size}, or another number of tensor-parallel "
-                "ranks",
-            ),
+        refuse(
+            "model.num_query_groups",
+            _query_groups_do_not_fit,
+            "must be a multiple or a divisor of parallel.tensor_model_parallel_size "
+            "({parallel.tensor_model_parallel_size})",
+            "use {parallel.tensor_model_parallel_size}, or another number of tensor-parallel ranks",
         ),
         _expert_tensor_ranks_divide_expert_width,
         # megatron-core's MoE layer refuses to train otherwise (moe_layer.py, `forward`).
         refuse(
             "parallel.sequence_parallel",
-            lambda c: (
-                c.parallel.tensor_model_parallel_size > 1 and not c.parallel.sequence_parallel
-            ),
+            "not parallel.tensor_model_parallel_size 1 and not parallel.sequence_parallel",
             "must be true with parallel.tensor_model_parallel_size "
             "({parallel.tensor_model_parallel_size}), because MoE layers need it",
             "set parallel.sequence_parallel to true",
         ),
         divisible("model.seq_length", _sequence_pieces, _sequence_pieces_in_words),
         # Only the distributed optimizer gathers parameters, by the gradient buckets' order.
-        group(
-            lambda c: c.parallel.overlap_param_gather,
-            refuse(
-                "parallel.overlap_param_gather",
-                lambda c: not c.parallel.use_distributed_optimizer,
-                "must have parallel.use_distributed_optimizer (false) true as well",
-                "set parallel.use_distributed_optimizer to true, or parallel.overlap_param_gather "
-                "to false",
-            ),
-            refuse(
-                "parallel.overlap_param_gather",
-                lambda c: not c.parallel.overlap_grad_reduce,
-                "must have parallel.overlap_grad_reduce (false) true as well",
-                "set parallel.overlap_grad_reduce to true, or parallel.overlap_param_gather to "
-                "false",
-            ),
+        refuse(
+            "parallel.overlap_param_gather",
+            "parallel.overlap_param_gather and not parallel.use_distributed_optimizer",
+            "must have parallel.use_distributed_optimizer (false) true as well",
+            "set parallel.use_distributed_optimizer to true, or parallel.overlap_param_gather "
+            "to false",
+        ),
+        refuse(
+            "parallel.overlap_param_gather",
+            "parallel.overlap_param_gather and not parallel.overlap_grad_reduce",
+            "must have parallel.overlap_grad_reduce (false) true as well",
+            "set parallel.overlap_grad_reduce to true, or parallel.overlap_param_gather to false",
+        ),
+        refuse(
+            "parallel.virtual_pipeline_model_parallel_size",
+            "parallel.virtual_pipeline_model_parallel_size and "
+            "parallel.pipeline_model_parallel_size 1",
+            "must be null with parallel.pipeline_model_parallel_size (1)",
+            "use null, or set parallel.pipeline_model_parallel_size to 2 or more",
         ),
         group(
-            lambda c: c.parallel.pipeline_model_parallel_size == 1,
-            refuse(
-                "parallel.virtual_pipeline_model_parallel_size",
-                lambda c: c.parallel.virtual_pipeline_model_parallel_size is not None,
-                "must be null with parallel.pipeline_model_parallel_size (1)",
-                "use null, or set parallel.pipeline_model_parallel_size to 2 or more",
-            ),
-        ),
-        group(
-            lambda c: c.parallel.pipeline_model_parallel_layout is None,
+            "parallel.pipeline_model_parallel_layout null",
             _layers_divide_over_stages,
         ),
         group(
-            lambda c: c.parallel.pipeline_model_parallel_layout is not None,
+            "not parallel.pipeline_model_parallel_layout null",
             _layout_is_whole,
         ),
         group(
-            lambda c: c.parallel.overlap_moe_expert_parallel_comm,
+            "parallel.overlap_moe_expert_parallel_comm",
             _needs(
-                lambda c: c.parallel.expert_model_parallel_size == 1,
+                "parallel.expert_model_parallel_size 1",
                 "must have parallel.expert_model_parallel_size (1) above 1: no token travels",
             ),
             _needs(
-                lambda c: c.precision.dtype != "bf16",
+                "not precision.dtype bf16",
                 "must have precision.dtype ({precision.dtype}) bf16, which megatron-core's "
                 "schedule asks for",
             ),
@@ -336,7 +324,7 @@ class ParallelSection(Section):
                 "the plain 1F1B schedule has no combined form",
             ),
             _needs(
-                lambda c: c.training.recompute_granularity == "full",
+                "training.recompute_granularity full",
                 "must have training.recompute_granularity (full) null or selective: whole layers "
                 "are no longer one piece of the schedule",
             ),
@@ -345,9 +333,7 @@ class ParallelSection(Section):
         # No other schedule comes back for the weights (transformer_config.py, `__post_init__`).
         refuse(
             "parallel.delay_wgrad_compute",
-            lambda c: (
-                c.parallel.delay_wgrad_compute and not c.parallel.overlap_moe_expert_parallel_comm
-            ),
+            "parallel.delay_wgrad_compute and not parallel.overlap_moe_expert_parallel_comm",
             "must come with parallel.overlap_moe_expert_parallel_comm (false), whose schedule "
             "computes the gradients that are left out at first",
             "set that to true, or parallel.delay_wgrad_compute to false",
@@ -357,7 +343,7 @@ class ParallelSection(Section):
     no_effect = (
         _priority_of_groups_of_one,
         no_effect_where(
-            lambda c: c.parallel.tensor_model_parallel_size == 1,
+            "parallel.tensor_model_parallel_size 1",
             "with parallel.tensor_model_parallel_size 1",
             "parallel.sequence_parallel",
             "set it to false, or use more tensor-parallel ranks",

@@ -205,19 +205,19 @@ class PrecisionSection(Section):
         # Its gradient is bf16, whatever the logits are (fused_cross_entropy.py).
         refuse(
             "precision.cross_entropy",
-            lambda c: c.precision.cross_entropy == "native" and c.precision.dtype != "bf16",
+            "precision.cross_entropy native and not precision.dtype bf16",
             "must have precision.dtype ({precision.dtype}) bf16, because megatron-core's fused "
             "cross entropy rounds the gradient of the logits to bf16",
             "use auto",
         ),
         refuse(
             "precision.fp8",
-            lambda c: c.precision.fp8 is not None and c.precision.dtype != "bf16",
+            "precision.fp8 and not precision.dtype bf16",
             "must have precision.dtype ({precision.dtype}) bf16, with Transformer Engine on a GPU",
             "set precision.dtype to bf16, or precision.fp8 to null",
         ),
         group(
-            lambda c: c.precision.fp8 is None,
+            "not precision.fp8",
             each(
                 values("precision.fp8_recipe precision.fp8_param precision.first_last_layers_bf16"),
                 lambda value: value not in (None, False),
@@ -227,12 +227,12 @@ class PrecisionSection(Section):
         ),
         refuse(
             "precision.fp8_param",
-            lambda c: c.precision.fp8_param and c.precision.recipe == "mxfp8",
+            "precision.fp8_param and precision.recipe mxfp8",
             "must be false with precision.fp8_recipe mxfp8: such weights have not been tried",
             "use false",
         ),
         group(
-            lambda c: c.precision.fp8 is not None,
+            "precision.fp8",
             _widths,
             group(_heads_divide, _heads),
             _tokens,
@@ -241,18 +241,18 @@ class PrecisionSection(Section):
         # demands the same of --fp8-param-gather.)
         refuse(
             "precision.fp8_param",
-            lambda c: c.precision.fp8_param and not c.parallel.use_distributed_optimizer,
+            "precision.fp8_param and not parallel.use_distributed_optimizer",
             "must have parallel.use_distributed_optimizer (false), which alone turns its fp32 "
             "copies into FP8 weights",
             "set parallel.use_distributed_optimizer to true, or precision.fp8_param to false",
         ),
         group(
-            lambda c: c.precision.fp8 is not None and c.precision.first_last_layers_bf16,
+            "precision.fp8 and precision.first_last_layers_bf16",
             # (transformer_config.py; `get_fp8_context`: per-layer contexts would reduce amaxes
             # wrongly.)
             refuse(
                 "precision.first_last_layers_bf16",
-                lambda c: c.precision.recipe == "delayed",
+                "precision.recipe delayed",
                 "must be false with precision.fp8_recipe delayed, whose history of amaxes is "
                 "reduced once for all layers",
                 "use precision.fp8_recipe tensorwise or blockwise, or set it to false",
@@ -294,7 +294,7 @@ class PrecisionSection(Section):
             "set precision.dtype to bf16",
         ),
         no_effect_where(
-            lambda c: c.precision.recipe != "delayed",
+            "not precision.recipe delayed",
             "without precision.fp8_recipe delayed",
             "precision.fp8_margin precision.fp8_amax_history_len precision.fp8_amax_compute_algo",
             "leave it out",

@@ -87,7 +87,7 @@ class ResilienceSection(Section):
             "switch resilience.straggler_interval on",
         ),
         no_effect_where(
-            lambda c: c.resilience.guard and c.checkpoint.save_interval == 0,
+            "resilience.guard and not checkpoint.save_interval",
             "with checkpoint.save_interval 0",
             "resilience.guard_max_rollbacks",
             "set checkpoint.save_interval above 0, or leave it out",

@@ -113,13 +113,13 @@ class SlurmSection(Section):
         ),
         refuse(
             "slurm.container_image",
-            lambda c: c.slurm.container != "none" and c.slurm.container_image is None,
+            "not slurm.container none and not slurm.container_image",
             "must name an image for slurm.container ({slurm.container})",
             "name one, or use slurm.container none",
         ),
         refuse(
             "slurm.container_image",
-            lambda c: c.slurm.container == "none" and c.slurm.container_image is not None,
+            "slurm.container none and slurm.container_image",
             "must come with slurm.container pyxis or apptainer",
             "set slurm.container, or leave the image out",
         ),

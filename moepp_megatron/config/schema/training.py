@@ -162,10 +162,10 @@ class EngineTrainingSection(Section):
         _batch_ramp_rises_to_the_batch,
         _micro_batches_divide_global_batch,
         group(
-            lambda c: c.training.recompute_granularity == "full",
+            "training.recompute_granularity full",
             refuse(
                 "training.recompute_method",
-                lambda c: c.training.recompute_method is None,
+                "not training.recompute_method",
                 "must be set with training.recompute_granularity full",
                 "use uniform or block",
             ),
@@ -180,7 +180,7 @@ class EngineTrainingSection(Section):
             ),
         ),
         group(
-            lambda c: c.training.recompute_granularity == "selective",
+            "training.recompute_granularity selective",
             each(
                 values("training.recompute_method training.recompute_num_layers"),
                 lambda value: value is not None,
@@ -198,10 +198,10 @@ class EngineTrainingSection(Section):
         first(
             refuse("training.cuda_graphs", _unknown, _only_capturable, "use [attn, moe_router]"),
             group(
-                lambda c: c.training.cuda_graphs,
+                "training.cuda_graphs",
                 refuse(
                     "training.cuda_graphs",
-                    lambda c: c.moe.is_vanilla,
+                    "moe.is_vanilla",
                     "must have zero-computation experts or moe.gating_residual: for vanilla layers "
                     "megatron-core's attn captures the experts as well, whose sizes are not fixed",
                     _REMEDY,
@@ -215,14 +215,14 @@ class EngineTrainingSection(Section):
                 ),
                 refuse(
                     "training.cuda_graphs",
-                    lambda c: c.training.captures_router and c.moe.z_loss_coeff is not None,
+                    "training.captures_router and not moe.z_loss_coeff null",
                     "must have moe.z_loss_coeff ({moe.z_loss_coeff}) null with moe_router: the "
                     "loss is recorded by the host, which a graph does not repeat",
                     _REMEDY,
                 ),
                 refuse(
                     "training.cuda_graphs",
-                    lambda c: c.training.captures_router and c.moe.input_jitter_eps is not None,
+                    "training.captures_router and not moe.input_jitter_eps null",
                     "must have moe.input_jitter_eps ({moe.input_jitter_eps}) null with moe_router: "
                     "noise inside a graph has not been tested",
                     _REMEDY,
