@@ -13,7 +13,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -29,17 +28,17 @@ def slowdown() -> float:
     return max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
 
 
-def moepp(*arguments, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+def moepp(*arguments, cwd=None) -> subprocess.CompletedProcess[str]:
     """Runs a command in a fork of the server of ranks; ranks that it starts are real ones."""
     return forked(["-m", MODULE, *map(str, arguments)], cwd)
 
 
-def module(name: str, *arguments, cwd: Path) -> subprocess.CompletedProcess[str]:
+def module(name, *arguments, cwd) -> subprocess.CompletedProcess[str]:
     """As `moepp`, any module: `python -m name arguments`."""
     return forked(["-m", name, *map(str, arguments)], cwd)
 
 
-def program(path: Path, *arguments) -> subprocess.CompletedProcess[str]:
+def program(path, *arguments) -> subprocess.CompletedProcess[str]:
     """As `moepp`, a Python program, in its own folder."""
     return forked([str(path), *map(str, arguments)], path.parent)
 
@@ -55,13 +54,13 @@ class Begun:
 
     def __init__(
         self,
-        words: Sequence[str],
-        output: Path,
-        errors: Path | None = None,
+        words,
+        output,
+        errors=None,
         *,
-        cwd: Path | None = None,
+        cwd=None,
         environment: dict[str, str] | None = None,
-        new_session: bool = False,
+        new_session=False,
     ):
         environment = dict(os.environ) if environment is None else environment
         outputs = (str(output), str(errors or output))
@@ -74,7 +73,7 @@ class Begun:
         # Not to be ended with pytest's process by multiprocessing, which would wait for it.
         multiprocessing.process._children.discard(self._process)  # type: ignore[attr-defined]
         assert self._process.pid is not None
-        self.pid: int = self._process.pid
+        self.pid = self._process.pid
         self.args = list(words)
 
     @property
@@ -84,14 +83,14 @@ class Begun:
     def poll(self) -> int | None:
         return self._process.exitcode
 
-    def wait(self, timeout: float | None = None) -> int:
+    def wait(self, timeout=None) -> int:
         self._process.join(timeout)
         code = self._process.exitcode
         if code is None:
             raise subprocess.TimeoutExpired(self.args, timeout or 0.0)
         return code
 
-    def send_signal(self, number: int):
+    def send_signal(self, number):
         if self.poll() is None:
             os.kill(self.pid, number)
 
@@ -102,14 +101,14 @@ class Begun:
 class Heard(Begun):
     """One whose output, stdout and stderr together, is read while it comes."""
 
-    def __init__(self, words: Sequence[str], folder: Path, **options):
+    def __init__(self, words, folder, **options):
         fifo = Path(tempfile.mkdtemp(dir=folder), "output")
         os.mkfifo(fifo)
         super().__init__(words, fifo, **options)
         # Returns when the process has opened its end.
         self.stdout = fifo.open()
 
-    def communicate(self, timeout: float | None = None) -> tuple[str, None]:
+    def communicate(self, timeout=None) -> tuple[str, None]:
         """The rest of the output, once all that could print has ended."""
         output = self.stdout.read()
         self.wait(timeout)
@@ -117,7 +116,7 @@ class Heard(Begun):
 
 
 def forked(
-    words: list[str], folder: Path | None, environment: dict[str, str] | None = None
+    words, folder, environment: dict[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
     """As `moepp`, a program, or "-m" and a module, with an environment of its own."""
     with tempfile.TemporaryDirectory() as written:
@@ -135,11 +134,11 @@ def forked(
 
 
 def _run(
-    words: list[str],
+    words,
     environment: dict[str, str],
-    folder: str,
+    folder,
     outputs: tuple[str, str],
-    new_session: bool,
+    new_session,
     mask: set[int],
 ) -> NoReturn:
     """The process: everything that the caller could tell from a start of its own is as there."""

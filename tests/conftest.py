@@ -7,7 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Generator, Iterator
+from collections.abc import Generator
 from pathlib import Path
 
 import pytest
@@ -71,7 +71,7 @@ _POOLS = RankPools()
 
 
 @pytest.fixture(autouse=True, scope="module")
-def _environment() -> Iterator[None]:
+def _environment():
     """What a file's tests, or the code that they call, set for this process ends with the file."""
     before = dict(os.environ)
     yield
@@ -80,20 +80,20 @@ def _environment() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def ranks() -> RankPools:
+def ranks():
     """`ranks(n).run(fn, *args)` runs a module-level function on n gloo ranks, started once."""
     return _POOLS
 
 
 @pytest.fixture(scope="module", autouse=True)
-def no_rank_outlives_its_file() -> Iterator[None]:
+def no_rank_outlives_its_file():
     """Ranks that wait compute: threads of their groups wake up a hundred times a second each."""
     with _POOLS:
         yield
 
 
 @pytest.fixture
-def small_disk(tmp_path) -> Iterator[Path]:
+def small_disk(tmp_path):
     """A file system of its own, of 30 MiB."""
     folder = tmp_path / "disk"
     folder.mkdir()

@@ -7,7 +7,7 @@ from pathlib import Path
 SOURCE = Path(__file__).parents[1] / "examples" / "plugins"
 
 
-def install(folder: Path) -> Path:
+def install(folder) -> Path:
     """Put module and entry points into a folder, which is for the path of imports."""
     project = tomllib.loads((SOURCE / "pyproject.toml").read_text(encoding="utf-8"))
     modules = project["tool"]["setuptools"]["py-modules"]
@@ -17,12 +17,12 @@ def install(folder: Path) -> Path:
     return folder
 
 
-def write_entry_points(folder: Path, groups: dict[str, dict[str, str]], name: str = "example"):
+def write_entry_points(folder, groups: dict[str, dict[str, str]], name="example"):
     """What an installed package says it has."""
     info = folder / f"{name}-1.0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
-    lines: list[str] = []
+    lines = []
     for group, names in groups.items():
         lines += [f"[{group}]", *(f"{name} = {value}" for name, value in names.items())]
     (info / "entry_points.txt").write_text("\n".join(lines) + "\n")

@@ -6,7 +6,7 @@ from pathlib import Path
 _BLOCK = 1 << 16
 
 
-def fill(folder: Path, leave: int = 0) -> Path:
+def fill(folder, leave=0) -> Path:
     """Write `ballast` until the disk is full, then give `leave` bytes back."""
     ballast = folder / "ballast"
     with ballast.open("wb", buffering=0) as file:
@@ -21,7 +21,7 @@ def torch_error() -> Exception:
     """The very exception that `torch.save` raises on a full disk: not an OSError."""
     import torch
 
-    found: Exception | None = None
+    found = None
     # What is still in the file's buffer is refused once more when it is closed.
     with contextlib.suppress(OSError), Path("/dev/full").open("wb") as stream:
         try:

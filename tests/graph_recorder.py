@@ -11,7 +11,6 @@ import contextlib
 from collections import defaultdict
 from collections.abc import Iterator
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -26,7 +25,7 @@ class CPUGraph:
     """Stands for `torch.cuda.CUDAGraph`."""
 
     def __init__(self):
-        self.operations: list[tuple[Any, Any, Any, list[Any]]] = []
+        self.operations = []
         self.replays = 0
 
     def register_generator_state(self, state):
@@ -98,7 +97,7 @@ def cpu_graphs() -> Iterator[None]:
             cuda_graphs.delete_cuda_graphs()
 
 
-def graphs_of(module: torch.nn.Module) -> list[CPUGraph]:
+def graphs_of(module) -> list[CPUGraph]:
     """The forward graphs of all layers of a model."""
     return [
         runner.fwd_graph

@@ -15,7 +15,7 @@ LAST_GREEN = Path(__file__).with_suffix(".json")
 LONG = ("matrix", "slow")
 
 
-def record(config: pytest.Config, stats, path: Path = LAST_GREEN):
+def record(config: pytest.Config, stats, path=LAST_GREEN):
     """Write down that all long tests passed, if this run left none of them out."""
     found = {name: [each for each in stats.get(name, []) if _is_long(each)] for name in stats}
     option = config.option

@@ -31,7 +31,7 @@ LAST = {
 }
 
 
-def write_task(folder: Path, task, documents) -> Path:
+def write_task(folder, task, documents) -> Path:
     """A task's file and, beside it, its documents; returns the file."""
     folder.mkdir(exist_ok=True)
     name = task["task"]

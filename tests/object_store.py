@@ -3,7 +3,7 @@
 import itertools
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 import pytest
 
@@ -20,9 +20,9 @@ class Store:
         pytest.importorskip("boto3")
         self._app = server.DomainDispatcherApplication(server.create_backend_app)
         self._port = 0
-        self._is_dead: Callable[[str, str], bool] = lambda method, key: False
-        self._is_denied: Callable[[str, str], bool] = lambda method, key: False
-        self.requests: Counter[str] = Counter()
+        self._is_dead = lambda method, key: False
+        self._is_denied = lambda method, key: False
+        self.requests = Counter()
         self.received = self.sent = 0
         self.start()
         self.bucket = f"bucket-{self._port}-{next(_NUMBERS)}"
@@ -57,11 +57,11 @@ class Store:
         self._server.shutdown()
         self._server.server_close()
 
-    def stop_at(self, method: str, text: str, number: int = 1):
+    def stop_at(self, method, text, number=1):
         """Stop at a request with `text` in its path, before it is answered."""
         count = itertools.count(1)
 
-        def is_dead(found: str, key: str) -> bool:
+        def is_dead(found, key) -> bool:
             if found == method and text in key and next(count) == number:
                 threading.Thread(target=self.stop).start()
                 self._is_dead = lambda method, key: True
@@ -70,7 +70,7 @@ class Store:
 
         self._is_dead = is_dead
 
-    def deny(self, *methods: str):
+    def deny(self, *methods):
         self._is_denied = lambda method, key: method in methods
 
     def forget(self):
@@ -90,23 +90,23 @@ class Store:
             aws_secret_access_key=SECRET,
         )
 
-    def names(self, prefix: str = "") -> list[str]:
+    def names(self, prefix="") -> list[str]:
         """The objects below a prefix, without it."""
         found = self.client.list_objects_v2(Bucket=self.bucket, Prefix=prefix)
         return sorted(item["Key"].removeprefix(prefix) for item in found.get("Contents", []))
 
-    def folders(self, prefix: str) -> list[str]:
+    def folders(self, prefix) -> list[str]:
         """The first part of the objects' names below a prefix."""
         return sorted({name.split("/")[0] for name in self.names(prefix)})
 
-    def read(self, key: str) -> bytes:
-        content: bytes = self.client.get_object(Bucket=self.bucket, Key=key)["Body"].read()
+    def read(self, key) -> bytes:
+        content = self.client.get_object(Bucket=self.bucket, Key=key)["Body"].read()
         return content
 
-    def write(self, key: str, content: bytes):
+    def write(self, key, content):
         self.client.put_object(Bucket=self.bucket, Key=key, Body=content)
 
-    def delete(self, key: str):
+    def delete(self, key):
         self.client.delete_object(Bucket=self.bucket, Key=key)
 
     def _answer(self, environment, start) -> Iterable[bytes]:

@@ -19,26 +19,26 @@ TOGETHER = ["tests/interop/", "tests/slurm/", "tests/unit/tools/report/"]
 UNKNOWN_S = 0.3
 
 
-def unit_of(node_id: str) -> str:
+def unit_of(node_id) -> str:
     """What is run as one piece by one worker: a file, or a folder of `TOGETHER`."""
     file = _file_of(node_id)
     return next((folder for folder in TOGETHER if file.startswith(folder)), file)
 
 
-def _file_of(node_id: str) -> str:
+def _file_of(node_id) -> str:
     return node_id.split("::", 1)[0]
 
 
 def recorded() -> dict[str, float]:
     """Seconds by file, as the last record has them."""
-    seconds: dict[str, float] = json.loads(DURATIONS.read_text(encoding="ascii"))
+    seconds = json.loads(DURATIONS.read_text(encoding="ascii"))
     return seconds
 
 
 def longest_first(items: list[pytest.Item]):
     """Order the units of the items; within a unit nothing moves."""
     known = recorded()
-    expected: defaultdict[str, float] = defaultdict(float)
+    expected = defaultdict(float)
     for file, count in Counter(_file_of(item.nodeid) for item in items).items():
         expected[unit_of(file)] += known.get(file, UNKNOWN_S * count)
     items.sort(key=lambda item: (-expected[unit_of(item.nodeid)], unit_of(item.nodeid)))
@@ -49,7 +49,7 @@ def scheduler(config: pytest.Config, log):
     from xdist.scheduler import LoadScopeScheduling
 
     class Units(LoadScopeScheduling):
-        def _split_scope(self, nodeid: str) -> str:
+        def _split_scope(self, nodeid) -> str:
             return unit_of(nodeid)
 
     return Units(config, log)
@@ -59,7 +59,7 @@ class Record:
     """Writes down how long each file took."""
 
     def __init__(self):
-        self._took: defaultdict[str, float] = defaultdict(float)
+        self._took = defaultdict(float)
 
     def pytest_runtest_logreport(self, report: pytest.TestReport):
         self._took[_file_of(report.nodeid)] += report.duration

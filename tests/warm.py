@@ -33,8 +33,8 @@ import threading
 import traceback
 import warnings
 import weakref
-from collections.abc import Mapping, Sequence
-from typing import Any, NoReturn
+from collections.abc import Mapping
+from typing import NoReturn
 
 _exec = subprocess.Popen._execute_child  # type: ignore[attr-defined]
 
@@ -44,7 +44,7 @@ def install():
     subprocess.Popen._execute_child = _execute_child  # type: ignore[attr-defined]
 
 
-def run(words: Sequence[str], environment: Mapping[str, str], folder: str | None) -> NoReturn:
+def run(words, environment: Mapping[str, str], folder) -> NoReturn:
     """What a fresh interpreter does, in this process, a fork; output goes to files 1 and 2."""
     # The server has matplotlib; a process that imports this module may not.
     from tests.figures import leave_unrendered
@@ -76,7 +76,7 @@ def run(words: Sequence[str], environment: Mapping[str, str], folder: str | None
         os._exit(status)
 
 
-def _status_of(words: Sequence[str]) -> int:
+def _status_of(words) -> int:
     try:
         if words[0] == "-m":
             sys.argv = list(words[1:])
@@ -119,7 +119,7 @@ def _forget_the_parent():
     multiprocessing.util._finalizer_registry.clear()  # type: ignore[attr-defined]
     atexit.register(logging.shutdown)
     atexit.register(multiprocessing.util._exit_function)  # type: ignore[attr-defined]
-    process: Any = multiprocessing.process
+    process = multiprocessing.process
     process._parent_process = None
     kinds = {kind.__name__: kind for kind in process.BaseProcess.__subclasses__()}
     process._current_process = kinds["_MainProcess"]()
@@ -150,13 +150,13 @@ def _execute_child(
     args,
     executable,
     preexec_fn,
-    close_fds: bool,
+    close_fds,
     pass_fds,
     cwd,
     env,
     startupinfo,
     creationflags,
-    shell: bool,
+    shell,
     *more,
 ):
     """Of `subprocess.Popen`; `more` are six ends of pipes, who to be, and the session."""
@@ -186,7 +186,7 @@ def _execute_child(
     self._close_pipe_fds(*ends)
 
 
-def _take_files(stdin: int, stdout: int, stderr: int):
+def _take_files(stdin, stdout, stderr):
     """Make these the files 0, 1 and 2 (-1: as they are), and close all others."""
     # High numbers first, lest one of the three is overwritten before it is taken.
     taken = [None if file == -1 else os.dup(file) for file in (stdin, stdout, stderr)]

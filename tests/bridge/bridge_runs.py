@@ -2,13 +2,12 @@
 
 from dataclasses import fields
 from functools import partial
-from pathlib import Path
 
 from tests.parallel.megatron_lm_runs import Observer, child_processes
 from tests.parallel.training_runs import Run, SyntheticDataset, begin
 
 
-def train_in_bridge(raw, steps: int, way: str):
+def train_in_bridge(raw, steps, way):
     """Returns what `training_runs.train` returns, of a model that Bridge builds and wraps."""
     from megatron.core.distributed import DistributedDataParallelConfig
     from megatron.core.optimizer import (
@@ -76,7 +75,7 @@ def train_in_bridge(raw, steps: int, way: str):
     return run, observer.pieces
 
 
-def _provider(config, way: str):
+def _provider(config, way):
     from megatron.bridge.models.gpt_provider import GPTModelProvider
 
     from moepp_megatron.interop.bridge import MoEPPModelProvider, moepp_layer_spec
@@ -111,7 +110,7 @@ def _sum(losses):
     return sum(losses, torch.zeros(2, dtype=torch.float64))
 
 
-def pretrain_in_bridge(raw, steps: int, save: Path, source: Path, target: Path, begin_at: int = 0):
+def pretrain_in_bridge(raw, steps, save, source, target, begin_at=0):
     """Bridge's own loop, `pretrain`, which saves every second step, from a start or a checkpoint.
 
     The model at the end is written to `target` as the Hugging Face folder `source` is.
@@ -219,7 +218,7 @@ def pretrain_in_bridge(raw, steps: int, save: Path, source: Path, target: Path, 
     return run, observer.pieces
 
 
-def through_bridge(source: Path, target: Path, layout, ids):
+def through_bridge(source, target, layout, ids):
     """Read a folder into a model of this layout, and write it back.
 
     Logits where there is a whole, else this rank's embeddings.

@@ -1,7 +1,6 @@
 """Folders as they are written go through Megatron-Bridge unchanged, and compute the same in it."""
 
 import json
-from typing import Any
 
 import numpy as np
 import pytest
@@ -17,12 +16,12 @@ from tests.interop.test_zeda import CASES
 from tests.parallel.ranks import RankError
 from tests.parallel.training_runs import EP2, PP2, TP2
 
-RELEASED: dict[str, Any] = {
+RELEASED = {
     "model": {"num_query_groups": 2},
     "moe": {"gate_normalization": "nonzero", "expert_input_scale": 2.0, "two_layer_gate": True},
 }
 # What the released format lacks.
-OWN: dict[str, Any] = {
+OWN = {
     "model": {
         "num_query_groups": 2,
         "qkv_bias": True,

@@ -32,7 +32,7 @@ def answer_megatron():
 
     _answer_offloading()
 
-    def move(tensor, as_numpy: bool = False, record_stream: bool = False):
+    def move(tensor, as_numpy=False, record_stream=False):
         if not (isinstance(tensor, torch.Tensor) and tensor.is_cuda):
             return tensor
         rows = ROUTING.rows
@@ -59,7 +59,7 @@ def answer_megatron():
     dispatcher.counts_of_this_rank = lambda self, rows: None
 
     def counted(self, *maps):
-        def exchanged(rows: int):
+        def exchanged(rows):
             each = [rows] * self.ep_size
             return dedup.ExchangedRows(each, each, [rows * self.ep_size] * self.tp_size)
 
@@ -83,7 +83,7 @@ def _answer_offloading():
     )
     copy = handler.reload
 
-    def reload(self, state, non_blocking: bool | None = None) -> torch.Tensor:
+    def reload(self, state, non_blocking=None) -> torch.Tensor:
         return copy(self, state, True)
 
     if copy.__module__ == offload.__name__:
@@ -96,17 +96,17 @@ def _answer_flex(token_dispatcher):
     DeepEP's check what its C++ checks of what it is given (deep_ep.cpp).
     """
 
-    def arrived(x: torch.Tensor, rows: int) -> torch.Tensor:
+    def arrived(x, rows) -> torch.Tensor:
         return x.index_select(0, torch.zeros(rows, dtype=torch.long, device=x.device))
 
-    def rows_of_expert(multiple: int) -> int:
+    def rows_of_expert(multiple) -> int:
         return -(-ROUTING.rows * ROUTING.sources // multiple) * multiple
 
-    def counts(multiple: int = 1) -> torch.Tensor:
+    def counts(multiple=1) -> torch.Tensor:
         with unset_fake_temporarily():
             return torch.full((ROUTING.local_experts,), rows_of_expert(multiple), dtype=torch.long)
 
-    def sent(x: torch.Tensor, group):
+    def sent(x, group):
         assert group.size() in (2, 4, 8) or group.size() % _NODE == 0, group.size()
         assert x.dtype is torch.bfloat16, f"rows in {x.dtype}"
         assert x.dim() == 2
@@ -114,7 +114,7 @@ def _answer_flex(token_dispatcher):
         assert x.is_cuda
         assert x.is_contiguous()
 
-    def dispatch(x, indices, probs, num_experts: int, group, **options):
+    def dispatch(x, indices, probs, num_experts, group, **options):
         sent(x, group)
         assert num_experts % group.size() == 0
         for tensor, dtype in ((indices, torch.int64), (probs, torch.float32)):
@@ -129,7 +129,7 @@ def _answer_flex(token_dispatcher):
         sent(x, group)
         return arrived(x, handle[0]), None
 
-    def permuting_dispatch(x, routing_map, probs, pad_multiple: int | None = None, **_):
+    def permuting_dispatch(x, routing_map, probs, pad_multiple=None, **_):
         assert routing_map.dtype is torch.bool
         assert probs.dtype is torch.float32
         RECORD.read("HybridEP")

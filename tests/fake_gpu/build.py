@@ -8,7 +8,6 @@ import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 from tests.fake_gpu.real_packages import Engine, pinned
 
@@ -37,7 +36,7 @@ def _headers() -> Path | None:
     return folder if (folder / "driver_types.h").exists() else None
 
 
-def build(folder: Path):
+def build(folder):
     """Compile both libraries into `folder`."""
     for source, target in (
         ("runtime_stub.c", "libcudart_stub.so"),
@@ -47,7 +46,7 @@ def build(folder: Path):
         subprocess.run([*command, str(HERE / source)], check=True)
 
 
-def play(folder: Path, cases, engine: Engine | None = None, capability: int = 9):
+def play(folder, cases, engine: Engine | None = None, capability=9):
     """Play `cases` (`play.Case`) one after another in a process that has the GPU.
 
     Args:
@@ -83,5 +82,5 @@ def play(folder: Path, cases, engine: Engine | None = None, capability: int = 9)
         check=False,
     )
     assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-6000:]}"
-    found: list[dict[str, Any]] = json.loads(done.stdout.splitlines()[-1])
+    found = json.loads(done.stdout.splitlines()[-1])
     return found

@@ -1,7 +1,6 @@
 """The cases that are played: shipped configurations at full width, and layouts and features."""
 
 from pathlib import Path
-from typing import Any
 
 from moepp_megatron.config import Config, Layout, load_config
 from moepp_megatron.tools.planning.grid import Grid
@@ -15,11 +14,11 @@ PLANNED = sorted((ROOT / "configs/h100").glob("*.yaml"))
 SMALLEST = "configs/models/moepp_0.6b_8_4.yaml"
 
 
-def _loaded(path: Path, *changes: str) -> Config:
+def _loaded(path, *changes) -> Config:
     return load_config(path, ["data.path=none", "run.dir=none", *changes])
 
 
-def ranks_of(path: Path) -> int:
+def ranks_of(path) -> int:
     """Ranks that a shipped configuration is meant for; the fewest of its layout where none says."""
     if path in PLANNED:
         return int(path.stem.rpartition("_")[2])
@@ -29,7 +28,7 @@ def ranks_of(path: Path) -> int:
     return parallel.pipeline_model_parallel_size * max(ranks, dense)
 
 
-def needs_engine(path: Path) -> bool:
+def needs_engine(path) -> bool:
     """Whether a configuration runs with Transformer Engine alone: FP8, or what it recomputes."""
     config = _loaded(path)
     training = config.training
@@ -38,13 +37,13 @@ def needs_engine(path: Path) -> bool:
     return config.precision.fp8 is not None or recomputes
 
 
-def experts_of_a_rank(path: Path) -> int:
+def experts_of_a_rank(path) -> int:
     """FFN experts that a rank of a shipped configuration has."""
     config = _loaded(path)
     return config.moe.num_ffn_experts // config.parallel.expert_model_parallel_size
 
 
-def stage_layers_of(path: Path) -> int | None:
+def stage_layers_of(path) -> int | None:
     """Layers of a pipeline stage; None where stages or layers differ from each other."""
     config = _loaded(path)
     stages = config.parallel.pipeline_model_parallel_size
@@ -53,7 +52,7 @@ def stage_layers_of(path: Path) -> int | None:
     return config.model.num_layers // stages
 
 
-def whole(path: Path, *changes: str, layers: int | None = None):
+def whole(path, *changes, layers=None):
     """A shipped configuration at full width, on its fullest rank; and the estimate of all of it.
 
     As many micro-batches as fill the pipeline: further ones take no more memory. The combined
@@ -85,7 +84,7 @@ def whole(path: Path, *changes: str, layers: int | None = None):
     return case, stages[fullest]
 
 
-def shipped(path: Path, layers: int = 2, *changes: str):
+def shipped(path, layers=2, *changes):
     """A shipped configuration on as many ranks as it is meant for, `layers` a pipeline chunk."""
     config, world = _loaded(path), ranks_of(path)
     parallel = config.parallel
@@ -103,7 +102,7 @@ def shipped(path: Path, layers: int = 2, *changes: str):
     return {"config": str(path.relative_to(ROOT)), "overrides": overrides, "world_size": world}
 
 
-def planned_launches(path: Path, *changes: str) -> int:
+def planned_launches(path, *changes) -> int:
     """Kernels that the planner counts for an MoE layer and micro-batch, forward and backward."""
     config = _loaded(path, *changes)
     grid = Grid.from_config(config, ranks_of(path))
@@ -112,7 +111,7 @@ def planned_launches(path: Path, *changes: str) -> int:
     return sum(part.forward.kernels + part.backward.kernels for part in parts)
 
 
-def smallest(*overrides: str, world_size: int = 1, sequences: int = 0, **fields):
+def smallest(*overrides, world_size=1, sequences=0, **fields):
     """The smallest of the paper's models; as many sequences a step as ranks unless given."""
     batch = f"training.global_batch_size={sequences or world_size}"
     return {
@@ -140,7 +139,7 @@ _TENSOR_AND_CONTEXT = [
 ]
 # Without Transformer Engine. A step has one micro-batch, two on one rank, in
 # pipelines and in the combined schedule.
-LOCAL: dict[str, dict[str, Any]] = {
+LOCAL = {
     "one rank": smallest(sequences=2),
     "guards, budget, health, evaluation, save": smallest(
         *WATCHED,
@@ -198,12 +197,12 @@ _OFFLOADING = "megatron.fine_grained_activation_offloading=true"
 _OFFLOADED = "megatron.offload_modules=[qkv_linear,core_attn,attn_proj,mlp_norm,expert_fc1,moe_act]"
 
 
-def _fp8(recipe: str, *overrides: str, **fields):
+def _fp8(recipe, *overrides, **fields):
     return smallest(_FP8, f"precision.fp8_recipe={recipe}", *overrides, **fields)
 
 
 # What a configuration can name, each by itself or with what it meets in Transformer Engine.
-ENGINE: dict[str, dict[str, Any]] = {
+ENGINE = {
     **{
         name: LOCAL[name]
         for name in (
@@ -340,7 +339,7 @@ COVERED = (
     "MXFP8, full width",
 )
 # On a Blackwell GPU.
-MXFP8: dict[str, dict[str, Any]] = {
+MXFP8 = {
     "MXFP8, evaluation, save": _fp8("mxfp8", parts=["evaluation", "save"]),
     "MXFP8, expert parallel": _fp8("mxfp8", _TWO_EXPERT_RANKS, world_size=2),
     "MXFP8, DeepEP": _fp8("mxfp8", _TWO_EXPERT_RANKS, _FLEX, world_size=2),

@@ -53,7 +53,7 @@ def install():
         into[0] = (values or [None])[0]
 
     class P2POp:
-        def __init__(self, op, tensor: torch.Tensor, peer: int = 0, group=None):
+        def __init__(self, op, tensor, peer=0, group=None):
             self.op, self.tensor = op, tensor
 
     def batch(operations: list[P2POp]) -> list[_Work]:
@@ -70,13 +70,13 @@ def install():
     _replace("batch_isend_irecv", batch)
 
 
-def _replace(name: str, value):
+def _replace(name, value):
     setattr(dist, name, value)
     setattr(dist.distributed_c10d, name, value)
 
 
-def _collective(name: str):
-    def collective(*args, async_op: bool = False, **kwargs) -> _Work | None:
+def _collective(name):
+    def collective(*args, async_op=False, **kwargs) -> _Work | None:
         RECORD.collectives[name] += 1
         for value in (*args, *kwargs.values()):
             for tensor in value if isinstance(value, list) else [value]:

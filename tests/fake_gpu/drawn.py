@@ -18,7 +18,7 @@ _OFFLOADING = (
     "megatron.offload_modules="
 )
 # The first value leaves the setting as it is, and is drawn as often as the others together.
-_AXES: tuple[tuple[str, ...], ...] = (
+_AXES = (
     (
         "",
         "precision.fp8=hybrid precision.fp8_recipe=delayed",
@@ -102,7 +102,7 @@ _AXES: tuple[tuple[str, ...], ...] = (
     ("", "training.deterministic=true", "moe.cutlass_grouped_gemm=true", "moe.tau=0.25"),
 )
 # Drawn last, so that they come on top of what was drawn before there were any.
-_OF_MEGATRON: tuple[tuple[str, ...], ...] = (
+_OF_MEGATRON = (
     (
         "",
         "megatron.fused_residual_rmsnorm=true",
@@ -119,10 +119,10 @@ _OF_MEGATRON: tuple[tuple[str, ...], ...] = (
         f"{_OFFLOADING}[qkv_linear,mlp_norm,moe_act]",
     ),
 )
-_PARTS: tuple[list[str], ...] = ([], ["evaluation"], ["save"], ["guard", "health"])
+_PARTS = ([], ["evaluation"], ["save"], ["guard", "health"])
 
 
-def drawn(seed: int):
+def drawn(seed):
     """A layout, then a value of each axis in turn, those that are legal with what is there."""
     generator = random.Random(seed)
     layout, world = _layout(generator)
@@ -138,9 +138,7 @@ def drawn(seed: int):
     return {"config": cases.SMALLEST, "overrides": overrides, "world_size": world, **fields}
 
 
-def _add(
-    overrides: list[str], axes: Sequence[tuple[str, ...]], world: int, generator: random.Random
-):
+def _add(overrides, axes: Sequence[tuple[str, ...]], world, generator):
     for first, *others in axes:
         value = first if generator.random() < 0.4 else generator.choice(others)
         # A section in braces is one setting.
@@ -149,7 +147,7 @@ def _add(
             overrides += more
 
 
-def _is_legal(overrides: list[str], world: int) -> bool:
+def _is_legal(overrides, world) -> bool:
     try:
         config = load_config(
             cases.ROOT / cases.SMALLEST, ["data.path=none", "run.dir=none", *overrides]
@@ -160,7 +158,7 @@ def _is_legal(overrides: list[str], world: int) -> bool:
     return True
 
 
-def _layout(generator: random.Random) -> tuple[list[str], int]:
+def _layout(generator) -> tuple[list[str], int]:
     """Settings and ranks; four layers or eight, and as many micro-batches as fill the pipeline."""
     tp, cp, pp, etp, ep = (
         generator.choice(sizes)

@@ -100,7 +100,7 @@ def _is_on_gpu(result) -> bool:
     return first is not None and first.device.type == "cuda"
 
 
-def _note_copy(source, target, non_blocking: bool):
+def _note_copy(source, target, non_blocking):
     kinds = (source.device.type, target.device.type)
     if non_blocking or kinds[0] == kinds[1]:
         return
@@ -120,7 +120,7 @@ def _number(tensor) -> float | int | bool:
     return 1.0 if tensor.is_floating_point() else ROUTING.counted
 
 
-def _sized(func, first: torch.Tensor, args, kwargs):
+def _sized(func, first, args, kwargs):
     if func is aten.bincount.default:
         least = kwargs.get("minlength", args[2] if len(args) > 2 else 0)
         return first.new_zeros(least)
@@ -133,7 +133,7 @@ def _sized(func, first: torch.Tensor, args, kwargs):
     raise NotImplementedError(f"no answer for {func}")
 
 
-def _indexed(values: torch.Tensor, indices: list[torch.Tensor | None]) -> torch.Tensor:
+def _indexed(values, indices: list[torch.Tensor | None]) -> torch.Tensor:
     """Values at a mask: as many as half of the mask's entries, of a mask of all leading axes."""
     (mask,) = indices
     assert mask is not None
@@ -146,7 +146,7 @@ def install():
     from triton.runtime.autotuner import Autotuner
     from triton.runtime.jit import JITFunction
 
-    def run(self, *args, grid=None, warmup: bool = False, **kwargs):
+    def run(self, *args, grid=None, warmup=False, **kwargs):
         name = self.fn.__name__
         RECORD.launches[name] += 1
         RECORD.owners[owner()] += 1
@@ -160,7 +160,7 @@ def install():
     FakeTensorMode.avoid_device_init = property(lambda self: True)
     resize = torch.UntypedStorage.resize_
 
-    def resized(self: torch.UntypedStorage, size: int) -> torch.UntypedStorage:
+    def resized(self: torch.UntypedStorage, size) -> torch.UntypedStorage:
         resize(self, size)
         MEMORY.resized(self)
         return self
@@ -195,7 +195,7 @@ def keep_dtypes():
     torch.nn.Module.bfloat16 = lambda self: self
 
 
-def _zeros(tensor: torch.Tensor) -> torch.Tensor:
+def _zeros(tensor) -> torch.Tensor:
     return torch.zeros(tensor.shape, dtype=tensor.dtype)
 
 
@@ -203,7 +203,7 @@ def _install_reads():
     """Reads that never become an operation, or whose copy torch makes below Python."""
     to_list = torch.Tensor.tolist
 
-    def tolist(self: torch.Tensor):
+    def tolist(self):
         if not isinstance(self, FakeTensor):
             return to_list(self)
         if self.is_cuda:
@@ -216,7 +216,7 @@ def _install_reads():
     torch.Tensor.__index__ = lambda self: int(self)
     to_numpy = torch.Tensor.numpy
 
-    def numpy(self: torch.Tensor, **kwargs):
+    def numpy(self, **kwargs):
         """Of a tensor on the host; what has brought it there was the read."""
         if not isinstance(self, FakeTensor):
             return to_numpy(self, **kwargs)
@@ -225,7 +225,7 @@ def _install_reads():
     torch.Tensor.numpy = FakeTensor.numpy = numpy
     are_equal = torch.equal
 
-    def equal(first: torch.Tensor, second: torch.Tensor) -> bool:
+    def equal(first, second) -> bool:
         if not isinstance(first, FakeTensor):
             return are_equal(first, second)
         if first.is_cuda:
@@ -243,7 +243,7 @@ def _install_reads():
             result.made_of = data
         return result
 
-    def new_tensor(self: torch.Tensor, data, **kwargs) -> torch.Tensor:
+    def new_tensor(self, data, **kwargs) -> torch.Tensor:
         if self.is_cuda:
             RECORD.read("copy to the device")
         return make_new(self, data, **kwargs)
@@ -270,7 +270,7 @@ def _count_synchronize(owner):
     owner.synchronize = synchronize
 
 
-def _listed(shape: tuple[int, ...], is_float: bool):
+def _listed(shape, is_float):
     if not shape:
         return 1.0 if is_float else ROUTING.counted
     if len(shape) > 1:

@@ -6,7 +6,6 @@ it. What the allocator rounds up or leaves unused, CUDA's context and NCCL's buf
 
 import weakref
 from collections import Counter
-from typing import Any
 
 import torch
 from torch.utils._pytree import tree_leaves
@@ -30,14 +29,14 @@ class Memory:
     def forget(self):
         """Count what is made from now on."""
         # Of each storage by its id: a reference, bytes, shape and dtype.
-        self._known: dict[int, tuple[Any, int, str]] = {}
+        self._known = {}
         self.live = 0
         self.begin()
 
     def begin(self):
         """Measure the peak from now on."""
         self.peak, self._written = self.live, 0.0
-        self.parts: dict[str, int] = {}
+        self.parts = {}
 
     def see(self, result):
         """Count the storages of tensors that an operation has made or returned."""
@@ -57,7 +56,7 @@ class Memory:
             self._known[id(storage)] = reference, storage.nbytes(), name
             self.live += storage.nbytes() - before
 
-    def _add(self, tensor: torch.Tensor):
+    def _add(self, tensor):
         storage = tensor.untyped_storage()
         key = id(storage)
         if key in self._known:
@@ -72,7 +71,7 @@ class Memory:
 
     def _write(self):
         self._written = self.peak
-        found: Counter[str] = Counter()
+        found = Counter()
         for _, size, name in self._known.values():
             found[name] += size
         self.parts = dict(found.most_common(25))

@@ -53,7 +53,7 @@ class Peak:
         )
 
 
-def peaks(folder: Path, paths: list[Path]) -> list[Peak]:
+def peaks(folder, paths) -> list[Peak]:
     """Play each with Transformer Engine, whose modules the planner knows.
 
     Args:
@@ -69,7 +69,7 @@ def peaks(folder: Path, paths: list[Path]) -> list[Peak]:
     return found
 
 
-def played_bytes(folder: Path, paths: list[Path], engine: Engine | None) -> dict[Path, int]:
+def played_bytes(folder, paths, engine: Engine | None) -> dict[Path, int]:
     """The peak of each configuration, from two and three layers a stage and their difference.
 
     Every further layer takes the same: `test_two_layers_and_a_difference_are_the_whole`. Stages
@@ -82,7 +82,7 @@ def played_bytes(folder: Path, paths: list[Path], engine: Engine | None) -> dict
         for few in ((None,) if layers[path] is None else (2, 3))
     }
     outcomes = build.play(folder, list(plays.values()), engine)
-    found: dict[tuple[Path, int | None], int] = {}
+    found = {}
     for (key, case), outcome in zip(plays.items(), outcomes, strict=True):
         assert outcome["error"] == "", f"{case}\n{outcome['error']}"
         assert outcome["faults"] == [], case
@@ -95,7 +95,7 @@ def played_bytes(folder: Path, paths: list[Path], engine: Engine | None) -> dict
     }
 
 
-def launches(folder: Path, path: Path, engine: Engine | None, *changes: str) -> dict[str, int]:
+def launches(folder, path, engine: Engine | None, *changes) -> dict[str, int]:
     """Kernels that an MoE layer starts for a micro-batch, forward and backward, by `OWNERS`.
 
     The difference between three layers and two. A grouped product counts once.

@@ -231,13 +231,13 @@ class _Run:
 
         return [endless() for _ in self.model.chunks]
 
-    def _planted(self, fault: str):
+    def _planted(self, fault):
         """Every router leaves a tensor on the host, or reads one from the device."""
         from moepp_megatron.moe.router import MoEPPRouter
 
         forward = MoEPPRouter.forward
 
-        def faulty(router, hidden: torch.Tensor, *args, **kwargs):
+        def faulty(router, hidden, *args, **kwargs):
             if fault == "plant":
                 hidden = hidden + torch.ones(hidden.shape[-1])
             else:
@@ -332,7 +332,7 @@ class _Run:
 _INPUTS = ("tokens", "labels", "position_ids")
 
 
-def _moe_layers(model: torch.nn.Module) -> int:
+def _moe_layers(model) -> int:
     """Those of MoE++, and megatron-core's own of a vanilla model."""
     from megatron.core.transformer.moe.moe_layer import BaseMoELayer
 

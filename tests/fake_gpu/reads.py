@@ -9,8 +9,6 @@ fails. Places are file and function: `kind file:function`. Numbers are reads for
 docs/gpu.md says what each is for.
 """
 
-from collections.abc import Sequence
-
 _CORE, _OWN = "megatron/core", "moepp_megatron"
 _DISPATCHER = f"{_CORE}/transformer/moe/token_dispatcher.py"
 
@@ -32,7 +30,7 @@ PERMUTATION = {f"masked_select {_DISPATCHER}:dispatch_postprocess": 1}
 FUSED_PERMUTATION = {f"item {_OWN}/moe/dispatcher.py:dispatch_postprocess": 1}
 
 
-def of_overrides(overrides: Sequence[str]) -> tuple[dict[str, int], ...]:
+def of_overrides(overrides) -> tuple[dict[str, int], ...]:
     """Tables of a layer with Transformer Engine, by the dispatcher that overrides name."""
     settings = dict(each.split("=", 1) for each in overrides)
     if "moe.static_rows" in settings:

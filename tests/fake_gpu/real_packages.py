@@ -19,7 +19,7 @@ _CACHE = ROOT / "build/real"
 
 
 @functools.cache
-def pinned(package: str) -> str:
+def pinned(package) -> str:
     """The version in constraints.txt."""
     found = re.search(rf"^{package}==(\S+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
     assert found is not None, f"constraints.txt names {package}"
@@ -39,7 +39,7 @@ class Unavailable(Exception):
 
 
 @functools.cache
-def transformer_engine(version: str) -> Engine:
+def transformer_engine(version) -> Engine:
     """Transformer Engine's Python and the C++ source of its extension, of one version.
 
     Raises:
@@ -48,7 +48,7 @@ def transformer_engine(version: str) -> Engine:
     folder = _CACHE / f"transformer_engine-{version}"
     names = f"transformer_engine=={version}", f"transformer_engine_torch=={version}"
 
-    def fetch(target: Path):
+    def fetch(target):
         _pip("install", "--target", str(target / "python"), names[0])
         # Its metadata are made with the torch that is here.
         _pip("download", "--no-build-isolation", "--no-binary=:all:", "-d", str(target), names[1])
@@ -61,7 +61,7 @@ def transformer_engine(version: str) -> Engine:
     return Engine(folder / "python", source)
 
 
-def cuda_headers(cuda: str) -> Path:
+def cuda_headers(cuda) -> Path:
     """Folder of packages with the headers that those of torch's wheels include, and wheels lack.
 
     Raises:
@@ -80,7 +80,7 @@ def pinned_engine() -> Engine:
     return transformer_engine(pinned("transformer_engine"))
 
 
-def _once(folder: Path, fetch: Callable[[Path], None]):
+def _once(folder, fetch: Callable[[Path], None]):
     """Fill a folder, by one of the processes that want it."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with folder.with_suffix(".lock").open("w") as lock:
@@ -94,7 +94,7 @@ def _once(folder: Path, fetch: Callable[[Path], None]):
         unfinished.rename(folder)
 
 
-def _pip(*arguments: str):
+def _pip(*arguments):
     quiet = ["--quiet", "--disable-pip-version-check", "--no-input", "--retries=0", "--timeout=15"]
     command = [sys.executable, "-m", "pip", arguments[0], *quiet, "--no-deps", *arguments[1:]]
     done = subprocess.run(

@@ -3,7 +3,6 @@
 import sys
 from collections import Counter
 from dataclasses import dataclass, field
-from types import FrameType
 
 
 @dataclass
@@ -37,7 +36,7 @@ class Record:
         """Kernels of Triton, and one for each operation of torch."""
         return self.operations.total() + self.launches.total()
 
-    def read(self, kind: str):
+    def read(self, kind):
         self.reads[f"{kind} {place()}"] += 1
 
 
@@ -91,9 +90,9 @@ class Routing:
 ROUTING = Routing()
 
 
-def place(packages: tuple[str, ...] = ("/moepp_megatron/", "/megatron/core/")) -> str:
+def place(packages=("/moepp_megatron/", "/megatron/core/")) -> str:
     """The innermost function of megatron-core or of this package, "file:function"."""
-    frame: FrameType | None = sys._getframe(1)
+    frame = sys._getframe(1)
     while frame is not None:
         name = frame.f_code.co_filename
         for package in packages:

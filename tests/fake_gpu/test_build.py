@@ -21,7 +21,7 @@ pytestmark = [
 
 
 @pytest.fixture(scope="module")
-def headers() -> dict[str, str]:
+def headers():
     """An environment in which a compiler finds CUDA, cuDNN and NCCL as env.sh lets it find them."""
     try:
         site = cuda_headers(torch.version.cuda)
@@ -36,7 +36,7 @@ def headers() -> dict[str, str]:
     return environment | {"CPLUS_INCLUDE_PATH": folders}
 
 
-def compile_only(source: Path, engine: Engine, environment: dict[str, str]):
+def compile_only(source, engine: Engine, environment: dict[str, str]):
     common = engine.source / "common_headers"
     places = [common, common / "common", common / "common/include", engine.source / "csrc"]
     places += [*include_paths(), sysconfig.get_path("include")]

@@ -18,7 +18,7 @@ IS_COVERED = pytest.mark.parametrize(
 )
 
 
-def played(play: Play, cases_by_name, is_covered: bool, *args, **kwargs):
+def played(play: Play, cases_by_name, is_covered, *args, **kwargs):
     """Outcomes by name, of those that others cover or of the others, with no read that is new."""
     names = [name for name in cases_by_name if (name in cases.COVERED) == is_covered]
     steps = sound(play([cases_by_name[name] for name in names], *args, **kwargs))

@@ -6,7 +6,6 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -31,7 +30,7 @@ with Nvml() as nvml:
 def read(tmp_path_factory):
     if shutil.which("gcc") is None:
         pytest.skip("compiling the stub of NVML needs gcc")
-    folder: Path = tmp_path_factory.mktemp("nvml")
+    folder = tmp_path_factory.mktemp("nvml")
     target = folder / "libnvidia-ml.so.1"
     source = HERE / "nvml_stub.c"
     subprocess.run(["gcc", "-shared", "-fPIC", "-o", str(target), str(source)], check=True)
@@ -43,7 +42,7 @@ def read(tmp_path_factory):
         text=True,
         check=True,
     )
-    found: dict[str, Any] = json.loads(done.stdout)
+    found = json.loads(done.stdout)
     return found
 
 

@@ -3,7 +3,7 @@
 import pytest
 
 from tests.fake_gpu import cases, reads
-from tests.fake_gpu.outcomes import Outcomes, excess, sound, token_id_kernels
+from tests.fake_gpu.outcomes import excess, sound, token_id_kernels
 
 pytestmark = pytest.mark.timeout(900)
 
@@ -11,7 +11,7 @@ FAULTY = [cases.smallest("model.num_layers=1", parts=[part]) for part in ("plant
 
 
 @pytest.fixture(scope="module")
-def local(play) -> tuple[Outcomes, Outcomes]:
+def local(play):
     """What is played without Transformer Engine, in one process: `cases.LOCAL` and `FAULTY`."""
     outcomes = play([*cases.LOCAL.values(), *FAULTY])
     return outcomes[: -len(FAULTY)], outcomes[-len(FAULTY) :]

@@ -6,7 +6,6 @@ are forked from the server of the test ranks or, cold, started as a shell starts
 
 import json
 import os
-import random
 import signal
 import subprocess
 import sys
@@ -28,7 +27,7 @@ _RESTART_TIMEOUT_S = 240.0
 _POLL_S = 0.02
 
 
-def prepare_data(folder: Path) -> Path:
+def prepare_data(folder) -> Path:
     """A small corpus, prepared by the command line."""
     texts = folder / "texts"
     texts.mkdir()
@@ -42,11 +41,11 @@ def prepare_data(folder: Path) -> Path:
 
 
 def write_config(
-    path: Path,
-    data: Path,
-    run: Path,
-    num_ranks: int,
-    save_interval: int = 5,
+    path,
+    data,
+    run,
+    num_ranks,
+    save_interval=5,
     *,
     sections=None,
     **training,
@@ -84,15 +83,13 @@ def write_config(
     return path
 
 
-def short_steps(num_ranks: int) -> dict[str, int]:
+def short_steps(num_ranks) -> dict[str, int]:
     """For `write_config`: steps of one micro-batch on each rank."""
     return {"global_batch_size": 4, "micro_batch_size": 4 // num_ranks}
 
 
 @contextmanager
-def training(
-    config: Path, num_ranks: int, max_restarts: int = 0, is_cold: bool = False
-) -> Iterator[Training]:
+def training(config, num_ranks, max_restarts=0, is_cold=False) -> Iterator[Training]:
     """`moepp train` in the background; whatever is left of it is killed at the end."""
     words = ["-m", MODULE, "train", str(config), "--nproc", str(num_ranks)]
     if max_restarts:
@@ -100,9 +97,7 @@ def training(
     log = config.with_suffix(".log")
     if is_cold:
         with log.open("ab") as output:
-            process: Training = subprocess.Popen(
-                [sys.executable, *words], stdout=output, stderr=output
-            )
+            process = subprocess.Popen([sys.executable, *words], stdout=output, stderr=output)
     else:
         process = Begun(words, log)
     with _until_the_end(process):
@@ -110,7 +105,7 @@ def training(
 
 
 @contextmanager
-def going_on(command: str, config: Path) -> Iterator[Training]:
+def going_on(command, config) -> Iterator[Training]:
     """As `training`, by a line that a run has printed for a shell; the log begins anew."""
     log = config.with_suffix(".log")
     log.write_bytes(b"")
@@ -142,7 +137,7 @@ def wait_until(happened: Callable[[], object], said: Callable[[], str] = str):
         time.sleep(_POLL_S)
 
 
-def wait_for_step(process: Training, run: Path, step: int, log: Path):
+def wait_for_step(process: Training, run, step, log):
     """Until a run has logged a step; fails if it has ended before."""
 
     def reached() -> bool:
@@ -152,7 +147,7 @@ def wait_for_step(process: Training, run: Path, step: int, log: Path):
     wait_until(reached, lambda: log.read_text(errors="replace")[-5000:])
 
 
-def losses(run: Path) -> dict[int, float]:
+def losses(run) -> dict[int, float]:
     """Loss by step from metrics.jsonl; an unfinished last line is left out."""
     try:
         lines = (run / "metrics.jsonl").read_text(encoding="utf-8").split("\n")[:-1]
@@ -180,9 +175,7 @@ class Kills:
     recovery_s: list[float] = field(default_factory=list)
 
 
-def kill_some(
-    process: Training, run: Path, kills: int, last_step: int, chance: random.Random
-) -> Kills:
+def kill_some(process: Training, run, kills, last_step, chance) -> Kills:
     """Kill a random rank `kills` times, some of them while a checkpoint is being written."""
     done = Kills()
     while done.hit < kills and process.poll() is None:
@@ -205,7 +198,7 @@ def kill_some(
     return done
 
 
-def _wait_for_step(process: Training, run: Path) -> float:
+def _wait_for_step(process: Training, run) -> float:
     """Seconds until the run, all of whose ranks are dead or dying, has taken another step."""
     killed = time.monotonic()
     # The first rank may still be writing the step that was under way.
@@ -220,9 +213,7 @@ def _wait_for_step(process: Training, run: Path) -> float:
     return time.monotonic() - killed
 
 
-def _wait_for_moment(
-    process: Training, run: Path, stale: set[str] | None, last_step: int, chance: random.Random
-) -> bool:
+def _wait_for_moment(process: Training, run, stale: set[str] | None, last_step, chance) -> bool:
     """Until a save begins, or a random moment within the next steps; False if the run ended before.
 
     Args:
@@ -249,7 +240,7 @@ def _wait_for_moment(
     raise AssertionError(f"no moment to kill within {_RESTART_TIMEOUT_S:g} s")
 
 
-def _incomplete(run: Path) -> set[str]:
+def _incomplete(run) -> set[str]:
     """Names of checkpoints that are being written, or that nobody finished."""
     folder = run / "checkpoints"
     if not folder.is_dir():
@@ -257,14 +248,14 @@ def _incomplete(run: Path) -> set[str]:
     return {name for name in os.listdir(folder) if name.startswith(".")}
 
 
-def _modified(run: Path) -> int:
+def _modified(run) -> int:
     try:
         return (run / "metrics.jsonl").stat().st_mtime_ns
     except OSError:
         return 0
 
 
-def descendants(pid: int) -> list[psutil.Process]:
+def descendants(pid) -> list[psutil.Process]:
     try:
         return psutil.Process(pid).children(recursive=True)
     except psutil.NoSuchProcess:

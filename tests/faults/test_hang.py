@@ -20,7 +20,7 @@ SURE_TIMEOUT_S = 20.0
 END_TIMEOUT_S = SURE_TIMEOUT_S + 30.0 + 120.0
 
 
-def start(folder: Path, data: Path, **settings) -> Path:
+def start(folder, data, **settings) -> Path:
     resilience = {"hang_timeout_s": HANG_TIMEOUT_S, **settings}
     return write_config(
         folder / "run.yaml",

@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-from pathlib import Path
 
 import pytest
 
@@ -40,7 +39,7 @@ TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m",
 class Hung:
     """A run in a session of its own, as a terminal's foreground is."""
 
-    def __init__(self, folder: Path, data: Path, num_ranks: int, steps: int):
+    def __init__(self, folder, data, num_ranks, steps):
         self.run = folder / "run"
         self.log = folder / "log"
         sizes = short_steps(num_ranks)
@@ -51,13 +50,13 @@ class Hung:
         if num_ranks > 1:
             self.words += ["--nproc", str(num_ranks)]
 
-    def start(self, *words: str) -> Begun:
+    def start(self, *words) -> Begun:
         environment = {**os.environ, "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "60"}
         options = {"environment": environment, "new_session": True}
         self.process = Begun(words, self.log, **options)  # type: ignore[arg-type]
         return self.process
 
-    def wait_for_step(self, step: int):
+    def wait_for_step(self, step):
         wait_for_step(self.process, self.run, step, self.log)
 
     def text(self) -> str:
@@ -76,9 +75,9 @@ class Hung:
 
 @pytest.fixture
 def begin(tmp_path, data):
-    begun: list[Hung] = []
+    begun = []
 
-    def make(num_ranks: int, steps: int = LONG) -> Hung:
+    def make(num_ranks, steps=LONG) -> Hung:
         begun.append(Hung(tmp_path, data, num_ranks, steps))
         return begun[-1]
 

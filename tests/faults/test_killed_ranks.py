@@ -3,7 +3,6 @@
 import random
 import signal
 import statistics
-from pathlib import Path
 
 import pytest
 
@@ -23,7 +22,7 @@ from tests.faults.harness import (
 STEPS = 40
 
 
-def undisturbed(folder: Path, data: Path, num_ranks: int, steps: int) -> dict[int, float]:
+def undisturbed(folder, data, num_ranks, steps) -> dict[int, float]:
     run = folder / "undisturbed"
     config = folder / "undisturbed.yaml"
     # Nothing continues from it, so it saves nothing.
@@ -34,9 +33,7 @@ def undisturbed(folder: Path, data: Path, num_ranks: int, steps: int) -> dict[in
     return losses(run)
 
 
-def survive(
-    folder: Path, data: Path, num_ranks: int, steps: int, kills: int, is_cold: bool = False
-) -> tuple[dict[int, float], Kills]:
+def survive(folder, data, num_ranks, steps, kills, is_cold=False) -> tuple[dict[int, float], Kills]:
     run = folder / "disturbed"
     sizes = short_steps(num_ranks)
     config = write_config(
@@ -106,9 +103,7 @@ def test_stop_on_request_and_go_on_as_printed(tmp_path, data):
     assert (run / "metrics.jsonl").read_bytes().startswith(records)
 
 
-def _stopped(
-    process: Training, config: Path, run: Path, number: signal.Signals
-) -> tuple[int, list[str]]:
+def _stopped(process: Training, config, run, number: signal.Signals) -> tuple[int, list[str]]:
     """Asks a run to stop after three more steps: its last step, and what it has printed."""
     log = config.with_suffix(".log")
     before = max(losses(run), default=0)

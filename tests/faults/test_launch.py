@@ -93,15 +93,13 @@ def start(tmp_path):
     environment = {**os.environ, "PYTHONPATH": paths}
     program = tmp_path / "launcher_of_test.py"
     program.write_text(LAUNCHER)
-    started: list[Heard | subprocess.Popen[str]] = []
+    started = []
 
-    def launcher(
-        what: str, kind: str = "stoppable", cwd: Path | None = None, is_cold: bool = False
-    ) -> Heard | subprocess.Popen[str]:
+    def launcher(what, kind="stoppable", cwd=None, is_cold=False) -> Heard | subprocess.Popen[str]:
         arguments = ["rank_of_test", kind, str(tmp_path / "logs"), what, str(tmp_path)]
         # A terminal's foreground, to be signalled as one: a session of its own.
         if is_cold:
-            process: Heard | subprocess.Popen[str] = subprocess.Popen(
+            process = subprocess.Popen(
                 # Like the console script it does not look in its working directory.
                 [sys.executable, "-P", str(program), *arguments],
                 env=environment,
@@ -124,13 +122,13 @@ def start(tmp_path):
         process.stdout.close()
 
 
-def pids(folder: Path) -> list[int]:
+def pids(folder) -> list[int]:
     files = [folder / "0", folder / "1"]
     wait_until(lambda: all(path.exists() and path.read_text() for path in files))
     return [int(path.read_text()) for path in files]
 
 
-def gone(numbers: list[int]) -> bool:
+def gone(numbers) -> bool:
     for number in numbers:
         try:
             if psutil.Process(number).status() != psutil.STATUS_ZOMBIE:
@@ -153,7 +151,7 @@ def test_what_ranks_end_with_reaches_the_caller(start, tmp_path, what, status):
         assert f"rank {rank} says hello" in output
 
 
-def ask_to_stop(process: Heard | subprocess.Popen[str], number: int, folder: Path):
+def ask_to_stop(process: Heard | subprocess.Popen[str], number, folder):
     """Send a request that comes while ranks start, to torchrun as well, as Slurm does."""
     pids(folder)
     process.send_signal(number)

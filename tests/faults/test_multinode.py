@@ -6,7 +6,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -25,7 +25,7 @@ _TIMEOUT_S = 280.0
 _THREADS = "1"
 
 
-def fake_environment(folder: Path) -> Path:
+def fake_environment(folder) -> Path:
     """An environment that launch/env.sh finds ready, with this Python and the code under test."""
     (folder / "bin").mkdir(parents=True)
     (folder / "bin" / "python").symlink_to(sys.executable)
@@ -44,7 +44,7 @@ class Hosts:
 
     addresses = ("10.97.0.1", "10.97.0.2")
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder):
         self.folder = folder
         self.names = [f"moepp-{os.getpid()}-{index}" for index in range(2)]
         self.wires = [f"mp{os.getpid() % 100000}-{index}" for index in range(2)]
@@ -55,7 +55,7 @@ class Hosts:
             "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
             "TMPDIR": str(folder),
         }
-        self._started: list[subprocess.Popen[bytes]] = []
+        self._started = []
 
     def build(self):
         """Make them; raises CalledProcessError where that is not allowed."""
@@ -85,7 +85,7 @@ class Hosts:
     def mend(self):
         _ip("-n", self.names[1], "link", "set", self.wires[1], "up")
 
-    def start(self, host: int, config: Path) -> subprocess.Popen[bytes]:
+    def start(self, host, config) -> subprocess.Popen[bytes]:
         """Run launch/multinode.sh on a host; its output goes to a file."""
         command = ["ip", "netns", "exec", self.names[host], str(ROOT / "launch/multinode.sh")]
         command += [str(config), "--nproc", "1", "--nnodes", "2", "--node-rank", str(host)]
@@ -103,7 +103,7 @@ class Hosts:
 
 
 @pytest.fixture
-def hosts(tmp_path) -> Iterator[Hosts]:
+def hosts(tmp_path):
     if shutil.which("ip") is None:
         pytest.skip("no ip command here (package iproute2)")
     hosts = Hosts(tmp_path)
@@ -134,7 +134,7 @@ def test_host_that_is_cut_off_and_comes_back(hosts, data, tmp_path, monkeypatch)
 
     processes = [hosts.start(host, config) for host in range(2)]
 
-    def wait_until(happened: Callable[[], object], what: str, timeout: float = _TIMEOUT_S):
+    def wait_until(happened: Callable[[], object], what, timeout=_TIMEOUT_S):
         deadline = time.monotonic() + timeout
         while not happened():
             assert time.monotonic() < deadline, f"not {what}:\n{hosts.logs()}"
@@ -158,5 +158,5 @@ def test_host_that_is_cut_off_and_comes_back(hosts, data, tmp_path, monkeypatch)
     )
 
 
-def _ip(*arguments: str):
+def _ip(*arguments):
     subprocess.run(["ip", *arguments], check=True, capture_output=True)

@@ -2,8 +2,6 @@
 
 import os
 import socket
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
@@ -61,19 +59,19 @@ os._exit(0)
 class Starts:
     """Starts of one run as its machines, all on this one."""
 
-    def __init__(self, folder: Path, data: Path):
+    def __init__(self, folder, data):
         self.folder, self.run = folder, folder / "run"
         self.config = write_config(folder / "run.yaml", data, self.run, 2, train_iters=3)
         self.port = free_port()
-        self.started: list[Begun] = []
+        self.started = []
 
-    def machine(self, number: int, *words: str, nnodes: int = 2, numbered: bool = True):
+    def machine(self, number, *words, nnodes=2, numbered=True):
         options = ["--nnodes", str(nnodes), "--rdzv-endpoint", f"127.0.0.1:{self.port}"]
         options += ["--node-rank", str(number)] if numbered else []
         words = ("train", str(self.config), *words, *options, "--resume", "--max-restarts", "3")
         self.begin(["-m", MODULE, *words])
 
-    def begin(self, words: list[str]):
+    def begin(self, words):
         output = self.folder / f"{len(self.started)}.log"
         environment = {name: value for name, value in os.environ.items() if name != CLAIM}
         paths = [str(self.folder), os.environ.get("PYTHONPATH", "")]
@@ -89,7 +87,7 @@ class Starts:
 
 
 @pytest.fixture
-def starts(tmp_path, data) -> Iterator[Starts]:
+def starts(tmp_path, data):
     starts = Starts(tmp_path, data)
     yield starts
     for process in starts.started:

@@ -31,12 +31,12 @@ class Call:
 
 
 def on_ranks(
-    folder: Path,
+    folder,
     function,
     *args,
-    nproc: int = 1,
-    transformer_engine: bool = False,
-    timeout: float = 280.0,
+    nproc=1,
+    transformer_engine=False,
+    timeout=280.0,
     **kwargs,
 ):
     """What `function(*args, **kwargs)` returns on each of `nproc` ranks, one a card."""
@@ -63,7 +63,7 @@ def main():
     from moepp_megatron.runtime import cpu_support, optional
 
     cpu_support.install()
-    call: Call = pickle.loads(Path(sys.argv[1]).read_bytes())
+    call = pickle.loads(Path(sys.argv[1]).read_bytes())
     if not call.transformer_engine:
         # Before anything takes it by name.
         optional.have_transformer_engine = lambda: False  # type: ignore[assignment]

@@ -34,7 +34,7 @@ RELEASED = {
 }
 
 
-def write_released(folder: Path, dtype: str = "float32", **changes) -> Path:
+def write_released(folder, dtype="float32", **changes) -> Path:
     """A checkpoint of random weights in the released format; its tensor names are spelled here."""
     import torch
     from safetensors.torch import save_file
@@ -60,7 +60,7 @@ def released_tensors(config) -> dict[str, tuple[int, ...]]:
     width, inner, experts = config["hidden_size"], config["intermediate_size"], 0
     (experts,) = config["num_experts"]
     kv = width * config["num_key_value_heads"] // config["num_attention_heads"]
-    shapes: dict[str, tuple[int, ...]] = {
+    shapes = {
         "model.embed_tokens.weight": (config["vocab_size"], width),
         "model.norm.weight": (width,),
     }
@@ -101,7 +101,7 @@ def released_tensors(config) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def load_tensors(folder: Path):
+def load_tensors(folder):
     """All tensors of a folder of safetensors shards, read by the safetensors library."""
     from safetensors.torch import load_file
 
@@ -128,7 +128,7 @@ def mcore_to_hf(*args, **options) -> list[str]:
     return mcore_to_hf(*args, **options)
 
 
-def score(checkpoint: Path, tokens: Path, overrides: list[str]):
+def score(checkpoint, tokens, overrides):
     """`moepp score --logits` on the ranks that call; rank 0 returns the scores."""
     import torch.distributed as dist
 
@@ -142,7 +142,7 @@ def score(checkpoint: Path, tokens: Path, overrides: list[str]):
     return score_tokens(request)
 
 
-def convert_and_score(source: Path, target: Path, tokens: Path, overrides: list[str]):
+def convert_and_score(source, target, tokens, overrides):
     """Rank 0 converts, all score."""
     import torch.distributed as dist
 

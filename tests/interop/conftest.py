@@ -2,7 +2,7 @@
 
 import importlib.util
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from typing import Any
@@ -14,7 +14,7 @@ RunPlain = Callable[..., Any]
 
 
 @pytest.fixture(scope="session")
-def plain() -> Iterator[RunPlain]:
+def plain():
     """`plain(fn, *args)` runs a module-level function in a process with torch as it is."""
     if importlib.util.find_spec("transformers") is None:
         pytest.skip("needs the package transformers")

@@ -1,7 +1,6 @@
 """`moepp convert` and `moepp score` as commands: end to end, and what they refuse."""
 
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -66,7 +65,7 @@ def test_a_tokenizer_that_is_none_is_not_taken_over(tmp_path):
     assert not (tmp_path / "mcore").exists()
 
 
-def odd_lengths(folder: Path, overrides: list[str]):
+def odd_lengths(folder, overrides):
     """Scores of sequences of 29 tokens: 3 of them, so that data-parallel ranks differ too."""
     ids = np.load(CASE / "expected.npz")["input_ids"]
     tokens = folder / f"{len(overrides)}.npz"
@@ -85,7 +84,7 @@ def test_fillers_change_nothing(ranks, tmp_path, overrides):
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory) -> Path:
+def checkpoint(tmp_path_factory):
     folder = tmp_path_factory.mktemp("golden") / "mcore"
     hf_to_mcore(CASE, folder)
     return folder

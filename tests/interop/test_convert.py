@@ -82,7 +82,7 @@ def test_names_are_those_of_the_model(ranks, model):
     assert ours == real
 
 
-def round_trip(source: Path, work: Path, layout: str) -> Path:
+def round_trip(source, work, layout) -> Path:
     hf_to_mcore(source, work / "mcore")
     mcore_to_hf(work / "mcore", work / "hf", layout, max_shard_bytes=100_000)
     return work / "hf"
@@ -145,7 +145,7 @@ GATES = {
 }
 
 
-def released_logits(source: Path, tokens: Path):
+def released_logits(source, tokens):
     """What our modelling file computes from the released format."""
     import torch
 
@@ -163,13 +163,13 @@ def test_every_gate_setting(ranks, plain, tmp_path, gate):
     np.testing.assert_allclose(scores["logits"], expected, rtol=0, atol=1e-4)
 
 
-def write_tokens(folder: Path) -> Path:
+def write_tokens(folder) -> Path:
     tokens = folder / "tokens.npz"
     np.savez(tokens, input_ids=np.random.default_rng(0).integers(0, 64, (2, 17)))
     return tokens
 
 
-def break_checkpoint(folder: Path, how: str):
+def break_checkpoint(folder, how):
     """Damage `folder`, a released checkpoint in one file."""
     from safetensors.torch import save_file
 
@@ -235,7 +235,7 @@ def test_index_that_contradicts_its_shards_is_refused(tmp_path):
     index = source / "model.safetensors.index.json"
     content = json.loads(index.read_text())
 
-    def refuse(changed, match: str):
+    def refuse(changed, match):
         index.write_text(json.dumps(changed))
         with pytest.raises(ConfigError, match=match):
             hf_to_mcore(source, tmp_path / "mcore")
@@ -318,7 +318,7 @@ def test_released_layout_refuses_what_it_cannot_say(moe, named):
         released_hf_config(parse_config(settings(moe=released | moe)))
 
 
-def start_training_from(folder: Path, dtype: str):
+def start_training_from(folder, dtype):
     """Weights alone are read, the optimizer's copies too, and training starts at step 0."""
     import torch
 

@@ -1,7 +1,5 @@
 """What transformers computes from exported folders is what we compute."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 
@@ -69,7 +67,7 @@ MODELS = {
 TOKENS = np.random.default_rng(0).integers(0, 64, (2, 16))
 
 
-def save_and_compute(raw, folder: Path):
+def save_and_compute(raw, folder):
     """Save a random model as training does; returns its logits."""
     import torch
 
@@ -99,7 +97,7 @@ def save_and_compute(raw, folder: Path):
     return logits.numpy()
 
 
-def save_model(folder: Path, model, config):
+def save_model(folder, model, config):
     """Save a model, of step 3, with a tokenizer."""
     import multiprocessing
 
@@ -112,14 +110,14 @@ def save_model(folder: Path, model, config):
     save_checkpoint(folder, model, Progress(step=3), config, tokenizer)
 
 
-def write_tokenizer(path: Path):
+def write_tokenizer(path):
     from tokenizers import Tokenizer, models
 
     vocabulary = {"<|endoftext|>": 5} | {chr(97 + i): i for i in range(5)}
     Tokenizer(models.WordLevel(vocabulary, unk_token="a")).save(str(path))
 
 
-def hf_logits(folder: Path, ids, layout: str):
+def hf_logits(folder, ids, layout):
     """Logits through AutoModelForCausalLM, and whether the key/value cache changes greedy text."""
     import torch
     from transformers import AutoTokenizer

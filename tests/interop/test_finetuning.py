@@ -1,7 +1,6 @@
 """Exported models in fine-tuning: adapters, gradient checkpointing, the balance loss."""
 
 import importlib.util
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -49,7 +48,7 @@ def random_model(**changes):
     return model
 
 
-def batch(padded: bool = False):
+def batch(padded=False):
     """Two sequences; the second ends in padding where asked for."""
     import torch
 
@@ -60,7 +59,7 @@ def batch(padded: bool = False):
     return {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
 
 
-def gradients(checkpointing: bool):
+def gradients(checkpointing):
     model = random_model(output_router_logits=True).train()
     if checkpointing:
         model.gradient_checkpointing_enable()
@@ -96,7 +95,7 @@ def test_reentrant_checkpointing_is_refused(plain):
     assert "must be False" in plain(reentrant_message)
 
 
-def balance_losses(padded: bool, scope: str, kind: BalanceLoss) -> dict[str, float]:
+def balance_losses(padded, scope, kind: BalanceLoss) -> dict[str, float]:
     """What the model adds to its loss, and the same by `moe.reference`."""
     import torch
 
@@ -126,7 +125,7 @@ def balance_losses(padded: bool, scope: str, kind: BalanceLoss) -> dict[str, flo
     mask = inputs["attention_mask"].bool()
     parts = len(mask) if scope == "sequence" else 1
 
-    def reference(first: int) -> float:
+    def reference(first) -> float:
         total = 0.0
         for logits in output.router_logits:
             layer = logits.unflatten(0, (len(mask), -1))[:, first:].chunk(parts)
@@ -267,7 +266,7 @@ def test_gates_are_fp32_under_autocast(plain):
     np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-5)
 
 
-def old_transformers(folder: Path) -> str:
+def old_transformers(folder) -> str:
     import sys
 
     import transformers

@@ -1,7 +1,5 @@
 """The golden checkpoints of the released code, converted and scored in every kind of layout."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 
@@ -14,7 +12,7 @@ TP2 = "parallel.tensor_model_parallel_size=2"
 PP2 = "parallel.pipeline_model_parallel_size=2"
 EP2 = "parallel.expert_model_parallel_size=2"
 CP2 = "parallel.context_parallel_size=2"
-LAYOUTS: dict[str, tuple[int, list[str]]] = {
+LAYOUTS = {
     "1 rank": (1, []),
     "tp2": (2, [TP2]),
     "tp2 ep2 dp2": (4, [TP2, EP2]),
@@ -22,7 +20,7 @@ LAYOUTS: dict[str, tuple[int, list[str]]] = {
     "ep4": (4, ["parallel.expert_model_parallel_size=4"]),
 }
 # Four layers share out evenly over stages; the other case's three do not.
-PIPELINES: dict[str, tuple[int, list[str]]] = {
+PIPELINES = {
     "pp2 ep2": (4, [PP2, EP2]),
     "tp2 pp2": (4, [TP2, PP2]),
     "pp2 vpp2": (2, [PP2, "parallel.virtual_pipeline_model_parallel_size=2"]),
@@ -46,7 +44,7 @@ def test_scores(ranks, tmp_path, case, layout):
         np.testing.assert_allclose(scores[0][name], expected[name], rtol=0, atol=LOGITS)
 
 
-def routing_of_golden(case: str, folder: Path):
+def routing_of_golden(case, folder):
     """Router logits, selections and gates [tokens, experts] of every layer."""
     from moepp_megatron.interop import scoring
     from moepp_megatron.moe.layer import MoEPPLayer

@@ -2,7 +2,6 @@
 
 import json
 import re
-from pathlib import Path
 from unittest import mock
 
 import numpy as np
@@ -37,7 +36,7 @@ RECORD = {
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory, ranks) -> Path:
+def run(tmp_path_factory, ranks):
     """A run of 3 steps, with records of 4."""
     folder = tmp_path_factory.mktemp("run")
     ranks(1).run(save_and_compute, RAW, folder / "checkpoints")
@@ -52,7 +51,7 @@ def run(tmp_path_factory, ranks) -> Path:
     return folder
 
 
-def export(source: Path, target: Path, **options):
+def export(source, target, **options):
     mcore_to_hf(source, target, **options)
     fields = json.loads((target / "config.json").read_text())
     return fields
@@ -104,7 +103,7 @@ def test_a_model_of_hugging_face_keeps_its_tokens(tmp_path):
     assert "pad_token" not in tokenizer
 
 
-def loaded(folder: Path, ids):
+def loaded(folder, ids):
     """What transformers makes of the folder, and how it ends and pads a batch of texts."""
     import torch
     from transformers import AutoTokenizer, GenerationConfig
@@ -147,14 +146,14 @@ def test_bf16_export_loads_and_pads(run, plain, tmp_path):
     assert np.abs(seen["logits"] - expected).mean() < 0.05 * np.abs(expected).mean()
 
 
-def follow_card(folder: Path) -> list[int]:
+def follow_card(folder) -> list[int]:
     """Run the card's Python, which may ask nothing; returns the ids of its message."""
     (code,) = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
     scope = {}
     with mock.patch("builtins.input") as asked:
         exec(code.replace("FOLDER", str(folder)), scope)
     assert not asked.called
-    ids: list[int] = scope["inputs"]["input_ids"][0].tolist()
+    ids = scope["inputs"]["input_ids"][0].tolist()
     return ids
 
 

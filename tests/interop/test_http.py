@@ -26,7 +26,7 @@ LACKING = [
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
+def folder(tmp_path_factory):
     """Where runs/quickstart is, of a model and a text that are smaller."""
     folder = tmp_path_factory.mktemp("served")
     line = json.dumps({"text": "def read(self, lines):\n    return sorted(lines)\n" * 20})
@@ -45,7 +45,7 @@ def folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def answered(folder) -> str:
+def answered(folder):
     """What the server wrote behind the prompt."""
     if LACKING:
         pytest.skip(f"needs the packages {', '.join(LACKING)}")
@@ -72,7 +72,7 @@ def answered(folder) -> str:
     return str(answer["choices"][0]["text"])
 
 
-def by_transformers(folder: Path) -> dict[str, tuple[str, list[int], list[float]]]:
+def by_transformers(folder) -> dict[str, tuple[str, list[int], list[float]]]:
     """By implementation of experts the new text, all tokens and the log-probability of each."""
     import torch
     from transformers import AutoTokenizer

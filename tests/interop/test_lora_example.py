@@ -14,7 +14,7 @@ from tests.interop.test_finetuning import needs_peft
 EXAMPLE = Path(__file__).parents[2] / "examples" / "finetune_lora.py"
 
 
-def run_example(export: Path, out: Path):
+def run_example(export, out):
     """The losses of the example."""
     spec = importlib.util.spec_from_file_location("finetune_lora", EXAMPLE)
     assert spec is not None, EXAMPLE
@@ -24,7 +24,7 @@ def run_example(export: Path, out: Path):
     return example.finetune(export, "a b c d e c b a " * 40, out, steps=25)
 
 
-def write_word_tokenizer(path: Path):
+def write_word_tokenizer(path):
     """The tokenizer of the export, which takes a text apart at its spaces."""
     tokenizer = Tokenizer.from_file(str(path))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()

@@ -2,7 +2,6 @@
 
 import math
 import re
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,7 +17,7 @@ TEXT = "one two three four\nf\u00fcnf sechs \u20ac\r\n" * 9
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory) -> Path:
+def checkpoint(tmp_path_factory):
     """A model of 256 tokens and sequences of 64, with a tokenizer that has fewer."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 

@@ -40,7 +40,7 @@ VLLM_MODULES = (
 LENGTHS = (3, 15, 1, 9, 2, 12)
 
 
-def ignored_keys(layers: list[int]) -> tuple[list[str], list[str]]:
+def ignored_keys(layers) -> tuple[list[str], list[str]]:
     """Keys of the model, and of a released checkpoint's first MoE layer, that loaders drop."""
     model = random_model(moe_layers=layers, gating_residual=True)
     unused = f"model.layers.{layers.index(1)}.mlp.moe.gate.gate_map.weight"
@@ -51,7 +51,7 @@ def ignored_keys(layers: list[int]) -> tuple[list[str], list[str]]:
     return dropped[0], dropped[1]
 
 
-def matches(patterns, key: str) -> bool:
+def matches(patterns, key) -> bool:
     return any(re.search(pattern, key) for pattern in patterns)
 
 
@@ -127,7 +127,7 @@ def test_selection_biases_are_fp32_however_the_model_is_built(plain):
     assert plain(bias_of_a_half_precision_model) == "torch.float32"
 
 
-def loaded_in_vllm(change: str, is_plugin: bool):
+def loaded_in_vllm(change, is_plugin):
     """What loading says, of all tensors with one changed; the plug-in on a stand-in for vLLM."""
     import torch
     from transformers.core_model_loading import revert_weight_conversion
@@ -189,7 +189,7 @@ def test_tensors_that_are_not_the_models_are_refused_or_named(plain, change, tol
     assert warnings == expected
 
 
-def routes(folder: Path, *prompts: list[int]):
+def routes(folder, *prompts):
     """The picks of transformers' model, [tokens of all prompts, MoE layers, K]."""
     import torch
 
@@ -206,7 +206,7 @@ def routes(folder: Path, *prompts: list[int]):
     return torch.cat(picks).numpy()
 
 
-def save_as_it_begins(raw, folder: Path) -> list[list[int]]:
+def save_as_it_begins(raw, folder) -> list[list[int]]:
     """Save the model as training begins with it; the tokens of the first batch."""
     config, _, model = begin_training(raw)
     for wrapped in model.chunks:
@@ -236,7 +236,7 @@ def test_training_repeats_the_routes_that_transformers_took(ranks, plain, tmp_pa
     assert again.grad_norms == run.grad_norms
 
 
-def decoder_of(folder: Path, ids):
+def decoder_of(folder, ids):
     """The decoder's hidden states of tokens without padding, as vLLM builds and calls it."""
     import torch
     from transformers import AutoConfig, AutoModel
@@ -268,7 +268,7 @@ def test_the_decoder_by_itself(plain, tmp_path, layout):
     np.testing.assert_allclose(logits, expected["logits"][:1], rtol=0, atol=1e-4)
 
 
-def greedy(folder: Path, prompts: list[list[int]]):
+def greedy(folder, prompts):
     """Greedy answers of transformers, in the form of `vllm_answers.py`."""
     import torch
 
@@ -288,7 +288,7 @@ def greedy(folder: Path, prompts: list[list[int]]):
     return answers
 
 
-def assert_vllm_agrees(plain: RunPlain, export: Path, *changes: str):
+def assert_vllm_agrees(plain: RunPlain, export, *changes):
     """Text and log-probabilities of vLLM, in one batch, are those of transformers."""
     random = np.random.default_rng(0)
     prompts = [random.integers(0, 64, length).tolist() for length in LENGTHS]

@@ -1,7 +1,6 @@
 """What transformers 5 offers to its own MoE models, with exported ones."""
 
 import re
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +10,7 @@ from tests.interop.test_finetuning import batch, random_model
 PATHS = ("eager", "grouped_mm", "batched_mm")
 
 
-def experts_by(path: str):
+def experts_by(path):
     """Logits, rows that FFN experts multiplied, and FFN experts that routers picked."""
     import torch
     from torch.nn import functional
@@ -57,7 +56,7 @@ def test_experts_multiply_the_rows_that_routers_pick(plain):
         assert picks < 2 * 24 * 3, "no zero-computation expert was picked"
 
 
-def decoded_without_breaks(path: str):
+def decoded_without_breaks(path):
     """The logits of a compiled decoding step with a static cache, and of the whole text."""
     import torch
     from transformers import StaticCache
@@ -121,7 +120,7 @@ def test_texts_without_padding(plain):
     np.testing.assert_allclose(row, alone, rtol=0, atol=1e-5)
 
 
-def attentions(qk_norm: bool) -> list[tuple[int, ...]]:
+def attentions(qk_norm) -> list[tuple[int, ...]]:
     model = random_model(qk_norm=qk_norm).eval()
     model.set_attn_implementation("eager")
     return [tuple(value.shape) for value in model(**batch(), output_attentions=True).attentions]
@@ -132,7 +131,7 @@ def test_attentions_are_returned(plain, qk_norm):
     assert plain(attentions, qk_norm) == [(2, 4, 12, 12)] * 4
 
 
-def saved(folder: Path, changes):
+def saved(folder, changes):
     """Save a model; its logits."""
     import torch
 
@@ -142,7 +141,7 @@ def saved(folder: Path, changes):
         return model(**batch()).logits.numpy()
 
 
-def divided(folder: Path):
+def divided(folder):
     """Logits of this rank's part of the model, its FFN weights' shape, and what the plan lacks."""
     import torch
 
@@ -178,7 +177,7 @@ def test_tensor_parallel_ranks_compute_the_same(ranks, plain, tmp_path, changes)
         assert absent == []
 
 
-def spread(folder: Path):
+def spread(folder):
     """Logits of a model with layers in memory and on disk, and how many layers gave their own."""
     import torch
 

@@ -92,7 +92,7 @@ SOURCES = {
 }
 
 
-def write_source(folder: Path, name: str, tokens: Path, normalised: bool | None = None, **changes):
+def write_source(folder, name, tokens, normalised=None, **changes):
     """Save a random model of transformers' own class; returns its logits."""
     changes |= {} if normalised is None else {"norm_topk_prob": normalised}
     import torch
@@ -116,13 +116,13 @@ def write_source(folder: Path, name: str, tokens: Path, normalised: bool | None 
     return logits.numpy()
 
 
-def write_tokens(folder: Path) -> Path:
+def write_tokens(folder) -> Path:
     tokens = folder / "tokens.npz"
     np.savez(tokens, input_ids=np.random.default_rng(0).integers(0, 64, (4, 32)))
     return tokens
 
 
-def upcycle_and_score(source: Path, target: Path, tokens: Path, changes):
+def upcycle_and_score(source, target, tokens, changes):
     """Scores of the upcycled model, and its FFN experts' share of all selections."""
     from moepp_megatron.config import load_config
     from moepp_megatron.interop import scoring
@@ -268,9 +268,7 @@ def test_a_model_of_another_kind_is_refused_with_what_is_possible(kind, remedy):
         source_kind({**LLAMA, **kind})
 
 
-def train_upcycled(
-    source: Path, target: Path, steps: int
-) -> tuple[list[float], list[float], float]:
+def train_upcycled(source, target, steps) -> tuple[list[float], list[float], float]:
     """Losses and FFN shares of a short run from the upcycled checkpoint, and phi."""
     import torch.distributed as dist
 

@@ -48,7 +48,7 @@ QWEN3 = {
 SOURCES = {"mixtral_8x7b_8_4": (MIXTRAL, 2), "qwen3_30b_a3b_128_32": (QWEN3, 30)}
 
 
-def made_of(name: str) -> Config:
+def made_of(name) -> Config:
     hf, constants = SOURCES[name]
     return _upcycled_config(hf, Additions(num_constant_experts=constants), name, "bf16")
 

@@ -14,7 +14,6 @@ from tests.interop.checkpoints import mcore_to_hf
 from tests.interop.models import settings
 from tests.interop.test_export import LOGITS, TOKENS, save_and_compute
 from tests.interop.test_serving import greedy
-from tests.parallel.ranks import RankPools
 
 # More ids than the tokenizer has tokens; ggml multiplies rows of 32 numbers and more.
 MODEL = {"vocab_size": 640}
@@ -43,7 +42,7 @@ TEXTS = [
 LLAMA_CPP, PYTHON = (os.environ.get(f"MOEPP_LLAMA_CPP{name}", "") for name in ("", "_PYTHON"))
 
 
-def export(ranks: RankPools, folder: Path, case: str):
+def export(ranks, folder, case):
     """Export a random model to folder/vanilla and folder/moepp; our logits."""
     name, model, moe = CASES[case]
     raw = settings(model=MODEL | model, moe=MOE | moe)
@@ -60,7 +59,7 @@ def export(ranks: RankPools, folder: Path, case: str):
     return ours
 
 
-def as_qwen2(folder: Path):
+def as_qwen2(folder):
     """Rewrite DeepSeek-MoE, which transformers lacks, as Qwen2-MoE, whose gates of 0 are 1/2."""
     import torch
     from safetensors.torch import load_file, save_file
@@ -80,7 +79,7 @@ def as_qwen2(folder: Path):
     (folder / "config.json").write_text(json.dumps(fields))
 
 
-def vanilla_logits(folder: Path, ids):
+def vanilla_logits(folder, ids):
     """Logits of transformers' class."""
     import torch
     from transformers import AutoModelForCausalLM

@@ -1,7 +1,6 @@
 """ZEDA's format, both ways, against its published rule, loaded as it is written."""
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -63,7 +62,7 @@ PUBLISHED = {
 }
 
 
-def reader_logits(folder: Path, ids):
+def reader_logits(folder, ids):
     """Logits of the published rule on a folder as it is written."""
     import torch
     from transformers import AutoModelForCausalLM
@@ -78,7 +77,7 @@ def reader_logits(folder: Path, ids):
         return model.eval()(torch.from_numpy(ids)).logits.numpy()
 
 
-def save_with_reader(source: Path, target: Path, ids):
+def save_with_reader(source, target, ids):
     """Write a folder by the published class, the way that transformers does, in another seed."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM

@@ -2,10 +2,9 @@
 
 import importlib
 import sys
-from pathlib import Path
 
 
-def load_model(folder: Path, released: bool = False):
+def load_model(folder, released=False):
     """Load a folder with our modelling file, as transformers does with trust_remote_code."""
     from transformers import AutoModelForCausalLM
 

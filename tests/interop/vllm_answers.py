@@ -18,7 +18,7 @@ SETTINGS = {
 }
 
 
-def engine(export: str, given: list[str], **changes):
+def engine(export, given, **changes):
     """vLLM's `LLM` of an export; `given` are arguments as JSON."""
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     from vllm import LLM
@@ -35,7 +35,7 @@ def sampling(**changes):
     return SamplingParams(**(greedy | changes), ignore_eos=True, detokenize=False)
 
 
-def answers(model, prompts: list[list[int]]):
+def answers(model, prompts):
     """Tokens of the answers; logprobs of all tokens but a prompt's first."""
     found = []
     for request in model.generate([{"prompt_token_ids": ids} for ids in prompts], sampling()):

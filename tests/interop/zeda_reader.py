@@ -24,18 +24,18 @@ class Qwen3MoePlusPlusConfig(Qwen3MoeConfig):
 
 
 class Constant(nn.Module):
-    def __init__(self, width: int):
+    def __init__(self, width):
         super().__init__()
         self.constant = nn.Parameter(torch.randn(width))
         self.wg = nn.Linear(width, 2, bias=False)
 
-    def forward(self, token: Tensor) -> Tensor:
+    def forward(self, token) -> Tensor:
         keep, replace = torch.softmax(self.wg(token), dim=-1)
         return keep * token + replace * self.constant
 
 
 class Zero(nn.Module):
-    def forward(self, token: Tensor) -> Tensor:
+    def forward(self, token) -> Tensor:
         return torch.zeros_like(token)
 
 
@@ -45,13 +45,13 @@ class PlusPlusBlock(nn.Module):
         self.config, self.ffn = config, config.num_experts
         width, inner = config.hidden_size, config.moe_intermediate_size
         others = {"constant": lambda: Constant(width), "copy": nn.Identity, "zero": Zero}
-        experts: list[nn.Module] = [Qwen3MoeMLP(config, inner) for _ in range(self.ffn)]
+        experts = [Qwen3MoeMLP(config, inner) for _ in range(self.ffn)]
         for kind, count in zip(config.zce_types, config.zce_nums, strict=True):
             experts += [others[kind]() for _ in range(count)]
         self.experts = nn.ModuleList(experts)
         self.gate = nn.Linear(width, len(experts), bias=False)
 
-    def forward(self, hidden: Tensor) -> Tensor:
+    def forward(self, hidden) -> Tensor:
         config, out = self.config, torch.zeros_like(hidden)
         for place in torch.cartesian_prod(*map(torch.arange, hidden.shape[:2])):
             token = hidden[tuple(place)]

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 
-from tests.parallel.ranks import RankPools
 from tests.parallel.training_runs import SyntheticDataset, begin, begin_training, settings
 
 # Wide enough for every run of these tests.
@@ -18,7 +17,7 @@ class Messages(logging.Handler):
 
     def __init__(self):
         super().__init__(logging.WARNING)
-        self.lines: list[str] = []
+        self.lines = []
 
     def emit(self, record: logging.LogRecord):
         self.lines.append(record.getMessage())
@@ -45,7 +44,7 @@ def run_trainer(raw) -> list[str]:
     return messages
 
 
-def trainer_settings(corpus: Path, run: Path, **sections):
+def trainer_settings(corpus, run, **sections):
     """Settings of a `Trainer` run of 20 steps on real text, in folder `run`."""
     training = {
         "train_iters": 20,
@@ -67,7 +66,7 @@ def trainer_settings(corpus: Path, run: Path, **sections):
     )
 
 
-def logged(run: Path, key: str = "loss"):
+def logged(run, key="loss"):
     """A value of every line of a run's metrics, by step; fails on a step that is there twice."""
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     steps = [record["step"] for record in records]
@@ -75,7 +74,7 @@ def logged(run: Path, key: str = "loss"):
     return [record.get(key) for record in records]
 
 
-def train_between(raw, folder: Path, last: int, start: Path | None = None) -> list[float]:
+def train_between(raw, folder, last, start=None) -> list[float]:
     """Losses from a checkpoint (or step 0) to step `last`, which is saved into `folder`."""
     from moepp_megatron.training.batches import rank_batches
     from moepp_megatron.training.checkpoint.files import Progress
@@ -96,7 +95,7 @@ def train_between(raw, folder: Path, last: int, start: Path | None = None) -> li
     return losses
 
 
-def continue_in_another_layout(ranks: RankPools, folder: Path, raw, first, second) -> Path:
+def continue_in_another_layout(ranks, folder, raw, first, second) -> Path:
     """A checkpoint of two ranks in one layout; two in another continue as one process does."""
     (whole,) = ranks(1).run(train_between, raw(), folder / "whole", 3)
     begun = ranks(2).run(train_between, raw(parallel=first), folder / "half", 1)[0]
@@ -108,7 +107,7 @@ def continue_in_another_layout(ranks: RankPools, folder: Path, raw, first, secon
     return start
 
 
-def save_checkpoint(folder: Path, model, progress, config, tokenizer: Path | None = None):
+def save_checkpoint(folder, model, progress, config, tokenizer=None):
     """Save once and wait; on every rank."""
     from moepp_megatron.training.checkpoint.write import CheckpointWriter
 

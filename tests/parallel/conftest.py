@@ -1,8 +1,6 @@
 """A corpus for runs on test ranks, and the runs of one process that layouts are held to."""
 
 import json
-from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -12,7 +10,7 @@ from tests.parallel.training_runs import STEPS, Run, assemble, train
 
 
 @pytest.fixture(scope="session")
-def corpus(tmp_path_factory) -> Path:
+def corpus(tmp_path_factory):
     folder = tmp_path_factory.mktemp("corpus")
     source = folder / "source.jsonl"
     # More than an epoch of the longest run: the order of an epoch does not depend on how much of it
@@ -25,13 +23,13 @@ def corpus(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def trained(ranks) -> Callable[..., Run]:
+def trained(ranks):
     """`trained(size, raw)`: the run of this many ranks with these settings."""
 
     def run(
-        size: int,
+        size,
         raw,
-        steps: int = STEPS,
+        steps=STEPS,
         prepare=None,
     ) -> Run:
         return assemble(ranks(size).run(train, raw, steps, prepare))
@@ -40,11 +38,11 @@ def trained(ranks) -> Callable[..., Run]:
 
 
 @pytest.fixture(scope="session")
-def alone(trained) -> Callable[..., Run]:
+def alone(trained):
     """`alone(raw)`: the run of one process with these settings, made once; not to be changed."""
-    runs: dict[str, Run] = {}
+    runs = {}
 
-    def run(raw, prepare=None, steps: int = STEPS) -> Run:
+    def run(raw, prepare=None, steps=STEPS) -> Run:
         key = json.dumps([raw, steps, prepare and prepare.__qualname__], sort_keys=True)
         if key not in runs:
             runs[key] = trained(1, raw, steps, prepare)

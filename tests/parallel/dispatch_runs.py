@@ -6,7 +6,7 @@ from collections.abc import Iterator
 HIDDEN = 32
 
 
-def routing_map(rank: int, num_tokens: int, num_ffn: int, num_experts: int, topk: int):
+def routing_map(rank, num_tokens, num_ffn, num_experts, topk):
     """[T, E] bool random selections of a rank's tokens, another draw for every rank."""
     import torch
 
@@ -17,7 +17,7 @@ def routing_map(rank: int, num_tokens: int, num_ffn: int, num_experts: int, topk
     return torch.zeros_like(scores, dtype=torch.bool).scatter_(1, scores.topk(topk).indices, True)
 
 
-def balanced_map(rank: int, num_tokens: int, num_ffn: int, num_experts: int, topk: int):
+def balanced_map(rank, num_tokens, num_ffn, num_experts, topk):
     """[T, E] bool: every FFN expert is selected by as many tokens; all FFN shares are 3/4."""
     import torch
 
@@ -74,12 +74,12 @@ def watched_all_to_all(seen) -> Iterator[None]:
         dist.all_to_all_single = original
 
 
-def sent_bytes_of(settings, draw, num_tokens: int):
+def sent_bytes_of(settings, draw, num_tokens):
     """`sent_bytes` of the settings of each name, all of one layout."""
     return {name: sent_bytes(raw, draw, num_tokens) for name, raw in settings.items()}
 
 
-def sent_bytes(raw, draw, num_tokens: int):
+def sent_bytes(raw, draw, num_tokens):
     """Forward and backward of a layer; what it handed to all-to-alls for other ranks."""
     import torch
     import torch.distributed as dist
@@ -88,10 +88,10 @@ def sent_bytes(raw, draw, num_tokens: int):
     moe, rank = config.moe, dist.get_rank()
     selected = draw(rank, num_tokens, moe.num_ffn_experts, moe.num_experts, moe.router_topk)
     force(layer, selected)
-    bytes_of: dict[str, list[int]] = {"vectors": [0, 0], "metadata": [0, 0]}
+    bytes_of = {"vectors": [0, 0], "metadata": [0, 0]}
     direction = 0
 
-    def count(work, output, input, send: list[int]):
+    def count(work, output, input, send):
         rows = sum(send) - send[rank]
         kind = "vectors" if input.shape[1:] == (HIDDEN,) else "metadata"
         row = input[:0].new_empty((1, *input.shape[1:]))
@@ -119,17 +119,17 @@ def events(raw) -> list[str]:
     moe = config.moe
     num_tokens = 16
     force(layer, routing_map(dist.get_rank(), num_tokens, 8, moe.num_experts, moe.router_topk))
-    log: list[str] = []
+    log = []
 
     class Watched:
-        def __init__(self, work, what: str):
+        def __init__(self, work, what):
             self._work, self._what = work, what
 
         def wait(self):
             log.append(f"wait {self._what}")
             self._work.wait()
 
-    def watch(work, output, input, send: list[int]):
+    def watch(work, output, input, send):
         what = "vectors" if input.shape[1:] == (HIDDEN,) else "metadata"
         log.append(f"start {what}")
         return Watched(work, what)
@@ -151,7 +151,7 @@ def events(raw) -> list[str]:
 
 
 @contextlib.contextmanager
-def _watched_combine(layer, log: list[str]) -> Iterator[None]:
+def _watched_combine(layer, log) -> Iterator[None]:
     """Note where a kernel combines, if it does, and whether zero-computation experts are in it."""
     if not layer.fuses_rows:
         yield
@@ -172,7 +172,7 @@ def _watched_combine(layer, log: list[str]) -> Iterator[None]:
         combine.combine = original
 
 
-def padded_to_capacity(dispatcher: str):
+def padded_to_capacity(dispatcher):
     """megatron-core's own MoE layer whose experts' batches are padded to a capacity."""
     import torch
     import torch.distributed as dist

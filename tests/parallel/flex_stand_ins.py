@@ -8,7 +8,7 @@ routing map and returns the experts' batch.
 from tests.parallel.training_runs import train
 
 
-def fused_dispatch(x, token_indices, token_probs, num_experts: int, group, **kwargs):
+def fused_dispatch(x, token_indices, token_probs, num_experts, group, **kwargs):
     """DeepEP's dispatch, by gathering everything and keeping what is for this rank."""
     import torch
     import torch.distributed as dist
@@ -42,7 +42,7 @@ def fused_combine(x, group, handle, **kwargs):
 class HybridEPBuffer:
     """HybridEP's buffer: what it documents, by gathering everything and keeping what is here."""
 
-    def __init__(self, group, hidden_dim: int, max_num_of_tokens_per_rank: int, **kwargs):
+    def __init__(self, group, hidden_dim, max_num_of_tokens_per_rank, **kwargs):
         self.group, self.tokens = group, max_num_of_tokens_per_rank
         # Its kernels are compiled for whole chunks.
         assert max_num_of_tokens_per_rank % 64 == 0
@@ -66,7 +66,7 @@ class HybridEPBuffer:
         hidden,
         routing_map=None,
         probs=None,
-        num_of_experts_per_rank: int = 0,
+        num_of_experts_per_rank=0,
         handle=None,
         num_permuted_tokens=None,
         **kwargs,
@@ -97,7 +97,7 @@ class HybridEPBuffer:
         return self._own_rows_of_sum(whole), probs
 
 
-def hybrid_ep_dispatch(x, routing_map, probs, group, num_local_experts: int, **kwargs):
+def hybrid_ep_dispatch(x, routing_map, probs, group, num_local_experts, **kwargs):
     """As megatron-core defines it where HybridEP is installed."""
     from megatron.core.transformer.moe.fused_a2a import HybridEPDispatch
 
@@ -107,7 +107,7 @@ def hybrid_ep_dispatch(x, routing_map, probs, group, num_local_experts: int, **k
     return HybridEPDispatch.apply(x, routing_map, probs, group, num_local_experts, *rest)
 
 
-def hybrid_ep_combine(x, handle, num_permuted_tokens, pad_multiple, fused: bool):
+def hybrid_ep_combine(x, handle, num_permuted_tokens, pad_multiple, fused):
     """As megatron-core defines it where HybridEP is installed."""
     from megatron.core.transformer.moe.fused_a2a import HybridEPCombine
 

@@ -120,7 +120,7 @@ def _biased(last_step, bias):
     return biased
 
 
-def places_of_this_rank(length: int) -> list[int]:
+def places_of_this_rank(length) -> list[int]:
     """Places in the sequence of this rank's tokens: context zigzag, then tensor-parallel parts."""
     from megatron.core import parallel_state
 

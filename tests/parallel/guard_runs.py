@@ -5,9 +5,7 @@ fault would leave them; nothing in the package knows of them.
 """
 
 import functools
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -67,7 +65,7 @@ WATCHED = {
 }
 
 
-def guard_settings(folder: Path, **sections):
+def guard_settings(folder, **sections):
     """A small configuration whose files go to `folder`."""
     return trainer_settings(folder, **merged(WATCHED, sections))
 
@@ -75,9 +73,9 @@ def guard_settings(folder: Path, **sections):
 def run(
     raw,
     faults: tuple[Fault, ...] = (),
-    without: tuple[int, ...] = (),
-    data: str = "cycle",
-    copies_every: int = 10,
+    without=(),
+    data="cycle",
+    copies_every=10,
 ) -> Found:
     """Train as `moepp train` does, on synthetic data, with faults.
 
@@ -122,10 +120,10 @@ def _watch(trainer, found: Found, faults: tuple[Fault, ...]):
     from moepp_megatron.training.step_sums import mean_loss
 
     selections = part_of(trainer, RoutingCountsPart).selections
-    planted: list[Fault] = []
+    planted = []
 
     class Watching(Part):
-        def begin_step(self, step: int, layout):
+        def begin_step(self, step, layout):
             for fault in [each for each in faults if each.step == step and each not in planted]:
                 planted.append(fault)
                 plant(trainer.model, fault)
@@ -168,7 +166,7 @@ def _note_routers(guard, trainer, found: Found):
 
     original = guard.begin_step
 
-    def begin_step(step: int, layout):
+    def begin_step(step, layout):
         original(step, layout)
         own = [layer.router for model in trainer.model.models for layer in moepp_layers(model)]
         found.routers[step] = checksum_of(p for router in own for p in router.parameters())
@@ -191,7 +189,7 @@ def plant(model, fault: Fault):
     model.optimizer.reload_model_params()
 
 
-def _collapse(router, size: float):
+def _collapse(router, size):
     """Zero-computation experts in pairs of opposite rows: one of each pair wins with any token."""
     ffn = router.moepp.num_ffn_experts
     rows = router.weight[ffn:]
@@ -202,16 +200,16 @@ def _collapse(router, size: float):
         router.residual_weight.zero_()
 
 
-def _kill(router, size: float):
+def _kill(router, size):
     """FFN expert 0 gets the mean of the others' logits, so it is never among a token's best."""
     router.weight[0] = router.weight[1:].mean(dim=0) * size
 
 
-def _explode(router, size: float):
+def _explode(router, size):
     router.weight.mul_(size)
 
 
-_PLANT: dict[str, Callable[[Any, float], None]] = {
+_PLANT = {
     "collapse": _collapse,
     "dead": _kill,
     "explosion": _explode,
@@ -221,14 +219,14 @@ _PLANT: dict[str, Callable[[Any, float], None]] = {
 class CycleDataset(SyntheticDataset):
     """Each token decides the next but for some noise, so there is something to learn."""
 
-    def __getitem__(self, index: int):
+    def __getitem__(self, index):
         model = self._config.model
         tokens = _cycle(index, model.seq_length, model.vocab_size)
         return super().__getitem__(index) | {"tokens": tokens[:-1], "labels": tokens[1:]}
 
 
 @functools.cache
-def _cycle(index: int, length: int, vocab_size: int):
+def _cycle(index, length, vocab_size):
     """[length + 1] tokens; a rank makes each sequence once in its life."""
     import torch
 
@@ -246,7 +244,7 @@ def _cycle(index: int, length: int, vocab_size: int):
 class BrokenSourceDataset(SyntheticDataset):
     """From batch 100 on nothing but four token ids comes."""
 
-    def __getitem__(self, index: int):
+    def __getitem__(self, index):
         sample = super().__getitem__(index)
         if index >= 100 * self._config.training.global_batch_size:
             sample |= {name: sample[name] % 4 for name in ("tokens", "labels")}
@@ -256,7 +254,7 @@ class BrokenSourceDataset(SyntheticDataset):
 class OtherTextsDataset(CycleDataset):
     """From `NEW_FROM` on each token decides the next by another rule, and only some ids come."""
 
-    def __getitem__(self, index: int):
+    def __getitem__(self, index):
         sample = super().__getitem__(index)
         if index >= NEW_FROM * self._config.training.global_batch_size:
             tokens = sample["tokens"] // 8
@@ -267,7 +265,7 @@ class OtherTextsDataset(CycleDataset):
 class OtherTargetsDataset(CycleDataset):
     """From `NEW_FROM` on the same texts have other labels."""
 
-    def __getitem__(self, index: int):
+    def __getitem__(self, index):
         sample = super().__getitem__(index)
         if index >= NEW_FROM * self._config.training.global_batch_size:
             sample["labels"] = (sample["labels"] + 17) % self._config.model.vocab_size
@@ -277,14 +275,14 @@ class OtherTargetsDataset(CycleDataset):
 class MaskedDataset(CycleDataset):
     """No token of the second batch has a loss."""
 
-    def __getitem__(self, index: int):
+    def __getitem__(self, index):
         sample = super().__getitem__(index)
         if index // self._config.training.global_batch_size == 1:
             sample["loss_mask"] = sample["loss_mask"] * 0.0
         return sample
 
 
-DATA: dict[str, Any] = {
+DATA = {
     "masked": MaskedDataset,
     "cycle": CycleDataset,
     "broken source": BrokenSourceDataset,

@@ -1,7 +1,5 @@
 """One MoE++ layer on test ranks and in reference.py: the same weights, tokens and loss."""
 
-from typing import Any
-
 import numpy as np
 
 from tests.parallel.training_runs import begin, join
@@ -71,7 +69,7 @@ def evaluate_layer(raw):
         return layer(*arguments)[0].numpy()
 
 
-def run_reference(raw, data_parallel_size: int):
+def run_reference(raw, data_parallel_size):
     """The same on one process with reference.py; each data-parallel share is one micro-batch."""
     import torch
 
@@ -130,7 +128,7 @@ def run_reference(raw, data_parallel_size: int):
 
 def add_up(results):
     """The whole layer from its ranks: tokens side by side, parameter gradients added."""
-    whole: dict[str, Any] = {"gradients": {}}
+    whole = {"gradients": {}}
     for name in ("output", "logits", "input_grad", "previous_grad"):
         width = results[0][name].shape[-1]
         whole[name] = np.full((SEQUENCE, BATCH, width), np.nan, dtype=np.float32)
@@ -144,7 +142,7 @@ def add_up(results):
     return whole
 
 
-def _share(length: int, rank: int, size: int) -> slice:
+def _share(length, rank, size) -> slice:
     return slice(rank * length // size, (rank + 1) * length // size)
 
 

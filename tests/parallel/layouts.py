@@ -5,7 +5,6 @@ A cell names what differs from the plainest run; `run_settings` is the whole con
 """
 
 from dataclasses import dataclass, fields
-from typing import Any
 
 from tests.parallel import forced_routing
 from tests.parallel.training_runs import FULL, VANILLA, settings
@@ -22,7 +21,7 @@ STAGES = {
     ("uneven interleaved", 2): "E|tt|t|tL",
     ("uneven interleaved", 4): "E|tt|t|t|t|tt|t|L",
 }
-RECOMPUTE: dict[str, dict[str, Any]] = {
+RECOMPUTE = {
     "none": {},
     "uniform": FULL,
     "block": {
@@ -32,14 +31,14 @@ RECOMPUTE: dict[str, dict[str, Any]] = {
     },
     "moe": {"recompute_granularity": "selective", "recompute_modules": ["moe"]},
 }
-OPTIMIZER: dict[str, dict[str, bool]] = {
+OPTIMIZER = {
     "whole": {"use_distributed_optimizer": False},
     "distributed": {},
     "overlap reduce": {"overlap_grad_reduce": True},
     "overlap both": {"overlap_grad_reduce": True, "overlap_param_gather": True},
 }
 # A word of a cell and the field and value that it stands for; what no word names is the default.
-WORDS: dict[str, tuple[str, Any]] = {
+WORDS = {
     "interleaved": ("stages", "interleaved"),
     "uneven": ("stages", "uneven"),
     "ends-apart": ("stages", "ends apart"),
@@ -144,13 +143,13 @@ class Cell:
         return GLOBAL_BATCH // (self.dp * self.micro_batches)
 
 
-def parse_cells(text: str) -> list[Cell]:
+def parse_cells(text) -> list[Cell]:
     """The cells of a table, one a line: ranks, then words of `WORDS` and `NUMBERS`."""
     return [_parse_cell(line.split()) for line in text.strip().splitlines()]
 
 
-def _parse_cell(words: list[str]) -> Cell:
-    values: dict[str, Any] = {"ranks": int(words[0])}
+def _parse_cell(words) -> Cell:
+    values = {"ranks": int(words[0])}
     for word in words[1:]:
         prefix = word.rstrip("0123456789")
         if word in WORDS:
@@ -166,7 +165,7 @@ def run_settings(cell: Cell):
     """The configuration of the cell."""
     model_and_moe = _shared_settings(cell)
     model_and_moe["moe"]["dispatcher"] = cell.dispatcher
-    parallel: dict[str, Any] = {
+    parallel = {
         "tensor_model_parallel_size": cell.tp,
         "sequence_parallel": cell.tp > 1,
         "pipeline_model_parallel_size": cell.pp,
@@ -191,8 +190,8 @@ def reference_settings(cell: Cell):
 
 def _shared_settings(cell: Cell):
     """What a cell and its reference have in common: model, MoE layers and number format."""
-    model: dict[str, Any] = {"num_layers": cell.num_layers, "seq_length": cell.seq_length}
-    moe: dict[str, Any] = {"gate_normalization": cell.gates, "balance_scope": cell.scope}
+    model = {"num_layers": cell.num_layers, "seq_length": cell.seq_length}
+    moe = {"gate_normalization": cell.gates, "balance_scope": cell.scope}
     if cell.layers == "mixed":
         moe["layer_freq"] = [0, 1, 0, 1] * (cell.num_layers // 4)
     moe |= {

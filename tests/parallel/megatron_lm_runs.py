@@ -14,7 +14,6 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
-from typing import Any
 
 from tests.parallel.training_runs import (
     Run,
@@ -65,7 +64,7 @@ def script() -> ModuleType:
     return module
 
 
-def command_line(arguments: str, log: str):
+def command_line(arguments, log):
     """Give this rank the command line of a run that logs to `log`."""
     # Megatron asks for it with tensor or context parallelism before it looks for a GPU.
     os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"
@@ -73,7 +72,7 @@ def command_line(arguments: str, log: str):
     sys.argv = ["pretrain_megatron_lm.py", *words, "--tensorboard-dir", log]
 
 
-def scalars(log: str) -> dict[str, list[float]]:
+def scalars(log) -> dict[str, list[float]]:
     """What Megatron's loop logged, by name, one value a step. Every rank must call."""
     import torch.distributed as dist
     from megatron.training import get_tensorboard_writer
@@ -90,7 +89,7 @@ def scalars(log: str) -> dict[str, list[float]]:
     }
 
 
-def train_in_megatron_lm(arguments: str, way: str, log: str):
+def train_in_megatron_lm(arguments, way, log):
     """Returns what `training_runs.train` returns; the model gets in by config, spec or provider."""
     launch = script()
     command_line(f"{ARGUMENTS} {arguments}", log)
@@ -108,7 +107,7 @@ def train_in_megatron_lm(arguments: str, way: str, log: str):
     return run, observer.pieces
 
 
-def scores_in_megatron_lm(arguments: str, log: str, input_ids, way: str = "config"):
+def scores_in_megatron_lm(arguments, log, input_ids, way="config"):
     """Log-probabilities [b, s - 1] of each token after the first, by the model at the end."""
     import torch
     from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
@@ -153,7 +152,7 @@ def child_processes() -> Iterator[None]:
             queue._manager.shutdown()
 
 
-def _pretrain(launch: ModuleType, way: str, observer):
+def _pretrain(launch: ModuleType, way, observer):
     from megatron.core.enums import ModelType
     from megatron.training import pretrain
     from megatron.training.argument_utils import (
@@ -181,7 +180,7 @@ def _pretrain(launch: ModuleType, way: str, observer):
         model_config = gpt_config_from_args(args, **kind)
         model_config.pre_wrap_hooks.append(observer.built)
 
-    def datasets(num_samples: list[int], vp_stage: int | None = None):
+    def datasets(num_samples, vp_stage=None):
         return SyntheticDataset(observer.config, STEPS), None, None
 
     datasets.is_distributed = True  # type: ignore[attr-defined]
@@ -198,9 +197,9 @@ class Observer:
     """Sets the weights of a run in a loop of others, and sees its gradients and routing."""
 
     def __init__(self, config):
-        self.models: list[Any] = []
-        self.routing: list[dict[str, Any]] = []
-        self.pieces: list[Any] = []
+        self.models = []
+        self.routing = []
+        self.pieces = []
         self.config = config
 
     def built(self, models):
@@ -233,16 +232,16 @@ class Observer:
                 statistics.reset()
 
 
-def _config(arguments: str):
+def _config(arguments):
     from moepp_megatron.config import parse_config
 
     return parse_config(settings(**{**SETTINGS, "parallel": _parallel(arguments)}))
 
 
-def _parallel(arguments: str) -> dict[str, int | bool]:
+def _parallel(arguments) -> dict[str, int | bool]:
     """The layout among Megatron's arguments, in ours."""
     words = arguments.split()
-    layout: dict[str, int | bool] = {"sequence_parallel": "--sequence-parallel" in words}
+    layout = {"sequence_parallel": "--sequence-parallel" in words}
     for name in ("tensor", "pipeline", "expert"):
         option = f"--{name}-model-parallel-size"
         if option in words:
@@ -252,7 +251,7 @@ def _parallel(arguments: str) -> dict[str, int | bool]:
     return layout
 
 
-def run_script(arguments: str, log: str) -> dict[str, list[float]]:
+def run_script(arguments, log) -> dict[str, list[float]]:
     """What launch/pretrain_megatron_lm.py logs, run as it is."""
     command_line(arguments, log)
     try:

@@ -9,7 +9,7 @@ from pathlib import Path
 class Bomb:
     """Unpickled, it makes the file `path`."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path):
         self._path = path
 
     def __reduce__(self):
@@ -21,7 +21,7 @@ STATEFUL = "stateful .metadata"
 PLANTS = (".metadata", STATEFUL, "__0_0.distcp")
 
 
-def plant(checkpoint: Path, name: str, exploded: Path):
+def plant(checkpoint, name, exploded):
     """Put a pickle into a checkpoint, one of `PLANTS`, and have the manifest vouch for it."""
     is_stateful, name = name == STATEFUL, name.removeprefix("stateful ")
     path = checkpoint / name
@@ -35,11 +35,11 @@ def plant(checkpoint: Path, name: str, exploded: Path):
     _vouch(checkpoint, name)
 
 
-def stateful(index: bytes, exploded: Path) -> bytes:
+def stateful(index, exploded) -> bytes:
     """An index that makes the file `exploded` when it is read for the second time in a process."""
     look_up = _text("torch.serialization") + _text("_get_layout") + b"\x93"
 
-    def found(key: bytes) -> bytes:
+    def found(key) -> bytes:
         return look_up + key + b"\x85R"
 
     seen = found(_text("torch.strided"))
@@ -64,12 +64,12 @@ def stateful(index: bytes, exploded: Path) -> bytes:
     return index[:2] + replace + call + index[2:]
 
 
-def _text(value: str) -> bytes:
+def _text(value) -> bytes:
     content = value.encode()
     return b"X" + len(content).to_bytes(4, "little") + content
 
 
-def _plant_entry(checkpoint: Path, path: Path, bomb: Bomb):
+def _plant_entry(checkpoint, path, bomb: Bomb):
     """Append a pickled object and let the common state's entry point to it."""
     import torch
 
@@ -85,7 +85,7 @@ def _plant_entry(checkpoint: Path, path: Path, bomb: Bomb):
     (checkpoint / ".metadata").write_bytes(pickle.dumps(metadata))
 
 
-def _vouch(checkpoint: Path, name: str):
+def _vouch(checkpoint, name):
     from moepp_megatron.training.checkpoint.files import file_digest
 
     path = checkpoint / name

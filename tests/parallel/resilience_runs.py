@@ -5,11 +5,9 @@
 
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 from unittest import mock
 
 import pytest
@@ -31,11 +29,11 @@ class Fault:
 
 def run_trainer(
     raw,
-    without: tuple[int, ...] = (),
+    without=(),
     faults: tuple[Fault, ...] = (),
-    data: str | None = None,
-    stop_after: int | None = None,
-    corpus: str | None = None,
+    data=None,
+    stop_after=None,
+    corpus=None,
 ) -> str | None:
     """Train as `moepp train` does, on synthetic data."""
     import torch.distributed as dist
@@ -89,7 +87,7 @@ def why_it_fails(*args, **named) -> str:
     return str(caught.value)
 
 
-def copy_as_of(step: int, run: Path, folder: Path):
+def copy_as_of(step, run, folder):
     """Copy a run's folder as if the run had been killed behind the checkpoint of this step."""
     shutil.copytree(run, folder)
     for checkpoint in (folder / "checkpoints").glob("step_*"):
@@ -97,13 +95,13 @@ def copy_as_of(step: int, run: Path, folder: Path):
             shutil.rmtree(checkpoint)
 
 
-def _dataset(config, data: str | None):
+def _dataset(config, data):
     from tests.parallel.guard_runs import DATA
 
     return SyntheticDataset(config, 40) if data is None else DATA[data](config, 40)
 
 
-def trainer_settings(folder: Path, **sections):
+def trainer_settings(folder, **sections):
     """A configuration for `run_trainer` whose files go to `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = folder / "tokenizer.json"
@@ -127,7 +125,7 @@ def trainer_settings(folder: Path, **sections):
 class Without:
     """A data set that lacks some global batches."""
 
-    def __init__(self, dataset, batches: tuple[int, ...]):
+    def __init__(self, dataset, batches):
         self._dataset = dataset
         whole = len(dataset) // BATCH
         self._kept = [batch for batch in range(whole) if batch not in batches]
@@ -135,7 +133,7 @@ class Without:
     def __len__(self) -> int:
         return len(self._kept) * BATCH
 
-    def __getitem__(self, index: int):
+    def __getitem__(self, index):
         return self._dataset[self._kept[index // BATCH] * BATCH + index % BATCH]
 
 
@@ -145,7 +143,7 @@ def _is_on(trainer, fault: Fault) -> bool:
 
 
 @contextmanager
-def _changed_loss(trainer, fault: Fault, factor: float) -> Iterator[None]:
+def _changed_loss(trainer, fault: Fault, factor) -> Iterator[None]:
     from moepp_megatron.training import step
 
     original = step.loss_function
@@ -178,16 +176,16 @@ def _bad_gradient(trainer, fault: Fault) -> Iterator[None]:
 
 
 @contextmanager
-def _changed_weights(trainer, fault: Fault, factor: float) -> Iterator[None]:
+def _changed_weights(trainer, fault: Fault, factor) -> Iterator[None]:
     import torch
 
     from moepp_megatron.training.part import Part
 
-    planted: list[int] = []
+    planted = []
 
     class Changed(Part):
         @torch.no_grad()
-        def begin_step(self, step: int, layout):
+        def begin_step(self, step, layout):
             if not planted and _is_on(trainer, fault):
                 planted.append(step)
                 for parameter in trainer.model.models[0].parameters():
@@ -211,7 +209,7 @@ def _slow(trainer, fault: Fault) -> Iterator[None]:
         yield
 
 
-_INJECT: dict[str, Callable[..., Any]] = {
+_INJECT = {
     "loss": lambda trainer, fault: _changed_loss(trainer, fault, float("nan")),
     "spike": lambda trainer, fault: _changed_loss(trainer, fault, 50.0),
     "gradient": _bad_gradient,

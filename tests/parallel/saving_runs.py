@@ -1,14 +1,12 @@
 """A model that trains and saves step by step, on test ranks."""
 
-from pathlib import Path
-
 from tests.parallel.training_runs import EP2, SyntheticDataset, begin_training, settings
 
 
 class Run:
     """A model that trains and saves, on each test rank."""
 
-    def __init__(self, folder: Path, model=None, **checkpoint):
+    def __init__(self, folder, model=None, **checkpoint):
         import torch.distributed as dist
 
         from moepp_megatron.training.batches import rank_batches
@@ -25,7 +23,7 @@ class Run:
         self.batches = rank_batches(dataset, 0, self.config, len(self.model.chunks))
         self.begin_in(folder)
 
-    def begin_in(self, folder: Path):
+    def begin_in(self, folder):
         """Count steps from 0 again, with the weights that are there, and save into a folder."""
         from moepp_megatron.training.checkpoint.files import Progress
         from moepp_megatron.training.checkpoint.write import CheckpointWriter
@@ -41,7 +39,7 @@ class Run:
         if self.writer.is_written():
             self.writer.finish()
 
-    def save(self, wait: bool = True) -> str | None:
+    def save(self, wait=True) -> str | None:
         """Save; returns why that failed."""
         self.writer.save(self.model, self.progress, {"note": self.progress.step})
         if wait:
@@ -49,5 +47,5 @@ class Run:
         return self.writer.error
 
 
-def names(folder: Path) -> list[str]:
+def names(folder) -> list[str]:
     return sorted(path.name for path in folder.iterdir())

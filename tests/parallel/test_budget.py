@@ -25,11 +25,11 @@ BATCH = 32
 class ShiftedDataset(SyntheticDataset):
     """From sample `shift` on all tokens are equally likely."""
 
-    def __init__(self, config, steps: int, shift: int):
+    def __init__(self, config, steps, shift):
         super().__init__(config, steps)
         self._shift = shift
 
-    def __getitem__(self, index: int):
+    def __getitem__(self, index):
         import torch
 
         sample = super().__getitem__(index)
@@ -52,7 +52,7 @@ class Run:
     state: Any = None
 
 
-def train(raw, steps: int, shift: int) -> Run:
+def train(raw, steps, shift) -> Run:
     """Train with a budget on data that change with sample `shift`."""
     from moepp_megatron.features.budget.part import BudgetPart
     from moepp_megatron.moe.layer import moepp_layers
@@ -82,7 +82,7 @@ def train(raw, steps: int, shift: int) -> Run:
     return run
 
 
-CONTROLLED: dict[str, dict[str, Any]] = {
+CONTROLLED = {
     "tau": {"target_ffn_per_token": 0.8, "controller": "tau", "gain": 3.0},
     "gain": {"target_ffn_per_token": 0.8, "controller": "bias", "gain": 0.2},
     "default": {"target_ffn_per_token": 0.8},
@@ -130,7 +130,7 @@ def test_bias_holds_the_budget_through_a_shift_of_the_data(ranks, target, budget
     (run,) = ranks(1).run(train, raw, steps, shift * BATCH)
     taken = run.taken
 
-    def mean(begin: int, end: int) -> float:
+    def mean(begin, end) -> float:
         return sum(taken[begin:end]) / (end - begin)
 
     assert taken[0] > 1.1 * target, "an untrained router is not at the target by itself"
@@ -162,7 +162,7 @@ def test_two_and_two_steps_are_four(ranks, corpus, tmp_path, controller):
 def test_a_run_begun_without_a_bias_goes_on_with_one(ranks, corpus, tmp_path):
     """Another run from its weights, and then the run itself."""
 
-    def run(name: str, steps: int, budget, **checkpoint) -> int:
+    def run(name, steps, budget, **checkpoint) -> int:
         raw = trainer_settings(
             corpus,
             tmp_path / name,
@@ -179,7 +179,7 @@ def test_a_run_begun_without_a_bias_goes_on_with_one(ranks, corpus, tmp_path):
     assert run("old", 2, {}, load="auto") == 2
 
 
-def missing_target(raw, steps: int, resumed_at: int) -> list[tuple[int, str]]:
+def missing_target(raw, steps, resumed_at) -> list[tuple[int, str]]:
     """Step and text of each alert while routers take what they like."""
     from moepp_megatron.features.budget.part import BudgetPart
     from moepp_megatron.moe.layer import moe_statistics

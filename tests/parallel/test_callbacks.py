@@ -2,8 +2,6 @@
 
 import json
 import random
-from pathlib import Path
-from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -47,7 +45,7 @@ NAMES = {
 
 
 @pytest.fixture
-def plugins(tmp_path, monkeypatch) -> Path:
+def plugins(tmp_path, monkeypatch):
     folder = tmp_path / "installed"
     folder.mkdir()
     install(folder)
@@ -58,7 +56,7 @@ def plugins(tmp_path, monkeypatch) -> Path:
 
 
 @pytest.fixture
-def config(tmp_path, corpus) -> Path:
+def config(tmp_path, corpus):
     """Four steps on two ranks with random noise, saved after the second and the fourth."""
     return write_config(
         tmp_path / "c.yaml",
@@ -75,15 +73,15 @@ def config(tmp_path, corpus) -> Path:
     )
 
 
-def settings_of(config: Path, run: Path):
+def settings_of(config, run):
     return {**yaml.safe_load(config.read_text()), "run": {"dir": str(run)}}
 
 
 class Recorder(Callback):
     """Notes what it is told, and disturbs what it may disturb."""
 
-    def __init__(self, stops: int | None = None):
-        self.told: list[tuple[Any, ...]] = []
+    def __init__(self, stops=None):
+        self.told = []
         self.stops = stops
 
     def note(self, run, *what):
@@ -102,14 +100,14 @@ class Recorder(Callback):
         if run.step == self.stops and run.rank == 1:
             run.stop()
 
-    def saved(self, run, checkpoint: Path):
+    def saved(self, run, checkpoint):
         self.note(run, "save", checkpoint.name, (checkpoint / "integrity.json").is_file())
 
     def end(self, run):
         self.note(run, "end")
 
 
-def told(raw, stops: int | None = None):
+def told(raw, stops=None):
     """What a callback is told, and whether the run was stopped."""
     recorder = Recorder(stops)
     trainer = trainer_of(raw, [recorder])
@@ -168,7 +166,7 @@ class Leaving(Callback):
 
 
 class Demanding(Callback):
-    def __init__(self, folder: Path):
+    def __init__(self, folder):
         pass
 
 
@@ -260,7 +258,7 @@ def test_the_example_package(config, plugins, tmp_path):
     build_report(run)
 
 
-def given(raw, folder: Path):
+def given(raw, folder):
     """What a plugin's part is given, and the steps that it has counted; goes back after step 3."""
     import sys
 
@@ -269,10 +267,10 @@ def given(raw, folder: Path):
     sys.path.insert(0, str(folder))
     import moepp_example_plugins as plugins
 
-    found: list[tuple[Any, ...]] = []
+    found = []
 
     class Restless(plugins.MeanLoss):
-        def load(self, state, why: str, step: int) -> tuple[()]:
+        def load(self, state, why, step) -> tuple[()]:
             found.append((why, step, state.get("steps")))
             return super().load(state, why, step)
 

@@ -12,7 +12,7 @@ LENGTH, SEQUENCES, EXPERTS = 16, 3, 6
 DISTINCT = (1, 3, 1000)
 
 
-def kept_by_this_rank(tp: int, cp: int):
+def kept_by_this_rank(tp, cp):
     """Places in the sequence of this rank's tokens, and [places, sequences, E] what they keep."""
     from megatron.core import parallel_state
 
@@ -21,7 +21,7 @@ def kept_by_this_rank(tp: int, cp: int):
     return places, [_kept(places, cp, distinct) for distinct in DISTINCT]
 
 
-def _kept(places: list[int], cp: int, distinct: int):
+def _kept(places, cp, distinct):
     import torch
     from megatron.core import parallel_state
 

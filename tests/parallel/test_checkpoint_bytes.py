@@ -1,14 +1,13 @@
 """What a save and a load move: each rank its own bytes, and each byte once."""
 
 from collections import Counter
-from pathlib import Path
 
 import pytest
 
 from tests.parallel.saving_runs import Run
 
 
-def save_and_load(folder: Path):
+def save_and_load(folder):
     """Counts of this rank of a data- and expert-parallel pair."""
     import torch.distributed as dist
     from megatron.core.dist_checkpointing.mapping import ShardedTensor
@@ -19,7 +18,7 @@ def save_and_load(folder: Path):
     from moepp_megatron.training.checkpoint.read import read_checkpoint
     from moepp_megatron.training.checkpoint.state import saved_state, state_to_load
 
-    read: list[tuple[str, tuple[int, ...]]] = []
+    read = []
 
     def refuse(*_, **__):
         raise AssertionError("a save gathers tensors")

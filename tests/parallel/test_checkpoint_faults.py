@@ -10,7 +10,6 @@ import signal
 import subprocess
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
@@ -26,7 +25,7 @@ from tests.parallel.saving_runs import Run, names
 
 
 @contextlib.contextmanager
-def full_disk(fault: str) -> Iterator[None]:
+def full_disk(fault) -> Iterator[None]:
     """A disk that takes no more than `fault` says, on the rank that enters."""
     from moepp_megatron.training.checkpoint import save, state
 
@@ -71,13 +70,13 @@ def full_disk(fault: str) -> Iterator[None]:
         setattr(owner, name, original)
 
 
-def save_with_faults(folder: Path, faults: list[tuple[str, int]], is_async: bool):
+def save_with_faults(folder, faults: list[tuple[str, int]], is_async):
     """Of each fault: a good save, one with the fault on one rank, another good one."""
     run = Run(folder, async_save=is_async)
     return [save_with_fault(run, folder / fault, fault, bad_rank) for fault, bad_rank in faults]
 
 
-def save_with_fault(run: Run, folder: Path, fault: str, bad_rank: int):
+def save_with_fault(run: Run, folder, fault, bad_rank):
     import torch.distributed as dist
 
     run.begin_in(folder)
@@ -122,7 +121,7 @@ def test_failed_saves_on_one_rank(ranks, tmp_path, is_async):
         assert (tmp_path / fault / "latest").read_text() == "step_00000003\n"
 
 
-def save_with_another_clock(folder: Path) -> list[list[str]]:
+def save_with_another_clock(folder) -> list[list[str]]:
     """Checkpoints, newest first, after a save by a node whose clock is behind, and one more."""
     from unittest import mock
 
@@ -145,12 +144,12 @@ def test_the_newest_checkpoint_is_the_last_one_whatever_the_clock_says(ranks, tm
     assert found == [[steps[1], steps[0]], [steps[2], steps[1]]]
 
 
-def lose_checkpoints(raw, lost: int) -> tuple[str | None, int]:
+def lose_checkpoints(raw, lost) -> tuple[str | None, int]:
     """What a run calls missing at its end, and its failed saves, if a checkpoint is removed."""
     from moepp_megatron.features.callbacks.part import Callback
 
     class Thief(Callback):
-        def saved(self, run, checkpoint: Path):
+        def saved(self, run, checkpoint):
             if checkpoint.name == f"step_{lost:08d}":
                 shutil.rmtree(checkpoint)
 
@@ -174,7 +173,7 @@ def test_a_checkpoint_that_is_lost_after_its_save(ranks, corpus, tmp_path, lost)
     assert gone in json.loads(alert)["condition"]
 
 
-def lose_folder(raw, step: int, event: str) -> str | None:
+def lose_folder(raw, step, event) -> str | None:
     """What a run calls missing at its end, if its folder is removed in a step or after its save."""
     from moepp_megatron.features.callbacks.part import Callback
 
@@ -183,7 +182,7 @@ def lose_folder(raw, step: int, event: str) -> str | None:
             if event == "step" and run.step == step:
                 shutil.rmtree(raw["run"]["dir"])
 
-        def saved(self, run, checkpoint: Path):
+        def saved(self, run, checkpoint):
             if event == "save" and run.step == step:
                 shutil.rmtree(raw["run"]["dir"])
 
@@ -214,7 +213,7 @@ def test_a_run_whose_folder_is_removed_at_its_end(ranks, corpus, tmp_path):
     assert f"{run}/metrics.jsonl was removed while the run wrote it" in records
 
 
-def step_while_writing(folder: Path) -> bool:
+def step_while_writing(folder) -> bool:
     """Whether nothing is written yet after two steps on a disk that waits for them."""
     from moepp_megatron.runtime.patches import replaced
     from moepp_megatron.training.checkpoint.save import Save
@@ -252,13 +251,13 @@ def test_training_goes_on_while_a_checkpoint_is_written(ranks, tmp_path):
         assert record["progress"]["step"] == 1
 
 
-def save_first_step(folder: Path):
+def save_first_step(folder):
     run = Run(folder)
     run.step()
     assert run.save() is None
 
 
-def weights_of(folders: list[Path]) -> list[str]:
+def weights_of(folders) -> list[str]:
     """A digest of all tensors of each folder's first checkpoint."""
     import hashlib
 
@@ -281,7 +280,7 @@ def weights_of(folders: list[Path]) -> list[str]:
     return digests
 
 
-def save_twice(folder: Path, change: str) -> tuple[list[str | None], list[str]]:
+def save_twice(folder, change) -> tuple[list[str | None], list[str]]:
     """Errors of a save onto the disk, and of one after `change`."""
     run = Run(folder / "checkpoints")
     run.step()

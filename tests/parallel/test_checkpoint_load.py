@@ -17,7 +17,7 @@ AUTO = {"save_interval": 2, "load": "auto"}
 
 
 @pytest.fixture(scope="module")
-def trained(ranks, corpus, tmp_path_factory) -> Path:
+def trained(ranks, corpus, tmp_path_factory):
     """A run of four steps with checkpoints of steps 2 and 4, on two ranks."""
     folder = tmp_path_factory.mktemp("trained") / "run"
     ranks(2).run(run_trainer, _settings(corpus, folder, 4, {"save_interval": 2}))
@@ -25,12 +25,12 @@ def trained(ranks, corpus, tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def run(trained, tmp_path) -> Path:
+def run(trained, tmp_path):
     """A copy of it, to do harm to."""
     return shutil.copytree(trained, tmp_path / "run")
 
 
-def _settings(corpus: Path, run: Path, steps: int, checkpoint, **sections):
+def _settings(corpus, run, steps, checkpoint, **sections):
     training = {"train_iters": steps}
     # So fast that two steps show.
     optimizer = {"lr": 0.01, "warmup_iters": 0}
@@ -63,13 +63,13 @@ def refusal(raw) -> str:
     return str(refused.value)
 
 
-def _flip(path: Path):
+def _flip(path):
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
 
 
-def _truncate(path: Path):
+def _truncate(path):
     path.write_bytes(path.read_bytes()[:-100])
 
 

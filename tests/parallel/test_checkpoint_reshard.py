@@ -1,14 +1,11 @@
 """A checkpoint of any layout resumes in any other as if nothing had happened."""
 
 from functools import cache
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 
 from tests.parallel.checkpoint_runs import train_between
-from tests.parallel.ranks import RankPools
 from tests.parallel.training_runs import CP2, EP2, PP2, TP2, assemble, settings, train
 
 # As between layouts without a checkpoint (test_matrix.py): sums in another order, a few units in
@@ -18,7 +15,7 @@ STEPS, CHANGE_AT = 4, 2
 
 WHOLE = {"use_distributed_optimizer": False}
 ETP2 = {"expert_tensor_parallel_size": 2}
-LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
+LAYOUTS = {
     "one": (1, {}),
     "dp2": (2, {}),
     "dp2 whole optimizer": (2, WHOLE),
@@ -73,11 +70,11 @@ def run_settings(**sections):
 
 
 @cache
-def unbroken(ranks: RankPools) -> list[float]:
+def unbroken(ranks) -> list[float]:
     return assemble(ranks(1).run(train, run_settings(), STEPS)).losses
 
 
-def check(ranks: RankPools, folder: Path, writer: str, reader: str, **sections) -> list[float]:
+def check(ranks, folder, writer, reader, **sections) -> list[float]:
     """Losses of a run that changes its layout in the middle."""
     world_size, parallel = LAYOUTS[writer]
     raw = run_settings(parallel=parallel, **sections)
@@ -85,7 +82,7 @@ def check(ranks: RankPools, folder: Path, writer: str, reader: str, **sections) 
     world_size, parallel = LAYOUTS[reader]
     raw = run_settings(parallel=parallel, **sections)
     start = folder / f"step_{CHANGE_AT:08d}"
-    rest: list[float] = ranks(world_size).run(train_between, raw, folder, STEPS, start)[0]
+    rest = ranks(world_size).run(train_between, raw, folder, STEPS, start)[0]
     return losses + rest
 
 

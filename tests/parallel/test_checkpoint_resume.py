@@ -1,14 +1,11 @@
 """A run that is stopped and resumed on the same layout is the run that was not, bit for bit."""
 
-from pathlib import Path
-from typing import Any
-
 import pytest
 
 from tests.parallel.checkpoint_runs import logged, run_trainer, trainer_of, trainer_settings
 from tests.parallel.training_runs import EP2, TP2
 
-LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
+LAYOUTS = {
     "one": (1, {}),
     "ep2": (2, EP2),
     "tp2": (2, TP2),
@@ -33,7 +30,7 @@ OTHER_WAYS = {"one": [True], "tp2": [False], "dp2 overlapped": [False]}
 def test_two_and_two_steps_are_four(ranks, corpus, tmp_path, layout, ways):
     world_size, parallel = LAYOUTS[layout]
 
-    def run(name: str, steps: int, **sections) -> list[str]:
+    def run(name, steps, **sections) -> list[str]:
         training = {"train_iters": steps, "micro_batch_size": 8 // world_size}
         sections |= {"moe": NOISE, "parallel": parallel, "training": training}
         raw = trainer_settings(corpus, tmp_path / name, optimizer={"warmup_iters": 1}, **sections)
@@ -66,7 +63,7 @@ def draw_in_every_step(raw) -> list[tuple[float, float]]:
 
     from moepp_megatron.training import trainer
 
-    drawn: list[tuple[float, float]] = []
+    drawn = []
     step = trainer.training_step
 
     def draw(*args):
@@ -81,7 +78,7 @@ def draw_in_every_step(raw) -> list[tuple[float, float]]:
 def test_python_and_numpy_draw_the_same_again(ranks, corpus, tmp_path):
     checkpoint = {"save_interval": 2, "load": "auto"}
 
-    def drawn(run: str, steps: int, **sections) -> list[tuple[float, float]]:
+    def drawn(run, steps, **sections) -> list[tuple[float, float]]:
         training = {"train_iters": steps, "micro_batch_size": 8, **sections.pop("training", {})}
         sections["training"] = training
         raw = trainer_settings(corpus, tmp_path / run, optimizer={"warmup_iters": 0}, **sections)
@@ -103,9 +100,9 @@ def judge_while_pruning(raw) -> list[tuple[str, str, int]]:
     from moepp_megatron.training.checkpoint.files import damage
 
     trainer = trainer_of(raw)
-    looks: list[tuple[str, str, int]] = []
+    looks = []
 
-    def look(checkpoint: Path, part: int = 0, num_parts: int = 1) -> str | None:
+    def look(checkpoint, part=0, num_parts=1) -> str | None:
         looks.append((trainer.supervisor.activity.now.phase, checkpoint.name, num_parts))
         return damage(checkpoint, part, num_parts)
 
@@ -117,10 +114,10 @@ def judge_while_pruning(raw) -> list[tuple[str, str, int]]:
 @pytest.mark.parametrize("is_async", [False, True])
 def test_all_ranks_look_into_checkpoints_of_before(ranks, corpus, tmp_path, is_async):
     """Hashing takes minutes: for one rank alone the others would wait in their next step."""
-    checkpoint: dict[str, Any] = {"save_interval": 1, "keep": 2, "load": "auto"}
+    checkpoint = {"save_interval": 1, "keep": 2, "load": "auto"}
 
-    def raw(steps: int, **more):
-        sections: dict[str, dict[str, Any]] = {"training": {"train_iters": steps}}
+    def raw(steps, **more):
+        sections = {"training": {"train_iters": steps}}
         sections["checkpoint"] = checkpoint | more
         return trainer_settings(corpus, tmp_path / "run", optimizer={"warmup_iters": 0}, **sections)
 

@@ -3,7 +3,6 @@
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -41,7 +40,7 @@ sys.exit(7)
 
 
 @pytest.fixture
-def starter(tmp_path, monkeypatch) -> Path:
+def starter(tmp_path, monkeypatch):
     (tmp_path / "started.py").write_text(STARTED)
     path = tmp_path / "starter.py"
     path.write_text(STARTER)

@@ -4,7 +4,6 @@ import io
 import json
 import pickle
 import shutil
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -38,7 +37,6 @@ from tests.parallel.megatron_lm_runs import (
     STEPS,
     scores_in_megatron_lm,
 )
-from tests.parallel.ranks import RankPools
 from tests.parallel.test_inspect_command import trace
 
 pytestmark = pytest.mark.parallel
@@ -56,12 +54,12 @@ def input_ids() -> np.ndarray:
     return np.random.default_rng(0).integers(0, 60, (2, 16))
 
 
-def vocabulary(corpus: Path) -> str:
+def vocabulary(corpus) -> str:
     return f"--vocab-size {Tokenizer.load(corpus / 'tokenizer.json').vocab_size}"
 
 
 @pytest.fixture(scope="module")
-def saved(ranks, corpus, tmp_path_factory) -> tuple[Path, np.ndarray]:
+def saved(ranks, corpus, tmp_path_factory):
     """A `--save` folder of Megatron's loop, and the scores of the model that it ended with."""
     folder = tmp_path_factory.mktemp("megatron-lm")
     arguments = (
@@ -73,13 +71,13 @@ def saved(ranks, corpus, tmp_path_factory) -> tuple[Path, np.ndarray]:
 
 
 @pytest.fixture(scope="module")
-def converted(saved, corpus) -> Path:
+def converted(saved, corpus):
     target = saved[0].parent / "ours"
     from_megatron_lm(saved[0], target, tokenizer=corpus / "tokenizer.json")
     return target
 
 
-def scores_of(ranks: RankPools, checkpoint: Path, tmp_path: Path) -> np.ndarray:
+def scores_of(ranks, checkpoint, tmp_path) -> np.ndarray:
     tokens = tmp_path / "tokens.npz"
     np.savez(tokens, input_ids=input_ids())
     (scores,) = ranks(1).run(score, checkpoint, tokens, [])

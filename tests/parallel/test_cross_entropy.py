@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 
-from tests.parallel.ranks import RankPools
 from tests.parallel.training_runs import PP2, STEPS, TP2, assemble, compare, short, train
 
 TOKENS, COLUMNS = 6, 20
@@ -13,7 +12,7 @@ FP32 = 5e-6
 LAYOUT = 1e-5
 
 
-def losses_of_shares(spread: float):
+def losses_of_shares(spread):
     """Loss and gradient of this rank's columns: the kernels', megatron-core's, and in fp64."""
     import torch
     import torch.distributed as dist
@@ -68,7 +67,7 @@ def test_shares_of_the_vocabulary(ranks, size, spread):
     assert np.abs(results[0]["fp64"][1]).max() > 0
 
 
-def run(ranks: RankPools, size: int, kind: str, **sections):
+def run(ranks, size, kind, **sections):
     precision = {"cross_entropy": kind, **sections.pop("precision", {})}
     raw = short(**sections, precision=precision)
     return assemble(ranks(size).run(train, raw, STEPS))

@@ -1,10 +1,7 @@
 """Training with attention and router as CUDA graphs: steps, micro-batches, stages, reductions."""
 
-from typing import Any
-
 import pytest
 
-from tests.parallel.ranks import RankPools
 from tests.parallel.training_runs import (
     EP2,
     LATENT,
@@ -18,7 +15,7 @@ from tests.parallel.training_runs import (
 )
 
 
-def train_with_graphs(raw, steps: int):
+def train_with_graphs(raw, steps):
     """As `train`; fails unless every graph was replayed in all steps but the first."""
     from megatron.core.tensor_parallel.random import initialize_rng_tracker
 
@@ -26,7 +23,7 @@ def train_with_graphs(raw, steps: int):
 
     # The tracker of a GPU run keeps generators, which a CPU rank has none of.
     initialize_rng_tracker()
-    built: list[Any] = []
+    built = []
     with cpu_graphs():
         result = train(raw, steps, built.extend)
         graphs = [graph for model in built for graph in graphs_of(model)]
@@ -35,7 +32,7 @@ def train_with_graphs(raw, steps: int):
     return result
 
 
-def train_with_experts(raw, steps: int, replays: int):
+def train_with_experts(raw, steps, replays):
     """As `train`, with the products of a GPU; all graphs are replayed so often."""
     from megatron.core.tensor_parallel.random import initialize_rng_tracker
 
@@ -44,7 +41,7 @@ def train_with_experts(raw, steps: int, replays: int):
     from tests.graph_recorder import cpu_graphs, graphs_of
 
     initialize_rng_tracker()
-    built: list[Any] = []
+    built = []
     with pytest.MonkeyPatch.context() as patch, cpu_graphs():
         patch.setattr(spec, "CPUExperts", GroupedExperts)
         result = train(raw, steps, built.extend)
@@ -61,7 +58,7 @@ def train_with_experts(raw, steps: int, replays: int):
 )
 def test_experts_with_static_rows_are_captured(ranks, layout, parts, factor, replays):
     """Without a replay where the first step's rows overflow: it is repeated, others have none."""
-    sections: dict[str, Any] = {
+    sections = {
         "parallel": {"pipeline": PP2, "data parallel": {}}[layout],
         "moe": {"static_rows": factor, "shared_expert_ffn_hidden_size": 24},
     }
@@ -74,7 +71,7 @@ def test_experts_with_static_rows_are_captured(ranks, layout, parts, factor, rep
     assert runs[0].fills == runs[1].fills
 
 
-def with_and_without(ranks: RankPools, sections) -> tuple[Run, Run]:
+def with_and_without(ranks, sections) -> tuple[Run, Run]:
     """A run with graphs, which the second step replays in both directions, and one without."""
     plain = assemble(ranks(2).run(train, short(**sections), STEPS))
     graphs = {"cuda_graphs": ["attn", "moe_router"]}
@@ -82,7 +79,7 @@ def with_and_without(ranks: RankPools, sections) -> tuple[Run, Run]:
     return run, plain
 
 
-LAYOUTS: dict[str, dict[str, Any]] = {
+LAYOUTS = {
     "expert parallel, overlapped": {
         **EP2,
         "overlap_grad_reduce": True,
@@ -99,7 +96,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 )
 def test_training_equals_that_without_graphs(ranks, layout, dtype):
     """To a few units in the last place: a graph sums gradients that meet in it in its own order."""
-    sections: dict[str, Any] = {
+    sections = {
         "parallel": LAYOUTS[layout],
         "precision": {"dtype": dtype},
         "moe": {"layer_freq": [1, 0, 1, 1]},
@@ -110,5 +107,5 @@ def test_training_equals_that_without_graphs(ranks, layout, dtype):
 
 @pytest.mark.parametrize("layout", ["expert parallel, overlapped", "pipeline"])
 def test_latent_attention_is_captured(ranks, layout):
-    sections: dict[str, Any] = {"parallel": LAYOUTS[layout], "model": LATENT}
+    sections = {"parallel": LAYOUTS[layout], "model": LATENT}
     compare(*with_and_without(ranks, sections), 1e-6)

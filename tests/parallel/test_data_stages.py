@@ -43,11 +43,11 @@ class Killed(Exception):
     """Stands for a kill: nothing is saved."""
 
 
-def run_and_read(raw, killed_at: int | None = None) -> list[list[list[int]]]:
+def run_and_read(raw, killed_at=None) -> list[list[list[int]]]:
     """Train; the tokens of each micro-batch that this rank has trained on, in order."""
     from moepp_megatron.training import trainer
 
-    read: list[list[list[int]]] = []
+    read = []
     make, step = trainer.rank_batches, trainer.training_step
     steps = 0
 
@@ -74,13 +74,13 @@ def run_and_read(raw, killed_at: int | None = None) -> list[list[list[int]]]:
     return read
 
 
-def raw_of(data, run: Path, **sections):
+def raw_of(data, run, **sections):
     training = {"train_iters": STEPS, "eval_iters": 1, "eval_interval": 3, "micro_batch_size": 4}
     raw = trainer_settings(Path("unused"), run, training=training, **sections)
     return raw | {"data": data}
 
 
-def stages_of(run: Path) -> list[tuple[int, str]]:
+def stages_of(run) -> list[tuple[int, str]]:
     alerts = [alert for alert in read_alerts(run / "alerts.jsonl") if alert.rule == "new_stage"]
     return [(alert.step, alert.condition) for alert in alerts]
 
@@ -90,7 +90,7 @@ def unbroken(ranks, data, tmp_path_factory):
     """What each of so many ranks reads in a run that nothing ends, and the run's folder."""
 
     @functools.cache
-    def run(ranks_of_run: int):
+    def run(ranks_of_run):
         folder = tmp_path_factory.mktemp("unbroken")
         return ranks(ranks_of_run).run(run_and_read, raw_of(data, folder)), folder
 

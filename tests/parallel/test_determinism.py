@@ -1,7 +1,5 @@
 """The same run twice, and what decides between equal scores and equal gates."""
 
-from typing import Any
-
 import pytest
 
 from tests.parallel.forced_routing import duplicate_router_rows
@@ -18,7 +16,7 @@ from tests.parallel.training_runs import (
 )
 
 # Ranks, layout, layers and micro-batch size.
-LAYOUTS: dict[str, tuple[int, dict[str, Any], int, int]] = {
+LAYOUTS = {
     "one process": (1, {}, 2, 2),
     "tp2 ep2": (2, {**TP2, **EP2}, 2, 2),
     "dp2 pp2 interleaved ep2": (4, {**PP2, **EP2, "virtual_pipeline_model_parallel_size": 2}, 4, 1),

@@ -24,7 +24,7 @@ MODEL = {"num_layers": 2}
 DISPATCHERS = ("alltoall", "alltoall_dedup")
 
 
-def layer_settings(dispatcher: str, ep: int, dtype: str = "fp32", **moe):
+def layer_settings(dispatcher, ep, dtype="fp32", **moe):
     return settings(
         model=MODEL,
         moe={"dispatcher": dispatcher, "num_zero_experts": 2, **moe},
@@ -41,7 +41,7 @@ def sent(ranks):
     """What the ranks send, by rank and by dispatcher, selections and number format."""
 
     @functools.cache
-    def by_rank(ep: int):
+    def by_rank(ep):
         variants = {
             (dispatcher, topk, dtype): layer_settings(dispatcher, ep, dtype, router_topk=topk)
             for dispatcher, topk, dtype in product(DISPATCHERS, (2, 4), WIDTH)
@@ -75,7 +75,7 @@ def test_bytes_are_those_of_the_routing(sent, dispatcher, topk, ep, dtype):
         assert result["metadata"] == [gates_out + map_bytes, gates_back]
 
 
-def _others(rows: np.ndarray, rank: int) -> tuple[int, int]:
+def _others(rows, rank) -> tuple[int, int]:
     """Rows that a rank sends to others and that it gets from others, of [from, to] rows."""
     return rows[rank].sum() - rows[rank, rank], rows[:, rank].sum() - rows[rank, rank]
 

@@ -1,7 +1,5 @@
 """A teacher beside the text: the same loss and gradients in every layout, and what is refused."""
 
-from pathlib import Path
-from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -16,7 +14,6 @@ from tests.parallel.checkpoint_runs import (
     trainer_of,
     trainer_settings,
 )
-from tests.parallel.ranks import RankPools
 from tests.parallel.test_expert_overlap import STAGES, both
 from tests.parallel.training_runs import (
     CP2,
@@ -42,7 +39,7 @@ TOKENS, COLUMNS = 6, 20
 FP32, LAYOUT = 5e-6, 1e-5
 
 
-def divergence_of_shares(temperature: float, top_k: int | None, reverse: bool):
+def divergence_of_shares(temperature, top_k, reverse):
     """Divergence and gradient of this rank's columns, ours and torch's in fp64."""
     import torch
     import torch.distributed as dist
@@ -93,10 +90,10 @@ def test_shares_of_the_vocabulary(ranks, size, temperature, top_k, reverse):
 
 
 @pytest.fixture(scope="module")
-def teachers(ranks, tmp_path_factory) -> dict[str, Path]:
+def teachers(ranks, tmp_path_factory):
     """Checkpoints: the students' own shape, other depths, and one without new experts."""
     folder = tmp_path_factory.mktemp("teachers")
-    shapes: dict[str, dict[str, Any]] = {
+    shapes = {
         "same": {"moe": {"gating_residual": True}},
         "deeper": {"model": {"num_layers": 4}},
         "further": {"model": {"num_layers": 3, "mtp_num_layers": 1}},
@@ -108,16 +105,16 @@ def teachers(ranks, tmp_path_factory) -> dict[str, Path]:
     return {name: folder / name for name in shapes}
 
 
-def taught(teacher: Path, kind=None, **sections):
+def taught(teacher, kind=None, **sections):
     """Settings of a run with a teacher."""
     return short(**sections, distillation={"teacher": str(teacher), "weight": 0.7, **(kind or {})})
 
 
-def distilled(ranks: RankPools, size: int, *args, **sections) -> Run:
+def distilled(ranks, size, *args, **sections) -> Run:
     return assemble(ranks(size).run(train, taught(*args, **sections), STEPS))
 
 
-LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
+LAYOUTS = {
     "tp 2, layers again": (2, {"parallel": TP2, "training": FULL}),
     "pp 2": (2, {"parallel": PP2}),
     "cp 2": (2, {"parallel": CP2}),
@@ -177,7 +174,7 @@ def test_each_kind_of_loss_is_one_process(ranks, alone, teachers, kind):
 
 @pytest.mark.parametrize("size", [1, 2])
 def test_weight_0_changes_no_bit(ranks, teachers, size):
-    sections: dict[str, Any] = {"parallel": PP2} if size == 2 else {}
+    sections = {"parallel": PP2} if size == 2 else {}
     without = assemble(ranks(size).run(train, short(**sections), STEPS))
     measured = distilled(ranks, size, teachers["deeper"], {"weight": 0.0}, **sections)
     assert measured.losses == without.losses
@@ -212,14 +209,14 @@ def test_a_teacher_teaches_the_next_token_alone(ranks, teachers):
     assert two.divergences == pytest.approx(one.divergences, rel=LAYOUT)
 
 
-def teacher_of_all(raw, seen: list[Path]) -> str:
+def teacher_of_all(raw, seen) -> str:
     """Which one teaches where each rank sees another checkpoint of a run as its newest."""
     import torch.distributed as dist
 
     from moepp_megatron.features.distillation.part import DistillationPart
 
     with mock.patch.object(teacher, "find_checkpoint", return_value=seen[dist.get_rank()]):
-        identity: str = part_of(trainer_of(raw), DistillationPart).state()["teacher"]
+        identity = part_of(trainer_of(raw), DistillationPart).state()["teacher"]
     return identity
 
 
@@ -238,7 +235,7 @@ def test_resuming_takes_the_same_teacher_alone(ranks, corpus, tmp_path):
     ranks(1).run(run_trainer, first)
     (older, newer) = sorted((tmp_path / "teacher/checkpoints").glob("step_*"))
 
-    def student(run: str, teacher: Path, iters: int, load: str | None = None):
+    def student(run, teacher, iters, load=None):
         raw = trainer_settings(
             corpus,
             tmp_path / run,
@@ -307,7 +304,7 @@ def test_what_is_refused(teachers, tmp_path):
     from moepp_megatron.tools.planning.machine import machine_of
     from moepp_megatron.tools.planning.plan import make_plan
 
-    def refused(match: str, **sections):
+    def refused(match, **sections):
         with pytest.raises(ConfigError, match=match):
             TeacherModel.of(parse_config(settings(**sections)))
 

@@ -1,7 +1,5 @@
 """Copies of a parameter that come apart are found, and named with rank and step."""
 
-from typing import Any
-
 import pytest
 
 from tests.parallel.training_runs import CP2, EP2, PP2, TP2, SyntheticDataset, begin_training, short
@@ -11,7 +9,7 @@ pytestmark = pytest.mark.parallel
 TIED = {"tie_embeddings": True}
 LATE = {"overlap_grad_reduce": True, "overlap_param_gather": True}
 # Layout; parts of parameters' names on rank 1 (with PP2 a last stage) whose copies are on rank 0.
-CASES: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
+CASES = {
     "dense weights and experts over dp": (
         {},
         ("linear_qkv.weight", "local_experts.3.linear_fc1.weight"),
@@ -29,7 +27,7 @@ CASES: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
 }
 
 
-def train_and_flip(raw, parts: tuple[str, ...]) -> list[tuple[str, str]]:
+def train_and_flip(raw, parts) -> list[tuple[str, str]]:
     """Compare after each of two steps; then again and again with one bit flipped on rank 1."""
     import torch.distributed as dist
 
@@ -55,7 +53,7 @@ def train_and_flip(raw, parts: tuple[str, ...]) -> list[tuple[str, str]]:
     return found
 
 
-def _flip_one_bit(model, part: str) -> str:
+def _flip_one_bit(model, part) -> str:
     import torch
 
     names = [name for name, _ in model.named_parameters() if part in name]

@@ -23,7 +23,7 @@ LENGTHS = (20, 25)
 LENGTH = 48
 
 
-def two_documents(config, is_packed: bool):
+def two_documents(config, is_packed):
     """In one sequence or in one each, with padding behind."""
     import torch
 
@@ -62,14 +62,14 @@ def test_documents_of_a_sequence_are_as_each_by_itself(ranks, model):
         assert expected.any() or ".local_experts." in name, f"{name} compares nothing"
 
 
-def masks_of_text(raw, eod: int | None):
+def masks_of_text(raw, eod):
     """Tokens and mask of the first micro-batch of plain text, where a tokenizer ends documents."""
     from types import SimpleNamespace
 
     from moepp_megatron.training.batches import rank_batches
 
     class Text(SyntheticDataset):
-        def __getitem__(self, index: int):
+        def __getitem__(self, index):
             sample = super().__getitem__(index)
             return {key: value for key, value in sample.items() if key != "documents"}
 

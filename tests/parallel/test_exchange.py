@@ -9,7 +9,7 @@ from tests.parallel.ranks import RankError
 ROWS = {2: [[1, 3], [0, 2]], 4: [[2, 0, 1, 0], [0, 0, 4, 0], [1, 1, 1, 0], [3, 2, 0, 0]]}
 
 
-def exchange_both_ways(dtype: str):
+def exchange_both_ways(dtype):
     """Send rows that name their way, weigh what arrives, and take gradients."""
     import torch
     import torch.distributed as dist

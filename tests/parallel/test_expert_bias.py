@@ -1,26 +1,24 @@
 """Balancing by the selection bias (`moe.bias_update_rate`): the reference's rule in all layouts."""
 
-from typing import Any
-
 import pytest
 
 from tests.parallel.training_runs import CP2, EP2, FULL, PP2, TP2, VANILLA, begin_training, short
 
 STEPS = 3
 RATE = 0.02
-MOE: dict[str, Any] = {
+MOE = {
     "score_function": "sqrtsoftplus",
     "gate_normalization": "selected",
     "selection_bias": True,
     "bias_update_rate": RATE,
     "tau": 0.75,
 }
-KINDS: dict[str, dict[str, Any]] = {
+KINDS = {
     "moepp": MOE,
     "groups": MOE | {"num_groups": 4, "group_topk": 2, "router_topk": 3},
     "vanilla": MOE | VANILLA | {"score_function": "sigmoid", "gate_scale": 2.5},
 }
-LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
+LAYOUTS = {
     "ep2": (2, {"parallel": EP2}),
     "tp2 ep2": (2, {"parallel": TP2 | EP2}),
     "pp2": (2, {"parallel": PP2}),
@@ -47,13 +45,13 @@ def biases_of(raw):
         for module in chunk.modules()
         if getattr(module, "expert_bias", None) is not None
     }
-    seen: dict[int, list[Any]] = {number: [] for number in routers}
+    seen = {number: [] for number in routers}
     for number, router in routers.items():
         router.register_forward_hook(lambda _, __, out, number=number: seen[number].append(out))
     batches = rank_batches(SyntheticDataset(config, STEPS), 0, config, len(model.chunks))
     moepp = moepp_config(config)
-    found: dict[int, list[Any]] = {number: [] for number in routers}
-    expected: dict[int, list[Any]] = {number: [] for number in routers}
+    found = {number: [] for number in routers}
+    expected = {number: [] for number in routers}
     for _ in range(STEPS):
         before = {number: router.expert_bias.float().clone() for number, router in routers.items()}
         training_step(model, batches, config, layout)
@@ -89,7 +87,7 @@ def test_layouts_move_it_alike(ranks, layout, kind):
     world_size, sections = LAYOUTS[layout]
     alone = {name: value for name, value in sections.items() if name == "precision"}
     ((expected, _),) = ranks(1).run(biases_of, short(moe=KINDS[kind], **alone))
-    found: dict[int, list[Any]] = {}
+    found = {}
     for biases, _ in ranks(world_size).run(biases_of, short(moe=KINDS[kind], **sections)):
         for number, steps in biases.items():
             # The same on every rank that has the layer.

@@ -1,12 +1,9 @@
 """megatron-core's combined schedule with the lane: what it trains equals the ordinary schedules."""
 
-from typing import Any
-
 import pytest
 
 from tests.parallel.flex_stand_ins import train_with_deepep, train_with_hybridep
 from tests.parallel.forced_routing import only_zero_experts, pad_some, second_half_without_ffn
-from tests.parallel.ranks import RankPools
 from tests.parallel.training_runs import EP2, LATENT, PP2, STEPS, assemble, compare, short, train
 
 STAGES = {**PP2, **EP2, "virtual_pipeline_model_parallel_size": 2}
@@ -30,7 +27,7 @@ def counted(function, *args):
         MoEPPChunkPlan.__init__ = original  # type: ignore[method-assign]
 
 
-def both(ranks: RankPools, world_size: int, function, prepare=None, **sections):
+def both(ranks, world_size, function, prepare=None, **sections):
     """The overlapped run and the ordinary one; virtual stages have four layers and micro-batches.
 
     Of two micro-batches one's backward pass meets the other's forward pass. Between virtual stages
@@ -50,7 +47,7 @@ def both(ranks: RankPools, world_size: int, function, prepare=None, **sections):
     return assemble([result for result, _ in overlapped]), assemble(plain)
 
 
-MODELS: dict[str, dict[str, Any]] = {
+MODELS = {
     "dense layers, shared expert": {
         "model": {"num_layers": 4},
         "moe": {

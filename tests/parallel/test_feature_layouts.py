@@ -34,7 +34,7 @@ CHUNKS = PP2 | {"virtual_pipeline_model_parallel_size": 2}
 STAGES_OF_THREE = PP2 | {"pipeline_model_parallel_layout": "Ett|tL"}
 
 
-def again(*modules: str):
+def again(*modules):
     """Computed again in the backward pass."""
     return {"recompute_granularity": "selective", "recompute_modules": list(modules)}
 
@@ -47,11 +47,11 @@ SHARED = {"shared_expert_ffn_hidden_size": 16}
 # Two depths, and a weight at which their gradients show; a z-loss, so that megatron-core's tracker
 # counts these layers too.
 FURTHER = {"mtp_num_layers": 2, "mtp_loss_scaling_factor": 0.5}
-COUNTED: Sections = {"model": FURTHER, "moe": {"z_loss_coeff": 0.01}}
+COUNTED = {"model": FURTHER, "moe": {"z_loss_coeff": 0.01}}
 # The first layer is dense, as DeepSeek's are.
-DEEPSEEK: Sections = {"model": LATENT | {"num_layers": 3}, "moe": {"layer_freq": [0, 1, 1]}}
+DEEPSEEK = {"model": LATENT | {"num_layers": 3}, "moe": {"layer_freq": [0, 1, 1]}}
 # Four groups of two experts: a rank of EP 2 has two of them, a rank of EP 4 one.
-GROUPS: dict[str, Any] = {
+GROUPS = {
     "num_groups": 4,
     "group_topk": 2,
     "router_topk": 3,
@@ -60,7 +60,7 @@ GROUPS: dict[str, Any] = {
     "capacity_factor": 1.1,
 }
 ALL_HEADS = {"qk_layernorm": True, "qk_layernorm_scope": "all_heads"}
-DOCUMENTS: Sections = {"data": {"reset_attention_mask": True}, "moe": Z_LOSS}
+DOCUMENTS = {"data": {"reset_attention_mask": True}, "moe": Z_LOSS}
 
 
 def documents(**sections) -> Sections:
@@ -68,7 +68,7 @@ def documents(**sections) -> Sections:
 
 
 # What the run of one process has too; of each layout its ranks and what it has besides.
-FEATURES: dict[str, tuple[Sections, dict[str, tuple[int, Sections]]]] = {
+FEATURES = {
     "further tokens": (
         COUNTED,
         {

@@ -23,9 +23,9 @@ DRAWN = FEATURES[int(os.environ.get("PYTEST_XDIST_TESTRUNUID", "0"), 16) % len(F
 class WithoutFeature(ast.NodeTransformer):
     """Removes what the list of features has of one."""
 
-    def __init__(self, name: str):
+    def __init__(self, name):
         self.module = f"features.{name}."
-        self.names: set[str] = set()
+        self.names = set()
         self.removed = 0
 
     def visit_ImportFrom(self, node: ast.ImportFrom) -> ast.ImportFrom | None:
@@ -36,7 +36,7 @@ class WithoutFeature(ast.NodeTransformer):
 
     def visit_ClassDef(self, node: ast.ClassDef) -> ast.ClassDef:
         node.bases = [base for base in node.bases if ast.unparse(base) not in self.names]
-        kept: list[ast.stmt] = []
+        kept = []
         is_text_of_removed = False
         for each in node.body:
             is_removed = isinstance(each, ast.AnnAssign) and (
@@ -55,7 +55,7 @@ class WithoutFeature(ast.NodeTransformer):
         return node
 
 
-def delete(name: str, root: Path):
+def delete(name, root):
     """Remove a feature from a copy of the package."""
     shutil.rmtree(root / "features" / name)
     registry = root / "features" / "registry.py"

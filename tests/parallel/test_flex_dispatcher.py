@@ -1,7 +1,5 @@
 """The flex dispatcher over stand-ins for its packages: what it trains equals one process."""
 
-from typing import Any
-
 import pytest
 
 from tests.parallel.flex_stand_ins import train_with_deepep, train_with_hybridep
@@ -17,7 +15,7 @@ FP32 = 1e-5
 
 BACKENDS = {"deepep": train_with_deepep, "hybridep": train_with_hybridep}
 FLEX = {"moe": {"dispatcher": "flex"}}
-LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
+LAYOUTS = {
     "ep2": (2, EP2),
     "tp2 ep2 etp2": (4, {**TP2, **EP2, "expert_tensor_parallel_size": 2}),
     "tp2 ep4": (4, {**TP2, "expert_model_parallel_size": 4}),
@@ -84,7 +82,7 @@ def test_unused_slots_hold_the_sentinel(ranks):
     assert gradient == [[0.0] * 4, [0.0, 1.0, 0.0, 0.0], [1.0, 0.0, 0.0, 1.0]]
 
 
-def refusal(backend: str) -> str:
+def refusal(backend) -> str:
     from types import SimpleNamespace
 
     from moepp_megatron.moe.flex_dispatcher import FFNFlexTokenDispatcher

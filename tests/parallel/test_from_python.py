@@ -13,7 +13,7 @@ REPOSITORY = Path(__file__).parents[2]
 
 
 @pytest.fixture
-def config(tmp_path, corpus) -> Path:
+def config(tmp_path, corpus):
     """The smallest configuration, three steps of it; its run goes to `tmp_path / "run"`."""
     saving = {"save_interval": 3, "async_save": False}
     return write_config(
@@ -27,7 +27,7 @@ def config(tmp_path, corpus) -> Path:
     )
 
 
-def written(code: str, folder: Path) -> Path:
+def written(code, folder) -> Path:
     """A program, with the guard that Python asks of those whose functions start processes."""
     path = folder / "program.py"
     body = "".join(f"    {line}\n" for line in code.strip().splitlines())

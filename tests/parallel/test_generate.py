@@ -1,7 +1,6 @@
 """Generation in every layout equals the naive loop of one process over one prompt at a time."""
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -22,7 +21,7 @@ PP2 = "parallel.pipeline_model_parallel_size=2"
 EP2 = "parallel.expert_model_parallel_size=2"
 VPP2 = "parallel.virtual_pipeline_model_parallel_size=2"
 CP2 = "parallel.context_parallel_size=2"
-LAYOUTS: dict[str, tuple[int, list[str]]] = {
+LAYOUTS = {
     "one process": (1, []),
     "replicas": (2, []),
     "tp2": (2, [TP2]),
@@ -32,7 +31,7 @@ LAYOUTS: dict[str, tuple[int, list[str]]] = {
     "tp2 pp2": (4, [TP2, PP2]),
 }
 # What a model is trained with, and what generates the same.
-MODELS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+MODELS = {
     "vanilla": (VANILLA, VANILLA),
     "capacity": ({"capacity_factor": 0.5}, {}),
     "jitter": ({"input_jitter_eps": 0.1}, {}),
@@ -43,7 +42,7 @@ def model_settings(sections):
     return settings(**sections | {"model": {"seq_length": 48, "num_layers": 4}})
 
 
-def build(raw, overrides: list[str]):
+def build(raw, overrides):
     """The request to score with room for new tokens, and a model with the seed's weights."""
     import torch.distributed as dist
 
@@ -58,7 +57,7 @@ def build(raw, overrides: list[str]):
     return scoring, build_model(scoring.config)
 
 
-def generated(raw, overrides: list[str], sampling, eod: int = NO_EOD) -> list[list[int]]:
+def generated(raw, overrides, sampling, eod=NO_EOD) -> list[list[int]]:
     from moepp_megatron.interop.decoding import continue_prompts
     from moepp_megatron.interop.generate_request import Sampling
     from moepp_megatron.model.stage import evaluation_stages
@@ -69,7 +68,7 @@ def generated(raw, overrides: list[str], sampling, eod: int = NO_EOD) -> list[li
     return continue_prompts(stages, scoring, PROMPTS, NEW_TOKENS, how, eod=eod, vocab_size=60)
 
 
-def scored_again(raw, sampling, eod: int = NO_EOD) -> list[list[int]]:
+def scored_again(raw, sampling, eod=NO_EOD) -> list[list[int]]:
     import torch
 
     from moepp_megatron.interop.decoding import _sample
@@ -80,7 +79,7 @@ def scored_again(raw, sampling, eod: int = NO_EOD) -> list[list[int]]:
     how, found = Sampling(**sampling), []
     for number, prompt in enumerate(PROMPTS):
         generator = torch.Generator().manual_seed(how.seed + number)
-        new: list[int] = []
+        new = []
         while len(new) < NEW_TOKENS:
             tokens = torch.tensor([prompt + new])
             with torch.no_grad():
@@ -122,7 +121,7 @@ def test_ends_at_end_of_document(ranks):
         assert ranks(size).run(generated, raw, overrides, SAMPLED, eod) == [expected] * size
 
 
-def generate_from_nan(raw, overrides: list[str]) -> str:
+def generate_from_nan(raw, overrides) -> str:
     import torch
 
     from moepp_megatron.model import build as model_building

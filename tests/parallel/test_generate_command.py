@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,7 +19,7 @@ LENGTH = 64
 
 
 @pytest.fixture(scope="module")
-def checkpoint(ranks, corpus, tmp_path_factory) -> Path:
+def checkpoint(ranks, corpus, tmp_path_factory):
     """Of a run on data whose end-of-document token nobody else has, and that are gone since."""
     folder = tmp_path_factory.mktemp("own-eod")
     text = (corpus / "tokenizer.json").read_text()
@@ -86,7 +85,7 @@ def test_planted_pickle_is_refused_and_not_executed(checkpoint, tmp_path, comman
     plant(planted, name, exploded)
     np.savez(tmp_path / "tokens.npz", input_ids=np.ones((1, 8), int))
     (tmp_path / "text.txt").write_text("Document 7: words")
-    arguments: dict[str, list[object]] = {
+    arguments = {
         "generate": [planted, "--prompt", "Document"],
         "score": [planted, "--tokens", tmp_path / "tokens.npz", "--out", tmp_path / "out.npz"],
         "inspect": [planted, "--text", tmp_path / "text.txt", "--out", tmp_path / "out.html"],

@@ -14,7 +14,7 @@ def buffer_types(raw) -> set[str]:
     return {str(p.main_grad.dtype) for chunk in model.models for p in chunk.parameters()}
 
 
-def raw(in_fp32: bool):
+def raw(in_fp32):
     precision = {"dtype": "bf16", "grad_reduce_in_fp32": in_fp32}
     # Two micro-batches on either rank.
     return short(precision=precision, parallel=EP2, training={"micro_batch_size": 1})

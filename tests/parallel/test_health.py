@@ -1,7 +1,6 @@
 """Router health is the same in every layout, and losses are sorted by FFN experts in each."""
 
 import math
-from typing import Any
 
 import pytest
 
@@ -40,7 +39,7 @@ def measure(raw):
     return found[1], found[0], loss
 
 
-LAYOUTS: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
+LAYOUTS = {
     "ep2": (2, EP2, {}),
     "pp2": (2, PP2, {}),
     "tp2 cp2": (4, TP2 | CP2, {}),

@@ -18,7 +18,7 @@ WINDOW = 16
 
 
 @pytest.fixture(scope="module")
-def run(ranks, corpus, tmp_path_factory) -> Path:
+def run(ranks, corpus, tmp_path_factory):
     """A run with a checkpoint after two steps, and dense layers between MoE layers."""
     folder = tmp_path_factory.mktemp("inspected") / "run"
     raw = trainer_settings(
@@ -35,18 +35,18 @@ def run(ranks, corpus, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def text(tmp_path_factory) -> Path:
+def text(tmp_path_factory):
     path = tmp_path_factory.mktemp("text") / "text.txt"
     # Several windows, the last one not full; some data-parallel ranks get a filler.
     path.write_text("Document 7: words 49 and lines; more words, \u00e4ndere W\u00f6rter.\n" * 2)
     return path
 
 
-def checkpoint(run: Path, step: int = 2) -> Path:
+def checkpoint(run, step=2) -> Path:
     return run / "checkpoints" / f"step_{step:08d}"
 
 
-def trace(checkpoint: Path, text: Path, overrides: list[str]) -> dict[str, np.ndarray] | None:
+def trace(checkpoint, text, overrides) -> dict[str, np.ndarray] | None:
     """Rank 0's trace of the checkpoint's model on the ranks that call."""
     import torch.distributed as dist
 
@@ -61,7 +61,7 @@ def trace(checkpoint: Path, text: Path, overrides: list[str]) -> dict[str, np.nd
 
 
 @pytest.fixture(scope="module")
-def alone(ranks, run, text) -> dict[str, np.ndarray]:
+def alone(ranks, run, text):
     return ranks(1).run(trace, checkpoint(run), text, [])[0]
 
 
@@ -110,7 +110,7 @@ def test_the_command(run, text, alone, tmp_path):
     assert content["tokens"]["class"].count("number") > 0
 
 
-def refused(checkpoint: Path, text: Path, **options) -> str:
+def refused(checkpoint, text, **options) -> str:
     with pytest.raises(ConfigError) as caught:
         InspectRequest.read(checkpoint, text, text.parent / "o.html", **options)
     assert "\n" not in str(caught.value)

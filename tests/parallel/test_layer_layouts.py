@@ -1,7 +1,6 @@
 """The layer on expert- and tensor-parallel ranks against reference.py."""
 
 import functools
-from typing import Any
 
 import numpy as np
 import pytest
@@ -26,7 +25,7 @@ LAYOUTS = [
 ]
 # The layer is the second.
 MODEL = {"num_layers": 2}
-VARIANTS: dict[str, dict[str, Any]] = {
+VARIANTS = {
     "paper": {},
     "released": {"gate_normalization": "nonzero", "expert_input_scale": 2.0},
     "constants": {"constant_init": "zero", "constant_temperature": 0.5},
@@ -42,7 +41,7 @@ def reference(ranks):
     """What reference.py computes for a variant, once for all layouts."""
 
     @functools.cache
-    def computed(variant: str, data_parallel_size: int):
+    def computed(variant, data_parallel_size):
         raw = settings(model=MODEL, moe=VARIANTS[variant])
         (result,) = ranks(1).run(run_reference, raw, data_parallel_size)
         return result
@@ -55,7 +54,7 @@ def layers(ranks):
     """What the ranks of a layout compute: by rank and variant, once for all variants."""
 
     @functools.cache
-    def computed(world: int, ep: int, tp: int, etp: int):
+    def computed(world, ep, tp, etp):
         parallel = {
             "expert_model_parallel_size": ep,
             "tensor_model_parallel_size": tp,
@@ -84,6 +83,6 @@ def test_layer_equals_reference(layers, reference, world, ep, tp, etp, variant):
         _assert_close(layer["gradients"][name], gradient, name)
 
 
-def _assert_close(actual: np.ndarray, expected: np.ndarray, name: str):
+def _assert_close(actual, expected, name):
     scale = np.abs(expected).max()
     np.testing.assert_allclose(actual, expected, rtol=0, atol=RELATIVE * scale, err_msg=name)

@@ -8,7 +8,6 @@ import pytest
 
 from tests.parallel.layouts import ROUTINGS, Cell, parse_cells, reference_settings, run_settings
 from tests.parallel.matrix_cells import CORNERS, DEDUP, FAST, PAIRS
-from tests.parallel.ranks import RankPools
 from tests.parallel.training_runs import (
     STEPS,
     Difference,
@@ -51,9 +50,7 @@ def test_layout(cell, ranks, alone, record_property):
     check(cell, LONG, ranks, alone, record_property)
 
 
-def check(
-    cell: Cell, steps: int, ranks: RankPools, alone: Callable[..., Run], record_property: Callable
-):
+def check(cell: Cell, steps, ranks, alone: Callable[..., Run], record_property: Callable):
     """Train the cell and its reference; `--junitxml` holds the differences."""
 
     def pair(cell: Cell) -> tuple[Run, Run]:
@@ -77,7 +74,7 @@ def check(
     check_routing(cell, run)
 
 
-def learning(raw, steps: int):
+def learning(raw, steps):
     """Without warm-up where the first of few steps has to change weights."""
     return raw if steps == LONG else {**raw, "optimizer": {**raw["optimizer"], "warmup_iters": 0}}
 
@@ -128,7 +125,7 @@ OPTIONS = {
 }
 
 
-def is_impossible(one: str, value, other: str, other_value) -> bool:
+def is_impossible(one, value, other, other_value) -> bool:
     """Whether two option values cannot meet on 8 ranks with a global batch of 8 sequences."""
     pair = {one: value, other: other_value}
     divided = ("uneven", "ends apart", "interleaved", "uneven interleaved")

@@ -14,7 +14,6 @@ import pytest
 from moepp_megatron.observe.alerts import read_alerts
 from moepp_megatron.observe.metrics import StepMetrics, read_metrics
 from tests.parallel.guard_runs import NEW_FROM
-from tests.parallel.ranks import RankPools
 from tests.parallel.resilience_runs import (
     Fault,
     copy_as_of,
@@ -29,7 +28,7 @@ pytestmark = pytest.mark.parallel
 Sections = dict[str, dict[str, Any]]
 
 # Ranks and sections; the fault is on the last rank.
-LAYOUTS: dict[str, tuple[int, Sections]] = {
+LAYOUTS = {
     "ep2 bf16": (2, {"parallel": EP2, "precision": {"dtype": "bf16"}}),
     "ep2 plain optimizer": (2, {"parallel": {**EP2, "use_distributed_optimizer": False}}),
     "pp2": (2, {"parallel": PP2}),
@@ -40,7 +39,7 @@ GUARD = {"guard_max_consecutive_skips": 3, "guard_threshold": 5.0}
 SKIPPED = ["skip_batch"] * 3
 
 
-def _train(ranks: RankPools, world_size: int, raw, *args, **named) -> list[StepMetrics]:
+def _train(ranks, world_size, raw, *args, **named) -> list[StepMetrics]:
     ranks(world_size).run(run_trainer, raw, *args, **named)
     return list(read_metrics(Path(raw["run"]["dir"]) / "metrics.jsonl"))
 
@@ -52,7 +51,7 @@ def _assert_same(run: list[StepMetrics], other: list[StepMetrics]):
         assert [getattr(r, name) for r in run] == [getattr(r, name) for r in other], name
 
 
-def _told(folder: Path) -> list[str]:
+def _told(folder) -> list[str]:
     return [alert.action for alert in read_alerts(folder / "alerts.jsonl")]
 
 
@@ -117,7 +116,7 @@ def test_without_the_guard_the_fault_is_fatal(ranks, tmp_path):
 
 
 # The losses of this data set fall by learning, so that other texts are a spike.
-LEARNS: Sections = {
+LEARNS = {
     "optimizer": {"lr": 1.0e-2, "decay_style": "constant"},
     "checkpoint": {"load": "auto"},
 }
@@ -126,8 +125,8 @@ OTHER_TEXTS = {"data": "other texts", "corpus": "prose"}
 Continued = Callable[..., tuple[int, dict[str, Any]]]
 
 
-def _learning(folder: Path, layout: str, steps: int, resilience):
-    one_rank: tuple[int, Sections] = (1, {"training": {"micro_batch_size": 8}})
+def _learning(folder, layout, steps, resilience):
+    one_rank = (1, {"training": {"micro_batch_size": 8}})
     world_size, sections = LAYOUTS.get(layout, one_rank)
     raw = trainer_settings(folder, **sections, **LEARNS, resilience=resilience)
     raw["training"]["train_iters"] = steps
@@ -135,11 +134,11 @@ def _learning(folder: Path, layout: str, steps: int, resilience):
 
 
 @pytest.fixture(scope="module")
-def learnt(ranks, tmp_path_factory) -> Callable[[str], Path]:
+def learnt(ranks, tmp_path_factory):
     """By layout, the folder of a run that was saved one step before its data change."""
 
     @functools.cache
-    def run(layout: str) -> Path:
+    def run(layout) -> Path:
         folder = tmp_path_factory.mktemp("learnt")
         world_size, raw = _learning(folder, layout, NEW_FROM - 1, GUARD)
         raw["checkpoint"]["save_interval"] = NEW_FROM - 1
@@ -150,10 +149,10 @@ def learnt(ranks, tmp_path_factory) -> Callable[[str], Path]:
 
 
 @pytest.fixture
-def goes_on(learnt, tmp_path) -> Continued:
+def goes_on(learnt, tmp_path):
     """Copies a run that has learnt, to go on to its fourth step with new data."""
 
-    def continued(layout: str, **resilience):
+    def continued(layout, **resilience):
         folder = tmp_path / f"run{len(list(tmp_path.iterdir()))}"
         shutil.copytree(learnt(layout), folder)
         return _learning(folder, layout, NEW_FROM + 4, {**GUARD, **resilience})
@@ -252,7 +251,7 @@ def test_rollbacks_that_do_not_help_end_the_run(ranks, tmp_path):
 
 def test_a_resumed_run_remembers_the_losses_before(ranks, tmp_path):
     """Batch 5 is a spike; the resumed run has seen one loss of its own, too few to tell."""
-    sections: Sections = {
+    sections = {
         **NOISY,
         "resilience": GUARD,
         "checkpoint": {"save_interval": 4, "load": "auto"},

@@ -3,7 +3,6 @@
 import json
 import os
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from unittest import mock
 
@@ -20,7 +19,7 @@ from tests.parallel.training_runs import EP2, TP2, settings
 
 
 @pytest.fixture
-def store(monkeypatch) -> Iterator[Store]:
+def store(monkeypatch):
     made = Store()
     for name, value in made.environment.items():
         monkeypatch.setenv(name, value)
@@ -34,7 +33,7 @@ def in_store(environment: dict[str, str], function, *arguments):
         return function(*arguments)
 
 
-def run_settings(folder: Path, parallel: dict[str, int], **checkpoint):
+def run_settings(folder, parallel: dict[str, int], **checkpoint):
     return settings(
         run={"dir": str(folder)},
         model={"num_layers": 2},
@@ -71,7 +70,7 @@ def test_the_same_training_goes_on(ranks, store, tmp_path):
         assert losses[0] == losses[1]
 
 
-def written_run(corpus: Path, tmp_path: Path, store: Store, **checkpoint) -> tuple[Path, Path, str]:
+def written_run(corpus, tmp_path, store: Store, **checkpoint) -> tuple[Path, Path, str]:
     """A configuration of 6 steps on one rank, the run's folder, and its checkpoints' address."""
     address = f"s3://{store.bucket}/runs/one"
     raw = trainer_settings(
@@ -162,7 +161,7 @@ def test_a_connection_that_is_lost_in_a_save(corpus, tmp_path, store, is_async):
 def test_what_cannot_be_used_is_refused_at_once(corpus, tmp_path, store, monkeypatch, capsys):
     config, run, address = written_run(corpus, tmp_path, store)
 
-    def refused(status: int, *overrides: str) -> str:
+    def refused(status, *overrides) -> str:
         monkeypatch.setattr(sys, "argv", ["moepp", "train", str(config), *overrides])
         with pytest.raises(SystemExit) as ended:
             main.run()

@@ -1,7 +1,5 @@
 """Optimizers and groups of parameters: the same in every layout, resumed bit for bit."""
 
-from typing import Any
-
 import pytest
 
 from moepp_megatron.training.checkpoint.files import checkpoint_name
@@ -53,7 +51,7 @@ def test_matrices_alone_go_to_the_optimizer_that_was_named(ranks, kind):
 # Orthogonalization amplifies the rounding of gradients (its singular values go to 1, however
 # small they were), and steps follow each other.
 SAME = 2e-4
-LAYOUTS: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
+LAYOUTS = {
     "dp2": (2, {}, {}),
     "tp2": (2, TP2, {}),
     # On one rank there is nothing that the other way of taking a matrix apart could change.
@@ -88,7 +86,7 @@ def test_muon_is_the_same_in_every_layout(trained, alone, layout):
 def test_two_and_two_steps_are_four(ranks, corpus, tmp_path, kind, world_size, sections):
     checkpoint = {"save_interval": 2, "load": "auto"}
 
-    def run(name: str, steps: int, **more):
+    def run(name, steps, **more):
         training = {"train_iters": steps, "global_batch_size": 4, "micro_batch_size": 2}
         optimizer = kind | {"warmup_iters": 0}
         raw = trainer_settings(
@@ -135,7 +133,7 @@ def rates_of(raw) -> tuple[float, dict[str, set[tuple[float, float]]]]:
     _, _, model = begin_training(raw)
     model.scheduler.step(increment=2)
     names = {parameter: name for name, parameter in model.chunks[0].named_parameters()}
-    found: dict[str, set[tuple[float, float]]] = {}
+    found = {}
     for group in model.optimizer.param_groups:
         for parameter in group["params"]:
             kind = _parameter_kind(parameter, names[parameter])

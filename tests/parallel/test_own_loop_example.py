@@ -40,7 +40,7 @@ def test_losses_are_those_of_one_process(ranks):
     assert all(0.0 < share < 1.0 for _, share in alone)
 
 
-def base_packages(folder: Path):
+def base_packages(folder):
     """Links to torch, megatron-core and what they require without any extra."""
     waiting, seen = ["torch", "megatron-core"], set()
     while waiting:

@@ -37,7 +37,7 @@ def test_global_balance_equals_one_process_with_the_same_batches(trained):
 KEPT = 11
 
 
-def first_tokens(config, is_padded: bool):
+def first_tokens(config, is_padded):
     """Of three sequences; the others are padding, or are not there."""
     import torch
 
@@ -81,11 +81,11 @@ def recorded_and_trained(raw) -> tuple[dict[str, float], dict[str, float]]:
     collector = RoutingCountsPart(model, config, layout)
     collector.reset()
     batches = rank_batches(SyntheticDataset(config, 1), 0, config, 1)
-    values: dict[str, list[float]] = {}
-    trained: list[float] = []
+    values = {}
+    trained = []
     record, attach = MoEMetricsTracker.record, MoEAuxLossAutoScaler.apply
 
-    def recording(self, name: str, value, *args, **kwargs):
+    def recording(self, name, value, *args, **kwargs):
         values.setdefault("z_loss" if name == "z_loss" else "balance_loss", []).append(value.item())
         record(self, name, value, *args, **kwargs)
 

@@ -1,7 +1,6 @@
 """Parameters that are gathered in many small buckets while the forward pass begins to use them."""
 
 from functools import partial
-from typing import Any
 
 import pytest
 
@@ -10,7 +9,7 @@ from tests.parallel.training_runs import EP2, STEPS, assemble, compare, short, t
 # fp32 rounds by 6e-8; sums in another order, carried on by a step of Adam (see test_matrix).
 FP32 = 1e-5
 OVERLAPPED = {"overlap_grad_reduce": True, "overlap_param_gather": True}
-LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
+LAYOUTS = {
     "dp2": (2, OVERLAPPED),
     "ep2 dp2": (4, {**OVERLAPPED, **EP2}),
 }
@@ -18,7 +17,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
 TRAINING = {"micro_batch_size": 1}
 
 
-def train_in_small_buckets(raw, steps: int):
+def train_in_small_buckets(raw, steps):
     """`train` with a bucket for each parameter."""
     from moepp_megatron.runtime.patches import replaced
     from moepp_megatron.training import setup

@@ -27,7 +27,7 @@ training: {{train_iters: 8, global_batch_size: 2, micro_batch_size: 1}}
 """
 
 
-def train(path: str):
+def train(path):
 
     from moepp_megatron.config import load_config
     from moepp_megatron.training.trainer import Trainer
@@ -37,7 +37,7 @@ def train(path: str):
     Trainer(config, layout).run()
 
 
-def bench(path: str, overrides: list[str], out: str):
+def bench(path, overrides, out):
 
     from moepp_megatron.config import load_config
     from moepp_megatron.tools.bench.step import run_step_benchmark
@@ -51,10 +51,10 @@ def bench(path: str, overrides: list[str], out: str):
 def test_pilot_from_runs_to_answer(ranks, corpus, tmp_path, monkeypatch, capsys):
     config, out = tmp_path / "tiny.yaml", tmp_path / "pilot"
     config.write_text(CONFIG.format(data=corpus))
-    trained: list[str] = []
-    timed: list[list[str]] = []
+    trained = []
+    timed = []
 
-    def on_test_ranks(options: LaunchOptions, module: str, arguments: list[str]) -> int:
+    def on_test_ranks(options: LaunchOptions, module, arguments) -> int:
         """The ranks that are there already, since a process takes seconds to start."""
         assert options.num_local_ranks == 1
         if arguments[0] == "bench":

@@ -2,10 +2,8 @@
 
 import functools
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -14,7 +12,6 @@ from moepp_megatron.tools.profiling.collective import Operation
 from moepp_megatron.tools.profiling.document import document
 from moepp_megatron.tools.profiling.measures.purpose import Place, place_of
 from tests.parallel import forced_routing
-from tests.parallel.ranks import RankPools
 from tests.parallel.training_runs import (
     EP2,
     FULL,
@@ -77,15 +74,15 @@ def record(raw, prepare=None) -> tuple[list[float], bool]:
     return losses, methods() == before
 
 
-def run_settings(folder: Path, **sections):
+def run_settings(folder, **sections):
     """Two steps, of which the second is recorded."""
     training = {"train_iters": 2, "profile_steps": [2], **sections.pop("training", {})}
     return short(run={"dir": str(folder)}, training=training, **sections)
 
 
 def profile(
-    ranks: RankPools,
-    folder: Path,
+    ranks,
+    folder,
     prepare=None,
     **sections,
 ) -> Profile:
@@ -95,7 +92,7 @@ def profile(
 
 
 # Several recorded steps and micro-batches, and a step after them, in the first alone.
-RUNS: dict[str, dict[str, dict[str, Any]]] = {
+RUNS = {
     "plain": {"training": {"train_iters": 4, "profile_steps": [2, 3], "micro_batch_size": 1}},
     "deduplicated, recomputed": {
         "moe": {"num_ffn_experts": 8, "dispatcher": "alltoall_dedup"},
@@ -115,11 +112,11 @@ class Recorded:
 
 
 @pytest.fixture(scope="module")
-def recorded(ranks, tmp_path_factory) -> Callable[[str], Recorded]:
+def recorded(ranks, tmp_path_factory):
     """By the name of the run in `RUNS`."""
 
     @functools.cache
-    def run(name: str) -> Recorded:
+    def run(name) -> Recorded:
         folder = tmp_path_factory.mktemp("run")
         results = ranks(2).run(record, run_settings(folder, parallel=EP2, **RUNS[name]))
         assert all(restored for _, restored in results)

@@ -20,7 +20,7 @@ printf '%q ' "$@" >>calls && echo >>calls
 """
 
 
-def _commands(folder: Path, gpus: int, *arguments: str) -> list[list[str]]:
+def _commands(folder, gpus, *arguments) -> list[list[str]]:
     """Arguments of each `moepp` that launch/quickstart.sh calls on a machine with `gpus` GPUs."""
     (folder / "launch").mkdir()
     (folder / "bin").mkdir()

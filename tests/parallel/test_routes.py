@@ -2,14 +2,12 @@
 
 from pathlib import Path
 from shutil import copy
-from typing import Any
 
 import numpy as np
 import pytest
 
 from moepp_megatron.config import ConfigError
 from moepp_megatron.observe.metrics import StepMetrics, read_metrics
-from tests.parallel.ranks import RankPools
 from tests.parallel.resilience_runs import BATCH, Fault, run_trainer, trainer_settings
 from tests.parallel.training_runs import (
     CP2,
@@ -28,7 +26,7 @@ from tests.parallel.training_runs import (
 
 SELECTIVE = {"recompute_granularity": "selective", "recompute_modules": ["moe"]}
 CHUNKS = PP2 | {"virtual_pipeline_model_parallel_size": 2}
-LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
+LAYOUTS = {
     "one process": (1, {}),
     "tp 2, layers again": (2, {"parallel": TP2, "training": FULL}),
     "ep 2, moe again": (2, {"parallel": EP2, "training": SELECTIVE}),
@@ -46,11 +44,11 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
 }
 
 
-def of_step(folder: Path, step: int, samples: int = 4) -> Path:
+def of_step(folder, step, samples=4) -> Path:
     return folder / f"from_sample_{samples * (step - 1):08d}.npz"
 
 
-def run(ranks: RankPools, size: int, routes, **sections) -> Run:
+def run(ranks, size, routes, **sections) -> Run:
     return assemble(ranks(size).run(train, short(**sections, routes=routes), STEPS))
 
 
@@ -62,7 +60,7 @@ def assert_same(found: Run, expected: Run):
         np.testing.assert_array_equal(found.gradients[name], gradient)
 
 
-def recorded(folder: Path) -> list[np.ndarray]:
+def recorded(folder) -> list[np.ndarray]:
     routes = []
     for step in range(1, STEPS + 1):
         with np.load(of_step(folder, step)) as file:
@@ -90,7 +88,7 @@ def test_a_replay_is_the_recorded_run(ranks, tmp_path, layout):
 
 
 def plain_layers(sections) -> int:
-    layers: int = sections.get("model", {}).get("num_layers", 2)
+    layers = sections.get("model", {}).get("num_layers", 2)
     return layers
 
 
@@ -124,20 +122,20 @@ def test_other_routes_are_repeated_too(ranks, tmp_path, layout):
         assert "router" not in name or np.abs(gradient).max() > 0, name
 
 
-def damaged(path: Path):
+def damaged(path):
     np.savez_compressed(path, routed_experts=np.zeros((64, 2, 2), dtype=int))
     content = bytearray(path.read_bytes())
     content[60:80] = b"\xff" * 20
     path.write_bytes(content)
 
 
-def one_array(path: Path):
+def one_array(path):
     with path.open("wb") as stream:
         np.save(stream, np.zeros(3))
 
 
 OBJECTS, SHORT = np.array([1, None], dtype=object), np.zeros((63, 2, 2), dtype=int)
-NO_FILES: dict[str, Any] = {
+NO_FILES = {
     "No such file": Path,
     "it has no array routed_experts": lambda path: np.savez(path, tokens=np.zeros(3)),
     "Object arrays": lambda path: np.savez(path, routed_experts=OBJECTS),
@@ -172,7 +170,7 @@ def test_files_stay_with_their_batches(ranks, tmp_path):
     """Batch 2 is refused; the model is damaged before batch 5, which undoes step 3."""
     faults = (Fault("loss", 0, (1,)), Fault("large weights", 0, (4,)))
 
-    def train_in(name: str, **routes) -> list[StepMetrics]:
+    def train_in(name, **routes) -> list[StepMetrics]:
         raw = trainer_settings(
             tmp_path / name,
             training={"train_iters": 5},

@@ -2,8 +2,6 @@
 
 import json
 import math
-from pathlib import Path
-from typing import Any
 from unittest import mock
 
 import pytest
@@ -13,7 +11,6 @@ from moepp_megatron.observe.alerts import Alert, read_alerts
 from moepp_megatron.observe.metrics import StepMetrics, read_metrics
 from tests.parallel.checkpoint_runs import logged
 from tests.parallel.guard_runs import Fault, Found, guard_settings, run
-from tests.parallel.ranks import RankPools
 from tests.parallel.resilience_runs import Fault as NumericalFault
 from tests.parallel.resilience_runs import copy_as_of, run_trainer, trainer_settings
 from tests.parallel.training_runs import EP2, PP2, TP2
@@ -21,7 +18,7 @@ from tests.parallel.training_runs import EP2, PP2, TP2
 pytestmark = pytest.mark.parallel
 
 # World size, sections and sequences of a micro-batch: one micro-batch, but two in a pipeline.
-LAYOUTS: dict[str, tuple[int, dict[str, Any], int]] = {
+LAYOUTS = {
     "one rank": (1, {}, 8),
     "dp2": (2, {}, 4),
     "ep2": (2, {"parallel": EP2}, 4),
@@ -52,9 +49,7 @@ def guard(*rules, **settings):
     return {"enabled": True, "rules": [*rules, *dropped], **settings}
 
 
-def train(
-    ranks: RankPools, folder: Path, steps: int, *args, layout: str = "one rank", **named
-) -> Found:
+def train(ranks, folder, steps, *args, layout="one rank", **named) -> Found:
     """What rank 0 saw; fails where another rank decided otherwise."""
     world_size, sections, size = LAYOUTS[layout]
     own = ("faults", "copies_every", "data")
@@ -71,11 +66,11 @@ def train(
     return found[0]
 
 
-def told(folder: Path) -> list[Alert]:
+def told(folder) -> list[Alert]:
     return read_alerts(folder / "alerts.jsonl")
 
 
-def records(folder: Path) -> list[StepMetrics]:
+def records(folder) -> list[StepMetrics]:
     return list(read_metrics(folder / "metrics.jsonl"))
 
 
@@ -116,7 +111,7 @@ def test_copies_of_routers_are_in_checkpoints(ranks, tmp_path):
 
     So are the states of all rules and detectors: the resumed run is the same to the bit.
     """
-    sections: dict[str, Any] = {
+    sections = {
         "routing_guard": guard(FALLEN, {"name": "shift"}, {"name": "router_fault"}),
         "checkpoint": {"save_interval": 5, "load": "auto"},
         "copies_every": OFTEN,
@@ -134,7 +129,7 @@ def test_copies_of_routers_are_in_checkpoints(ranks, tmp_path):
 
 def test_copies_exist_where_the_guard_only_looks_on(ranks, tmp_path):
     """From the first step on, so that a run that is resumed with `safe` can use them."""
-    sections: dict[str, Any] = {"checkpoint": {"save_interval": 2, "load": "auto"}}
+    sections = {"checkpoint": {"save_interval": 2, "load": "auto"}}
     off = train(ranks, tmp_path / "a", 2, routing_guard={"enabled": None}, **sections)
     copy_as_of(2, tmp_path / "a", tmp_path / "b")
     faults = (Fault(3, "collapse", None, 2.0),)
@@ -149,7 +144,7 @@ def test_putting_routers_back_keeps_the_loss(ranks, tmp_path):
     fault = (Fault(20, "collapse", None, 2.0),)
     checkpoint = {"save_interval": 19, "load": "auto"}
     watched = guard(FALLEN, warmup=10)
-    common: dict[str, Any] = {"checkpoint": checkpoint}
+    common = {"checkpoint": checkpoint}
     healthy = train(ranks, tmp_path / "healthy", 32, routing_guard=watched, **common)
     for name in ("on", "off"):
         copy_as_of(19, tmp_path / "healthy", tmp_path / name)
@@ -225,7 +220,7 @@ def test_without_an_old_enough_checkpoint_it_is_reported(ranks, tmp_path):
     assert "no checkpoint of step 1 or before" in alert.condition
 
 
-TWO_FAULTS: dict[str, Any] = {
+TWO_FAULTS = {
     "faults": tuple(Fault(step, "explosion", None, 20.0) for step in (95, 99)),
     "layout": "dp2",
     "optimizer": {"lr": 3e-4},
@@ -400,7 +395,7 @@ def run_with_other_numbers(raw, **options) -> Found:
 
     original = ShiftMonitor.add
 
-    def add(self: ShiftMonitor, step: int, observed, **named):
+    def add(self: ShiftMonitor, step, observed, **named):
         original(self, step, observed, **named)
         if self.event is not None and dist.get_rank() == 1:
             self.event.since = 20

@@ -15,7 +15,7 @@ SAME = 1e-5
 
 
 def test_a_branch_decays_as_a_run_that_was_to_end_there(ranks, corpus, tmp_path):
-    def run(name: str, steps: int, **checkpoint):
+    def run(name, steps, **checkpoint):
         training = {"train_iters": steps, "global_batch_size": 4}
         sections = {"training": training, "optimizer": WSD, "checkpoint": checkpoint}
         raw = trainer_settings(corpus, tmp_path / name, **sections)
@@ -43,7 +43,7 @@ def test_a_branch_decays_as_a_run_that_was_to_end_there(ranks, corpus, tmp_path)
 def test_a_ramp_goes_on_where_it_was(ranks, corpus, tmp_path, parallel):
     world_size = 2 if parallel else 1
 
-    def run(name: str, steps: int, ranks_of_it: int = world_size, **sections):
+    def run(name, steps, ranks_of_it=world_size, **sections):
         training = {
             "train_iters": steps,
             "micro_batch_size": 1,

@@ -9,7 +9,7 @@ import pytest
 from tests.parallel.ranks import RankError
 
 
-def asked_at(step_of_signal: int, rank_of_signal: int, steps: int) -> list[bool]:
+def asked_at(step_of_signal, rank_of_signal, steps) -> list[bool]:
     import torch.distributed as dist
 
     from moepp_megatron.training.signals import StopRequest
@@ -34,7 +34,7 @@ def handlers_before_and_after() -> bool:
     return before == after != during
 
 
-def asked_twice(same_request_s: float) -> bool:
+def asked_twice(same_request_s) -> bool:
     from moepp_megatron.training import signals
 
     signals.SAME_REQUEST_S = same_request_s

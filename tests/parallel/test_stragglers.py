@@ -1,7 +1,5 @@
 """The rank that is slow by itself is named, though every rank's step takes as long."""
 
-from typing import Any
-
 import pytest
 
 from moepp_megatron.observe.metrics import read_metrics
@@ -11,7 +9,7 @@ from tests.parallel.training_runs import EP2, PP2, TP2
 pytestmark = pytest.mark.parallel
 
 # Ranks, layout, and sequences: so many that each rank has one forward pass in a step.
-LAYOUTS: dict[str, tuple[int, dict[str, Any], int]] = {
+LAYOUTS = {
     "ep2": (2, EP2, 2),
     "tp2": (2, TP2, 1),
     "pp2": (2, PP2, 1),

@@ -4,7 +4,6 @@ import importlib.util
 import json
 import math
 from contextlib import ExitStack
-from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -13,7 +12,6 @@ import yaml
 from tests.commands import moepp
 from tests.lm_eval_tasks import LAST, SQUARE, write_task
 from tests.parallel.checkpoint_runs import run_trainer, trainer_settings
-from tests.parallel.ranks import RankPools
 from tests.parallel.training_runs import EP2, PP2, TP2
 
 # To import it takes seconds, which the ranks spend already.
@@ -36,7 +34,7 @@ LIMIT = {"capacity_factor": 1.0}
 
 
 @pytest.fixture(scope="module")
-def tasks(tmp_path_factory) -> Path:
+def tasks(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tasks")
     for task in (SQUARE, LAST):
         write_task(folder, task, DOCUMENTS[task["task"]])
@@ -44,7 +42,7 @@ def tasks(tmp_path_factory) -> Path:
     return folder
 
 
-def settings_of(corpus: Path, run: Path, **sections):
+def settings_of(corpus, run, **sections):
     """Two steps with noise and the guard, saved and logged after the second."""
     training = {"train_iters": 2, "log_interval": 2}
     moe = {"num_ffn_experts": 4, "input_jitter_eps": 0.1, **sections.pop("moe", {})}
@@ -60,7 +58,7 @@ def settings_of(corpus: Path, run: Path, **sections):
     )
 
 
-def records(run: Path):
+def records(run):
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
@@ -68,7 +66,7 @@ def records(run: Path):
 CLOCKS = ("step_time_s", "tokens_per_s", "mfu", "model_tflops", "cpu_utilization")
 
 
-def course(run: Path):
+def course(run):
     clocks = (*CLOCKS, "host_memory_bytes", "task_score")
     return [{k: v for k, v in record.items() if k not in clocks} for record in records(run)]
 
@@ -85,7 +83,7 @@ def evaluated(raw) -> tuple[list[int], int]:
         rows.append(len(sequences.input_ids))
         return score(stages, sequences)
 
-    def entered(self: Activity, phase: str, step: int | None = None):
+    def entered(self: Activity, phase, step=None):
         phases.append(phase)
         enter(self, phase, step)
 
@@ -100,9 +98,7 @@ def evaluated(raw) -> tuple[list[int], int]:
     return rows, phases.count("evaluation")
 
 
-def trained(
-    ranks: RankPools, tasks: Path, corpus: Path, folder: Path, **sections
-) -> dict[str, float]:
+def trained(ranks, tasks, corpus, folder, **sections) -> dict[str, float]:
     """The last scores of a run on two ranks, whose course is that of one without tasks."""
     ranks(2).run(run_trainer, settings_of(corpus, folder / "plain", **sections))
     evaluation = {"tasks": [str(tasks)], "interval": 1}
@@ -124,7 +120,7 @@ def trained(
     return last
 
 
-def loglikelihood(model, tokens: list[int], count: int) -> float:
+def loglikelihood(model, tokens, count) -> float:
     """Of the last `count` tokens, by transformers."""
     import torch
 
@@ -135,7 +131,7 @@ def loglikelihood(model, tokens: list[int], count: int) -> float:
     return float(chosen[len(chosen) - count :].sum())
 
 
-def offline(exported: Path) -> dict[str, float]:
+def offline(exported) -> dict[str, float]:
     """The scores, computed from the export without lm-eval and without this package's model."""
     from tokenizers import Tokenizer
     from transformers import AutoModelForCausalLM
@@ -145,7 +141,7 @@ def offline(exported: Path) -> dict[str, float]:
     model = AutoModelForCausalLM.from_pretrained(exported, **options).double().eval()
     tokenizer = Tokenizer.from_file(str(exported / "tokenizer.json"))
 
-    def likelihood(context: str, continuation: str) -> float:
+    def likelihood(context, continuation) -> float:
         whole, before = (tokenizer.encode(t).ids for t in (context + continuation, context))
         return loglikelihood(model, whole, len(whole) - len(before))
 
@@ -160,7 +156,7 @@ def offline(exported: Path) -> dict[str, float]:
     }
 
 
-def export(run: str, target: str):
+def export(run, target):
     from moepp_megatron.interop.convert import convert
 
     convert("mcore-to-hf", run, target)
@@ -220,7 +216,7 @@ def failing_model(raw) -> tuple[str, list[str]]:
     """What a run ends with whose model cannot be evaluated, and what other ranks are sent."""
     from moepp_megatron.features.tasks import part as task_evaluation
 
-    sent: list[str] = []
+    sent = []
     send = task_evaluation.Agreement.from_first
 
     def noted(self, value):

@@ -6,9 +6,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -16,7 +14,7 @@ from tests.commands import moepp
 from tests.parallel.checkpoint_runs import logged
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "thin.sh"
-SHAPE: dict[str, Any] = {
+SHAPE = {
     "vocab_size": 320,
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -44,7 +42,7 @@ exit "$status"
 
 
 @pytest.fixture
-def thin(corpus, tmp_path) -> Callable[..., tuple[int, str, list[str]]]:
+def thin(corpus, tmp_path):
     """The script on a Mixtral with so many experts per token: status, errors, commands."""
     import torch
     import transformers
@@ -63,7 +61,7 @@ def thin(corpus, tmp_path) -> Callable[..., tuple[int, str, list[str]]]:
     for name in ("words", "status"):
         os.mkfifo(folder / name)
 
-    def run(topk: int, *settings: str, **environment: str) -> tuple[int, str, list[str]]:
+    def run(topk, *settings, **environment) -> tuple[int, str, list[str]]:
         source = tmp_path / f"top-{topk}"
         if not source.exists():
             torch.manual_seed(5)

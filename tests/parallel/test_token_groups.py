@@ -2,7 +2,6 @@
 
 import json
 from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import pytest
@@ -26,7 +25,7 @@ class SourcedTokens(SyntheticDataset):
 
     source_names = NAMES
 
-    def __getitem__(self, index: int):
+    def __getitem__(self, index):
         import torch
 
         sample = super().__getitem__(index)
@@ -34,7 +33,7 @@ class SourcedTokens(SyntheticDataset):
         return sample | {"sources": (positions >= 2 + index % 7).to(torch.int32)}
 
 
-def measure(raw, recounts: bool = False):
+def measure(raw, recounts=False):
     """Fields of a step's record, and the same counted by hooks if asked for (in one process)."""
     from moepp_megatron.features.tokens.part import TokenClassesPart
     from moepp_megatron.moe.layer import moepp_layers
@@ -44,7 +43,7 @@ def measure(raw, recounts: bool = False):
 
     config, layout, model = begin_training(raw)
     dataset = SourcedTokens(config, 2)
-    losses: list[Any] = []
+    losses = []
 
     class Losses(Part):
         def see(self, chunk, batch, token_losses):
@@ -52,11 +51,11 @@ def measure(raw, recounts: bool = False):
 
     parts = counting_parts(config, layout, model, dataset, Losses())
     batches = rank_batches(dataset, 0, config, len(model.chunks))
-    maps: list[Any] = []
+    maps = []
     if recounts:
         for layer in moepp_layers(model.models[0]):
             layer.router.register_forward_hook(lambda *call: maps.append(call[2].routing_map))
-    fields: dict[str, Any] = {}
+    fields = {}
     for step in (1, 2):
         maps.clear()
         losses.clear()
@@ -110,7 +109,7 @@ def whole(ranks):
 
 def flat(values) -> dict[str, float]:
     """Numbers by their way through a record."""
-    found: dict[str, float] = {}
+    found = {}
     for key, value in values.items():
         inner = value if isinstance(value, dict) else dict(enumerate(value))
         for name, number in inner.items():

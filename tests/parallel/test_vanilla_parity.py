@@ -2,7 +2,6 @@
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any
 
 import pytest
 
@@ -54,14 +53,14 @@ def upstream_model(config):
 
 
 @contextlib.contextmanager
-def _norms_with_sequence_parallelism(needed: bool) -> Iterator[None]:
+def _norms_with_sequence_parallelism(needed) -> Iterator[None]:
     from megatron.core.transformer.torch_norm import WrappedTorchNorm
 
     from moepp_megatron.model.local_modules import SequenceParallelRMSNorm
 
     original = WrappedTorchNorm.__new__
 
-    def build(cls, config, hidden_size: int, eps: float = 1e-5, **unused):
+    def build(cls, config, hidden_size, eps=1e-5, **unused):
         return SequenceParallelRMSNorm(config, hidden_size, eps)
 
     if needed:
@@ -91,7 +90,7 @@ def train_upstream(raw) -> tuple[list[float], list[float]]:
     return [mean_loss(r.losses) for r in results], [r.grad_norm for r in results]
 
 
-LAYOUTS: dict[str, tuple[int, dict[str, dict[str, Any]]]] = {
+LAYOUTS = {
     "dp2 overlapped": (2, {"parallel": OPTIMIZER["overlap both"]}),
     "ep2 allgather": (2, {"parallel": EP2, "moe": {"dispatcher": "allgather"}}),
     "ep2 etp2": (

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 # Small, but with everything on: grouped-query attention, residual, all kinds of experts.
-BASE: dict[str, dict[str, Any]] = {
+BASE = {
     "run": {"dir": "unused"},
     "model": {
         "num_layers": 4,
@@ -47,7 +47,7 @@ LATENT_WIDTHS = {
     "qk_pos_emb_head_dim": 4,
     "v_head_dim": 6,
 }
-LATENT: dict[str, Any] = {
+LATENT = {
     "num_query_groups": None,
     "qk_layernorm": True,
     "latent_attention": LATENT_WIDTHS,
@@ -86,7 +86,7 @@ def merged(base, sections):
 
 def short(**sections):
     """As `settings`, for two steps of two layers and two micro-batches of two sequences."""
-    small: dict[str, dict[str, Any]] = {
+    small = {
         "model": {"num_layers": 2},
         "optimizer": {"warmup_iters": 0},
         "training": {"global_batch_size": 4},
@@ -150,7 +150,7 @@ def losses_and_gradients(raw, inputs):
     return {name: value.numpy().copy() for name, value in values.items()}
 
 
-def train(raw, steps: int, prepare=None):
+def train(raw, steps, prepare=None):
     """Train on this rank's layout."""
     from megatron.core.distributed import finalize_model_grads
 
@@ -208,7 +208,7 @@ def _made(kinds, config, layout, model, dataset):
     from moepp_megatron.training.part import PartContext, Parts
     from moepp_megatron.training.parts.order import build_parts
 
-    nobody: Any = None
+    nobody = None
     run = PartContext(
         config=config,
         layout=layout,
@@ -238,7 +238,7 @@ def watching(see: Callable[..., None], *summands):
     return [Watching()]
 
 
-def counting_parts(config, layout, model, dataset, *more, guarded: bool = False):
+def counting_parts(config, layout, model, dataset, *more, guarded=False):
     """The parts that count and watch routers, as the trainer makes them, and others."""
     from moepp_megatron.training.part import Parts
     from moepp_megatron.training.parts.order import _part_kinds
@@ -323,7 +323,7 @@ def difference(run: Run, reference: Run) -> Difference:
     )
 
 
-def compare(run: Run, reference: Run, relative: float) -> Difference:
+def compare(run: Run, reference: Run, relative) -> Difference:
     """Fail unless every number of the run is that of the reference run up to `relative`."""
     found = difference(run, reference)
     largest = max(found.loss, found.grad_norm, found.gradient, found.balance_loss)
@@ -336,7 +336,7 @@ def _l2(arrays: Iterable[np.ndarray]) -> float:
     return math.sqrt(sum(float(np.square(array, dtype=np.float64).sum()) for array in arrays))
 
 
-def _relative(values: list[float], expected: list[float]) -> float:
+def _relative(values, expected) -> float:
     """Largest difference, relative to what is expected; 0 where both are 0."""
     wanted = np.abs(np.asarray(expected))
     apart = np.abs(np.subtract(values, expected))
@@ -345,7 +345,7 @@ def _relative(values: list[float], expected: list[float]) -> float:
     return float(np.divide(apart, wanted, out=unwanted, where=wanted > 0).max())
 
 
-def _relative_to_largest(values: np.ndarray, expected: np.ndarray) -> float:
+def _relative_to_largest(values, expected) -> float:
     """As `_relative`, but to the largest expected element."""
     largest = float(np.abs(expected).max())
     return _relative([float(np.abs(values - expected).max()) + largest], [largest])
@@ -354,14 +354,14 @@ def _relative_to_largest(values: np.ndarray, expected: np.ndarray) -> float:
 class SyntheticDataset:
     """Sequences that depend on their index alone; some tokens are masked out of the loss."""
 
-    def __init__(self, config, steps: int):
+    def __init__(self, config, steps):
         self._config = config
         self._length = steps * config.training.global_batch_size
 
     def __len__(self) -> int:
         return self._length
 
-    def __getitem__(self, index: int):
+    def __getitem__(self, index):
         import torch
 
         model = self._config.model
@@ -393,7 +393,7 @@ def _capture_gradients(model):
     """A list with this rank's pieces of the newest pass's final gradients."""
     from megatron.core.distributed import finalize_model_grads
 
-    pieces: list[Any] = []
+    pieces = []
 
     def finalize(chunks, num_tokens=None, **kwargs):
         finalize_model_grads(chunks, num_tokens, **kwargs)

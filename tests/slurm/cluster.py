@@ -11,7 +11,6 @@ import shutil
 import signal
 import subprocess
 import time
-from pathlib import Path
 
 import psutil
 
@@ -68,7 +67,7 @@ def missing_programs() -> list[str]:
 class Cluster:
     """A running cluster."""
 
-    def __init__(self, folder: Path, kill_wait_s: int = 30):
+    def __init__(self, folder, kill_wait_s=30):
         self.folder = folder
         self.config = folder / "slurm.conf"
         (folder / "state").mkdir(parents=True)
@@ -87,7 +86,7 @@ class Cluster:
             )
         )
         self.environment = {**os.environ, "SLURM_CONF": str(self.config)}
-        self._daemons: dict[str, subprocess.Popen[bytes]] = {}
+        self._daemons = {}
 
     def start(self):
         """Start the controller and both nodes, and wait until the nodes are idle."""
@@ -96,19 +95,19 @@ class Cluster:
             self.start_node(node)
         self.wait_for_nodes("idle")
 
-    def start_node(self, node: str):
+    def start_node(self, node):
         """Start a node's daemon."""
         self._start("slurmd", "-N", node)
 
-    def kill_node(self, node: str):
+    def kill_node(self, node):
         """A node dies: its daemon, and everything that runs on it, at the same moment."""
         self._kill([self._daemons.pop(node).pid, *self._on_node(node)])
 
-    def kill_steps(self, node: str):
+    def kill_steps(self, node):
         """Everything that runs on a node dies; its daemon keeps running and reports nothing."""
         self._kill(self._on_node(node))
 
-    def _on_node(self, node: str) -> list[int]:
+    def _on_node(self, node) -> list[int]:
         """What Slurm has started on a node: job steps and their processes."""
         doomed = []
         for process in psutil.process_iter(["environ"]):
@@ -124,7 +123,7 @@ class Cluster:
         return doomed
 
     @staticmethod
-    def _kill(doomed: list[int]):
+    def _kill(doomed):
         for pid in doomed:
             try:
                 os.kill(pid, signal.SIGKILL)
@@ -153,7 +152,7 @@ class Cluster:
                 daemon.kill()
                 daemon.wait()
 
-    def run(self, program: str, *arguments: str, check: bool = False) -> str:
+    def run(self, program, *arguments, check=False) -> str:
         """Output of one of Slurm's commands."""
         done = subprocess.run(
             [_program(program) or program, *arguments],
@@ -165,12 +164,12 @@ class Cluster:
         assert done.returncode == 0 or not check, f"{program}: {done.stderr}"
         return done.stdout
 
-    def job(self, job: str) -> dict[str, str]:
+    def job(self, job) -> dict[str, str]:
         """What the controller says about a job."""
         text = self.run("scontrol", "show", "job", "--oneliner", job, check=True)
         return dict(part.split("=", 1) for part in text.split() if "=" in part)
 
-    def wait_for_nodes(self, state: str, nodes: tuple[str, ...] = NODES):
+    def wait_for_nodes(self, state, nodes=NODES):
         deadline = time.monotonic() + 240
         while True:
             shown = self.run("sinfo", "-h", "-N", "-n", ",".join(nodes), "-o", "%T").split()
@@ -188,7 +187,7 @@ class Cluster:
             for path in sorted(self.folder.glob("*.log"))
         )
 
-    def _start(self, program: str, *arguments: str):
+    def _start(self, program, *arguments):
         name = arguments[-1] if program == "slurmd" else program
         # In the foreground (-D), so that the daemon is this process's child and dies with it.
         command = [_program(program) or program, "-D", "-f", str(self.config), *arguments]
@@ -197,7 +196,7 @@ class Cluster:
                 command, env=self.environment, stdout=output, stderr=output
             )
 
-    def _is_step_of(self, process: psutil.Process, node: str) -> bool:
+    def _is_step_of(self, process: psutil.Process, node) -> bool:
         try:
             # Another cluster of this machine has nodes of the same names.
             log = str(self.folder.resolve() / f"slurmd.{node}.log")
@@ -206,6 +205,6 @@ class Cluster:
             return False
 
 
-def _program(name: str) -> str | None:
+def _program(name) -> str | None:
     path = os.environ.get("PATH", "") + os.pathsep + "/usr/sbin" + os.pathsep + "/sbin"
     return shutil.which(name, path=path)

@@ -2,7 +2,6 @@
 
 import shutil
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -28,7 +27,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]):
 
 
 @pytest.fixture(scope="module")
-def cluster(request) -> Iterator[Cluster]:
+def cluster(request):
     # Not pytest's folder: the path of a socket may have 107 characters.
     folder = Path(tempfile.mkdtemp(prefix="moepp-slurm-"))
     cluster = Cluster(folder, getattr(request.module, "KILL_WAIT_S", 30))
@@ -41,12 +40,12 @@ def cluster(request) -> Iterator[Cluster]:
 
 
 @pytest.fixture(scope="session")
-def data(tmp_path_factory) -> Path:
+def data(tmp_path_factory):
     return prepare_data(tmp_path_factory.mktemp("corpus"))
 
 
 @pytest.fixture
-def jobs(request, cluster, data, tmp_path) -> Iterator[Jobs]:
+def jobs(request, cluster, data, tmp_path):
     """Submits jobs from a folder whose name no shell may read; none is left afterwards."""
     folder = tmp_path / NASTY
     folder.mkdir()
@@ -60,7 +59,7 @@ def jobs(request, cluster, data, tmp_path) -> Iterator[Jobs]:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(cluster, data, tmp_path_factory) -> dict[int, float]:
+def undisturbed(cluster, data, tmp_path_factory):
     """Losses by step of the expert-parallel run that nobody disturbs: two ranks, without Slurm."""
     jobs = Jobs(cluster, data, tmp_path_factory.mktemp("undisturbed"))
     config = jobs.config({})

@@ -25,7 +25,7 @@ _ASK_EVERY_S = 0.3
 class Job:
     """A submitted job."""
 
-    def __init__(self, cluster: Cluster, number: str, run: Path):
+    def __init__(self, cluster: Cluster, number, run):
         self.cluster, self.number, self.run = cluster, number, run
 
     @property
@@ -51,16 +51,16 @@ class Job:
         shown = self.cluster.run("scontrol", "show", "job", self.number)
         return f"{shown}\n{self.output[-6000:]}\n{self.cluster.logs()}"
 
-    def wait_until(self, happened: Callable[[], bool], what: str):
+    def wait_until(self, happened: Callable[[], bool], what):
         deadline = time.monotonic() + _TIMEOUT_S
         while not happened():
             assert time.monotonic() < deadline, f"not {what}:\n{self.report()}"
             time.sleep(_POLL_S)
 
-    def wait_for_state(self, *states: str):
+    def wait_for_state(self, *states):
         self._ask_until(lambda: self.state in states, f"in state {' or '.join(states)}")
 
-    def wait_for_step(self, step: int):
+    def wait_for_step(self, step):
         asked = 0.0
 
         def reached() -> bool:
@@ -74,14 +74,14 @@ class Job:
 
         self.wait_until(reached, f"at step {step}")
 
-    def wait_for_end(self, state: str):
+    def wait_for_end(self, state):
         self.wait_for_state("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
         assert self.state == state, self.report()
 
-    def wait_for_restart(self, count: int):
+    def wait_for_restart(self, count):
         self._ask_until(lambda: self.restarts >= count, f"restarted {count} times")
 
-    def _ask_until(self, answered: Callable[[], bool], what: str):
+    def _ask_until(self, answered: Callable[[], bool], what):
         """As `wait_until`, for what the controller is asked for."""
 
         def happened() -> bool:
@@ -92,7 +92,7 @@ class Job:
 
         self.wait_until(happened, what)
 
-    def signal(self, *options: str):
+    def signal(self, *options):
         self.cluster.run("scancel", *options, self.number, check=True)
 
     def processes(self) -> list[psutil.Process]:
@@ -124,10 +124,10 @@ class Job:
 class Jobs:
     """Writes configurations and submits them."""
 
-    def __init__(self, cluster: Cluster, data: Path, folder: Path, step_wait_s: int = 60):
+    def __init__(self, cluster: Cluster, data, folder, step_wait_s=60):
         self.cluster, self.data, self.folder = cluster, data, folder
         self._step_wait_s = step_wait_s
-        self._submitted: list[Job] = []
+        self._submitted = []
 
     def config(self, sections) -> Path:
         """A configuration for two nodes with one CPU rank each; `sections` are merged into it."""
@@ -157,17 +157,17 @@ class Jobs:
             "MOEPP_LOG_DIR": str(self.folder / "rank logs"),
         }
 
-    def moepp(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+    def moepp(self, *arguments) -> subprocess.CompletedProcess[str]:
         """A `moepp` command in the folder of the jobs."""
         return forked(["-m", MODULE, *arguments], self.folder, self.environment)
 
-    def submit(self, *overrides: str, **sections) -> Job:
+    def submit(self, *overrides, **sections) -> Job:
         config = self.config(sections)
         done = self.moepp("slurm", config.name, *overrides, "--submit")
         assert done.returncode == 0, done.stderr
         return self.taken(done.stdout.split()[-1])
 
-    def taken(self, number: str) -> Job:
+    def taken(self, number) -> Job:
         """A job that was submitted otherwise."""
         self._submitted.append(Job(self.cluster, number, self.folder / "run"))
         return self._submitted[-1]

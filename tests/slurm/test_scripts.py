@@ -44,7 +44,7 @@ def environment(jobs: Jobs) -> dict[str, str]:
     }
 
 
-def sbatch(jobs: Jobs, *arguments: str) -> Job:
+def sbatch(jobs: Jobs, *arguments) -> Job:
     """Submit."""
     folder = output_folder(jobs)
     done = subprocess.run(
@@ -148,7 +148,7 @@ def test_interrupted_srun_saves_and_its_last_line_goes_on(jobs):
     # Jobs that have ended, other tests' too, are listed for a while.
     earlier = listed()
 
-    def interrupted(command: list[str], how: Callable[[subprocess.Popen, Job], None]) -> list[str]:
+    def interrupted(command, how: Callable[[subprocess.Popen, Job], None]) -> list[str]:
         """What is printed after a step."""
         # As --disable-status: srun keeps its first Ctrl-C for itself otherwise.
         env = {**environment(jobs), "SLURM_DISABLE_STATUS": "1"}

@@ -12,15 +12,13 @@ from tests.te_stand_in.models import config_of, model_of
 TOKENS, HIDDEN, FFN, TOPK = 32, 32, 4, 2
 
 
-def layer_of(recipe: str | None, dispatcher: str = "alltoall", **sections) -> MoEPPLayer:
+def layer_of(recipe, dispatcher="alltoall", **sections) -> MoEPPLayer:
     """The second layer of the tiny model; the same weights with any recipe."""
     config = config_of(recipe, **{**sections, "moe": {"dispatcher": dispatcher}})
     return model_of(config).decoder.layers[1].mlp
 
 
-def routing_to(
-    counts: list[int], tokens: int = TOKENS, device: torch.device | None = None
-) -> Routing:
+def routing_to(counts, tokens=TOKENS, device=None) -> Routing:
     """Routing with `counts[i]` tokens for FFN expert i, the others' selections for copies.
 
     A token has at most two FFN experts, so that each has its two selections.
@@ -46,7 +44,7 @@ def routing_to(
     )
 
 
-def run(layer: MoEPPLayer, routing: Routing, hidden: torch.Tensor) -> SimpleNamespace:
+def run(layer: MoEPPLayer, routing: Routing, hidden) -> SimpleNamespace:
     """The layer's output for this routing, and the rows that came to its experts."""
     seen = SimpleNamespace()
 

@@ -3,9 +3,6 @@
 `tests/gpu` runs it with Transformer Engine itself: only `calls_of` needs the stand-in.
 """
 
-from typing import Any
-
-import pytest
 import torch
 from torch import Tensor
 
@@ -20,12 +17,12 @@ RECIPES = {
 SEQUENCE, BATCH, VOCAB = 16, 2, 64
 
 
-def config_of(recipe: str | None, **sections) -> Config:
+def config_of(recipe, **sections) -> Config:
     """Four layers of hidden size 32 with 4 FFN experts; FP8 where a recipe is given."""
-    precision: dict[str, Any] = {"dtype": "bf16"}
+    precision = {"dtype": "bf16"}
     if recipe is not None:
         precision |= {"fp8": "hybrid", "fp8_recipe": recipe}
-    settings: dict[str, Any] = {
+    settings = {
         "run": {"dir": "runs/none"},
         "model": {
             "num_layers": 4,
@@ -51,7 +48,7 @@ def model_of(config: Config) -> torch.nn.Module:
     return model
 
 
-def losses(model: torch.nn.Module, seed: int = 3) -> Tensor:
+def losses(model, seed=3) -> Tensor:
     """[b, s] losses of random tokens."""
     generator = torch.Generator().manual_seed(seed)
     device = next(model.parameters()).device
@@ -60,14 +57,14 @@ def losses(model: torch.nn.Module, seed: int = 3) -> Tensor:
     return model(tokens[:, :-1].contiguous(), positions, None, labels=tokens[:, 1:].contiguous())
 
 
-def calls_of(module: str):
+def calls_of(module):
     """What was recorded of a class of modules, by the name that megatron-core's has."""
     from transformer_engine.pytorch.record import CALLS
 
     return [call for call in CALLS if call.module == module]
 
 
-def count_stand_in(monkeypatch: pytest.MonkeyPatch):
+def count_stand_in(monkeypatch):
     """Have the stand-in count as Transformer Engine, with nothing recorded."""
     from transformer_engine.pytorch.record import CALLS
 

@@ -12,12 +12,12 @@ from tests.parallel import dispatch_runs
 TOKENS = 48
 
 
-def uneven(rank: int, num_tokens: int, num_ffn: int, num_experts: int, topk: int) -> torch.Tensor:
+def uneven(rank, num_tokens, num_ffn, num_experts, topk) -> torch.Tensor:
     """Random selections, others on each rank."""
     return dispatch_runs.routing_map(rank, num_tokens, num_ffn, num_experts, topk)
 
 
-def starved(rank: int, num_tokens: int, num_ffn: int, num_experts: int, topk: int) -> torch.Tensor:
+def starved(rank, num_tokens, num_ffn, num_experts, topk) -> torch.Tensor:
     """Rank 0 sends to its own experts alone; rank 1 neither sends a token nor gets one."""
     selected = torch.zeros(num_tokens, num_experts, dtype=torch.bool)
     first = 0 if rank == 0 else num_ffn
@@ -25,7 +25,7 @@ def starved(rank: int, num_tokens: int, num_ffn: int, num_experts: int, topk: in
     return selected
 
 
-def dispatch(raw, draw, in_fp8: bool):
+def dispatch(raw, draw, in_fp8):
     """`dispatch_runs.sent_bytes` of a layer with Transformer Engine's experts, in FP8 or not.
 
     Returns:
@@ -46,7 +46,7 @@ def _count_stand_in():
     megatron_config.have_transformer_engine = lambda: True
 
 
-def train_in_nodes(raw, steps: int):
+def train_in_nodes(raw, steps):
     """`training_runs.train`, and how often gradients of weights were computed on their own."""
     from transformer_engine.pytorch.module.base import TransformerEngineBaseModule
 

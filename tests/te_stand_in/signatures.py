@@ -8,7 +8,6 @@ In a process of its own: the stand-in goes by the name of the package. `tests/gp
 import importlib
 import inspect
 import json
-from typing import Any
 
 # Where megatron-core imports from.
 _MODULES = (
@@ -28,7 +27,7 @@ _NOT_CALLED = ("FP8GlobalStateManager", "Recipe", "Format", "checkpoint", "Fused
 
 def promised() -> dict[str, list[str]]:
     """`module:name` of every function, class and forward pass of the stand-in: its parameters."""
-    found: dict[str, list[str]] = {}
+    found = {}
     for module in _MODULES:
         path = f"transformer_engine.{module}"
         for name, thing in vars(importlib.import_module(path)).items():
@@ -54,20 +53,20 @@ def parameters(function) -> list[str]:
     return [name for name in inspect.signature(function).parameters if name != "self"]
 
 
-def actual(path: str) -> list[str]:
+def actual(path) -> list[str]:
     """Parameters of what the installed Transformer Engine has under a name of `promised`.
 
     Raises:
         AttributeError: It has no such thing.
     """
     module, _, name = path.partition(":")
-    thing: Any = importlib.import_module(module)
+    thing = importlib.import_module(module)
     for part in name.split("."):
         thing = getattr(thing, part)
     return parameters(thing)
 
 
-def fits(wanted: list[str], found: list[str]) -> bool:
+def fits(wanted, found) -> bool:
     """Whether every call that `wanted` takes is one that `found` takes with the same meaning."""
     place = [found.index(name) if name in found else -1 for name in wanted]
     return -1 not in place and place == sorted(place)

@@ -22,7 +22,7 @@ from moepp_megatron.training.setup import TrainingModel, build_training_model
 from tests.te_stand_in.models import config_of, losses, model_of
 
 
-def histories(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+def histories(model) -> dict[str, torch.Tensor]:
     return {
         name: module.fp8_meta["amax_history_fwd"]
         for name, module in model.named_modules()
@@ -37,7 +37,7 @@ def save_and_load(path, saved: TrainingModel, loaded: TrainingModel):
     apply_state(loaded, load_data(state_to_load(loaded), path))
 
 
-def read_weights(path, model: torch.nn.Module):
+def read_weights(path, model):
     apply_model_state([model], load_data(model_state([model]), path))
 
 
@@ -47,7 +47,7 @@ def trained(monkeypatch):
     # One rank has nothing to gather, and gloo's coalesced gather would mix up FP8 and bf16 buckets.
     monkeypatch.setattr(_ParamAndGradBucketGroup, "start_param_sync", lambda *args, **kwargs: None)
 
-    def build(config, steps: int = 1) -> TrainingModel:
+    def build(config, steps=1) -> TrainingModel:
         model = build_training_model(config)
         for _ in range(steps):
             step(model)

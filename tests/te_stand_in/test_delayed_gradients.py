@@ -3,8 +3,6 @@
 The same products of the same operands are added up in the same order, so they are equal to the bit.
 """
 
-from typing import Any
-
 import pytest
 
 from moepp_megatron.training.setup import _compile_extension
@@ -15,7 +13,7 @@ STAGES = {**EP2, "pipeline_model_parallel_size": 2, "virtual_pipeline_model_para
 SHARED = {"layer_freq": [0, 1, 0, 1], "shared_expert_ffn_hidden_size": 16}
 OVERLAPPED = {**EP2, "overlap_grad_reduce": True, "overlap_param_gather": True}
 # Ranks, settings, and products with weights of one layer, a rank's two stages or its four layers.
-CASES: dict[str, tuple[int, dict[str, Any], int]] = {
+CASES = {
     "dense layers, shared experts": (2, {"moe": SHARED}, 2 * 4 + 2 * 6),
     "gradients reduced, parameters gathered meanwhile": (2, {"parallel": OVERLAPPED}, 4 * 4),
     "latent attention": (

@@ -31,7 +31,7 @@ class Mixer(MegatronModule):
         return hidden_states + self.weight * hidden_states.cumsum(0) / tokens
 
 
-def hybrid(monkeypatch: pytest.MonkeyPatch, pattern: str, **changes) -> HybridModel:
+def hybrid(monkeypatch, pattern, **changes) -> HybridModel:
     """The model that `hybrid_builder` of Megatron-LM builds with our spec."""
     args = SimpleNamespace(hybrid_layer_pattern=pattern)
     monkeypatch.setattr(megatron_lm, "get_args", lambda: args)
@@ -54,7 +54,7 @@ def hybrid(monkeypatch: pytest.MonkeyPatch, pattern: str, **changes) -> HybridMo
     )
 
 
-def half_names(name: str) -> str:
+def half_names(name) -> str:
     """The name in `*E*E` of a parameter of two whole layers."""
 
     def half(found: re.Match[str]) -> str:

@@ -16,7 +16,6 @@ from moepp_megatron.training.checkpoint.optimizer import (
 )
 from moepp_megatron.training.checkpoint.state import model_state
 from moepp_megatron.training.setup import TrainingModel, build_training_model
-from tests.parallel.ranks import RankPools
 from tests.parallel.test_matrix import check_bf16
 from tests.parallel.training_runs import EP2, PP2, TP2, Run, assemble, difference, settings
 from tests.te_stand_in.models import config_of
@@ -26,7 +25,7 @@ from tests.te_stand_in.test_checkpoint import BF16_MOMENTS, REMAINDERS, save_and
 NAMES = {"param", "exp_avg", "exp_avg_sq"}
 
 
-def trained(steps: int, **sections) -> TrainingModel:
+def trained(steps, **sections) -> TrainingModel:
     model = build_training_model(config_of(None, **sections))
     for _ in range(steps):
         step(model)
@@ -135,13 +134,13 @@ def test_a_run_goes_on_with_the_other_type(tmp_path, saved, loaded):
     assert step(second).isfinite()
 
 
-def run_of(ranks: RankPools, world_size: int, **sections) -> Run:
+def run_of(ranks, world_size, **sections) -> Run:
     results = ranks(world_size).run(train_in_nodes, settings(**sections), 5)
     return assemble([run for run, _ in results])
 
 
 @pytest.fixture(scope="module")
-def alone(ranks) -> dict[str, Run]:
+def alone(ranks):
     """One rank: moments in bf16 and in fp32, and all in fp32."""
     bf16 = {"precision": {"dtype": "bf16"}}
     return {

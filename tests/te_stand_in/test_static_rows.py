@@ -9,7 +9,7 @@ from tests.te_stand_in.models import calls_of, config_of
 from tests.te_stand_in.test_checkpoint import save_and_load, step
 
 
-def built(static_rows: float | None) -> TrainingModel:
+def built(static_rows) -> TrainingModel:
     moe = {"num_ffn_experts": 4, "static_rows": static_rows}
     return build_training_model(config_of(None, moe=moe, precision={"dtype": "fp32"}))
 

@@ -9,7 +9,7 @@ from tests.te_stand_in.models import config_of, losses
 STEPS, MICRO_BATCHES = 2, 3
 
 
-def gradients(config, fuses: bool) -> tuple[dict[str, torch.Tensor], set[str]]:
+def gradients(config, fuses) -> tuple[dict[str, torch.Tensor], set[str]]:
     """Sums over micro-batches of the second step, and the parameters that were added to inside."""
     training = build_training_model(config)
     (chunk,), (model,) = training.chunks, training.models

@@ -3,13 +3,12 @@
 import contextlib
 import functools
 import shutil
-from collections.abc import Callable, Iterator
 
 import pytest
 
 
 @pytest.fixture(scope="session", autouse=True)
-def one_program() -> Iterator[None]:
+def one_program():
     """typer builds all commands and their options anew for each call; here once a program."""
     import typer.main
     import typer.testing
@@ -41,9 +40,9 @@ def browser():
 
 
 @contextlib.contextmanager
-def quiet_page(browser, address: str):
+def quiet_page(browser, address):
     """A page in a tab; fails at the end if it has complained or asked for another address."""
-    complaints: list[str] = []
+    complaints = []
     page = browser.new_page(viewport={"width": 1440, "height": 1000})
     page.on("console", lambda message: complaints.append(message.text))
     page.on("pageerror", lambda error: complaints.append(str(error)))
@@ -55,7 +54,7 @@ def quiet_page(browser, address: str):
 
 
 @pytest.fixture
-def unrendered(monkeypatch) -> None:
+def unrendered(monkeypatch):
     """Figures are made but not turned into SVG, which is most of the work of a page."""
     from tests.figures import save_empty
 
@@ -63,11 +62,11 @@ def unrendered(monkeypatch) -> None:
 
 
 @pytest.fixture
-def moepp(monkeypatch, capsys) -> Callable[..., tuple[int, str, str]]:
+def moepp(monkeypatch, capsys):
     """Runs a command in this process: exit code, stdout and stderr."""
     from moepp_megatron.cli import main
 
-    def call(*words: object) -> tuple[int, str, str]:
+    def call(*words) -> tuple[int, str, str]:
         monkeypatch.setattr("sys.argv", ["moepp", *map(str, words)])
         with pytest.raises(SystemExit) as ended:
             main.run()

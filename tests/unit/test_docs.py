@@ -22,11 +22,11 @@ REFUSED = "moepp train CONFIG --micro-batch-size 4"
 _FENCE = re.compile(r"^( *)```(\w*)\n(.*?)^\1```", re.DOTALL | re.MULTILINE)
 
 
-def _name(page: Path) -> str:
+def _name(page) -> str:
     return page.relative_to(ROOT).as_posix()
 
 
-def _lines(text: str) -> Iterator[str]:
+def _lines(text) -> Iterator[str]:
     """Command lines of shell blocks, without comments, and of code within sentences."""
     for fence in _FENCE.finditer(text):
         if fence[2] in ("bash", "sh"):
@@ -41,7 +41,7 @@ def _is_placeholder(word) -> bool:
     return bool(re.fullmatch(r"[A-Z][A-Z0-9_/.:]*", str(word))) or "$" in str(word)
 
 
-def _check(line: str) -> None:
+def _check(line):
     """Follow the words through the commands, parse the rest, and check its settings."""
     command = typer.main.get_command(main.app)
     words = [word for word in shlex.split(line)[1:] if word != "..."]

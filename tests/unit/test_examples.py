@@ -39,7 +39,7 @@ def test_the_notebook_reads_a_run(tmp_path, monkeypatch, capsys):
         file.write('{"step": 13, "lo')
     (tmp_path / "examples").mkdir()
     monkeypatch.chdir(tmp_path / "examples")
-    names: dict[str, object] = {}
+    names = {}
     for number, source in enumerate(code_cells()):
         exec(compile(source, f"cell {number}", "exec"), names)
     drawn = [plt.figure(number) for number in plt.get_fignums()]
@@ -51,7 +51,7 @@ def test_the_notebook_reads_a_run(tmp_path, monkeypatch, capsys):
 
 
 @pytest.fixture
-def patched(tmp_path) -> Path:
+def patched(tmp_path):
     """A copy of the sources with the new kind of expert."""
     unneeded = shutil.ignore_patterns("__pycache__", "golden", "slurm", "fake_gpu", "te_stand_in")
     for name in ("moepp_megatron", "tests", "configs"):

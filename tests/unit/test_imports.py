@@ -14,7 +14,7 @@ FILES = sorted(
 )
 
 
-def _file(module: str) -> Path | None:
+def _file(module) -> Path | None:
     path = ROOT.joinpath(*module.split("."))
     if path.is_dir():
         return path / "__init__.py"
@@ -22,11 +22,11 @@ def _file(module: str) -> Path | None:
 
 
 @cache
-def _names(file: Path) -> frozenset[str] | None:
+def _names(file) -> frozenset[str] | None:
     """What a file defines or imports anywhere; None where it makes names as it runs."""
     if not file.exists():
         return frozenset()
-    found: set[str] = set()
+    found = set()
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.FunctionDef | ast.ClassDef | ast.AsyncFunctionDef):
             found.add(node.name)
@@ -41,7 +41,7 @@ def _names(file: Path) -> frozenset[str] | None:
     return frozenset(found)
 
 
-def _missing(path: Path) -> Iterator[str]:
+def _missing(path) -> Iterator[str]:
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if not isinstance(node, ast.ImportFrom) or node.level or node.module is None:
             continue

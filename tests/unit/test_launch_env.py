@@ -52,7 +52,7 @@ TOOLS += ["readlink", "rm", "sha256sum", "sleep", "tail", "touch"]
 class Machine:
     """A repository, a PATH of stand-ins and system tools, and the log of pip calls."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder):
         self.root = folder / "a clone with spaces"
         (self.root / "launch").mkdir(parents=True)
         versions = ("constraints.txt", "constraints-torch2.11.txt")
@@ -71,14 +71,14 @@ class Machine:
             "CALLS": str(self.calls),
         }
 
-    def add_python(self, name: str, answer: str) -> Path:
+    def add_python(self, name, answer) -> Path:
         path = self.bin / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(STAND_IN.format(answer=answer))
         path.chmod(0o755)
         return path
 
-    def start(self, script: str | None = None, **environment: str) -> subprocess.Popen[str]:
+    def start(self, script=None, **environment) -> subprocess.Popen[str]:
         script = script or f'source "{self.root}/launch/env.sh"; echo "$MOEPP_BIN"'
         return subprocess.Popen(
             ["bash", "-c", f"set -euo pipefail; {script}"],
@@ -89,7 +89,7 @@ class Machine:
             text=True,
         )
 
-    def source(self, script: str | None = None, **environment: str) -> tuple[int, str, str]:
+    def source(self, script=None, **environment) -> tuple[int, str, str]:
         process = self.start(script, **environment)
         out, err = process.communicate(timeout=60)
         return process.returncode, out, err
@@ -196,7 +196,7 @@ def test_an_interpreter_that_does_not_fit_hides_no_later_one(bare, pythons):
 
 
 # Options, variables, and how the line that refuses them begins.
-REFUSED: dict[str, tuple[str, dict[str, str], int, str]] = {
+REFUSED = {
     "no venv": ("", {"MOEPP_PYTHON": "../x/python3.13"}, 1, "apt-get install python3.13-venv"),
     "too old": (
         "",
@@ -253,7 +253,7 @@ def test_tools_of_tests_come_with_the_first_script_that_needs_them(machine):
     assert machine.installs == 2
 
 
-def te(machine, **environment: str) -> tuple[int, str]:
+def te(machine, **environment) -> tuple[int, str]:
     status, _, err = machine.source(f'"{machine.root}/launch/env.sh" --te', **environment)
     return status, err
 

@@ -30,7 +30,7 @@ def _documented() -> set[str]:
     return found
 
 
-def _internal(source: str) -> set[str]:
+def _internal(source) -> set[str]:
     """Names of the package that a program imports and no page of docs/api documents."""
     used = set()
     for node in ast.walk(ast.parse(source)):

@@ -1,7 +1,6 @@
 """What is no regular file is refused in one line, and never opened: a pipe would block for ever."""
 
 import os
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,13 +16,13 @@ from tests.unit.tools.report.conftest import synthetic_config, synthetic_records
 
 
 @pytest.fixture
-def pipe(tmp_path) -> Path:
+def pipe(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     return tmp_path / "pipe"
 
 
 @pytest.fixture
-def run(tmp_path) -> Path:
+def run(tmp_path):
     config = synthetic_config()
     return write_run(tmp_path / "run", config, synthetic_records(config, steps=3))
 
@@ -61,10 +60,10 @@ def test_readers_refuse_a_pipe(pipe, tmp_path):
 
 
 @pytest.fixture
-def refused(moepp) -> Callable[..., str]:
+def refused(moepp):
     """The line with which a command refuses its arguments."""
 
-    def call(*words: object) -> str:
+    def call(*words) -> str:
         code, _, printed = moepp(*words)
         assert (code, printed.count("\n")) == (2, 1), printed
         return printed

@@ -74,7 +74,7 @@ def _modules() -> dict[str, Path]:
 MODULES = _modules()
 
 
-def _imports(name: str, for_types: bool = True) -> Iterator[str]:
+def _imports(name, for_types=True) -> Iterator[str]:
     """The modules of the package that a module imports, those inside functions included."""
     tree = ast.parse(MODULES[name].read_text(encoding="utf-8"))
     if not for_types:
@@ -95,7 +95,7 @@ def _is_for_types(node: ast.stmt) -> bool:
     return isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
 
 
-def _room(module: str) -> str:
+def _room(module) -> str:
     parts = module.split(".")
     # Settings of features, and the list of features, are part of the configuration.
     if module == "features" or parts[0] == "features" and parts[-1] in ("registry", "settings"):

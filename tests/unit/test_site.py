@@ -16,7 +16,7 @@ PROVEN, COMPARED = (
 
 
 @pytest.fixture(autouse=True)
-def _commands_of_its_own(monkeypatch) -> None:
+def _commands_of_its_own(monkeypatch):
     """The page changes the commands that it is given; other tests share theirs (`one_program`)."""
     build = typer.main.get_command
     monkeypatch.setattr(typer.main, "get_command", build.__wrapped__)
@@ -35,7 +35,7 @@ def test_flags_have_their_setting_and_its_meaning():
     assert "Ett\\|tt\\|ttL" in page
 
 
-def _missing(text: str) -> list[str]:
+def _missing(text) -> list[str]:
     """Files, tests and benchmarks that a text names and that do not exist."""
     missing = []
     for path, test in re.findall(r"`((?:[\w.-]+/)+[\w.-]+\.\w+)(?:::(\w+))?`", text):

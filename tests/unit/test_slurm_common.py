@@ -56,7 +56,7 @@ esac
 class Node:
     """The first node of a job of two."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder):
         self.folder = folder
         self.calls_file = folder / "calls"
         bin_folder = folder / "bin"
@@ -74,7 +74,7 @@ class Node:
             "SLURMD_NODENAME": "n1",
         }
 
-    def job(self, settings: str = "", **environment: str) -> tuple[int, str]:
+    def job(self, settings="", **environment) -> tuple[int, str]:
         """Run a job; its exit status and what it said."""
         script = (
             f"set -euo pipefail\nMOEPP_ROOT={ROOT}\nMOEPP_COMMAND=(moepp)\n{settings}\n"
@@ -106,7 +106,7 @@ class Node:
 
 
 @pytest.fixture
-def node(tmp_path) -> Node:
+def node(tmp_path):
     return Node(tmp_path)
 
 
@@ -320,7 +320,7 @@ def test_apptainer(node):
 PLAN = "n8_ep8_b16 8\\nn16_ep8_b16 16\\n"
 
 
-def scaling(node: Node, **environment: str) -> tuple[int, str]:
+def scaling(node: Node, **environment) -> tuple[int, str]:
     """slurm/scaling.sbatch on the two nodes, 8 ranks each."""
     done = subprocess.run(
         ["bash", str(ROOT / "slurm/scaling.sbatch"), "/c d/run.yaml", "/o ut", "run.name=$(x)"],

@@ -7,7 +7,6 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Any
 
 from tests.interop.vllm_answers import answers, engine, sampling
 
@@ -38,7 +37,7 @@ def watch(worker):
     return type(model).__module__, getattr(model.model, "compiled", False)
 
 
-def watched(worker, tokens: int):
+def watched(worker, tokens):
     """The rows since `watch`, and the picks of the last step, [tokens, layers, K]."""
     return worker.rows, worker.capturer.snapshot_routing_data(tokens).tolist()
 
@@ -52,7 +51,7 @@ def main():
     own = {"model_impl": "auto", "trust_remote_code": False, "enforce_eager": False}
     model = engine(export, given, **own)
     prompts_ids = json.loads(Path(prompts).read_text())
-    found: dict[str, Any] = {"answers": answers(model, prompts_ids)}
+    found = {"answers": answers(model, prompts_ids)}
     found["models"] = model.collective_rpc(watch)
     # One step: the prompt by itself.
     prompt = prompts_ids[-1]

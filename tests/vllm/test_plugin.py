@@ -10,7 +10,6 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
-from typing import Any
 
 import numpy as np
 import pytest
@@ -21,15 +20,14 @@ from tests.interop.conftest import RunPlain, plain  # noqa: F401
 from tests.interop.models import settings
 from tests.interop.test_export import MODELS, save_and_compute
 from tests.interop.test_serving import VLLM, greedy, needs_vllm, routes
-from tests.parallel.ranks import RankPools
 from tests.ports import free_port
 
 ROOT = Path(__file__).parents[2]
 METADATA = "from setuptools.build_meta import prepare_metadata_for_build_wheel as p; p(r'{}')"
-FORMS: dict[str, dict[str, dict[str, Any]]] = MODELS | {
+FORMS = MODELS | {
     "released": {"model": {"num_attention_heads": 1}, "moe": {"gate_normalization": "nonzero"}}
 }
-MODES: dict[str, dict[str, Any]] = {
+MODES = {
     "eager": {"enforce_eager": True},
     "tensor parallel": {"tensor_parallel_size": 2},
     # Prompts in pieces, with other prompts and answers in one batch.
@@ -57,7 +55,7 @@ RUNS = [
 ]
 
 
-def exported(ranks: RankPools, folder: Path, name: str):
+def exported(ranks, folder, name):
     """Write an export of this form to `folder` / hf; the settings."""
     from moepp_megatron.interop.to_hf import mcore_to_hf
 
@@ -70,14 +68,14 @@ def exported(ranks: RankPools, folder: Path, name: str):
     return raw
 
 
-def installed(folder: Path) -> dict[str, str]:
+def installed(folder) -> dict[str, str]:
     """The environment of a program that finds what pip installs."""
     # The package, and the metadata in which vLLM finds the entry point.
     subprocess.run([sys.executable, "-c", METADATA.format(folder)], cwd=ROOT, check=True)
     return os.environ | {"PYTHONPATH": f"{ROOT}:{folder}"}
 
 
-def run(folder: Path, **arguments):
+def run(folder, **arguments):
     """The ended process of plugin_answers.py, which reads prompts.json and writes found.json."""
     program = Path(__file__).with_name("plugin_answers.py")
     return subprocess.run(
@@ -90,7 +88,7 @@ def run(folder: Path, **arguments):
     )
 
 
-def answers(folder: Path, **arguments):
+def answers(folder, **arguments):
     """50 prompts, and what plugin_answers.py found."""
     random = np.random.default_rng(0)
     prompts = [random.integers(0, 64, random.integers(1, 25)).tolist() for _ in range(50)]
@@ -137,7 +135,7 @@ def test_it_computes_what_transformers_computes(
     assert (rows[0] if mode == "tensor parallel" else sum(rows)) == multiplied > 0
 
 
-def logprobs(folder: Path, texts: list[list[int]], dtype: str):
+def logprobs(folder, texts, dtype):
     """Log-probabilities by transformers of all tokens but each text's first, [n]."""
     import torch
     from transformers import AutoModelForCausalLM
@@ -252,7 +250,7 @@ def test_static_shapes_multiply_the_rows_of_ffn_experts_only(tmp_path):
 def asked(**changes):
     """vLLM's configuration as far as the model looks at it."""
     hf = {"qk_norm": True, "qk_norm_scope": "head", "hidden_size": 64, "total_experts": 12}
-    parallel: dict[str, Any] = dict.fromkeys(
+    parallel = dict.fromkeys(
         (f"{kind}_parallel_size" for kind in ("data", "tensor", "pipeline", "prefill_context")), 1
     ) | dict.fromkeys(("enable_expert_parallel", "enable_eplb", "enable_ep_weight_filter"), False)
     model = {"quantization": None, "enforce_eager": True, "model_arch_config": SimpleNamespace()}

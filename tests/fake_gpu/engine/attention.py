@@ -19,13 +19,13 @@ HOST.add("get_fused_attn_backend")
 
 @function
 def fused_attn_fwd(
-    max_seqlen_q: int,
-    cu_seqlens_q: torch.Tensor,
-    cu_seqlens_kv: torch.Tensor,
-    Q: torch.Tensor,
-    K: torch.Tensor,
-    V: torch.Tensor,
-    fake_dtype: torch.dtype,
+    max_seqlen_q,
+    cu_seqlens_q,
+    cu_seqlens_kv,
+    Q,
+    K,
+    V,
+    fake_dtype,
 ):
     _check_attention(cu_seqlens_q, cu_seqlens_kv, Q, K, V)
     output = new([*Q.shape[:-1], V.shape[-1]], fake_dtype)
@@ -34,9 +34,7 @@ def fused_attn_fwd(
     return [output, statistics, new([2], torch.int64)]
 
 
-def _check_attention(
-    cu_seqlens_q: torch.Tensor, cu_seqlens_kv: torch.Tensor, *layers: torch.Tensor
-):
+def _check_attention(cu_seqlens_q, cu_seqlens_kv, *layers):
     for lengths in (cu_seqlens_q, cu_seqlens_kv):
         assert lengths.dtype == torch.int32, f"sequence lengths in {lengths.dtype}"
     query, key, value = layers
@@ -51,12 +49,12 @@ def _check_attention(
 def fused_attn_bwd(
     cu_seqlens_q,
     cu_seqlens_kv,
-    Q: torch.Tensor,
-    K: torch.Tensor,
-    V: torch.Tensor,
-    O: torch.Tensor,  # noqa: E741
-    dO: torch.Tensor,
-    fake_dtype: torch.dtype,
+    Q,
+    K,
+    V,
+    O,  # noqa: E741
+    dO,
+    fake_dtype,
     dqkv_layout=None,
     qkv_layout=None,
 ):
@@ -75,18 +73,18 @@ def fused_attn_bwd(
 
 
 @function
-def fused_rope_forward(input: torch.Tensor) -> torch.Tensor:
+def fused_rope_forward(input) -> torch.Tensor:
     return new(input.shape, input.dtype)
 
 
 @function
-def fused_rope_backward(output_grads: torch.Tensor) -> torch.Tensor:
+def fused_rope_backward(output_grads) -> torch.Tensor:
     return new(output_grads.shape, output_grads.dtype)
 
 
 @function
 def fused_qkv_rope_forward(
-    qkv_input: torch.Tensor, q_freqs, k_freqs, qkv_split_arg_list: list[int]
+    qkv_input, q_freqs, k_freqs, qkv_split_arg_list
 ) -> tuple[torch.Tensor, ...]:
     for freqs in (q_freqs, k_freqs):
         assert freqs.dtype == torch.float32, f"frequencies in {freqs.dtype}"
@@ -101,9 +99,7 @@ def fused_qkv_rope_forward(
 
 
 @function
-def fused_qkv_rope_backward(
-    q_grad_out, k_grad_out, v_grad_out, qkv_split_arg_list: list[int]
-) -> torch.Tensor:
+def fused_qkv_rope_backward(q_grad_out, k_grad_out, v_grad_out, qkv_split_arg_list) -> torch.Tensor:
     heads = sum(each.shape[2] for each in (q_grad_out, k_grad_out, v_grad_out))
     total = sum(qkv_split_arg_list)
     groups = heads * q_grad_out.shape[3] // total

@@ -7,7 +7,6 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from enum import IntEnum
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -51,7 +50,7 @@ class Parameter:
     named: bool = True
 
 
-def enums(source: Path) -> dict[str, type[IntEnum]]:
+def enums(source) -> dict[str, type[IntEnum]]:
     """Every enum of the extension whose unpacked source is given."""
     text = (source / _HELPER).read_text() + (source / _PYBIND).read_text()
     pattern = r'enum_<[^>]+>\(\s*\w+,\s*"(\w+)"(.*?);'
@@ -63,7 +62,7 @@ def enums(source: Path) -> dict[str, type[IntEnum]]:
     return found
 
 
-def functions(source: Path) -> dict[str, list[Parameter]]:
+def functions(source) -> dict[str, list[Parameter]]:
     """Every function of the extension with its arguments in order."""
     header = _without_comments((source / _HEADER).read_text())
     found = {}
@@ -84,7 +83,7 @@ def functions(source: Path) -> dict[str, list[Parameter]]:
     return found
 
 
-def _definitions(text: str) -> Iterator[tuple[str, str, str]]:
+def _definitions(text) -> Iterator[tuple[str, str, str]]:
     """Name, C++ function and what follows, of each `m.def`."""
     for each in re.finditer(r"\bm\s*\.def\(", text):
         body = text[each.end() : _end(text, each.end())]
@@ -92,7 +91,7 @@ def _definitions(text: str) -> Iterator[tuple[str, str, str]]:
         yield name.strip('" '), target, ",".join(rest)
 
 
-def _declared(header: str, function: str) -> list[Parameter]:
+def _declared(header, function) -> list[Parameter]:
     place = re.search(rf"[\w>&*]\s+{function}\(", header)
     if place is None:
         return []
@@ -108,7 +107,7 @@ def _declared(header: str, function: str) -> list[Parameter]:
     return found
 
 
-def _value(text: str):
+def _value(text):
     """A default; its number, truth value or None."""
     text = text.strip().rstrip(")").strip() if text.count(")") > text.count("(") else text.strip()
     if text in _LITERALS:
@@ -119,11 +118,11 @@ def _value(text: str):
     return float(number[1]) if "." in number[1] else int(number[1])
 
 
-def _without_comments(text: str) -> str:
+def _without_comments(text) -> str:
     return re.sub(r"//[^\n]*|/\*.*?\*/", "", text, flags=re.DOTALL)
 
 
-def _end(text: str, begin: int) -> int:
+def _end(text, begin) -> int:
     """Where the bracket closes that opened before `begin`."""
     depth = 1
     for place in range(begin, len(text)):
@@ -133,7 +132,7 @@ def _end(text: str, begin: int) -> int:
     raise AssertionError("a bracket is not closed")
 
 
-def _split(body: str) -> list[str]:
+def _split(body) -> list[str]:
     """At commas outside of brackets and strings."""
     parts, depth, quoted = [""], 0, False
     for letter in body:
@@ -148,7 +147,7 @@ def _split(body: str) -> list[str]:
 
 
 # Of types that torch or Python have; of any other, such as a quantizer, the function itself looks.
-_KINDS: dict[str, tuple[type, ...]] = {
+_KINDS = {
     "Tensor": (torch.Tensor,),
     # None is false.
     "bool": (bool, int, type(None)),
@@ -160,7 +159,7 @@ _KINDS: dict[str, tuple[type, ...]] = {
 }
 
 
-def takes(kind: str, value, enum_types: dict[str, type[IntEnum]]) -> bool:
+def takes(kind, value, enum_types: dict[str, type[IntEnum]]) -> bool:
     """Whether pybind turns a value into an argument of this C++ type."""
     kind = {"MaybeTensor": "optional<Tensor>"}.get(kind, kind)
     if kind.startswith("optional<"):

@@ -28,7 +28,7 @@ NAME = "transformer_engine_torch"
 _NOT_PLAYED = ("einops", "onnx", "onnxscript")
 
 
-def install(source: Path):
+def install(source):
     """Import Transformer Engine from the path, over a stub made from its unpacked source."""
     sys.modules[NAME] = _extension(source)
     for name in _NOT_PLAYED:
@@ -57,7 +57,7 @@ def _know_fake_tensors():
         offload_v1 = importlib.import_module("transformer_engine.pytorch.cpu_offload")
     mark = offload_v1.mark_activation_offload
 
-    def marked(*tensors, offload: bool = True):
+    def marked(*tensors, offload=True):
         for tensor in tensors:
             if type(tensor) is not FakeTensor:
                 mark(tensor, offload=offload)
@@ -91,18 +91,18 @@ def forget_tensors():
 class _Absent(ModuleType):
     """A package that is not installed and whose names are asked for on import."""
 
-    def __init__(self, name: str):
+    def __init__(self, name):
         super().__init__(name)
         # torch looks for packages by it.
         self.__spec__ = ModuleSpec(name, None)
 
-    def __getattr__(self, name: str):
+    def __getattr__(self, name):
         if name.startswith("__"):
             raise AttributeError(name)
         return MagicMock()
 
 
-def _extension(source: Path) -> ModuleType:
+def _extension(source) -> ModuleType:
     module = ModuleType(NAME)
     kinds = enums(source)
     vars(module).update(kinds)
@@ -116,7 +116,7 @@ def _extension(source: Path) -> ModuleType:
     return module
 
 
-def _checked(name: str, parameters: list[Parameter], kinds: dict[str, type[IntEnum]]):
+def _checked(name, parameters: list[Parameter], kinds: dict[str, type[IntEnum]]):
     function = FUNCTIONS.get(name)
     wanted = [] if function is None else list(inspect.signature(function).parameters.values())
     names = {parameter.name for parameter in parameters}
@@ -136,7 +136,7 @@ def _checked(name: str, parameters: list[Parameter], kinds: dict[str, type[IntEn
     return call
 
 
-def _bound(name: str, parameters: list[Parameter], args, kwargs, kinds: dict[str, type[IntEnum]]):
+def _bound(name, parameters: list[Parameter], args, kwargs, kinds: dict[str, type[IntEnum]]):
     """Arguments by name, as pybind finds them."""
     if len(args) > len(parameters):
         raise TypeError(f"{name}: {len(args)} arguments for {len(parameters)}")

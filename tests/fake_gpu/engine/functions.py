@@ -6,16 +6,14 @@ not name, it does not look at.
 """
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 
 from tests.fake_gpu.engine import gemm
 
-FUNCTIONS: dict[str, Callable[..., Any]] = {}
+FUNCTIONS = {}
 # Those that answer on the host, and start no kernel.
-HOST: set[str] = set()
+HOST = set()
 
 
 def function(implementation):
@@ -24,7 +22,7 @@ def function(implementation):
     return implementation
 
 
-def _on_host(name: str, value):
+def _on_host(name, value):
     FUNCTIONS[name] = lambda: value
     HOST.add(name)
 
@@ -37,12 +35,12 @@ _on_host("device_supports_multicast", True)
 _on_host("get_stream_priority_range", (0, -5))
 
 
-def new(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+def new(shape, dtype) -> torch.Tensor:
     """An empty tensor on the device."""
     return torch.empty(tuple(shape), dtype=dtype, device="cuda")
 
 
-def _made(shape: Sequence[int], dtype: torch.dtype, quantizer):
+def _made(shape, dtype, quantizer):
     if quantizer is None:
         return new(shape, dtype)
     return quantizer.make_empty(list(shape), dtype=dtype, device=torch.device("cuda"))
@@ -51,15 +49,15 @@ def _made(shape: Sequence[int], dtype: torch.dtype, quantizer):
 @function
 def generic_gemm(
     A,
-    transA: bool,
+    transA,
     B,
-    transB: bool,
+    transB,
     D,
     quantizer,
     output_dtype,
     bias,
-    grad: bool,
-    accumulate: bool,
+    grad,
+    accumulate,
     extra_output=None,
     beta=None,
 ):
@@ -77,14 +75,14 @@ def generic_gemm(
 @function
 def te_general_grouped_gemm(
     A,
-    transa: bool,
+    transa,
     B,
-    transb: bool,
+    transb,
     D: list[torch.Tensor] | None,
     D_type,
-    m_splits: list[int],
+    m_splits,
     bias: list[torch.Tensor],
-    single_output: bool,
+    single_output,
     workspace: list[torch.Tensor],
 ) -> list[torch.Tensor]:
     assert len(A) == len(B) == len(bias), (len(A), len(B), len(bias))
@@ -107,7 +105,7 @@ def te_general_grouped_gemm(
     return bias
 
 
-def _norm(input: torch.Tensor, weight: torch.Tensor, ln_out, quantizer, otype):
+def _norm(input, weight, ln_out, quantizer, otype):
     assert weight.shape == input.shape[-1:], f"{tuple(weight.shape)} for {tuple(input.shape)}"
     if ln_out is None:
         ln_out = _made(input.shape, gemm.torch_dtype(otype), quantizer)
@@ -126,7 +124,7 @@ def rmsnorm_fwd(input, weight, ln_out, quantizer, otype):
     return [output, None, rsigma]
 
 
-def _norm_gradients(dz: torch.Tensor, x: torch.Tensor, *parameters: torch.Tensor):
+def _norm_gradients(dz, x, *parameters):
     assert dz.shape == x.shape, f"{tuple(dz.shape)} for {tuple(x.shape)}"
     return [new(x.shape, x.dtype), *(new(each.shape, each.dtype) for each in parameters)]
 
@@ -148,7 +146,7 @@ def layernorm_bwd(dz, x, gamma):
 
 
 @function
-def quantize(tensor: torch.Tensor, quantizer, output=None):
+def quantize(tensor, quantizer, output=None):
     if output is None:
         return _made(tensor.shape, tensor.dtype, quantizer)
     assert math.prod(gemm.size(output)) == tensor.numel()
@@ -161,12 +159,12 @@ def dequantize(input, otype) -> torch.Tensor:
 
 
 @function
-def bgrad_quantize(input: torch.Tensor, quantizer):
+def bgrad_quantize(input, quantizer):
     return [new(input.shape[-1:], input.dtype), _made(input.shape, input.dtype, quantizer)]
 
 
 @function
-def split_quantize(tensor: torch.Tensor, split_sections: list[int], quantizer_list):
+def split_quantize(tensor, split_sections, quantizer_list):
     assert sum(split_sections) == tensor.shape[0], f"{split_sections} of {tuple(tensor.shape)}"
     pairs = zip(split_sections, quantizer_list, strict=True)
     return [_made([rows, *tensor.shape[1:]], tensor.dtype, each) for rows, each in pairs]
@@ -183,7 +181,7 @@ HOST.update(("create_empty_quantized_tensor", "bulk_allocate"))
 
 
 @function
-def create_empty_quantized_tensor(quantizer, shape: Sequence[int], dtype):
+def create_empty_quantized_tensor(quantizer, shape, dtype):
     if type(quantizer).__name__ == "Float8Quantizer":
         return _empty_float8(quantizer, list(shape), dtype)
     whole = tuple(shape)
@@ -196,7 +194,7 @@ def create_empty_quantized_tensor(quantizer, shape: Sequence[int], dtype):
     return description["cls"].__tensor_unflatten__(inner, description, torch.Size(whole), None)
 
 
-def _empty_float8(quantizer, shape: list[int], dtype: torch.dtype):
+def _empty_float8(quantizer, shape, dtype):
     from transformer_engine.pytorch.tensor.float8_tensor import Float8Tensor
     from transformer_engine.pytorch.tensor.storage.float8_tensor_storage import Float8TensorStorage
 
@@ -219,7 +217,7 @@ def bulk_allocate(shapes, dtypes: list[torch.dtype]) -> list[torch.Tensor]:
 
 
 @function
-def fp8_transpose(input: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
+def fp8_transpose(input, out: torch.Tensor | None) -> torch.Tensor:
     shape = [input.shape[-1], input.shape[:-1].numel()]
     assert input.dtype == torch.uint8
     if out is None:
@@ -229,12 +227,12 @@ def fp8_transpose(input: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor
 
 
 @function
-def swap_first_dims(tensor: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
+def swap_first_dims(tensor, out: torch.Tensor | None) -> torch.Tensor:
     first, second, *rest = tensor.shape
     return new([second, first, *rest], tensor.dtype) if out is None else out
 
 
-def _pad(input: torch.Tensor, output: torch.Tensor, few: list[int], many: list[int]):
+def _pad(input, output, few, many):
     assert sum(few) == input.shape[0], f"{few} rows of {tuple(input.shape)}"
     assert sum(many) == output.shape[0], f"{many} rows of {tuple(output.shape)}"
     assert input.shape[1:] == output.shape[1:]
@@ -243,26 +241,22 @@ def _pad(input: torch.Tensor, output: torch.Tensor, few: list[int], many: list[i
 
 
 @function
-def fused_multi_row_padding(
-    input, output, input_row_list: list[int], padded_input_row_list: list[int]
-):
+def fused_multi_row_padding(input, output, input_row_list, padded_input_row_list):
     _pad(input, output, input_row_list, padded_input_row_list)
 
 
 @function
-def fused_multi_row_unpadding(
-    input, output, input_row_list: list[int], unpadded_input_row_list: list[int]
-):
+def fused_multi_row_unpadding(input, output, input_row_list, unpadded_input_row_list):
     _pad(input, output, input_row_list, unpadded_input_row_list)
 
 
 @function
-def swiglu(input: torch.Tensor, quantizer):
+def swiglu(input, quantizer):
     return _made([*input.shape[:-1], input.shape[-1] // 2], input.dtype, quantizer)
 
 
 @function
-def dswiglu(grad: torch.Tensor, fwd_input: torch.Tensor, quantizer):
+def dswiglu(grad, fwd_input, quantizer):
     assert 2 * grad.shape[-1] == fwd_input.shape[-1]
     return _made(fwd_input.shape, fwd_input.dtype, quantizer)
 
@@ -278,7 +272,7 @@ def _same_lengths(tensor_lists: list[list[torch.Tensor]]):
 
 @function
 def multi_tensor_l2norm(
-    tensor_lists: list[list[torch.Tensor]], per_tensor: bool | None = None
+    tensor_lists: list[list[torch.Tensor]], per_tensor=None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     _same_lengths(tensor_lists)
     count = len(tensor_lists[0]) if per_tensor else 0

@@ -41,7 +41,7 @@ def output_dtype(a, wanted) -> torch.dtype:
     return a.dtype  # type: ignore[no-any-return]
 
 
-def output_shape(a, trans_a: bool, b, trans_b: bool) -> list[int]:
+def output_shape(a, trans_a, b, trans_b) -> list[int]:
     """The shape of a product, whose operands are checked (gemm.cpp, `getGemmOutputShape`)."""
     (a_rows, a_columns), (b_rows, b_columns) = _flat(a), _flat(b)
     depth = a_columns if trans_a else a_rows
@@ -52,7 +52,7 @@ def output_shape(a, trans_a: bool, b, trans_b: bool) -> list[int]:
     return [*shape, a_rows if trans_a else a_columns]
 
 
-def check_output(output, shape: list[int], dtype):
+def check_output(output, shape, dtype):
     """The output that a product is written to."""
     assert list(size(output)) == shape, f"output has {size(output)}, the product {shape}"
     if isinstance(output, torch.Tensor) and not is_quantized(output):
@@ -65,7 +65,7 @@ def _flat(tensor) -> tuple[int, int]:
     return math.prod(shape[:-1]), shape[-1]
 
 
-def _check_operands(a, trans_a: bool, b, trans_b: bool, depth: int, text: str):
+def _check_operands(a, trans_a, b, trans_b, depth, text):
     assert is_quantized(a) == is_quantized(b), f"one operand is FP8: {text}"
     if not is_quantized(a):
         assert a.dtype == b.dtype, f"operands in {a.dtype} and {b.dtype}: {text}"
@@ -84,7 +84,7 @@ def _check_operands(a, trans_a: bool, b, trans_b: bool, depth: int, text: str):
     assert not all(both_2d), f"FP8 blocks of two dimensions on both sides: {text}"
 
 
-def _check_usage(tensor, along_rows: bool, text: str):
+def _check_usage(tensor, along_rows, text):
     if along_rows:
         names = ("_rowwise_data", "_data")
     else:

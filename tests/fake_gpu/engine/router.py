@@ -5,7 +5,7 @@ import torch
 from tests.fake_gpu.engine.functions import FUNCTIONS, function, new
 
 
-def _tokens_and_experts(tensor: torch.Tensor, topk: int):
+def _tokens_and_experts(tensor, topk):
     assert tensor.is_contiguous(), "must be contiguous"
     assert tensor.numel() > 0, f"no tokens: {tuple(tensor.shape)}"
     assert 0 < topk <= tensor.shape[-1], f"topk {topk} of {tensor.shape[-1]}"
@@ -13,7 +13,7 @@ def _tokens_and_experts(tensor: torch.Tensor, topk: int):
 
 @function
 def fused_topk_with_score_function_fwd(
-    logits: torch.Tensor, topk: int, score_function: str, expert_bias
+    logits, topk, score_function, expert_bias
 ) -> tuple[torch.Tensor, ...]:
     _tokens_and_experts(logits, topk)
     assert score_function in ("softmax", "sigmoid", "sqrtsoftplus"), score_function
@@ -25,30 +25,26 @@ def fused_topk_with_score_function_fwd(
 
 
 @function
-def fused_topk_with_score_function_bwd(
-    grad_probs: torch.Tensor, grad_logits: torch.Tensor, topk: int
-):
+def fused_topk_with_score_function_bwd(grad_probs, grad_logits, topk):
     _tokens_and_experts(grad_probs, topk)
     assert grad_logits.is_contiguous()
 
 
 @function
-def fused_score_for_moe_aux_loss_fwd(logits: torch.Tensor, topk: int) -> tuple[torch.Tensor, ...]:
+def fused_score_for_moe_aux_loss_fwd(logits, topk) -> tuple[torch.Tensor, ...]:
     _tokens_and_experts(logits, topk)
     shape = logits.shape
     return new(shape, torch.float32), new(shape, torch.bool), new(shape, torch.float32)
 
 
 @function
-def fused_score_for_moe_aux_loss_bwd(
-    grad_scores: torch.Tensor, grad_logits: torch.Tensor, topk: int
-):
+def fused_score_for_moe_aux_loss_bwd(grad_scores, grad_logits, topk):
     _tokens_and_experts(grad_scores, topk)
     assert grad_logits.is_contiguous()
 
 
 @function
-def fused_moe_aux_loss_fwd(probs: torch.Tensor, total_num_tokens) -> tuple[torch.Tensor, ...]:
+def fused_moe_aux_loss_fwd(probs, total_num_tokens) -> tuple[torch.Tensor, ...]:
     if isinstance(total_num_tokens, torch.Tensor):
         assert total_num_tokens.is_cuda
         assert total_num_tokens.dtype == torch.int64
@@ -60,7 +56,5 @@ FUNCTIONS["fused_moe_aux_loss_fwd_graph_safe"] = fused_moe_aux_loss_fwd
 
 
 @function
-def fused_moe_aux_loss_bwd(
-    num_rows: int, num_cols: int, grad_aux_loss: torch.Tensor
-) -> torch.Tensor:
+def fused_moe_aux_loss_bwd(num_rows, num_cols, grad_aux_loss) -> torch.Tensor:
     return new([num_rows, num_cols], grad_aux_loss.dtype)

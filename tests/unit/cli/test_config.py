@@ -12,14 +12,14 @@ ROOT = Path(__file__).parents[3]
 QUICKSTART = ROOT / "configs" / "quickstart.yaml"
 
 
-def _run(*arguments: str) -> str:
+def _run(*arguments) -> str:
     result = CliRunner().invoke(main.app, ["config", *arguments])
     assert result.exception is None, result.exception
     return result.stdout
 
 
 @pytest.fixture
-def own(tmp_path) -> Path:
+def own(tmp_path):
     path = tmp_path / "own.yaml"
     path.write_text(f"base: {QUICKSTART}\nmoe:\n  tau: 0.25\n  budget: {{gain: 0.5}}\n")
     return path

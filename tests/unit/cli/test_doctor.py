@@ -17,7 +17,7 @@ SICK = [
 ]
 
 
-def doctor(*arguments: str):
+def doctor(*arguments):
     return CliRunner().invoke(app, ["doctor", *arguments])
 
 

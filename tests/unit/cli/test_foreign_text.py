@@ -4,7 +4,6 @@ import contextlib
 import json
 import logging
 import re
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -29,7 +28,7 @@ HOSTILE = "x\x1b]0;t\x1b[2J\x9b31m\u202e[link=file:///x]y[/link][/red]z"
 SHOWN = r"x\x1b]0;t\x1b[2J\x9b31m\u202e[link=file:///x]y[/link][/red]z"
 
 
-def harmless(text: str) -> str:
+def harmless(text) -> str:
     """The text without rich's own colours, after a look that nothing else commands."""
     plain = re.sub(r"\x1b\[[0-9;]*m", "", text)
     assert all(c.isprintable() or c == "\n" for c in plain), ascii(plain)
@@ -42,7 +41,7 @@ def moepp(moepp, monkeypatch):
     # Long lines, so that no text is cut before what it is looked at for.
     monkeypatch.setenv("COLUMNS", "400")
 
-    def call(*arguments: object) -> tuple[int, str, str]:
+    def call(*arguments) -> tuple[int, str, str]:
         status, *printed = moepp(*arguments)
         return status, *map(harmless, printed)
 
@@ -50,7 +49,7 @@ def moepp(moepp, monkeypatch):
 
 
 @pytest.fixture
-def hostile_run(tmp_path) -> Callable[[], Path]:
+def hostile_run(tmp_path):
     config = synthetic_config(run={"name": HOSTILE})
     run = write_run(tmp_path / "folder\x1b[2J", config, synthetic_records(config, 5))
     alert = dict.fromkeys(("rule", "metric", "condition", "action"), HOSTILE)

@@ -17,7 +17,7 @@ ADDRESS = "s3://bucket/x"
 HELD = "s3:/bucket/x"
 
 
-def _commands(command, path: tuple[str, ...] = ()):
+def _commands(command, path=()):
     inner = getattr(command, "commands", None)
     if inner is None:
         yield path, command
@@ -53,7 +53,7 @@ PLACES = [
 ]
 
 
-def _value(command, parameter, folder: Path) -> str:
+def _value(command, parameter, folder) -> str:
     """Some value that the command line takes."""
     if _is_path(command, parameter):
         return str(folder / "x")
@@ -63,10 +63,10 @@ def _value(command, parameter, folder: Path) -> str:
     return "1"
 
 
-def _words(place, command, value: str, folder: Path) -> list[str]:
+def _words(place, command, value, folder) -> list[str]:
     """A command line with `value` at a place, and what the command cannot do without."""
-    options: list[str] = []
-    arguments: list[str] = []
+    options = []
+    arguments = []
     for parameter in command.params:
         if parameter is not place and not parameter.required:
             continue

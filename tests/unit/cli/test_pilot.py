@@ -16,7 +16,7 @@ def pilot(tmp_path, monkeypatch):
     config = tmp_path / "tiny.yaml"
     config.write_text(config_of().to_yaml())
 
-    def run(*options: str) -> int:
+    def run(*options) -> int:
         words = ["moepp", "pilot", str(config), "--out", str(tmp_path / "out"), *options]
         monkeypatch.setattr(sys, "argv", words)
         with pytest.raises(SystemExit) as ended:
@@ -76,7 +76,7 @@ def test_collect_leaves_a_configuration_for_every_run(pilot, tmp_path, capsys):
 
 @pytest.mark.parametrize(("error", "status"), [(Interrupted(), 75), (RunFailed("run x failed"), 1)])
 def test_exit_codes(pilot, monkeypatch, capsys, error, status):
-    def ends(*_: object, **__: object) -> None:
+    def ends(*_, **__):
         raise error
 
     monkeypatch.setattr(runner, "run_trial", ends)

@@ -2,7 +2,6 @@
 
 import json
 import re
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -39,13 +38,13 @@ CONTRACT = {
 
 
 @pytest.fixture
-def wide(moepp, monkeypatch) -> Callable[..., tuple[int, str, str]]:
+def wide(moepp, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     return partial(moepp, "plan")
 
 
 @pytest.fixture
-def plan(wide, tmp_path) -> Callable[..., tuple[int, str, str]]:
+def plan(wide, tmp_path):
     """Runs `moepp plan` on a small configuration: exit code, stdout and stderr."""
     config = tmp_path / "config.yaml"
     config.write_text(CONFIG)

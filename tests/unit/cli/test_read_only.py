@@ -2,7 +2,6 @@
 
 import subprocess
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import yaml
@@ -16,7 +15,7 @@ Command = Callable[..., str]
 
 
 @pytest.fixture
-def read_only(small_disk) -> Path:
+def read_only(small_disk):
     """A file system that holds a run and is mounted read-only, which root heeds too."""
     config = synthetic_config()
     write_run(small_disk / "old", config, synthetic_records(config, 5))
@@ -25,12 +24,12 @@ def read_only(small_disk) -> Path:
 
 
 @pytest.fixture
-def refused(moepp, monkeypatch) -> Command:
+def refused(moepp, monkeypatch):
     """Runs a command that is to end with status 2 and a line; returns the line."""
     monkeypatch.setattr(launch, "run_ranks", lambda *args: pytest.fail("ranks were started"))
     monkeypatch.setattr(prepared_data, "check_data", lambda config, whole_index: [])
 
-    def call(*words: object) -> str:
+    def call(*words) -> str:
         code, out, err = moepp(*words)
         assert (code, out, err.count("\n")) == (2, "", 1), err
         assert err.startswith("error: ")
@@ -40,7 +39,7 @@ def refused(moepp, monkeypatch) -> Command:
 
 
 @pytest.fixture
-def config(tmp_path) -> Path:
+def config(tmp_path):
     path = tmp_path / "config.yaml"
     path.write_text(MINIMAL)
     return path

@@ -49,18 +49,18 @@ NASTY = [
 ]
 
 
-def config(**sections: dict) -> Config:
+def config(**sections) -> Config:
     content = {name: dict(section) for name, section in CONTENT.items()}
     for name, section in sections.items():
         content.setdefault(name, {}).update(section)
     return parse_config(content)
 
 
-def job(*, file: str = "/c.yaml", overrides=(), folder="/shared/code", **sections) -> SlurmJob:
+def job(*, file="/c.yaml", overrides=(), folder="/shared/code", **sections) -> SlurmJob:
     return SlurmJob(config(**sections), Path(file), overrides, Path(folder))
 
 
-def directives(script: str) -> dict[str, str]:
+def directives(script) -> dict[str, str]:
     """The `#SBATCH` options, split by a shell's rules; sbatch's own are tested in tests/slurm."""
     options = {}
     for line in script.splitlines():
@@ -75,7 +75,7 @@ def directives(script: str) -> dict[str, str]:
 def bash(tmp_path, monkeypatch):
     """Runs a script in real bash, where a stand-in for common.sh prints what it was given."""
 
-    def run(make, folder_name: str = "repository") -> dict[str, list[str]]:
+    def run(make, folder_name="repository") -> dict[str, list[str]]:
         root = tmp_path / folder_name
         (root / "slurm").mkdir(parents=True)
         (root / "slurm" / "common.sh").write_text(
@@ -249,7 +249,7 @@ def test_output_path_is_no_pattern():
 
 
 @pytest.fixture
-def path(tmp_path, monkeypatch) -> Path:
+def path(tmp_path, monkeypatch):
     """A configuration in the working directory."""
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "c.yaml"
@@ -257,13 +257,13 @@ def path(tmp_path, monkeypatch) -> Path:
     return path
 
 
-def put_sbatch(folder: Path, text: str) -> None:
+def put_sbatch(folder, text):
     folder.mkdir(exist_ok=True)
     (folder / "sbatch").write_text(f"#!/bin/bash\n{text}\n")
     (folder / "sbatch").chmod(0o755)
 
 
-def prepared(folder: Path) -> str:
+def prepared(folder) -> str:
     return f"data.path={prepare_letters(folder, 'data', a='a')}"
 
 

@@ -6,7 +6,6 @@ import os
 import shlex
 import subprocess
 import sys
-from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -41,13 +40,13 @@ OF_OTHERS = (
 class Command:
     """`moepp train` in this process, with ranks that only look at what they are given."""
 
-    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(self, folder, monkeypatch):
         self.config, self.run_dir = folder / "c.yaml", folder / "my runs" / "run"
         self.config.write_text(MINIMAL)
-        self.starts: list[list[str]] = []
-        self.claims: list[RunStatus | None] = []
+        self.starts = []
+        self.claims = []
         self.status = 0
-        self.raises: BaseException | None = None
+        self.raises = None
         self._monkeypatch = monkeypatch
         monkeypatch.setattr(launch, "run_ranks", self._ranks)
         monkeypatch.setattr(agent, "LINGER_S", 0.0)
@@ -57,7 +56,7 @@ class Command:
         # Whatever the command sets is gone after the test.
         monkeypatch.setattr(os, "environ", dict(os.environ))
 
-    def _ranks(self, options: LaunchOptions, module: str, arguments: Sequence[str]) -> int:
+    def _ranks(self, options: LaunchOptions, module, arguments) -> int:
         self.starts.append(list(arguments))
         self.alike = options.alike
         # What a rank reads, and a run that it starts.
@@ -70,24 +69,24 @@ class Command:
             raise self.raises
         return self.status
 
-    def __call__(self, *options: str) -> int:
+    def __call__(self, *options) -> int:
         words = [str(self.config), f"run.dir={self.run_dir}", "--nproc", "2", *options]
         self._monkeypatch.setattr(sys, "argv", ["/venv/bin/moepp", "train", *words])
         with pytest.raises(SystemExit) as ended:
             main.run()
         return int(ended.value.code or 0)
 
-    def make_run(self) -> None:
+    def make_run(self):
         self.run_dir.mkdir(parents=True)
         (self.run_dir / "metrics.jsonl").write_text("records\n")
 
-    def resume_command(self, *options: str) -> str:
+    def resume_command(self, *options) -> str:
         words = ["/venv/bin/moepp", "train", str(self.config), f"run.dir={self.run_dir}"]
         return shlex.join([*words, "--nproc", "2", *options, "--resume"])
 
 
 @pytest.fixture
-def command(tmp_path, monkeypatch) -> Command:
+def command(tmp_path, monkeypatch):
     return Command(tmp_path, monkeypatch)
 
 
@@ -218,7 +217,7 @@ def test_a_process_that_trains_alone_says_it_itself(
 def test_what_a_run_says_at_its_start_is_printed(tmp_path, monkeypatch, capsys):
     """Where it goes on and what differs, before the first step."""
 
-    def train() -> None:
+    def train():
         print("trains")
 
     trainer = SimpleNamespace(
@@ -229,7 +228,7 @@ def test_what_a_run_says_at_its_start_is_printed(tmp_path, monkeypatch, capsys):
         pause_reason=None,
         progress=SimpleNamespace(step=6),
     )
-    bound: list[str] = []
+    bound = []
     for name, stand_in in {
         "optional.quiet": lambda: None,
         "distributed.initialized": lambda *args: contextlib.nullcontext("its GPU"),

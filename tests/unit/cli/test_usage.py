@@ -40,7 +40,7 @@ OPTIONS = [
 ]
 
 
-def _without_breaks(text: str) -> str:
+def _without_breaks(text) -> str:
     """Lines are wrapped between words, and at hyphens."""
     return "".join(text.split())
 
@@ -95,7 +95,7 @@ def test_json_to_stdout_is_all_of_it(tmp_path):
 def test_what_ranks_print_is_not_beside_it(capfd):
     """A rank has the file descriptor; what was written before a failure is printed too."""
 
-    def fail() -> None:
+    def fail():
         with paths._printed_file() as file:
             print("a table")
             os.write(1, b"a rank's table")
@@ -167,7 +167,7 @@ def test_ctrl_c_while_the_program_is_imported_prints_nothing():
 
 
 def test_ctrl_c_before_there_is_a_command_is_one_line(monkeypatch, moepp):
-    def interrupted(**_: object) -> None:
+    def interrupted(**_):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(main, "app", interrupted)
@@ -185,7 +185,7 @@ def test_the_import_leaves_ctrl_c_as_it_was(before):
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def _lose_the_peer(**_: object) -> None:
+def _lose_the_peer(**_):
     raise RuntimeError("Connection closed by peer")
 
 
@@ -222,7 +222,7 @@ def test_json_that_is_printed_needs_a_folder(monkeypatch, moepp):
 def test_no_memory_is_one_line(error, tmp_path, monkeypatch, moepp):
     from moepp_megatron.data import sources
 
-    def without_memory(*_: object) -> None:
+    def without_memory(*_):
         raise error
 
     monkeypatch.setattr(sources, "companions", without_memory)
@@ -269,7 +269,7 @@ def test_a_full_disk_is_one_line_that_names_the_file(
 
 
 def test_a_full_disk_without_a_name_is_not_blamed_on_stdout(monkeypatch, moepp):
-    def is_full(**_: object) -> None:
+    def is_full(**_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(main, "app", is_full)

@@ -1,7 +1,5 @@
 """A small valid configuration that the tests of this folder vary."""
 
-from pathlib import Path
-
 import pytest
 
 MINIMAL = """\
@@ -19,7 +17,7 @@ training: {train_iters: 100, global_batch_size: 16, micro_batch_size: 2}
 
 
 @pytest.fixture
-def minimal(tmp_path) -> Path:
+def minimal(tmp_path):
     """Path of a file with the minimal configuration."""
     path = tmp_path / "minimal.yaml"
     path.write_text(MINIMAL)

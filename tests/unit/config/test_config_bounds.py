@@ -14,9 +14,9 @@ QUICKSTART = Path(__file__).parents[3] / "configs" / "quickstart.yaml"
 HUGE = "99999999999999999999999"
 
 
-def whole_numbers(model: type[Section] = Config, prefix: str = "") -> dict[str, str]:
+def whole_numbers(model: type[Section] = Config, prefix="") -> dict[str, str]:
     """Settings that may be a whole number or a list of them, and a huge one for each."""
-    names: dict[str, str] = {}
+    names = {}
     for name, field in model.model_fields.items():
         inner = [field.annotation, *getattr(field.annotation, "__args__", ())]
         section = next((a for a in inner if isinstance(a, type) and issubclass(a, Section)), None)
@@ -48,7 +48,7 @@ def test_numbers_in_a_list_of_sections_are_bounded():
         load_config(QUICKSTART, [f"routing_guard.rules=[{rule}]"])
 
 
-def bomb(width: int, levels: int) -> str:
+def bomb(width, levels) -> str:
     lines = ["a0: &a0 [x]"]
     for level in range(1, levels):
         lines.append(f"a{level}: &a{level} [{', '.join([f'*a{level - 1}'] * width)}]")

@@ -18,10 +18,10 @@ from moepp_megatron.config.sections import declared
 Case = tuple[list[str], str, str]
 
 
-def read_cases(path: Path) -> dict[str, list[Case]]:
+def read_cases(path) -> dict[str, list[Case]]:
     """The rows of each section: overrides, how the message begins, what else it holds."""
-    names: dict[str, str] = {}
-    cases: dict[str, list[Case]] = {}
+    names = {}
+    cases = {}
     for line in path.read_text().splitlines():
         text = Template(line).substitute(names)
         if text.startswith("["):

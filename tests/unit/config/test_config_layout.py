@@ -17,7 +17,7 @@ CONFIGS = Path(__file__).parents[3] / "configs"
 PARALLEL = "parallel.{}_parallel_size={}"
 
 
-def layout_overrides(tp: int, pp: int, cp: int, ep: int, etp: int) -> list[str]:
+def layout_overrides(tp, pp, cp, ep, etp) -> list[str]:
     return [
         PARALLEL.format("tensor_model", tp),
         PARALLEL.format("pipeline_model", pp),
@@ -108,7 +108,7 @@ def test_layout_string_is_read_as_megatron_reads_it(minimal, text, pp, layers):
     )
 
 
-def tiny(minimal: Path, *overrides: str) -> Config:
+def tiny(minimal, *overrides) -> Config:
     """Two layers, width 8, FFN 16, 2 heads of 4, vocabulary 10, 2 + 3 experts."""
     return load_config(
         minimal,

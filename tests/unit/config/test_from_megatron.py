@@ -52,7 +52,7 @@ GROUPED = (
 )
 
 
-def _translated(text: str, tmp_path: Path, name: str = "train.sh"):
+def _translated(text, tmp_path, name="train.sh"):
     path = tmp_path / name
     path.write_text(text)
     return translate(path, {"TP": "2"})

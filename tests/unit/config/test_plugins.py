@@ -1,7 +1,6 @@
 """Settings that name entry points of installed packages."""
 
 import sys
-from pathlib import Path
 
 import pytest
 import yaml
@@ -28,7 +27,7 @@ def config(changes):
 
 
 @pytest.fixture
-def installed(tmp_path, monkeypatch) -> Path:
+def installed(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(install(tmp_path))
     yield tmp_path
     sys.modules.pop("moepp_example_plugins", None)

@@ -1,7 +1,6 @@
 """A small corpus, prepared once."""
 
 import json
-from pathlib import Path
 
 import pyarrow as pa
 import pytest
@@ -13,7 +12,7 @@ from moepp_megatron.data.tokenizer import Tokenizer
 VOCAB_SIZE = 300
 
 
-def make_texts(count: int) -> list[str]:
+def make_texts(count) -> list[str]:
     """Distinct texts of different lengths, none of them part of another."""
     return [
         f"Document {i}: " + f"na\u00efve \u2116 {i} w\u00f6rds and\n\tlines; " * (i % 7 + 1)
@@ -21,31 +20,31 @@ def make_texts(count: int) -> list[str]:
     ]
 
 
-def write_arrow(path: Path, table: pa.Table, new=pa.ipc.new_stream, **options) -> None:
+def write_arrow(path, table: pa.Table, new=pa.ipc.new_stream, **options):
     """An Arrow stream or file; `options` are those of `write_table`."""
     with new(str(path), table.schema) as writer:
         writer.write_table(table, **options)
 
 
 @pytest.fixture
-def console() -> Console:
+def console():
     return Console(quiet=True)
 
 
 @pytest.fixture(scope="session")
-def texts() -> list[str]:
+def texts():
     return make_texts(60)
 
 
 @pytest.fixture(scope="session")
-def corpus_file(texts, tmp_path_factory) -> Path:
+def corpus_file(texts, tmp_path_factory):
     path = tmp_path_factory.mktemp("source") / "corpus.jsonl"
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     return path
 
 
 @pytest.fixture(scope="session")
-def prepared(corpus_file, tmp_path_factory) -> Path:
+def prepared(corpus_file, tmp_path_factory):
     out = tmp_path_factory.mktemp("prepared") / "dataset"
     settings = PrepareSettings(vocab_size=VOCAB_SIZE, workers=1)
     prepare([str(corpus_file)], out, settings, Console(quiet=True))
@@ -53,5 +52,5 @@ def prepared(corpus_file, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def tokenizer(prepared) -> Tokenizer:
+def tokenizer(prepared):
     return Tokenizer.load(prepared)

@@ -12,7 +12,7 @@ from moepp_megatron.data.prepare import PrepareSettings, prepare
 SETTINGS = PrepareSettings(vocab_size=257, workers=1)
 
 
-def write_letters(path: Path, letter: str, documents: int = 60, seed: int = 1) -> Path:
+def write_letters(path, letter, documents=60, seed=1) -> Path:
     """A JSONL file of documents that repeat a letter, each behind numbers of its own."""
     lengths = np.random.RandomState(seed).randint(1, 40, documents)
     texts = [f"{number * 7919}{letter * int(n)}{n}" for number, n in enumerate(lengths)]
@@ -21,7 +21,7 @@ def write_letters(path: Path, letter: str, documents: int = 60, seed: int = 1) -
     return path
 
 
-def prepare_letters(folder: Path, name: str, **letters: str) -> Path:
+def prepare_letters(folder, name, **letters) -> Path:
     """A prepared folder `name` with a data source for each keyword."""
     given = [
         f"{source}={write_letters(folder / f'{name}-{source}.jsonl', letter)}"

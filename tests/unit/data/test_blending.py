@@ -23,7 +23,7 @@ SPLIT = "80,20,0"
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory) -> dict[str, Path]:
+def folders(tmp_path_factory):
     """By letters: two folders of one source, one of two."""
     folder = tmp_path_factory.mktemp("letters")
     return {
@@ -33,13 +33,13 @@ def folders(tmp_path_factory) -> dict[str, Path]:
     }
 
 
-def blend(folders: dict[str, Path], first: int = 0, **weights: float) -> Blend:
+def blend(folders, first=0, **weights) -> Blend:
     total = sum(weights.values())
     parts = [Folder(f"[{n}].path", folders[n], w / total) for n, w in weights.items()]
     return Blend(f"from {first}", first, tuple(parts))
 
 
-def open_blends(folders: dict[str, Path], cache: Path, *blends: Blend, samples=(40, 0, 0)):
+def open_blends(folders, cache, *blends: Blend, samples=(40, 0, 0)):
     tokenizer = Tokenizer.load(folders["a"])
     return build_datasets(blends, tokenizer, LENGTH, SPLIT, 7, samples, cache_dir=cache)
 

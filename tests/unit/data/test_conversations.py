@@ -36,11 +36,11 @@ CHATML = """{% for message in messages %}
 """
 
 
-def turn(role: str, content):
+def turn(role, content):
     return {"role": role, "content": content}
 
 
-def chat(number: int):
+def chat(number):
     question = turn("user", f"what is {number}?")
     again = [turn("user", "sure?"), turn("assistant", "yes")] if number % 3 == 0 else []
     system = [turn("system", "be brief")] if number % 2 else []
@@ -48,7 +48,7 @@ def chat(number: int):
 
 
 @pytest.fixture(scope="module")
-def tokenizer_folder(tmp_path_factory) -> Path:
+def tokenizer_folder(tmp_path_factory):
     """A byte-level tokenizer with the special tokens of ChatML, of which one ends documents."""
     folder = tmp_path_factory.mktemp("tokenizer")
     backend = tokenizers.Tokenizer(tokenizers.models.BPE())
@@ -67,18 +67,18 @@ def tokenizer_folder(tmp_path_factory) -> Path:
     return folder
 
 
-def write(path: Path, records) -> Path:
+def write(path, records) -> Path:
     path.write_text("".join(f"{json.dumps(record)}\n" for record in records))
     return path
 
 
-def prepared(source: Path, of_model: Path, out: Path, **changes) -> Prepared:
+def prepared(source, of_model, out, **changes) -> Prepared:
     values = {"chat": True, "tokenizer": of_model, "sequence_length": LENGTH} | changes
     return prepare(source, out, PrepareSettings(**values), Console(quiet=True))
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory, tokenizer_folder) -> Path:
+def folder(tmp_path_factory, tokenizer_folder):
     base = tmp_path_factory.mktemp("chat")
     source = write(base / "chats.jsonl", [{"messages": chat(n)} for n in range(60)])
     prepared(source, tokenizer_folder, base / "out")
@@ -96,7 +96,7 @@ def make(tokenizer_folder, tmp_path):
     return of
 
 
-def samples(folder: Path, count: int = 8, **changes):
+def samples(folder, count=8, **changes):
     tokenizer = Tokenizer.load(folder)
     numbers = (count, 0, 0)
     return build_datasets(folder, tokenizer, LENGTH, "1,0,0", 5, numbers, **changes)[0], tokenizer
@@ -374,7 +374,7 @@ def test_no_message_spells_a_special_token_by_its_template(name, tokenizer_folde
             template.prompt(own["content"])
 
 
-TEMPLATES: dict[str, tuple[str, str]] = {
+TEMPLATES = {
     "no program": ("{% for x in %}", "must be a Jinja template .line 1"),
     "brackets": ("{{" + "(" * 3000 + "1" + ")" * 3000 + "}}", "cannot compile it: RecursionError"),
     "lists": ("{{" + "[" * 150 + "]" * 150 + "}}", "cannot compile it: RecursionError"),

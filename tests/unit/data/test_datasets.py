@@ -148,7 +148,7 @@ def test_other_tokenizer_is_refused(prepared, tmp_path):
 class Documents:
     """What `check_split` reads of a manifest."""
 
-    def __init__(self, documents: int, split: str | None = None) -> None:
+    def __init__(self, documents, split=None):
         self.documents, self.split = documents, split
 
 

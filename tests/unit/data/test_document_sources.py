@@ -25,7 +25,7 @@ LETTERS = {"first": "a", "second": "b", "third": "c"}
 SETTINGS = PrepareSettings(vocab_size=257, workers=1)
 
 
-def write_sources(folder: Path) -> list[str]:
+def write_sources(folder) -> list[str]:
     """One SOURCE argument for each letter, and one more of the first's name."""
     random = np.random.RandomState(1)
     given = []
@@ -38,14 +38,14 @@ def write_sources(folder: Path) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def sourced(tmp_path_factory) -> Path:
+def sourced(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sources")
     out = folder / "data"
     prepare(write_sources(folder), out, SETTINGS, Console(quiet=True))
     return out
 
 
-def open_training_set(folder: Path, samples: int):
+def open_training_set(folder, samples):
     tokenizer = Tokenizer.load(folder)
     return build_datasets(folder, tokenizer, LENGTH, "90,10,0", 7, (samples, 0, 0))[0], tokenizer
 

@@ -2,7 +2,6 @@ import builtins
 import gzip
 import json
 import re
-from pathlib import Path
 
 import pyarrow
 import pytest
@@ -16,7 +15,7 @@ from moepp_megatron.data.sources import resolve_sources
 from tests.unit.data.conftest import write_arrow
 
 
-def read_all(path: Path, text_key: str = "text") -> list[str | Skipped]:
+def read_all(path, text_key="text") -> list[str | Skipped]:
     pieces = plan_pieces(resolve_sources([str(path)]), text_key)
     return [document for piece in pieces for document in read_piece(piece, text_key)]
 
@@ -93,7 +92,7 @@ def test_jsonl_cut_anywhere_gives_every_record_once(tmp_path, monkeypatch, piece
     assert read_all(path, "k") == texts
 
 
-def zstd_file(path: Path, *frames: bytes) -> None:
+def zstd_file(path, *frames):
     path.write_bytes(b"".join(pyarrow.compress(frame, "zstd", asbytes=True) for frame in frames))
 
 

@@ -25,7 +25,7 @@ HARD = [
 ]
 
 
-def sentencepiece_model(folder: Path, kind: str, **options: object) -> Path:
+def sentencepiece_model(folder, kind, **options) -> Path:
     sentencepiece = pytest.importorskip("sentencepiece", reason="needs sentencepiece")
     pytest.importorskip("google.protobuf", reason="needs protobuf")
     pytest.importorskip("transformers", reason="needs transformers")
@@ -82,7 +82,7 @@ def test_a_conversion_with_other_ids_is_refused(tmp_path):
 
 
 @pytest.fixture
-def ranks(tmp_path) -> Path:
+def ranks(tmp_path):
     """A file of ranks: all bytes, and some pairs."""
     tokens = [bytes([byte]) for byte in range(256)]
     tokens += [b"wo", b"rd", b"word", b" word", b" i", b"in", b" in", b"es", b"lin", b"lines"]

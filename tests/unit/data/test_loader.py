@@ -11,18 +11,18 @@ GLOBAL_BATCH_SIZE = 8
 class Numbers(torch.utils.data.Dataset):
     """Sample i is [i]."""
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size):
         self.size = size
 
     def __len__(self) -> int:
         return self.size
 
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+    def __getitem__(self, index) -> dict[str, torch.Tensor]:
         assert 0 <= index < self.size
         return {"tokens": torch.tensor([index])}
 
 
-def read(dp_size: int, micro_batch_size: int, size: int = 45, consumed: int = 0, workers: int = 0):
+def read(dp_size, micro_batch_size, size=45, consumed=0, workers=0):
     """Samples of all ranks, as [step][sample] in the order the definition gives them."""
     by_rank = [
         [
@@ -92,7 +92,7 @@ def test_numbers_that_do_not_fit_are_refused(numbers, message):
     ],
 )
 def test_no_room_in_shared_memory_is_one_line(said, monkeypatch):
-    def without_room(_: object) -> None:
+    def without_room(_):
         raise RuntimeError(said)
 
     if said is None:

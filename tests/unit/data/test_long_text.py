@@ -39,7 +39,7 @@ PARTS = [
 DEEPSEEK = [r"\p{N}{1,3}", "[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+"]
 
 
-def split(pattern: str) -> pre_tokenizers.PreTokenizer:
+def split(pattern) -> pre_tokenizers.PreTokenizer:
     return pre_tokenizers.Split(Regex(pattern), "isolated")
 
 
@@ -62,13 +62,13 @@ def known() -> dict[str, pre_tokenizers.PreTokenizer]:
     return found
 
 
-def draw(generator: random.Random, length: int) -> str:
+def draw(generator, length) -> str:
     """A text, in part of few of the parts, so that long runs of one kind occur."""
     few = generator.sample(PARTS, generator.choice([1, 3, 10, 30, len(PARTS)]))
     return "".join(generator.choices(few, k=length))
 
 
-def pre_tokens(pre_tokenizer: pre_tokenizers.PreTokenizer, text: str) -> list[str]:
+def pre_tokens(pre_tokenizer: pre_tokenizers.PreTokenizer, text) -> list[str]:
     return [token for token, _ in pre_tokenizer.pre_tokenize_str(text)]
 
 
@@ -104,7 +104,7 @@ def test_long_texts_are_encoded_in_pieces(tokenizer, monkeypatch):
     class Spy:
         lengths: list[int] = []
 
-        def encode_batch_fast(self, texts: list[str], **arguments: bool):
+        def encode_batch_fast(self, texts, **arguments):
             self.lengths += map(len, texts)
             return backend.encode_batch_fast(texts, **arguments)
 

@@ -20,7 +20,7 @@ from tests.unit.training.conftest import config_of
 
 
 @pytest.fixture
-def pair(prepared, tmp_path) -> Path:
+def pair(prepared, tmp_path):
     """The files of a corpus under a name as Megatron's preprocessing gives."""
     prefix = tmp_path / "elsewhere" / "my_text_document"
     prefix.parent.mkdir()
@@ -29,7 +29,7 @@ def pair(prepared, tmp_path) -> Path:
     return prefix
 
 
-def config(pair: Path, tokenizer: Path | None, **training: int):
+def config(pair, tokenizer, **training):
     data = {"path": str(pair), "tokenizer": None if tokenizer is None else str(tokenizer)}
     return config_of(data=data, model={"vocab_size": 300}, training=training)
 

@@ -3,7 +3,6 @@
 import io
 import zipfile
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,7 +13,7 @@ from moepp_megatron.interop.score_request import read_input_ids
 IDS = np.arange(6).reshape(2, 3)
 
 
-def _npy(header: str | None = None) -> bytes:
+def _npy(header=None) -> bytes:
     content = io.BytesIO()
     np.save(content, IDS)
     if header is None:
@@ -23,36 +22,34 @@ def _npy(header: str | None = None) -> bytes:
     return b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text + b"\0" * 48
 
 
-def _zip(
-    path: Path, content: bytes, method: int = zipfile.ZIP_STORED, name: str = "ids"
-) -> bytearray:
+def _zip(path, content, method=zipfile.ZIP_STORED, name="ids") -> bytearray:
     with zipfile.ZipFile(path, "w", method) as archive:
         archive.writestr(f"{name}.npy", content)
     return bytearray(path.read_bytes())
 
 
-def _changed(path: Path, method: int, change: Callable[[bytearray], None]) -> None:
+def _changed(path, method, change: Callable[[bytearray], None]):
     content = _zip(path, _npy(), method)
     change(content)
     path.write_bytes(content)
 
 
-def _flag(content: bytearray) -> None:
+def _flag(content: bytearray):
     for sign, offset in ((b"PK\3\4", 6), (b"PK\1\2", 8)):
         content[content.index(sign) + offset] |= 1
 
 
-def _method(content: bytearray) -> None:
+def _method(content: bytearray):
     for sign, offset in ((b"PK\3\4", 8), (b"PK\1\2", 10)):
         content[content.index(sign) + offset] = 99
 
 
-def _stream(content: bytearray) -> None:
+def _stream(content: bytearray):
     start = 30 + len("ids.npy")
     content[start : start + 20] = b"\xff" * 20
 
 
-def _claim(shape: str) -> str:
+def _claim(shape) -> str:
     return f"{{'descr': '<i8', 'fortran_order': False, 'shape': {shape}, }}"
 
 

@@ -30,21 +30,21 @@ FORCE = PrepareSettings(vocab_size=VOCAB_SIZE, workers=1, force=True)
 def make(corpus_file, console):
     """Prepares a folder."""
 
-    def prepared(out: Path, settings: PrepareSettings = SMALL, source: Path = corpus_file):
+    def prepared(out, settings: PrepareSettings = SMALL, source=corpus_file):
         return prepare([str(source)], out, settings, console)
 
     return prepared
 
 
-def digests(folder: Path) -> dict[str, str]:
+def digests(folder) -> dict[str, str]:
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
 
 
-def mtimes(folder: Path) -> dict[str, int]:
+def mtimes(folder) -> dict[str, int]:
     return {path.name: path.stat().st_mtime_ns for path in [folder, *folder.iterdir()]}
 
 
-def stored_texts(folder: Path) -> list[str]:
+def stored_texts(folder) -> list[str]:
     from megatron.core.datasets.indexed_dataset import IndexedDataset
 
     tokenizer = Tokenizer.load(folder)

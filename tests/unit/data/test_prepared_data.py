@@ -17,7 +17,7 @@ REPOSITORY = Path(__file__).parents[3]
 def check(monkeypatch):
     """The warnings for a configuration on data of a vocabulary."""
 
-    def warnings(config: Config, vocabulary: int) -> list[str]:
+    def warnings(config: Config, vocabulary) -> list[str]:
         class Prepared:
             vocab_size = vocabulary
             documents = 1000
@@ -33,7 +33,7 @@ def check(monkeypatch):
     return warnings
 
 
-def config_of(name: str, *overrides: str) -> Config:
+def config_of(name, *overrides) -> Config:
     return load_config(REPOSITORY / "configs" / name, ["data.path=anywhere", *overrides])
 
 

@@ -19,13 +19,13 @@ from tests.unit.training.conftest import config_of
 
 
 @pytest.fixture
-def folder(prepared, tmp_path) -> Path:
+def folder(prepared, tmp_path):
     """A prepared folder to do harm to."""
     return shutil.copytree(prepared, tmp_path / "data")
 
 
 @pytest.fixture
-def other(prepared, tmp_path) -> Path:
+def other(prepared, tmp_path):
     """Another tokenizer of the same size, with the same end-of-document token."""
     size = Tokenizer.load(prepared).vocab_size
     tokenizer = train_tokenizer(["quite other words " * 50 + "for other merges " * 50] * 9, size)
@@ -34,20 +34,20 @@ def other(prepared, tmp_path) -> Path:
     return tmp_path / "other.json"
 
 
-def _rewritten(file: Path, target: Path) -> Path:
+def _rewritten(file, target) -> Path:
     """The same tokenizer, written down differently."""
     target.write_text(json.dumps(json.loads(file.read_text()), indent=None))
     assert target.read_bytes() != file.read_bytes()
     return target
 
 
-def _config(folder: Path, tokenizer: Path | None = None) -> Config:
+def _config(folder, tokenizer=None) -> Config:
     return config_of(
         data={"path": str(folder), "tokenizer": None if tokenizer is None else str(tokenizer)}
     )
 
 
-def _check(folder: Path, tokenizer: Path | None = None) -> None:
+def _check(folder, tokenizer=None):
     place = Folder("data.path", folder)
     check_corpus_tokenizer(_config(folder, tokenizer), Manifest.read(folder), place)
 

@@ -15,7 +15,7 @@ from tests.unit.data.conftest import write_arrow
 TEXTS = [f"text {number} " * 5 for number in range(25)]
 
 
-def read_all(folder: Path, text_key: str = "text") -> list[str]:
+def read_all(folder, text_key="text") -> list[str]:
     sources = resolve_sources([str(folder)])
     found = []
     for piece in plan_pieces(sources, text_key):
@@ -23,7 +23,7 @@ def read_all(folder: Path, text_key: str = "text") -> list[str]:
     return found
 
 
-def save_to_disk(folder: Path, texts: list[str], rows: int = 4) -> Path:
+def save_to_disk(folder, texts, rows=4) -> Path:
     """What `datasets` writes: stream files of batches, and three JSON files' worth of state."""
     folder.mkdir(parents=True)
     shards = {"data-00000-of-00002.arrow": texts[:10], "data-00001-of-00002.arrow": texts[10:]}
@@ -102,7 +102,7 @@ def test_arrow_s_file_format(tmp_path):
 @pytest.mark.parametrize("new", [pa.ipc.new_file, pa.ipc.new_stream])
 @pytest.mark.parametrize("compression", ["lz4", "zstd"])
 def test_arrow_that_unpacks_to_far_more_is_refused(tmp_path, compression, new, dictionary):
-    def write(name: str, text: str) -> Path:
+    def write(name, text) -> Path:
         table = pa.table({"text": [text, "b", "c"]})
         if dictionary:
             table = pa.table({"text": table["text"].dictionary_encode()})

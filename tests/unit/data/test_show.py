@@ -17,12 +17,12 @@ from tests.unit.training.conftest import config_of
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory) -> list[Path]:
+def folders(tmp_path_factory):
     folder = tmp_path_factory.mktemp("letters")
     return [prepare_letters(folder, "web", crawl="a"), prepare_letters(folder, "code", all="b")]
 
 
-def staged(folders: list[Path]):
+def staged(folders):
     web, code = map(str, folders)
     data = {
         "blend": [{"path": web, "weight": 3.0}, {"path": code, "weight": 1.0}],

@@ -1,7 +1,6 @@
 """The built-in corpus: no tables, and validation on whole packages."""
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -62,7 +61,7 @@ def test_tables_of_this_python_are_left_out():
     assert {file.group for file in source.files} == {package_of(name) for name in names}
 
 
-def fill(root: Path) -> None:
+def fill(root):
     """A library of 40 modules and 5 packages of different sizes."""
     for i in range(40):
         (root / f"module{i}.py").write_text(
@@ -76,7 +75,7 @@ def fill(root: Path) -> None:
 
 
 @pytest.fixture
-def library(tmp_path, monkeypatch) -> Path:
+def library(tmp_path, monkeypatch):
     root = tmp_path / "library"
     root.mkdir()
     fill(root)
@@ -85,7 +84,7 @@ def library(tmp_path, monkeypatch) -> Path:
     return root
 
 
-def stored(folder: Path) -> list[str]:
+def stored(folder) -> list[str]:
     """The documents in their order."""
     from megatron.core.datasets.indexed_dataset import IndexedDataset
 

@@ -1,6 +1,5 @@
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -18,34 +17,34 @@ HEADER_BYTES = 34
 
 
 @pytest.fixture
-def folder(prepared, tmp_path) -> Path:
+def folder(prepared, tmp_path):
     return Path(shutil.copytree(prepared, tmp_path / "dataset"))
 
 
-def lengths_of(folder: Path) -> np.ndarray:
+def lengths_of(folder) -> np.ndarray:
     from megatron.core.datasets.indexed_dataset import IndexedDataset
 
     dataset = IndexedDataset(str(folder / "corpus"))
     return np.array(dataset.sequence_lengths)
 
 
-def change_bytes(path: Path, offset: int, data: bytes) -> None:
+def change_bytes(path, offset, data):
     with path.open("r+b") as stream:
         stream.seek(offset)
         stream.write(data)
 
 
-def change_manifest(folder: Path, **values: object) -> None:
+def change_manifest(folder, **values):
     path = folder / "manifest.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
 
 
-def problems(folder: Path) -> dict[str, str]:
+def problems(folder) -> dict[str, str]:
     states = verify(folder, Manifest.read(folder), lambda size: None)
     return {state.name: state.problem for state in states if state.problem}
 
 
-def spoil_token(folder: Path, document: int, offset: int, value: int) -> None:
+def spoil_token(folder, document, offset, value):
     place = int(lengths_of(folder)[:document].sum()) + offset
     change_bytes(folder / "corpus.bin", 2 * place, np.uint16(value).tobytes())
 
@@ -115,12 +114,12 @@ def test_damage_is_one_line_and_exit_code_2(folder, moepp):
     assert "tokenizer.json" in out
 
 
-def set_count(folder: Path, count: int) -> None:
+def set_count(folder, count):
     change_bytes(folder / "corpus.idx", 18, count.to_bytes(8, "little"))
 
 
 # What a header shows, and what the whole index shows.
-HEADER_DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
+HEADER_DAMAGES = {
     "no bin": (lambda f: (f / "corpus.bin").unlink(), "corpus.bin is missing"),
     "no idx": (lambda f: (f / "corpus.idx").unlink(), "corpus.idx is missing"),
     "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), "tokenizer.json is missing"),
@@ -131,7 +130,7 @@ HEADER_DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "count": (lambda f: set_count(f, 2**60), "counts 1152921504606846976 documents where"),
     "manifest": (lambda f: change_manifest(f, documents=59), "counts 60 documents where"),
 }
-INDEX_DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
+INDEX_DAMAGES = {
     "length": (
         lambda f: change_bytes(f / "corpus.idx", HEADER_BYTES + 4 * 7, b"\xff"),
         "wrong about document",

@@ -15,7 +15,7 @@ H100 = FP8Machine(transformer_engine=(2, 20, 0), capability=(9, 0), cuda=(13, 0)
 A100, L40, NEITHER = (8, 0), (8, 9), FP8Machine(None, None, None)
 
 
-def config_of(recipe: str, *overrides: str):
+def config_of(recipe, *overrides):
     fp8 = ["precision.dtype=bf16", "precision.fp8=hybrid", f"precision.fp8_recipe={recipe}"]
     return load_config(ROOT / "configs/models/moepp_0.6b_8_4.yaml", [*fp8, *overrides])
 

@@ -1,7 +1,7 @@
 """Tiny MoE++ layers and models for one process, their reference, and how to compare the two."""
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -30,14 +30,14 @@ FFN_HIDDEN = 24
 VOCAB = 64
 SEQUENCE = 12
 # By their formulas, for fp64.
-DEFINED_SCORES: dict[str, Callable[[Tensor], Tensor]] = {
+DEFINED_SCORES = {
     "softmax": lambda z: z.exp() / z.exp().sum(-1, keepdim=True),
     "sigmoid": lambda z: 1.0 / (1.0 + (-z).exp()),
     "sqrtsoftplus": lambda z: z.exp().log1p().sqrt(),
 }
 
 
-def of_kinds(experts: tuple[int, int, int, int], topk: int, **changes) -> MoEPPConfig:
+def of_kinds(experts: tuple[int, int, int, int], topk, **changes) -> MoEPPConfig:
     """Settings with so many FFN, zero, copy and constant experts."""
     ffn, zero, copy, constant = experts
     return MoEPPConfig(
@@ -86,7 +86,7 @@ def megatron_config(moepp: MoEPPConfig, **changes) -> TransformerConfig:
 
 
 def build_transformer_layer(
-    moepp: MoEPPConfig, has_residual: bool = True, layer_number: int = 2, **changes
+    moepp: MoEPPConfig, has_residual=True, layer_number=2, **changes
 ) -> MoEPPTransformerLayer:
     config = megatron_config(moepp, **changes)
     spec = get_moepp_layer_spec(
@@ -101,10 +101,10 @@ def build_transformer_layer(
 
 def build_layer(
     moepp: MoEPPConfig,
-    has_residual: bool = True,
-    dispatcher: str = "alltoall",
-    device: torch.device | None = None,
-    use_transformer_engine: bool = False,
+    has_residual=True,
+    dispatcher="alltoall",
+    device=None,
+    use_transformer_engine=False,
     **changes,
 ) -> MoEPPLayer:
     """The MoE++ layer alone, from its spec, with random weights; `dispatcher` as `moe.dispatcher`.
@@ -128,15 +128,13 @@ def build_layer(
 
 
 @torch.no_grad()
-def randomize(module: torch.nn.Module, std: float = 0.3) -> None:
+def randomize(module, std=0.3):
     """Weights large enough that routing differs from token to token."""
     for parameter in module.parameters():
         parameter.normal_(std=std)
 
 
-def build_model(
-    moepp: MoEPPConfig, seed: int = 7, rope_scaling: bool = False, **changes
-) -> MoEPPGPTModel:
+def build_model(moepp: MoEPPConfig, seed=7, rope_scaling=False, **changes) -> MoEPPGPTModel:
     config = megatron_config(moepp, **changes)
     spec = get_moepp_block_spec(
         config, moepp, use_transformer_engine=False, adapt=fit_local_modules
@@ -154,7 +152,7 @@ def build_model(
     return model
 
 
-def token_losses(model: torch.nn.Module, tokens: Tensor) -> Tensor:
+def token_losses(model, tokens) -> Tensor:
     """[b, s] cross entropy of `tokens` [b, s + 1]."""
     length = tokens.shape[1] - 1
     positions = torch.arange(length).expand(tokens.shape[0], -1)
@@ -187,7 +185,7 @@ def gradient_pairs(
 
 
 def _pairs(
-    layer: MoEPPLayer, reference: ReferenceMoEPP, gradients: bool
+    layer: MoEPPLayer, reference: ReferenceMoEPP, gradients
 ) -> Iterator[tuple[str, Tensor, Tensor]]:
     def value(parameter) -> Tensor:
         if not gradients:
@@ -214,7 +212,7 @@ def _pairs(
             yield f"experts.{index}.{part}", value(ours), value(theirs)[index]
 
 
-def _expert_weights(layer: MoEPPLayer, part: str) -> list[Tensor]:
+def _expert_weights(layer: MoEPPLayer, part) -> list[Tensor]:
     """Of every expert: modules of their own, or Transformer Engine's grouped ones."""
     experts = layer.experts
     if hasattr(experts, "local_experts"):
@@ -223,7 +221,7 @@ def _expert_weights(layer: MoEPPLayer, part: str) -> list[Tensor]:
     return [getattr(grouped, f"weight{i}") for i in range(layer.num_local_experts)]
 
 
-def assert_close(actual: Tensor, expected: Tensor, what: str, tolerance: float = 1e-5) -> None:
+def assert_close(actual, expected, what, tolerance=1e-5):
     """Largest error at most `tolerance` times the largest expected value; zeros match exactly.
 
     1e-5: both sides run in fp32 (unit roundoff 6e-8) over sums of a few hundred terms.

@@ -16,7 +16,7 @@ ROWS = (96, 160, 1, 333, 2048)
 SHAPES = ((64, 2), (64, 2), (48, 1))
 
 
-def swiglu(rows: int) -> list[Tensor]:
+def swiglu(rows) -> list[Tensor]:
     """Outputs and gradients of the FFN experts' activation, times the gates."""
     projected = torch.randn(rows, 64, dtype=torch.bfloat16, requires_grad=True)
     gates = torch.rand(rows, 1, requires_grad=True)
@@ -25,7 +25,7 @@ def swiglu(rows: int) -> list[Tensor]:
     return [output, projected.grad, gates.grad]
 
 
-def bias_dropout_add(length: int, sequences: int) -> list[Tensor]:
+def bias_dropout_add(length, sequences) -> list[Tensor]:
     """The residual addition of attention and experts, and its gradients."""
     x, residual = torch.randn(2, length, sequences, 32).bfloat16().unbind()
     x.requires_grad_()
@@ -35,7 +35,7 @@ def bias_dropout_add(length: int, sequences: int) -> list[Tensor]:
     return [output, x.grad, residual.grad]
 
 
-def cross_entropy(length: int, sequences: int) -> list[Tensor]:
+def cross_entropy(length, sequences) -> list[Tensor]:
     """`precision.cross_entropy: native`, of one tensor rank."""
     logits = torch.randn(length, sequences, 128).bfloat16()
     labels = torch.randint(128, (length, sequences))
@@ -48,7 +48,7 @@ def cross_entropy(length: int, sequences: int) -> list[Tensor]:
     return [loss, grad]
 
 
-def report(function: Callable[..., list[Tensor]], sizes: tuple[tuple[int, ...], ...]) -> None:
+def report(function: Callable[..., list[Tensor]], sizes: tuple[tuple[int, ...], ...]):
     """Print name, compilations of each compiled function, and the largest relative error."""
     counters.clear()
     torch._dynamo.reset()
@@ -65,7 +65,7 @@ def report(function: Callable[..., list[Tensor]], sizes: tuple[tuple[int, ...], 
     print(function.__name__, counters["stats"]["unique_graphs"], error)
 
 
-def main() -> None:
+def main():
     """All of them, in turn."""
     report(swiglu, tuple((rows,) for rows in ROWS))
     for function in (bias_dropout_add, cross_entropy):

@@ -31,9 +31,7 @@ BF16 = {"rows_ptr", "x_ptr", "v_ptr", "addend_ptr", "output_ptr", "grad_ptr"}
 BF16 |= {"grad_rows_ptr", "grad_x_ptr"}
 
 
-def compile_kernel(
-    name: str, constants, fp32: bool = False, logits: str = "*fp32", **options: int
-) -> None:
+def compile_kernel(name, constants, fp32=False, logits="*fp32", **options):
     """Compile for arguments of the types that training has, in bf16; options as in a launch."""
     module, function = name.split(".")
     kernel = getattr(MODULES[module], function)
@@ -60,7 +58,7 @@ def compile_kernel(
         print(name, *resources(code["cubin"]))
 
 
-def resources(cubin: bytes) -> tuple[int, int]:
+def resources(cubin) -> tuple[int, int]:
     """Registers of a thread and bytes of its stack."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
@@ -72,7 +70,7 @@ def resources(cubin: bytes) -> tuple[int, int]:
     return int(found[1]), int(found[2])
 
 
-def kind(argument: str, constants, fp32: bool) -> str:
+def kind(argument, constants, fp32) -> str:
     """Triton's name of an argument's type."""
     if argument in constants:
         return "constexpr"
@@ -83,7 +81,7 @@ def kind(argument: str, constants, fp32: bool) -> str:
     return POINTERS.get(argument, "*bf16" if argument in BF16 and not fp32 else "*fp32")
 
 
-def compile_combine(constants: int, copies: int, extra) -> None:
+def compile_combine(constants, copies, extra):
     """The three kernels of the combine as `kernels.combine` launches them."""
     block = max(combine._LEAST, next_power_of_2(constants + copies))
     sizes = {"CONSTANTS": constants, "COPIES": copies, "BLOCK_C": block, "PARTS": 3}
@@ -104,7 +102,7 @@ def compile_combine(constants: int, copies: int, extra) -> None:
     compile_kernel("combine.moepp_combine_backward_of_weights", sizes | tile)
 
 
-def main() -> None:
+def main():
     """All kernels, each with everything and with as little as possible."""
     experts = {"NUM_EXPERTS": 12, "BLOCK_T": 32, "BLOCK_E": 16, "TOPK": 2, "END": 11}
     experts |= {"TILES": 2, "NUM_FFN": 8, "GROUPS": 1, "KEPT": 1, "RANKED": 1}

@@ -1,7 +1,5 @@
 """One Megatron process for the tests of a file."""
 
-from collections.abc import Iterator
-
 import pytest
 
 from moepp_megatron.runtime import cpu_support
@@ -12,7 +10,7 @@ cpu_support.install()
 
 
 @pytest.fixture(scope="module")
-def one_rank() -> Iterator[None]:
+def one_rank():
     """Process groups of one rank, as a run on one process has them; none for the files after."""
     import torch
     from megatron.core import parallel_state
@@ -31,7 +29,7 @@ def one_rank() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def megatron(one_rank) -> Iterator[None]:
+def megatron(one_rank):
     """Each test starts from the same random streams and auxiliary-loss scale, and leaves none."""
     import torch
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed

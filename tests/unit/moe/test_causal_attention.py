@@ -19,7 +19,7 @@ MOEPP = MoEPPConfig(num_ffn_experts=4)
 HEADS, WIDTH, BATCH = 6, 8, 2
 
 
-def attention(kind: type, groups: int, dtype: torch.dtype, **arguments: object) -> torch.nn.Module:
+def attention(kind: type, groups, dtype, **arguments) -> torch.nn.Module:
     config = megatron_config(
         MOEPP,
         hidden_size=HEADS * WIDTH,
@@ -32,7 +32,7 @@ def attention(kind: type, groups: int, dtype: torch.dtype, **arguments: object) 
     return kind(config=config, layer_number=1, attn_mask_type=mask, attention_type="", **arguments)
 
 
-def leaves(tokens: int, groups: int, dtype: torch.dtype) -> list[Tensor]:
+def leaves(tokens, groups, dtype) -> list[Tensor]:
     generator = torch.Generator().manual_seed(tokens)
     shapes = [(tokens, HEADS), (tokens, groups), (tokens, groups)]
     return [
@@ -41,9 +41,7 @@ def leaves(tokens: int, groups: int, dtype: torch.dtype) -> list[Tensor]:
     ]
 
 
-def outcome(
-    module: torch.nn.Module, inputs: list[Tensor], mask: Tensor | None = None
-) -> list[Tensor]:
+def outcome(module, inputs: list[Tensor], mask=None) -> list[Tensor]:
     """Output and gradients of queries, keys and values."""
     output = module(*inputs, mask)
     weight = torch.linspace(-1, 1, output.numel()).view(output.shape)
@@ -103,10 +101,10 @@ def test_shared_keys_are_repeated_where_no_kernel_of_a_gpu_takes_them(
     monkeypatch, dtype, masked, heads
 ):
     """Only flash attention takes shared keys, in 16 bits and without a mask; a CPU's takes all."""
-    given: list[Tensor] = []
+    given = []
     kernel = torch.nn.functional.scaled_dot_product_attention
 
-    def recorded(*tensors: Tensor, **options: object) -> Tensor:
+    def recorded(*tensors, **options) -> Tensor:
         given.extend(tensors)
         return kernel(*tensors, **options)
 

@@ -21,13 +21,13 @@ CASES = [
 
 
 @pytest.fixture(autouse=True)
-def small_blocks(compiled, monkeypatch) -> None:  # noqa: F811
+def small_blocks(compiled, monkeypatch):  # noqa: F811
     from moepp_megatron.moe.kernels import cross_entropy
 
     monkeypatch.setattr(cross_entropy, "_BLOCK", 16)
 
 
-def case(tokens: int, columns: int, spread: float, dtype: torch.dtype) -> tuple[Tensor, ...]:
+def case(tokens, columns, spread, dtype) -> tuple[Tensor, ...]:
     """Logits [s, 1, V], labels of which the first and last columns are among, gradient [s, 1]."""
     logits = (torch.randn(tokens, 1, columns, device=DEVICE) * spread).to(dtype)
     labels = torch.randint(columns, (tokens, 1), device=DEVICE)
@@ -38,7 +38,7 @@ def case(tokens: int, columns: int, spread: float, dtype: torch.dtype) -> tuple[
     return logits, labels, grad
 
 
-def in_fp64(logits: Tensor, labels: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+def in_fp64(logits, labels, grad) -> tuple[Tensor, Tensor]:
     leaf = logits.double().requires_grad_()
     loss = F.cross_entropy(leaf.flatten(0, 1), labels.flatten(), reduction="none")
     loss.backward(grad.double().flatten())

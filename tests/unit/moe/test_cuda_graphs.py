@@ -42,7 +42,7 @@ CASES = {
 }
 
 
-def batch(seed: int) -> Tensor:
+def batch(seed) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(VOCAB, (2, SEQUENCE + 1), generator=generator)
 
@@ -56,7 +56,7 @@ def prepared(moepp: MoEPPConfig, **changes) -> torch.nn.Module:
     return model
 
 
-def gradients(model: torch.nn.Module) -> dict[str, Tensor]:
+def gradients(model) -> dict[str, Tensor]:
     """A graph adds to `main_grad`, autograd to `grad`; DDP would bring them together."""
     found = {}
     for name, parameter in model.named_parameters():
@@ -65,7 +65,7 @@ def gradients(model: torch.nn.Module) -> dict[str, Tensor]:
     return found
 
 
-def step(model: torch.nn.Module, tokens: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+def step(model, tokens) -> tuple[Tensor, dict[str, Tensor]]:
     for parameter in model.parameters():
         parameter.grad = None
         parameter.main_grad.zero_()
@@ -74,7 +74,7 @@ def step(model: torch.nn.Module, tokens: Tensor) -> tuple[Tensor, dict[str, Tens
     return losses.detach(), gradients(model)
 
 
-def assert_same_step(model, plain, tokens: Tensor, what: str) -> None:
+def assert_same_step(model, plain, tokens, what):
     """The same operations on the same numbers: equal to rounding of sums in another order."""
     losses, found = step(model, tokens)
     expected_losses, expected = step(plain, tokens)
@@ -84,7 +84,7 @@ def assert_same_step(model, plain, tokens: Tensor, what: str) -> None:
 
 
 @torch.no_grad()
-def change_weights(model: torch.nn.Module, plain: torch.nn.Module, seed: int) -> None:
+def change_weights(model, plain, seed):
     """In place, as the optimizer and the selection bias's controller do."""
     torch.manual_seed(seed)
     for ours, theirs in zip(model.state_dict().values(), plain.state_dict().values(), strict=True):

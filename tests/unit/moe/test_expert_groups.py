@@ -30,7 +30,7 @@ SETTINGS = [
 ]
 
 
-def config_of(topk: int, groups: int, kept: int, changes) -> MoEPPConfig:
+def config_of(topk, groups, kept, changes) -> MoEPPConfig:
     return of_kinds(
         (8, 2, 2, 1),
         topk,
@@ -45,7 +45,7 @@ def bias_of(config: MoEPPConfig) -> Tensor | None:
     return torch.linspace(-0.2, 0.3, config.num_experts) if config.selection_bias else None
 
 
-def tried_out(logits: Tensor, bias: Tensor | None, config: MoEPPConfig) -> list[set[int]]:
+def tried_out(logits, bias, config: MoEPPConfig) -> list[set[int]]:
     """For each token the best K experts of all that the rule allows, found by trying all."""
     logits = logits.double()
     scores = DEFINED_SCORES[config.score_function](logits)

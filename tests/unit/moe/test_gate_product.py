@@ -10,7 +10,7 @@ from moepp_megatron.moe.gate_product import gate_product
 HIDDEN, COLUMNS = 48, 6
 
 
-def _outcome(product, shape: tuple[int, ...], dtype: torch.dtype) -> list[Tensor]:
+def _outcome(product, shape, dtype) -> list[Tensor]:
     """Result, and gradients of hidden states and weight."""
     generator = torch.Generator().manual_seed(3)
     tokens = torch.randn(*shape, HIDDEN, generator=generator).to(dtype).requires_grad_()
@@ -23,7 +23,7 @@ def _outcome(product, shape: tuple[int, ...], dtype: torch.dtype) -> list[Tensor
 @pytest.mark.parametrize("shape", [(1, 1), (1024, 1), (1025,), (1500, 2)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 def test_equals_the_product_of_all_tokens(shape, dtype):
-    def whole(tokens: Tensor, weight: Tensor) -> Tensor:
+    def whole(tokens, weight) -> Tensor:
         return router_gating_linear(tokens, weight, None, torch.float32)
 
     ours, theirs = _outcome(gate_product, shape, dtype), _outcome(whole, shape, dtype)
@@ -58,7 +58,7 @@ def test_a_sequence_that_is_not_contiguous():
 
 def test_no_tensor_in_fp32_is_kept_or_as_large_as_the_tokens():
     """Neither the copy of the hidden states that the product reads nor their gradient."""
-    largest: list[int] = []
+    largest = []
 
     class Widths(torch.utils._python_dispatch.TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):

@@ -17,7 +17,7 @@ BF16 = {"params_dtype": torch.bfloat16, "bf16": True}
 class Passes(TorchDispatchMode):
     """How often the hidden states are turned into fp32, and which products read or write them."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         self.casts, self.products = 0, 0
 
@@ -33,7 +33,7 @@ class Passes(TorchDispatchMode):
         return result
 
 
-def passes(layer: torch.nn.Module, moepp: MoEPPConfig) -> tuple[Passes, Passes]:
+def passes(layer, moepp: MoEPPConfig) -> tuple[Passes, Passes]:
     """Of router and zero-computation experts alone, forward and backward."""
     hidden = torch.randn(TOKENS, BATCH, HIDDEN, dtype=torch.bfloat16, requires_grad=True)
     previous = torch.randn(TOKENS, BATCH, moepp.num_experts)
@@ -82,7 +82,7 @@ def test_weights_of_one_product_are_neighbours():
     assert list(owners) == ["router", "zero_computation", "experts", "shared_experts"]
 
 
-def gemm(A, B, out_dtype, layout: str, **unused) -> list[torch.Tensor]:
+def gemm(A, B, out_dtype, layout, **unused) -> list[torch.Tensor]:
     """Transformer Engine's product, which takes factors of one type (cuBLASLt)."""
     assert A.dtype == B.dtype, f"{A.dtype} times {B.dtype}"
     left = B.float().T if layout[1] == "T" else B.float()

@@ -5,7 +5,6 @@ import os
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterator
 from importlib.metadata import version
 from types import SimpleNamespace
 
@@ -33,7 +32,7 @@ BF16 = 2**-7
 
 
 @pytest.fixture(scope="module", autouse=True)
-def compiled() -> Iterator[SimpleNamespace]:
+def compiled():
     """The kernels' modules. Triton asks for its interpreter when it sees a kernel's definition."""
     triton = pytest.importorskip("triton")
     with pytest.MonkeyPatch.context() as patch:
@@ -56,7 +55,7 @@ def compiled() -> Iterator[SimpleNamespace]:
         )
 
 
-def _forget_compiled_kernels(triton) -> None:
+def _forget_compiled_kernels(triton):
     """Have all kernels' modules imported anew if another test's import has defined any for a GPU.
 
     All of them, for those that launch kernels keep the modules that define them.
@@ -89,9 +88,7 @@ SELECTIONS = [
 ]
 
 
-def assert_same_selection(
-    actual: selection.Routing, expected: selection.Routing, tolerance: float = FP32
-) -> None:
+def assert_same_selection(actual: selection.Routing, expected: selection.Routing, tolerance=FP32):
     assert torch.equal(actual.routing_map, expected.routing_map)
     assert_close(actual.gates, expected.gates, "gates", tolerance)
     assert (actual.counts is None) == (expected.counts is None)
@@ -345,13 +342,13 @@ class Parts:
 
 
 def make_parts(
-    routing_map: Tensor,
-    hidden: int,
+    routing_map,
+    hidden,
     config: MoEPPConfig,
-    has_addend: bool = False,
-    dtype: torch.dtype = torch.float32,
+    has_addend=False,
+    dtype=torch.float32,
 ) -> Parts:
-    def leaf(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+    def leaf(*shape, dtype=dtype) -> Tensor:
         return torch.randn(shape, device=DEVICE, dtype=dtype).requires_grad_()
 
     tokens, constants = len(routing_map), config.num_constant_experts
@@ -384,7 +381,7 @@ def plain_combine(parts: Parts) -> Tensor:
     return output if parts.addend is None else output + parts.addend.float()
 
 
-def random_map(tokens: int, config: MoEPPConfig) -> Tensor:
+def random_map(tokens, config: MoEPPConfig) -> Tensor:
     """0 to K selections a token."""
     shape = (tokens, config.num_experts)
     picks = torch.rand(shape, device=DEVICE).topk(config.router_topk, dim=1).indices
@@ -436,7 +433,7 @@ def test_combine_with_long_sums(compiled, monkeypatch):
     check_combine(compiled.combine, make_parts(random_map(150, config), 20, config))
 
 
-def check_combine(combine, parts: Parts) -> None:
+def check_combine(combine, parts: Parts):
     tolerance = FP32 if parts.rows.dtype == torch.float32 else BF16
     table = rows_of_tokens(parts.ffn_map, parts.config.router_topk)
     actual = combine(parts.rows, table, parts.zero, parts.addend, parts.config)
@@ -456,7 +453,7 @@ def check_combine(combine, parts: Parts) -> None:
         compare(mine, reference, f"gradient of {name}", tolerance)
 
 
-def compare(actual: Tensor, expected: Tensor, what: str, tolerance: float) -> None:
+def compare(actual, expected, what, tolerance):
     if expected.numel():
         assert_close(actual, expected, what, tolerance)
     assert actual.shape == expected.shape

@@ -13,14 +13,14 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=[
 SHAPES = pytest.mark.parametrize("shape", [(5, 3), (1, 1), (7, 1)], ids=str)
 
 
-def random_bits(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+def random_bits(*shape, dtype=torch.float32) -> Tensor:
     """Any bit pattern of `dtype`: infinities, denormals and NaNs with payload among them."""
     if dtype is torch.float32:
         return torch.randint(-(2**31), 2**31 - 1, shape, dtype=torch.int32).view(dtype)
     return torch.randint(-(2**15), 2**15 - 1, shape, dtype=torch.int16).view(dtype)
 
 
-def bits(tensor: Tensor) -> Tensor:
+def bits(tensor) -> Tensor:
     return tensor.contiguous().view(torch.int32 if tensor.dtype is torch.float32 else torch.int16)
 
 

@@ -66,7 +66,7 @@ class Run:
     z_loss: Tensor
     input_grads: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
-    def check(self) -> None:
+    def check(self):
         width = self.expected.logits_TE.shape[-1]
         assert self.logits.dtype is torch.float32
         assert_close(self.hidden.view(-1, HIDDEN), self.expected.hidden_TD, "output")
@@ -140,9 +140,7 @@ def moepp_of(case, **changes) -> MoEPPConfig:
     return MoEPPConfig(**(settings | changes))
 
 
-def reference_losses(
-    logits: Tensor, moepp: MoEPPConfig, num_sequences: int, padded: Tensor
-) -> tuple[Tensor, Tensor]:
+def reference_losses(logits, moepp: MoEPPConfig, num_sequences, padded) -> tuple[Tensor, Tensor]:
     """L_b and the z-loss of [T, E] logits, T ordered [position, sequence], without padding."""
     logits = logits.view(-1, num_sequences, logits.shape[-1])
     valid = ~padded.view(-1, num_sequences)
@@ -158,10 +156,10 @@ def reference_losses(
 
 def run_both(
     layer: MoEPPLayer,
-    hidden: Tensor,
-    previous: Tensor | None,
-    loss_scale: float = 1.0,
-    padding: Tensor | None = None,
+    hidden,
+    previous,
+    loss_scale=1.0,
+    padding=None,
 ) -> Run:
     """Forward and backward of both on [s, b, D] and [s, b, E], with [b, s] `padding`."""
     reference = reference_of(layer)
@@ -198,9 +196,7 @@ def run_both(
     return run
 
 
-def inputs(
-    moepp: MoEPPConfig, length: int = 8, batch: int = 3, device: torch.device | None = None
-) -> tuple[Tensor, Tensor]:
+def inputs(moepp: MoEPPConfig, length=8, batch=3, device=None) -> tuple[Tensor, Tensor]:
     hidden, previous = (torch.randn(length, batch, n) for n in (HIDDEN, moepp.num_experts))
     return hidden.to(device), previous.to(device)
 
@@ -210,7 +206,7 @@ def test_every_setting(case):
     check_setting(case)
 
 
-def check_setting(case, device: torch.device | None = None) -> None:
+def check_setting(case, device=None):
     moepp = moepp_of(case)
     layer = build_layer(
         moepp,
@@ -257,7 +253,7 @@ def test_one_token(dispatcher, normalization):
     run_both(layer, *inputs(moepp, length=1, batch=1)).check()
 
 
-def forced(moepp: MoEPPConfig, favoured: list[int], **changes) -> tuple[MoEPPLayer, Tensor]:
+def forced(moepp: MoEPPConfig, favoured, **changes) -> tuple[MoEPPLayer, Tensor]:
     """A layer and previous logits with which every token selects only `favoured` experts."""
     layer = build_layer(moepp, **changes)
     with torch.no_grad():

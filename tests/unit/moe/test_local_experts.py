@@ -22,9 +22,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def both(
-    dtype: torch.dtype, kind: type[CPUExperts] = CPUExperts
-) -> tuple[SequentialMLP, CPUExperts]:
+def both(dtype, kind: type[CPUExperts] = CPUExperts) -> tuple[SequentialMLP, CPUExperts]:
     """Theirs and ours, with equal weights."""
     config = megatron_config(MOEPP, params_dtype=dtype, bf16=dtype is torch.bfloat16)
     spec = get_moepp_layer_spec(config, MOEPP, use_transformer_engine=False)
@@ -41,7 +39,7 @@ def both(
     return theirs, ours
 
 
-def run(experts: SequentialMLP, rows: list[int], dtype: torch.dtype) -> list[Tensor]:
+def run(experts: SequentialMLP, rows, dtype) -> list[Tensor]:
     """Output without and with gradients, and those of input, gates and parameters."""
     generator = torch.Generator().manual_seed(2)
     tokens = torch.randn(sum(rows), HIDDEN, generator=generator).to(dtype).requires_grad_()
@@ -100,10 +98,10 @@ def test_frozen_weights_get_no_gradient(kind):
 def test_grouped_products_keep_no_copy_of_the_weights():
     """Saved for the backward pass: what a loop saves, and parameters themselves."""
     _, ours = both(torch.bfloat16, GroupedExperts)
-    kept: list[Tensor] = []
+    kept = []
     own = {parameter.data_ptr() for parameter in ours.parameters()}
 
-    def keep(tensor: Tensor) -> Tensor:
+    def keep(tensor) -> Tensor:
         kept.append(tensor)
         return tensor
 

@@ -1,7 +1,6 @@
 """Multi-token prediction in one process: against its parts called by hand, and what is refused."""
 
 import dataclasses
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -37,7 +36,7 @@ DEPTHS, WEIGHT, BATCH = 2, 0.3, 3
 MOEPP = MoEPPConfig(num_ffn_experts=4, balance_coeff=0.0)
 
 
-def build(moepp: MoEPPConfig = MOEPP, depths: int = DEPTHS, **changes) -> MoEPPGPTModel:
+def build(moepp: MoEPPConfig = MOEPP, depths=DEPTHS, **changes) -> MoEPPGPTModel:
     config = megatron_config(
         moepp, mtp_num_layers=depths, mtp_loss_scaling_factor=WEIGHT, **changes
     )
@@ -68,19 +67,17 @@ def batch() -> tuple[Tensor, Tensor, Tensor, Tensor]:
     )
 
 
-def ahead(values: Tensor, places: int) -> Tensor:
+def ahead(values, places) -> Tensor:
     """[b, s] moved to the left, zeros behind."""
     return F.pad(values[:, places:], (0, places))
 
 
-def padding_ahead(padding: Tensor | None, places: int) -> Tensor | None:
+def padding_ahead(padding, places) -> Tensor | None:
     """[b, s] where the token so many places ahead is padding, or lies beyond the end."""
     return None if padding is None else F.pad(padding[:, places:], (0, places), value=True)
 
 
-def by_hand(
-    model: MoEPPGPTModel, ids: Tensor, labels: Tensor, mask: Tensor, padding: Tensor | None = None
-) -> list[Tensor]:
+def by_hand(model: MoEPPGPTModel, ids, labels, mask, padding=None) -> list[Tensor]:
     """Loss of each depth, 0 first, of the tokens together; the modules called one by one."""
     decoder, rope = model.decoder, model.rotary_pos_emb(SEQUENCE)
     for layer in [*decoder.layers, *(depth.mtp_model_layer for depth in model.mtp.layers)]:
@@ -89,7 +86,7 @@ def by_hand(
     decoder.final_layernorm._forward_hooks.clear()
     positions = torch.arange(SEQUENCE).expand(BATCH, -1)
 
-    def loss(states: Tensor, places: int) -> Tensor:
+    def loss(states, places) -> Tensor:
         logits = model.output_layer(states)[0].transpose(0, 1)
         losses = F.cross_entropy(
             logits.flatten(0, 1), ahead(labels, places).flatten(), reduction="none"
@@ -154,7 +151,7 @@ LOSSES = dataclasses.replace(MOEPP, balance_coeff=0.1, capacity_factor=0.9)
 
 
 @pytest.fixture
-def aux_losses_count() -> Iterator[None]:
+def aux_losses_count():
     MTPLossAutoScaler.set_loss_scale(torch.tensor(1.0))
     MoEAuxLossAutoScaler.set_loss_scale(torch.tensor(1.0))
     yield

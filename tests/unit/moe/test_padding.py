@@ -38,7 +38,7 @@ def mask() -> Tensor:
     return padding
 
 
-def check_layer(layer: MoEPPLayer) -> None:
+def check_layer(layer: MoEPPLayer):
     """Output, logits, every gradient and all counts are the reference's, whatever padding holds."""
     padding = mask()
     hidden, previous = inputs(layer.moepp, LENGTH, BATCH)
@@ -130,7 +130,7 @@ def test_router_health_measures_tokens_alone():
     hidden, previous = (torch.randn(LENGTH, 1, n) for n in (HIDDEN, 8))
     padding = mask()[1:2]
 
-    def measured(*inputs: Tensor, **kwargs) -> Tensor:
+    def measured(*inputs, **kwargs) -> Tensor:
         health = layer.router.health
         health.reset()
         health.enabled = True

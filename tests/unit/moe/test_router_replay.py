@@ -1,6 +1,5 @@
 """megatron-core's `RouterReplay` drives MoE++ routers as it drives megatron-core's own."""
 
-from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -43,7 +42,7 @@ BATCHES = 2
 
 
 @pytest.fixture(autouse=True)
-def _no_other_routers() -> Iterator[None]:
+def _no_other_routers():
     """The list of routers is of the process."""
     RouterReplay.clear_global_router_replay_instances()
     yield
@@ -55,7 +54,7 @@ def batches() -> Tensor:
     return torch.randint(VOCAB, (BATCHES, 2, SEQUENCE + 1), generator=generator)
 
 
-def model_of(setting: str = "plain", recompute: str = "kept", seed: int = 5):
+def model_of(setting="plain", recompute="kept", seed=5):
     moepp = MoEPPConfig(num_ffn_experts=4, balance_coeff=0.1, **SETTINGS[setting])
     RouterReplay.clear_global_router_replay_instances()
     model = build_model(moepp, moe_enable_routing_replay=True, **RECOMPUTES[recompute])
@@ -87,7 +86,7 @@ def train(model, routes: list[list[Tensor]] | None):
     return torch.stack(losses).detach(), gradients, recorded
 
 
-def assert_same(found, expected) -> None:
+def assert_same(found, expected):
     assert torch.equal(found[0], expected[0])
     for name, gradient in expected[1].items():
         assert torch.equal(found[1][name], gradient), name

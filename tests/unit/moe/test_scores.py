@@ -1,7 +1,6 @@
 """Score functions: their formulas, and that whoever needs scores computes a new one or refuses."""
 
 import contextlib
-from collections.abc import Callable
 from typing import Literal
 
 import pytest
@@ -68,12 +67,12 @@ def test_gates_are_megatron_cores(name, topk):
     assert_close(ours.gates, theirs, "gates", 2e-6)
 
 
-def fake(logits: Tensor) -> Tensor:
+def fake(logits) -> Tensor:
     return (logits / 2).exp()
 
 
 @pytest.fixture
-def declared(monkeypatch) -> None:
+def declared(monkeypatch):
     """A score function `fake` that configurations accept and nobody computes."""
     kind = Literal["softmax", "sigmoid", "sqrtsoftplus", "fake"]
     row = DECLARED["score_function"]._replace(type=kind)
@@ -122,7 +121,7 @@ def test_a_score_that_is_not_listed_is_refused(compiled):  # noqa: F811
     router = build_layer(config, calculate_per_token_loss=False).router
     health = RouterHealth(config)
     selected = torch.zeros_like(logits, dtype=torch.bool)
-    users: dict[str, Callable[[], object]] = {
+    users = {
         "selection": lambda: select(logits, None, config, None),
         "reference": lambda: select_experts(logits, config),
         "router": lambda: router.routing(logits.view(5, 1, -1)),

@@ -21,7 +21,7 @@ def tagged_model(recompute):
     return model
 
 
-def layers_of(model: torch.nn.Module) -> list[MoEPPLayer]:
+def layers_of(model) -> list[MoEPPLayer]:
     return [module for module in model.modules() if isinstance(module, MoEPPLayer)]
 
 

@@ -37,7 +37,7 @@ LISTED = {private.name for private in PRIVATE_NAMES}
 ABSTRACT = {"_abc_impl"}
 
 
-def is_private(name: str) -> bool:
+def is_private(name) -> bool:
     return name.startswith("_") and not name.startswith("__")
 
 
@@ -192,7 +192,7 @@ def test_a_class_or_an_attribute_that_is_gone_is_reported(monkeypatch):
     attribute = next(private for private in PRIVATE_NAMES if private.name == "_comm_manager")
     assert list(moved_from(attribute)) == []
 
-    def without(self: object) -> None:
+    def without(self):
         pass
 
     monkeypatch.setattr(MoEFlexTokenDispatcher, "__init__", without)

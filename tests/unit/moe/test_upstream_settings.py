@@ -167,7 +167,7 @@ def test_megatrons_own_layer_keeps_its_settings():
 # ---- our dispatchers in megatron-core's own layer ------------------------------------------
 
 
-def megatrons_layer(monkeypatch: pytest.MonkeyPatch, dispatcher: type, **changes) -> MoELayer:
+def megatrons_layer(monkeypatch, dispatcher: type, **changes) -> MoELayer:
     monkeypatch.setattr(moe_layer, "MoEAlltoAllTokenDispatcher", dispatcher)
     config = megatron_config(MOEPP, **changes)
     spec = get_gpt_layer_local_spec(num_experts=4, moe_grouped_gemm=False)

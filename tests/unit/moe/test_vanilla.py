@@ -41,7 +41,7 @@ SETTINGS = {
 }
 
 
-def vanilla(topk: int = 2) -> MoEPPConfig:
+def vanilla(topk=2) -> MoEPPConfig:
     return of_kinds(
         (6, 0, 0, 0),
         topk,
@@ -65,7 +65,7 @@ def build(spec, config) -> MoELayer:
     return layer
 
 
-def forward_backward(layer: MoELayer, hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+def forward_backward(layer: MoELayer, hidden, weight) -> tuple[Tensor, Tensor]:
     x = hidden.clone().requires_grad_()
     torch.manual_seed(3)
     output, bias = layer(x)

@@ -1,17 +1,15 @@
 """Records to write."""
 
-from collections.abc import Callable
-
 import pytest
 
 from moepp_megatron.observe.metrics import StepMetrics
 
 
 @pytest.fixture
-def make_record() -> Callable[..., StepMetrics]:
+def make_record():
     """Builds a record of one step of a layer with 2 FFN and 2 zero-computation experts."""
 
-    def make(step: int = 1, **changes) -> StepMetrics:
+    def make(step=1, **changes) -> StepMetrics:
         values = {
             "step": step,
             "tokens": 512 * step,

@@ -16,7 +16,7 @@ from moepp_megatron.observe.webhook import Webhook, WebhookAddressError, read_ad
 SECRET = "/services/T000/B000/do-not-log-me"
 
 
-def make_alert(step: int = 7, **changes) -> Alert:
+def make_alert(step=7, **changes) -> Alert:
     values = {
         "step": step,
         "time": 1.5e9,
@@ -36,16 +36,16 @@ class Service(ThreadingHTTPServer):
     daemon_threads = True
     block_on_close = False
 
-    def __init__(self, codes: list[int], delay_s: float = 0.0) -> None:
+    def __init__(self, codes, delay_s=0.0):
         self.codes, self.delay_s = codes, delay_s
-        self.bodies: list[dict] = []
-        self.paths: list[str] = []
+        self.bodies = []
+        self.paths = []
         super().__init__(("127.0.0.1", 0), Answer)
         self.address = f"http://127.0.0.1:{self.server_port}{SECRET}"
 
 
 class Answer(BaseHTTPRequestHandler):
-    def do_POST(self) -> None:
+    def do_POST(self):
         service = self.server
         assert isinstance(service, Service)
         body = self.rfile.read(int(self.headers["Content-Length"]))
@@ -58,16 +58,16 @@ class Answer(BaseHTTPRequestHandler):
             self.send_header("Location", f"{SECRET}/elsewhere")
         self.end_headers()
 
-    def log_message(self, *_: object) -> None:
+    def log_message(self, *_):
         """Nothing on stderr."""
 
 
 @pytest.fixture
 def service():
     """Starts services; all are stopped at the end."""
-    running: list[Service] = []
+    running = []
 
-    def start(*codes: int, delay_s: float = 0.0) -> Service:
+    def start(*codes, delay_s=0.0) -> Service:
         running.append(Service(list(codes), delay_s))
         threading.Thread(target=running[-1].serve_forever, args=(0.02,), daemon=True).start()
         return running[-1]
@@ -96,10 +96,10 @@ def test_alerts_of_a_resumed_run_follow_the_earlier_ones(tmp_path):
 
 def test_a_failing_sink_keeps_no_alert_from_the_others(tmp_path, caplog):
     class Failing:
-        def send(self, alert: Alert) -> None:
+        def send(self, alert: Alert):
             raise OSError("disk gone")
 
-        def close(self) -> None:
+        def close(self):
             raise OSError("disk gone")
 
     file = _AlertFile(tmp_path / "alerts.jsonl")
@@ -111,7 +111,7 @@ def test_a_failing_sink_keeps_no_alert_from_the_others(tmp_path, caplog):
 
 
 def test_a_run_without_a_webhook_writes_and_says(tmp_path):
-    said: list[str] = []
+    said = []
     threads = set(threading.enumerate())
     sinks = open_alert_sinks(tmp_path, "quick", said.append)
     sinks.send(make_alert())

@@ -6,7 +6,6 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import psutil
 import pytest
@@ -18,29 +17,29 @@ from moepp_megatron.observe.jsonl import JsonlSink
 from moepp_megatron.observe.status import RunStatus, StatusSink, _ProcessId, write_status
 
 
-def steps_in(path: Path) -> list[int]:
+def steps_in(path) -> list[int]:
     return [json.loads(line)["step"] for line in path.read_text().splitlines()]
 
 
-def rotate(run: Path) -> None:
+def rotate(run):
     """As logrotate without `copytruncate`."""
     for path in run.glob("*.jsonl"):
         path.rename(path.with_name(f"{path.name}.1"))
 
 
-def rotate_and_create(run: Path) -> None:
+def rotate_and_create(run):
     names = [path.name for path in run.glob("*.jsonl")]
     rotate(run)
     for name in names:
         (run / name).touch()
 
 
-def remove(run: Path) -> None:
+def remove(run):
     for path in run.glob("*.jsonl"):
         path.unlink()
 
 
-def move_folder(run: Path) -> None:
+def move_folder(run):
     run.rename(run.with_name("moved"))
 
 
@@ -48,7 +47,7 @@ LOSSES = [rotate, rotate_and_create, remove, move_folder, shutil.rmtree]
 
 
 @pytest.fixture
-def run(tmp_path) -> Path:
+def run(tmp_path):
     (tmp_path / "run").mkdir()
     return tmp_path / "run"
 
@@ -86,7 +85,7 @@ def test_records_that_are_removed_before_the_end_are_a_failure(make_record, run)
     sink.close()
 
 
-def alert(step: int) -> Alert:
+def alert(step) -> Alert:
     return Alert(
         step=step,
         time=1.0,
@@ -100,7 +99,7 @@ def alert(step: int) -> Alert:
 
 
 @contextmanager
-def other_run(folder: Path) -> Iterator[None]:
+def other_run(folder) -> Iterator[None]:
     """Another process that trains in the folder."""
     sleeper = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     try:
@@ -138,7 +137,7 @@ def test_a_folder_from_a_backup_is_written_on(make_record, run, state):
 
 
 def test_the_status_is_there_again(make_record, run):
-    sink: StatusSink = StatusSink(run)
+    sink = StatusSink(run)
     (run / "status.json").unlink()
     sink.write(make_record(1))
     status = RunStatus.model_validate_json((run / "status.json").read_bytes())

@@ -20,17 +20,17 @@ SAVED = 150
 class Run:
     """Steps of a training; each setting is what a change makes of it."""
 
-    def __init__(self, seed: int = 1) -> None:
+    def __init__(self, seed=1):
         self._chance, self.step = np.random.default_rng(seed), 0
         names = [f"FFN {index}" for index in range(EXPERTS)]
         self.monitor = ShiftMonitor(10_000.0, LAYERS, names)
 
     def observed(
         self,
-        loss: float = 0.0,
+        loss=0.0,
         shares=SHARES,
         groups=GROUP_SHARES,
-        logits: float = 1.0,
+        logits=1.0,
     ) -> Observed:
         chance = self._chance
         noise = np.exp(chance.normal(0.0, 0.05, size=(len(LAYERS), EXPERTS)))
@@ -46,7 +46,7 @@ class Run:
             chance.multinomial(TOKENS, mixed / mixed.sum()).astype(np.float64),
         )
 
-    def take(self, steps: int, **changes) -> list[str | None]:
+    def take(self, steps, **changes) -> list[str | None]:
         """The event's cause after each step."""
         causes = []
         for _ in range(steps):
@@ -62,7 +62,7 @@ OTHER_SHARES = SHARES[::-1]
 DATA = {"loss": 1.0, "shares": OTHER_SHARES, "groups": OTHER_GROUPS}
 
 
-def trained(seed: int = 1) -> Run:
+def trained(seed=1) -> Run:
     run = Run(seed)
     assert run.take(SAVED) == [None] * SAVED
     assert run.monitor.is_calm

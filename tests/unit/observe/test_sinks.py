@@ -11,7 +11,6 @@ import sys
 import threading
 import time
 from functools import partial
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -29,7 +28,7 @@ from tests.full_disk import fill
 EXPERTS = ExpertCounts(2, num_constant_experts=1, num_copy_experts=0, num_zero_experts=1)
 
 
-def steps_in(path: Path) -> list[int]:
+def steps_in(path) -> list[int]:
     return [json.loads(line)["step"] for line in path.read_text().splitlines()]
 
 
@@ -65,7 +64,7 @@ def test_records_wait_for_a_full_disk(make_record, tmp_path, monkeypatch, caplog
     sink.write(make_record(1))
     real_write = os.write
 
-    def refuse(fd: int, data: bytes) -> int:
+    def refuse(fd, data) -> int:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "write", refuse)
@@ -153,28 +152,28 @@ def test_a_rollback_waits_for_a_full_disk_as_records_do(make_record, tmp_path, m
 class FailingSink:
     """Fails at every record."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         self.calls = 0
 
-    def write(self, record) -> None:
+    def write(self, record):
         self.calls += 1
         raise RuntimeError("no display")
 
-    def close(self) -> None:
+    def close(self):
         raise RuntimeError("cannot close")
 
 
 class ListSink:
     """Keeps the steps it is given."""
 
-    def __init__(self) -> None:
-        self.steps: list[int] = []
+    def __init__(self):
+        self.steps = []
         self.closed = False
 
-    def write(self, record) -> None:
+    def write(self, record):
         self.steps.append(record.step)
 
-    def close(self) -> None:
+    def close(self):
         self.closed = True
 
 
@@ -268,14 +267,14 @@ def test_a_training_ends_well_though_nothing_can_be_printed(loss, by_sink_first)
     assert (done.returncode, done.stderr) == (0, "ended\n")
 
 
-def written(folder: Path):
+def written(folder):
     """What TensorBoard reads, all of it."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     return EventAccumulator(str(folder), {"histograms": 0}).Reload()
 
 
-def scalars(folder: Path, tag: str) -> list[tuple[int, float]]:
+def scalars(folder, tag) -> list[tuple[int, float]]:
     return [(event.step, event.value) for event in written(folder).Scalars(tag)]
 
 
@@ -397,7 +396,7 @@ def test_tensorboard_numbers_layers_as_alerts_and_pages_do(make_record, tmp_path
 def test_open_sinks_trains_on_without_tensorboard(
     make_record, tmp_path, monkeypatch, caplog, capsys
 ):
-    def missing(*_: object) -> None:
+    def missing(*_):
         raise ImportError("TensorBoard output needs the tensorboard package")
 
     monkeypatch.setattr(sinks, "TensorBoardSink", missing)

@@ -1,7 +1,6 @@
 """Reading a file that grows, is cut and is replaced."""
 
 import os
-from pathlib import Path
 
 import pytest
 
@@ -24,7 +23,7 @@ def look(reader: Tail) -> tuple[bool, list[bytes]]:
     return rewritten, lines
 
 
-def append(path: Path, text: str) -> None:
+def append(path, text):
     with path.open("a") as file:
         file.write(text)
 

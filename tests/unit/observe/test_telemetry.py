@@ -26,14 +26,14 @@ RX = pynvml.NVML_FI_DEV_NVLINK_THROUGHPUT_DATA_RX
 class Clock:
     """Seconds that pass when a test says so."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         self.now = 100.0
 
     def __call__(self) -> float:
         return self.now
 
 
-def busy(index: int, **changes) -> dict:
+def busy(index, **changes) -> dict:
     return answers(
         index,
         nvmlDeviceGetPowerUsage=600_000,
@@ -103,11 +103,11 @@ class Script:
 
     devices = 2
 
-    def __init__(self) -> None:
-        self.energy: float | None = 1000.0
+    def __init__(self):
+        self.energy = 1000.0
         self.power = 100.0
-        self.error: Exception | None = None
-        self.reported: list[str] = []
+        self.error = None
+        self.reported = []
         self.is_closed = False
 
     def sample(self) -> list[Sample]:
@@ -122,7 +122,7 @@ class Script:
         told, self.reported = self.reported, []
         return told
 
-    def close(self) -> None:
+    def close(self):
         self.is_closed = True
 
 

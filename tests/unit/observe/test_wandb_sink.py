@@ -1,7 +1,6 @@
 """Weights & Biases, by a stand-in for its package."""
 
 import sys
-from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
@@ -19,11 +18,11 @@ OFFLINE = WandbSection(project="moe", entity="team", mode="offline")
 class StandIn(ModuleType):
     """Keeps what it is asked."""
 
-    def __init__(self, failure: Exception | None = None) -> None:
+    def __init__(self, failure: Exception | None = None):
         super().__init__("wandb")
         self.failure = failure
-        self.inits: list[dict] = []
-        self.logged: list[dict] = []
+        self.inits = []
+        self.logged = []
         self.finished = 0
         self.Settings = lambda **settings: settings
 
@@ -33,14 +32,14 @@ class StandIn(ModuleType):
         self.inits.append(arguments)
         return SimpleNamespace(log=self.logged.append, finish=self.finish, define_metric=self.axis)
 
-    def axis(self, name: str, step_metric: str) -> None:
+    def axis(self, name, step_metric):
         assert (name, step_metric) == ("*", "step")
 
-    def finish(self) -> None:
+    def finish(self):
         self.finished += 1
 
 
-def open_sink(folder: Path, resumes: bool = False) -> WandbSink:
+def open_sink(folder, resumes=False) -> WandbSink:
     return WandbSink(OFFLINE, folder, "quick", {"moe": {"tau": 0.75}}, EXPERTS, resumes)
 
 

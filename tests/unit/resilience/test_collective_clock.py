@@ -18,10 +18,10 @@ class Event:
     recorded = 0
     ended = 1_000_000
 
-    def __init__(self, enable_timing: bool) -> None:
+    def __init__(self, enable_timing):
         assert enable_timing
 
-    def record(self) -> None:
+    def record(self):
         Event.recorded += 1
         self.at = Event.recorded
 

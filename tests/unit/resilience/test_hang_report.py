@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from moepp_megatron.training.resilience.hang_report import Heartbeat, HeartbeatFolder, hang_report
 
 
-def beat(rank: int, count: int = 7, collective: str | None = "all_reduce") -> Heartbeat:
+def beat(rank, count=7, collective="all_reduce") -> Heartbeat:
     return Heartbeat(
         rank=rank,
         host="elsewhere",
@@ -25,7 +25,7 @@ def beat(rank: int, count: int = 7, collective: str | None = "all_reduce") -> He
 
 
 def report(
-    beats: list[Heartbeat], silent: tuple[int, ...] = (), pending: Mapping[int, str] | None = None
+    beats: list[Heartbeat], silent=(), pending: Mapping[int, str] | None = None
 ) -> list[str]:
     found = {b.rank: b for b in beats}
     return hang_report(found, silent, 4, pending or {}).splitlines()

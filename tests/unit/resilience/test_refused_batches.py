@@ -5,7 +5,6 @@ import math
 
 import pytest
 import torch
-from torch import Tensor
 
 from moepp_megatron.training.parts.refused_batches import _find_cause, _has_moved
 from moepp_megatron.training.resilience.numerical_guard import BatchEvidence, num_needed
@@ -14,7 +13,7 @@ SHARES = torch.tensor([[0.3, 0.3, 0.2, 0.2], [0.1, 0.2, 0.3, 0.4]], dtype=torch.
 OTHER_SHARES = torch.tensor([[0.4, 0.2, 0.2, 0.2], [0.1, 0.2, 0.3, 0.4]], dtype=torch.float64)
 
 
-def batches(shares: Tensor, losses: list[float], seed: int) -> list[BatchEvidence]:
+def batches(shares, losses, seed) -> list[BatchEvidence]:
     """Batches of 4000 selections in each layer, drawn from the shares."""
     generator = torch.Generator().manual_seed(seed)
     found = []
@@ -25,7 +24,7 @@ def batches(shares: Tensor, losses: list[float], seed: int) -> list[BatchEvidenc
     return found
 
 
-def is_sound(loss: float) -> bool:
+def is_sound(loss) -> bool:
     return loss < 4.0
 
 

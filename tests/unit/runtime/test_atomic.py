@@ -2,7 +2,6 @@ import errno
 import fcntl
 import os
 import threading
-from pathlib import Path
 
 import pytest
 
@@ -19,7 +18,7 @@ from moepp_megatron.runtime.atomic import (
 from tests.full_disk import torch_error
 
 
-def write(out: Path, text: str) -> None:
+def write(out, text):
     with partial_folder(out) as partial:
         (partial / "file").write_text(text)
         publish(partial, out)
@@ -50,7 +49,7 @@ def test_failure_leaves_the_old_folder(tmp_path):
     out = tmp_path / "out"
     write(out, "old")
 
-    def fail_halfway() -> None:
+    def fail_halfway():
         with partial_folder(out) as partial:
             (partial / "file").write_text("half")
             raise RuntimeError
@@ -67,7 +66,7 @@ def test_a_folder_is_one_writers_where_the_file_system_has_locks(tmp_path, monke
         write(out, "new")
     no_locks = OSError(errno.ENOSYS, "Function not implemented")
 
-    def flock(*arguments: object) -> None:
+    def flock(*arguments):
         raise no_locks
 
     monkeypatch.setattr(fcntl, "flock", flock)
@@ -80,7 +79,7 @@ def test_who_waits_for_a_lock_gets_it_when_it_is_free(tmp_path):
     try:
         assert lock(holder, waits=True)
         assert not lock(other)
-        answers: list[bool] = []
+        answers = []
         waiter = threading.Thread(
             target=lambda: answers.append(lock(other, waits=True)), daemon=True
         )
@@ -98,7 +97,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path):
     out = tmp_path / "out"
     write(out, "old")
 
-    def fill_up() -> None:
+    def fill_up():
         with partial_folder(out) as partial:
             (partial / "file").write_bytes(bytes(3 << 20))
             raise torch_error()
@@ -114,7 +113,7 @@ def test_a_failed_atomic_write_leaves_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "file"
     path.write_text("old")
 
-    def refuse(*_: object) -> None:
+    def refuse(*_):
         raise OSError("disk gone")
 
     monkeypatch.setattr(os, "replace", refuse)
@@ -151,7 +150,7 @@ def test_a_file_that_is_there_is_not_created_again(tmp_path, monkeypatch):
         create_atomic(tmp_path / "file", b"second")
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"file": b"first"}
 
-    def no_links(*arguments: object) -> None:
+    def no_links(*arguments):
         raise PermissionError(1, "Operation not permitted")
 
     monkeypatch.setattr(os, "link", no_links)

@@ -26,7 +26,7 @@ def test_a_context_of_a_device_still_acts_on_factories(tmp_path):
     assert done.returncode == 0, done.stderr
 
 
-def _two_groups() -> None:
+def _two_groups():
     """Groups with timeouts of their own, which add up and share a device."""
     seconds = (50, 77)
     groups = [dist.new_group(timeout=timedelta(seconds=each)) for each in seconds]

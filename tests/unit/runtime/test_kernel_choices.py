@@ -32,7 +32,7 @@ def install(monkeypatch):
 
     cached = [f for f in vars(optional).values() if isinstance(f, functools._lru_cache_wrapper)]
 
-    def install(*packages, gpu: bool = True) -> None:
+    def install(*packages, gpu=True):
         for package in packages:
             for name, content in package.items():
                 module = ModuleType(name)

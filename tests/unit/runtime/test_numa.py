@@ -1,7 +1,6 @@
 """Which cores a rank keeps to."""
 
 import os
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -14,7 +13,7 @@ GPU = SimpleNamespace(pci_domain_id=1, pci_bus_id=0x1B, pci_device_id=0)
 
 
 @pytest.fixture
-def system(tmp_path) -> Path:
+def system(tmp_path):
     """A machine with two nodes, of which the GPU hangs at the second."""
     _write(tmp_path / "bus/pci/devices" / ADDRESS / "numa_node", "1\n")
     for node, cores in enumerate(("0-3,8-11", "4-7,12,14-15")):
@@ -22,7 +21,7 @@ def system(tmp_path) -> Path:
     return tmp_path
 
 
-def _write(path: Path, text: str) -> None:
+def _write(path, text):
     path.parent.mkdir(parents=True)
     path.write_text(text)
 
@@ -54,7 +53,7 @@ def test_where_nothing_is_known_no_core_is_near(system, content):
 def test_a_rank_keeps_to_cores_near_its_gpu_that_it_may_use(
     system, monkeypatch, device, allowed, bound
 ):
-    calls: list[set[int]] = []
+    calls = []
     monkeypatch.setattr(distributed._cores_near, "__defaults__", (system,))
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: GPU)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: allowed)

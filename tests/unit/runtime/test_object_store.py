@@ -5,7 +5,6 @@ import os
 import pickle
 import shutil
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,7 +15,7 @@ from tests.object_store import Store
 
 
 @pytest.fixture
-def store(monkeypatch) -> Iterator[Store]:
+def store(monkeypatch):
     made = Store()
     for name, value in made.environment.items():
         monkeypatch.setenv(name, value)

@@ -28,7 +28,7 @@ def installed(tmp_path, monkeypatch):
     cached = [f for f in vars(optional).values() if isinstance(f, functools._lru_cache_wrapper)]
     before = dict(sys.modules)
 
-    def install(name: str, **modules: str) -> None:
+    def install(name, **modules):
         for module, source in modules.items():
             path = tmp_path / name / f"{module}.py"
             path.parent.mkdir(exist_ok=True)
@@ -153,7 +153,7 @@ RECOMPUTES = (
 def test_what_the_extension_is_compiled_with(monkeypatch, tmp_path):
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setattr(fit.sysconfig, "get_paths", lambda scheme: {"include": tmp_path})
-    there: set[str] = set()
+    there = set()
     monkeypatch.setattr(shutil, "which", lambda name: name if name in there else None)
     assert fit._extension_obstacle() == (
         "a C++ compiler",
@@ -193,7 +193,7 @@ def test_an_extension_that_does_not_compile_is_said_before_the_model_is_built(mo
 
     from moepp_megatron.training import setup
 
-    def fails() -> None:
+    def fails():
         raise RuntimeError("Error building extension\n'share_storage_ext'")
 
     monkeypatch.setattr(random, "_get_share_storage", fails)

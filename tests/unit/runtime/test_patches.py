@@ -101,7 +101,7 @@ def _foreign_assignments(tree: ast.AST) -> Iterator[str]:
         for target in (part for each in targets for part in getattr(each, "elts", [each])):
             if not isinstance(target, ast.Attribute):
                 continue
-            root: ast.AST = target
+            root = target
             while isinstance(root, ast.Attribute | ast.Subscript):
                 root = root.value
             name = root.id if isinstance(root, ast.Name) else ""

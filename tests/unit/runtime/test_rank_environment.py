@@ -235,7 +235,7 @@ def test_ranks_of_one_machine_do_not_need_its_name():
     assert config.local_addr == "127.0.0.1"
 
 
-def place(monkeypatch: pytest.MonkeyPatch, **environment: str) -> RankEnvironment:
+def place(monkeypatch, **environment) -> RankEnvironment:
     for name in list(os.environ):
         if name.startswith(("SLURM", "TORCHELASTIC", "MASTER", "LOCAL", "MOEPP")):
             monkeypatch.delenv(name)
@@ -381,7 +381,7 @@ def test_own_name_does_not_lead_back_here(monkeypatch, host, towards_host, expec
     ids=["only IPv6", "no other machine"],
 )
 def test_own_name_where_routes_are_missing(monkeypatch, addresses, expected):
-    def towards(host: str, port: int) -> str:
+    def towards(host, port) -> str:
         if host not in addresses:
             raise OSError("Network is unreachable")
         return addresses[host]

@@ -1,6 +1,5 @@
 """Checkpoint folders without a training run: real manifests over small files."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -24,12 +23,10 @@ def config_of(**sections) -> Config:
 
 
 @pytest.fixture
-def write() -> Callable[..., Path]:
+def write():
     """Writes a checkpoint: `write(folder, step, saved_at, **sections)`."""
 
-    def write_checkpoint(
-        folder: Path, step: int, saved_at: float | None = None, **sections
-    ) -> Path:
+    def write_checkpoint(folder, step, saved_at=None, **sections) -> Path:
         path = folder / checkpoint_name(step)
         path.mkdir(parents=True)
         record = SavedRecord(Progress(step, step * 8, step * 128), {}, {}, saved_at or float(step))

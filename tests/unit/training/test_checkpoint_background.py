@@ -23,7 +23,7 @@ def test_done_turns_true_without_waiting():
 
 
 def test_error_is_passed_on():
-    def fail() -> None:
+    def fail():
         raise OSError(28, "No space left on device")
 
     with pytest.raises(BackgroundError, match=r"OSError: \[Errno 28\] No space left"):
@@ -80,7 +80,7 @@ os.kill(os.getpid(), signal.SIGKILL)
     assert not _is_running(pid)
 
 
-def _is_running(pid: int) -> bool:
+def _is_running(pid) -> bool:
     try:
         state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except OSError:

@@ -23,14 +23,14 @@ from moepp_megatron.training.checkpoint.retention import Pruner
 from tests.unit.training.conftest import config_of
 
 
-def manifest_of(**fields: object) -> bytes:
+def manifest_of(**fields) -> bytes:
     """A manifest that vouches for what it must, with some fields changed."""
     named = dict.fromkeys((".metadata", "metadata.json", "config.yaml"), "0" * 64)
     files = named | fields.pop("files", {})  # type: ignore[operator]
     return json.dumps({"algorithm": "sha256", "files": files, "sizes": {}} | fields).encode()
 
 
-def record_of(**fields: object) -> bytes:
+def record_of(**fields) -> bytes:
     content = {"format_version": 1, "progress": {}, "layout": {}, "saved_at": 1.0}
     return json.dumps(content | fields).encode()
 
@@ -104,11 +104,11 @@ def test_what_a_live_run_removes_is_looked_for_again(write, tmp_path, caplog):
     first, second, third = (tmp_path / f"step_{step:08d}" for step in (5, 10, 15))
     write(tmp_path, 5)
 
-    def move(old: Path, step: int) -> None:
+    def move(old, step):
         shutil.rmtree(old)
         write(tmp_path, step)
 
-    def looks(checkpoint: Path) -> str | None:
+    def looks(checkpoint) -> str | None:
         if checkpoint == first:
             move(first, 10)
         return damage(checkpoint)
@@ -117,7 +117,7 @@ def test_what_a_live_run_removes_is_looked_for_again(write, tmp_path, caplog):
     used = []
 
     @newest_again
-    def use(checkpoint: Path, fails: bool = False) -> Path:
+    def use(checkpoint, fails=False) -> Path:
         used.append(checkpoint)
         if checkpoint == second and not fails:
             move(second, 15)

@@ -4,7 +4,6 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,21 +12,21 @@ from moepp_megatron.training.checkpoint.retention import incomplete_name, remove
 
 
 @pytest.fixture
-def living() -> Iterator[int]:
+def living():
     """The number of another process of this machine."""
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
         yield process.pid
 
 
 @pytest.fixture
-def dead() -> int:
+def dead():
     """A number that no process has any more."""
     process = subprocess.Popen([sys.executable, "-c", ""])
     process.wait()
     return process.pid
 
 
-def _leave(folder: Path, owner: str) -> Path:
+def _leave(folder, owner) -> Path:
     path = folder / f".step_00000005.incomplete-{owner}"
     path.mkdir()
     (path / "__0_0.distcp").write_bytes(b"half")

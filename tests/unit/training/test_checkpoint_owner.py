@@ -22,7 +22,7 @@ REFUSED = r"checkpoint\.dir \(.+\) must not hold checkpoints of another run, and
 
 
 @pytest.fixture
-def place(tmp_path) -> Path:
+def place(tmp_path):
     """A checkpoint folder, and its parent, that are not there yet."""
     return tmp_path / "disk" / "shared"
 
@@ -31,14 +31,14 @@ def place(tmp_path) -> Path:
 def of(tmp_path, place):
     """Gives the configuration of the run of a name, with checkpoints in `place`."""
 
-    def config(name: str, checkpoints: Path | None = place) -> Config:
+    def config(name, checkpoints=place) -> Config:
         checkpoint = {"dir": None if checkpoints is None else str(checkpoints)}
         return config_of(run={"dir": str(tmp_path / "runs" / name)}, checkpoint=checkpoint)
 
     return config
 
 
-def enter(config: Config, start: Start | None = None) -> None:
+def enter(config: Config, start: Start | None = None):
     """A run that writes its configuration and ends."""
     with RunFolder(config).claim(start or Start(), lambda line: None):
         folder = Path(config.run.dir)
@@ -46,7 +46,7 @@ def enter(config: Config, start: Start | None = None) -> None:
         (folder / "config.yaml").write_text(config.to_yaml())
 
 
-def mark_of(place: Path) -> str:
+def mark_of(place) -> str:
     return (place / "owner").read_text()
 
 
@@ -62,7 +62,7 @@ def test_a_run_that_has_not_saved_yet_owns_its_folder(of, place, tmp_path, start
     assert [path.name for path in place.iterdir()] == ["owner"]
 
 
-def start_at_once(config: Config, barrier, answers) -> None:
+def start_at_once(config: Config, barrier, answers):
     barrier.wait()
     try:
         with RunFolder(config).claim(Start()):
@@ -93,12 +93,12 @@ def test_without_locks_too(of, place, tmp_path, monkeypatch):
     """The other one is let in between the look and the mark."""
     look, others = ownership.OwnerMark.refuse_other, ["a"]
 
-    def look_early(mark: ownership.OwnerMark) -> None:
+    def look_early(mark: ownership.OwnerMark):
         look(mark)
         if others:
             enter(of(others.pop()))
 
-    def no_locks(*arguments: object) -> None:
+    def no_locks(*arguments):
         raise OSError
 
     monkeypatch.setattr(fcntl, "flock", no_locks)
@@ -168,7 +168,7 @@ def test_a_full_disk_of_checkpoints_is_no_claim(of, place, tmp_path, write, monk
     leftover.mkdir(parents=True)
     always = []
 
-    def full(path: Path, content: bytes) -> None:
+    def full(path, content):
         if always or leftover.exists():
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
         create_atomic(path, content)

@@ -6,7 +6,6 @@ import os
 import pickle
 import tracemalloc
 import zipfile
-from pathlib import Path
 
 import pytest
 import torch
@@ -34,7 +33,7 @@ from tests.parallel.planted_pickles import Bomb, stateful
 KEY = "common_state/shard_0_1"
 
 
-def write(folder: Path, places) -> None:
+def write(folder, places):
     """An index with one byte entry, which may have several places."""
     storage, content = {}, b""
     for index, value in places.items():
@@ -48,17 +47,17 @@ def write(folder: Path, places) -> None:
     write_index(folder, Metadata({KEY: BytesStorageMetadata()}, storage_data=storage))
 
 
-def write_index(folder: Path, index) -> None:
+def write_index(folder, index):
     content = index if isinstance(index, bytes) else pickle.dumps(index)
     (folder / ".metadata").write_bytes(content)
 
 
-def load_like_megatron(folder: Path) -> None:
+def load_like_megatron(folder):
     """As `dist_checkpointing.serialization.load_common_state_dict`."""
     load({KEY: io.BytesIO()}, storage_reader=FileSystemReader(folder), no_dist=True)
 
 
-def shard(folder: Path) -> TensorStorageMetadata:
+def shard(folder) -> TensorStorageMetadata:
     """Put a tensor of two shards into the index of `write`; what is written of it."""
     properties = TensorProperties(dtype=torch.bfloat16)
     chunks = [ChunkStorageMetadata(torch.Size([i, 0]), torch.Size([1, 3])) for i in range(2)]
@@ -163,7 +162,7 @@ def test_index_is_the_one_that_torch_wrote(tmp_path):
     assert found.storage_meta is None
 
 
-def deep(depth: int) -> bytes:
+def deep(depth) -> bytes:
     """Lists in lists."""
     return b"\x80\x04" + b"](" * depth + b"e" * depth + b"."
 

@@ -15,11 +15,11 @@ AUTO = config_of(checkpoint={"load": "auto"})
 WIDER = config_of(model={"hidden_size": 64}, checkpoint={"load": "auto"})
 
 
-def _cut(path: Path) -> None:
+def _cut(path):
     path.write_bytes(path.read_bytes()[:100])
 
 
-def _zero(path: Path) -> None:
+def _zero(path):
     """What a power cut leaves of a file whose length was written and whose content was not."""
     path.write_bytes(bytes(path.stat().st_size))
 

@@ -1,7 +1,5 @@
 """The parts of a run: whose state is whose, in checkpoints of today and of before."""
 
-from typing import Any
-
 import pytest
 
 from moepp_megatron.config import ConfigError
@@ -65,13 +63,13 @@ def test_all_that_an_earlier_checkpoint_has():
 class Kept(Part):
     key = "kept"
 
-    def __init__(self) -> None:
-        self.loaded: list[tuple[Any, ...]] = []
+    def __init__(self):
+        self.loaded = []
 
     def state(self):
         return {"loaded": len(self.loaded)}
 
-    def load(self, state, why, step: int) -> tuple[()]:
+    def load(self, state, why, step) -> tuple[()]:
         self.loaded.append((dict(state), why, step))
         return ()
 

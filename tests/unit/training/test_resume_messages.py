@@ -1,7 +1,5 @@
 """What a run that goes on says: where from, and what differs from before."""
 
-from pathlib import Path
-
 from moepp_megatron.config import Layout
 from moepp_megatron.training.checkpoint import files
 from moepp_megatron.training.checkpoint.files import Progress, SavedRecord
@@ -12,7 +10,7 @@ TRAINING = {"train_iters": 10, "global_batch_size": 8, "micro_batch_size": 2}
 OPTIMIZER = {"lr": 1.0e-3, "min_lr": 1.0e-4, "decay_style": "linear", "warmup_iters": 2}
 
 
-def resumed(folder: Path, ranks: int = 1, **changes: dict) -> list[str]:
+def resumed(folder, ranks=1, **changes) -> list[str]:
     """Lines of a run that goes on with some changes after 6 of 10 steps on one rank."""
     sections = {"training": TRAINING, "optimizer": OPTIMIZER}
     before = config_of(**sections)

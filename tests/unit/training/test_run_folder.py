@@ -10,7 +10,6 @@ import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
@@ -33,27 +32,27 @@ RESUME, OVERWRITE = Start(resume=True), Start(overwrite=True)
 
 
 @pytest.fixture
-def run(tmp_path: Path) -> Path:
+def run(tmp_path):
     return tmp_path / "runs" / "run"
 
 
-def config_in(run: Path, **sections: dict) -> Config:
+def config_in(run, **sections) -> Config:
     return config_of(run={"dir": str(run)}, **sections)
 
 
 def enter(config: Config, start: Start | None = None) -> list[str]:
     """Claim the folder and train there for no time; returns what was said."""
-    said: list[str] = []
+    said = []
     with RunFolder(config).claim(start or Start(), said.append):
         StatusSink(Path(config.run.dir)).close()
     return said
 
 
-def look_beside_leader(config: Config, start: Start) -> None:
+def look_beside_leader(config: Config, start: Start):
     RunFolder(config).check_without_claim(start)
 
 
-def files(folder: Path) -> dict[str, bytes]:
+def files(folder) -> dict[str, bytes]:
     return {
         str(path.relative_to(folder)): path.read_bytes()
         for path in sorted(folder.rglob("*"))
@@ -61,7 +60,7 @@ def files(folder: Path) -> dict[str, bytes]:
     }
 
 
-def make_run(run: Path, write: Callable[..., Path] | None = None) -> None:
+def make_run(run, write: Callable[..., Path] | None = None):
     run.mkdir(parents=True, exist_ok=True)
     (run / "config.yaml").write_text(config_in(run).to_yaml())
     (run / "metrics.jsonl").write_text("records\n")
@@ -71,7 +70,7 @@ def make_run(run: Path, write: Callable[..., Path] | None = None) -> None:
 
 @pytest.mark.parametrize("trace", [*RUN_FILES, "checkpoints"])
 @pytest.mark.parametrize("leads", [True, False], ids=["leader", "beside it"])
-def test_each_trace_of_a_run_is_enough_to_be_refused(run, write, trace: str, leads: bool) -> None:
+def test_each_trace_of_a_run_is_enough_to_be_refused(run, write, trace, leads):
     run.mkdir(parents=True)
     if trace == "checkpoints":
         write(run / "checkpoints", 5)
@@ -89,7 +88,7 @@ def test_each_trace_of_a_run_is_enough_to_be_refused(run, write, trace: str, lea
     assert files(run) == before
 
 
-def test_folders_without_a_run_are_free(run: Path) -> None:
+def test_folders_without_a_run_are_free(run):
     enter(config_in(run))
     other = run.with_name("other")
     (other / "slurm").mkdir(parents=True)
@@ -100,13 +99,13 @@ def test_folders_without_a_run_are_free(run: Path) -> None:
     assert (other / "notes.txt").read_text() == "mine"
 
 
-def test_both_ways_at_once_are_refused(run: Path) -> None:
+def test_both_ways_at_once_are_refused(run):
     with pytest.raises(ConfigError, match="must not be given together"):
         enter(config_in(run), Start(resume=True, overwrite=True))
     assert not run.exists()
 
 
-def test_a_run_that_ended_without_a_checkpoint_cannot_go_on(run: Path) -> None:
+def test_a_run_that_ended_without_a_checkpoint_cannot_go_on(run):
     """Going on would train from step 0 over its records."""
     make_run(run)
     # Killed: what it has done is done anew, as a requeued job must.
@@ -116,7 +115,7 @@ def test_a_run_that_ended_without_a_checkpoint_cannot_go_on(run: Path) -> None:
         enter(config_in(run), RESUME)
 
 
-def test_overwrite_moves_what_runs_write_and_deletes_nothing(run, write) -> None:
+def test_overwrite_moves_what_runs_write_and_deletes_nothing(run, write):
     make_run(run, write)
     for name in ("report.html", "wandb_id", "metrics.jsonl.damaged-1", "profile/rank0.json"):
         (run / name).parent.mkdir(exist_ok=True)
@@ -142,7 +141,7 @@ def test_overwrite_moves_what_runs_write_and_deletes_nothing(run, write) -> None
 
 @pytest.mark.parametrize("start", [Start(), RESUME, OVERWRITE], ids=["", "resume", "overwrite"])
 @pytest.mark.parametrize("held", [".git", "mine.yaml", "base.yaml"])
-def test_a_folder_with_another_use_is_refused(run, write, held: str, start: Start) -> None:
+def test_a_folder_with_another_use_is_refused(run, write, held, start):
     run.mkdir(parents=True)
     (run / held).write_text("moe:")
     file = run / "mine.yaml" if held == "mine.yaml" else run.parent / "mine.yaml"
@@ -161,7 +160,7 @@ def test_a_folder_with_another_use_is_refused(run, write, held: str, start: Star
         assert files(run) == before
 
 
-def test_what_the_new_run_reads_stays(run, write) -> None:
+def test_what_the_new_run_reads_stays(run, write):
     make_run(run, write)
     for name in ("data", "tokenizer.json"):
         (run / name).mkdir()
@@ -179,7 +178,7 @@ def test_what_the_new_run_reads_stays(run, write) -> None:
     assert file.read_bytes() == (aside / "config.yaml").read_bytes() == content
 
 
-def test_a_run_that_is_the_base_keeps_its_configuration(run, write, tmp_path) -> None:
+def test_a_run_that_is_the_base_keeps_its_configuration(run, write, tmp_path):
     make_run(run, write)
     content = (run / "config.yaml").read_bytes()
     (tmp_path / "mine.yaml").write_text(f"base: {run / 'config.yaml'}")
@@ -188,7 +187,7 @@ def test_a_run_that_is_the_base_keeps_its_configuration(run, write, tmp_path) ->
     assert (run / "config.yaml").read_bytes() == (aside / "config.yaml").read_bytes() == content
 
 
-def test_runs_below_the_run_stay(run, write) -> None:
+def test_runs_below_the_run_stay(run, write):
     make_run(run, write)
     (run / "notes").mkdir()
     (run / "notes" / "mine.txt").write_text("mine")
@@ -215,7 +214,7 @@ def test_runs_below_the_run_stay(run, write) -> None:
 
 
 @pytest.mark.parametrize("place", [".", "checkpoints", "sweep/checkpoints"])
-def test_checkpoints_among_runs_that_stay_are_moved(run, write, place: str) -> None:
+def test_checkpoints_among_runs_that_stay_are_moved(run, write, place):
     """The new run would otherwise delete them."""
     make_run(run)
     write(run / place, 5)
@@ -233,7 +232,7 @@ def test_checkpoints_among_runs_that_stay_are_moved(run, write, place: str) -> N
 
 
 @pytest.mark.parametrize("setting", ["checkpoint.load", "distillation.teacher"])
-def test_weights_that_would_be_moved_are_refused_as_a_start(run, write, setting: str) -> None:
+def test_weights_that_would_be_moved_are_refused_as_a_start(run, write, setting):
     make_run(run, write)
     before = files(run)
     section, key = setting.split(".")
@@ -243,7 +242,7 @@ def test_weights_that_would_be_moved_are_refused_as_a_start(run, write, setting:
     assert files(run) == before
 
 
-def test_checkpoints_elsewhere_are_traces_and_are_moved_beside(run, write) -> None:
+def test_checkpoints_elsewhere_are_traces_and_are_moved_beside(run, write):
     place = run.parent / "big disk" / "checkpoints"
     checkpoint = write(place, 5)
     (checkpoint / "config.yaml").write_text(config_in(run).to_yaml())
@@ -259,7 +258,7 @@ def test_checkpoints_elsewhere_are_traces_and_are_moved_beside(run, write) -> No
 
 
 @pytest.mark.parametrize("start", [Start(), RESUME, OVERWRITE], ids=["", "resume", "overwrite"])
-def test_checkpoints_of_another_run_are_never_shared(run, write, start: Start) -> None:
+def test_checkpoints_of_another_run_are_never_shared(run, write, start):
     other, place = run.with_name("other"), run.parent / "checkpoints"
     make_run(other)
     (write(place, 5) / "config.yaml").write_text(config_in(other).to_yaml())
@@ -271,14 +270,14 @@ def test_checkpoints_of_another_run_are_never_shared(run, write, start: Start) -
     enter(config, RESUME)
 
 
-def test_nor_is_the_place_of_a_run_that_has_not_saved_yet(run) -> None:
+def test_nor_is_the_place_of_a_run_that_has_not_saved_yet(run):
     other = run.with_name("other")
     alive(other)
     with pytest.raises(ConfigError, match=r"of another run, and has those of .*other; choose"):
         enter(config_in(run, checkpoint={"dir": str(other / "checkpoints")}))
 
 
-def alive(run: Path, **changes: object) -> RunStatus:
+def alive(run, **changes) -> RunStatus:
     """A run of this process."""
     make_run(run)
     status = RunStatus.own().model_copy(update=changes)
@@ -287,7 +286,7 @@ def alive(run: Path, **changes: object) -> RunStatus:
 
 
 @pytest.mark.parametrize("start", [Start(), RESUME, OVERWRITE], ids=["", "resume", "overwrite"])
-def test_two_runs_at_once_are_refused(run, start: Start) -> None:
+def test_two_runs_at_once_are_refused(run, start):
     alive(run)
     before = files(run)
     with pytest.raises(ConfigError) as refused:
@@ -305,7 +304,7 @@ def dead_pid() -> int:
 
 
 @pytest.mark.parametrize("how", ["dead", "another process of that number", "zombie"])
-def test_a_dead_process_holds_nothing(run, how: str) -> None:
+def test_a_dead_process_holds_nothing(run, how):
     if how == "dead":
         alive(run, pid=dead_pid())
     elif how == "zombie":
@@ -321,20 +320,20 @@ def test_a_dead_process_holds_nothing(run, how: str) -> None:
 
 
 @pytest.mark.parametrize("started", [-1e300, 1e18, 1e300])
-def test_a_date_beyond_any_calendar_is_told_in_seconds(run: Path, started: float) -> None:
+def test_a_date_beyond_any_calendar_is_told_in_seconds(run, started):
     alive(run, pid=dead_pid(), started=started, launcher=_ProcessId.own())
     with pytest.raises(ConfigError, match=f"since {re.escape(f'{started:g}')} s after 1970; stop"):
         enter(config_in(run), RESUME)
 
 
-def test_a_launcher_that_starts_ranks_anew_holds_the_folder(run: Path) -> None:
+def test_a_launcher_that_starts_ranks_anew_holds_the_folder(run):
     alive(run, pid=dead_pid(), launcher=_ProcessId.own())
     with pytest.raises(ConfigError, match=f"process {os.getpid()} on "):
         enter(config_in(run), RESUME)
 
 
 @pytest.mark.parametrize("beats", [True, False])
-def test_another_host_is_judged_by_its_beat(run, beats: bool, monkeypatch) -> None:
+def test_another_host_is_judged_by_its_beat(run, beats, monkeypatch):
     """No clock decides: the file of one that lives is touched until the answer is there."""
     alive(run, host="far-away")
     done = threading.Event()
@@ -355,7 +354,7 @@ def test_another_host_is_judged_by_its_beat(run, beats: bool, monkeypatch) -> No
     enter(config_in(run), RESUME)
 
 
-def test_whoever_is_in_beats_and_lets_nobody_else_in(run, monkeypatch) -> None:
+def test_whoever_is_in_beats_and_lets_nobody_else_in(run, monkeypatch):
     monkeypatch.setattr(ownership, "BEAT_S", 0.05)
     with RunFolder(config_in(run)).claim(Start()):
         os.utime(run / "status.json", ns=(0, 0))
@@ -365,13 +364,13 @@ def test_whoever_is_in_beats_and_lets_nobody_else_in(run, monkeypatch) -> None:
             pass
 
 
-def test_restarts_of_the_same_run_are_let_in_at_once(run, monkeypatch) -> None:
+def test_restarts_of_the_same_run_are_let_in_at_once(run, monkeypatch):
     monkeypatch.setattr("time.sleep", lambda _: pytest.fail("it waited"))
     alive(run, host="the-lost-node")
     enter(config_in(run), Start(resume=True, restarted=True))
 
 
-def test_a_requeued_job_is_known_by_its_number(run, monkeypatch) -> None:
+def test_a_requeued_job_is_known_by_its_number(run, monkeypatch):
     alive(run, job="17", start="17.0.0")
     config = config_in(run)
     monkeypatch.setenv("SLURM_JOB_ID", "17")
@@ -386,7 +385,7 @@ def test_a_requeued_job_is_known_by_its_number(run, monkeypatch) -> None:
         assert RunFolder(config).is_requeued("18.0.1") is restarted
 
 
-def test_ranks_beside_the_leader_know_its_claim(run: Path) -> None:
+def test_ranks_beside_the_leader_know_its_claim(run):
     config, start = config_in(run), Start(name="job 7")
     look_beside_leader(config, start)
     with RunFolder(config).claim(start):
@@ -396,10 +395,10 @@ def test_ranks_beside_the_leader_know_its_claim(run: Path) -> None:
             look_beside_leader(config, Start(name="job 8"))
 
 
-def test_ranks_that_look_while_the_leader_claims_are_let_in(run: Path, monkeypatch) -> None:
+def test_ranks_that_look_while_the_leader_claims_are_let_in(run, monkeypatch):
     look = RunFolder.traces
 
-    def look_late(*arguments: Any) -> list[str]:
+    def look_late(*arguments) -> list[str]:
         run.mkdir(parents=True, exist_ok=True)
         write_status(run, RunStatus.own("job 7", restarted=False, resume_command=None))
         return look(*arguments)
@@ -410,7 +409,7 @@ def test_ranks_that_look_while_the_leader_claims_are_let_in(run: Path, monkeypat
         look_beside_leader(config_in(run), Start(name="job 8"))
 
 
-def test_a_start_from_which_no_run_came_leaves_nothing(run: Path) -> None:
+def test_a_start_from_which_no_run_came_leaves_nothing(run):
     with RunFolder(config_in(run)).claim(Start(resume_command="moepp train x --resume")):
         assert inherited_claim().resume_command == "moepp train x --resume"
     assert not run.exists()
@@ -423,7 +422,7 @@ def test_a_start_from_which_no_run_came_leaves_nothing(run: Path) -> None:
     assert read_status(run) == ended
 
 
-def test_a_rank_keeps_what_its_launcher_said(run: Path) -> None:
+def test_a_rank_keeps_what_its_launcher_said(run):
     with RunFolder(config_in(run)).claim(Start(name="job", resume_command="again"), print):
         os.environ["MOEPP_CLAIM"] = os.environ["MOEPP_CLAIM"].replace(
             f'"pid":{os.getpid()}', '"pid":1'
@@ -434,13 +433,13 @@ def test_a_rank_keeps_what_its_launcher_said(run: Path) -> None:
         assert status.resume_command == "again"
 
 
-def test_a_full_disk_is_freed_of_half_written_checkpoints(run, write, monkeypatch) -> None:
+def test_a_full_disk_is_freed_of_half_written_checkpoints(run, write, monkeypatch):
     make_run(run, write)
     leftover = run / "checkpoints" / ".step_00000009.incomplete-abc"
     leftover.mkdir()
     (leftover / "__0_0.distcp").write_bytes(b"half")
 
-    def full(folder: Path, status: RunStatus) -> None:
+    def full(folder, status: RunStatus):
         if leftover.exists():
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         write_status(folder, status)
@@ -450,7 +449,7 @@ def test_a_full_disk_is_freed_of_half_written_checkpoints(run, write, monkeypatc
     assert not leftover.exists()
 
 
-def test_folders_that_cannot_be_used(tmp_path: Path) -> None:
+def test_folders_that_cannot_be_used(tmp_path):
     """Each in one line with path and cause; the same for whoever is root."""
     (tmp_path / "file").write_text("")
     for name in ("metrics.jsonl", "config.yaml", "status.json", "alerts.jsonl"):
@@ -484,7 +483,7 @@ def test_folders_that_cannot_be_used(tmp_path: Path) -> None:
         enter(config)
 
 
-def test_read_only_folder(run: Path) -> None:
+def test_read_only_folder(run):
     """Bound read-only where that is allowed, since nothing else keeps root out."""
     run.mkdir(parents=True)
     bind = ["mount", "--bind", str(run), str(run)]
@@ -498,8 +497,8 @@ def test_read_only_folder(run: Path) -> None:
         subprocess.run(["umount", str(run)], check=True)
 
 
-def test_a_full_disk_asks_for_room(run: Path, monkeypatch) -> None:
-    def full(run_dir: Path, status: RunStatus) -> None:
+def test_a_full_disk_asks_for_room(run, monkeypatch):
+    def full(run_dir, status: RunStatus):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(folder, "write_status", full)

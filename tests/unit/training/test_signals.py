@@ -35,7 +35,7 @@ def test_the_first_ctrl_c_is_answered_at_once(rank, number, answers, monkeypatch
 
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGXCPU, signal.SIGUSR2])
 def test_what_comes_again_by_itself_is_no_impatience(number, monkeypatch):
-    ended: list[int] = []
+    ended = []
     monkeypatch.setattr(os, "_exit", ended.append)
     monkeypatch.setattr(signals, "SAME_REQUEST_S", -1.0)
     with StopRequest().listening():

@@ -12,4 +12,4 @@ class Call:
     recipe: str | None
 
 
-CALLS: list[Call] = []
+CALLS = []

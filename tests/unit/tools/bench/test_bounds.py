@@ -139,36 +139,36 @@ def test_nested_parts_are_counted_once(monkeypatch):
     monkeypatch.setattr("moepp_megatron.tools.bench.clock.now", lambda: clock.time)
     monkeypatch.setattr("moepp_megatron.tools.bench.clock.seconds", lambda begin, end: end - begin)
 
-    def work(seconds: float) -> None:
+    def work(seconds):
         clock.time += seconds
 
     class Router:
-        def forward(self) -> None:
+        def forward(self):
             work(2.0)
 
     class Zero:
-        def ingredients(self) -> None:
+        def ingredients(self):
             work(3.0)
 
     class Layer:
-        def __init__(self) -> None:
+        def __init__(self):
             self.router, self.zero_computation = Router(), Zero()
 
-        def route(self) -> None:
+        def route(self):
             work(1.0)
             self.router.forward()
 
-        def fused_output(self) -> None:
+        def fused_output(self):
             work(4.0)
             self.zero_computation.ingredients()
             work(5.0)
 
-        def routed_experts_compute(self) -> None:
+        def routed_experts_compute(self):
             work(6.0)
 
     layer = Layer()
 
-    def forward() -> None:
+    def forward():
         layer.route()
         layer.routed_experts_compute()
         layer.fused_output()
@@ -185,7 +185,7 @@ def test_nested_parts_are_counted_once(monkeypatch):
 
 
 def test_contestants_take_turns():
-    order: list[str] = []
+    order = []
     contestants = {name: (lambda name=name: order.append(name)) for name in ("a", "b")}
     # A counter that nobody else moves: 2 J a turn of `a`, 3 of `b`.
     joules = lambda: 2.0 * order.count("a") + 3.0 * order.count("b")  # noqa: E731

@@ -28,11 +28,11 @@ def test_every_expert_gets_its_share_and_no_token_an_expert_twice(tau, num_token
 
 def test_held_router_selects_what_it_is_reported():
     class Router(torch.nn.Module):
-        def __init__(self) -> None:
+        def __init__(self):
             super().__init__()
             self.weight = torch.nn.Parameter(torch.randn(12, 16) * 0.05)
 
-        def gating(self, hidden: torch.Tensor) -> torch.Tensor:
+        def gating(self, hidden) -> torch.Tensor:
             return hidden @ self.weight.T
 
     router = Router()

@@ -32,7 +32,7 @@ TESTS = """<testsuites><testsuite tests="4">
 
 
 @pytest.fixture
-def folder(tmp_path) -> Path:
+def folder(tmp_path):
     """What the steps leave: the FP8 step failed, the layer was run twice."""
     contents = {
         "card.json": CARD,
@@ -166,7 +166,7 @@ def test_wrong_usage_of_the_script(arguments, status, message):
     assert len(done.stderr.splitlines()) == 1
 
 
-def functions_of_the_script(*names: str) -> str:
+def functions_of_the_script(*names) -> str:
     script = (ROOT / "benchmarks/gpu.sh").read_text()
     begins = [script.index(f"\n{name}() {{") for name in names]
     return "".join(f"{script[begin : script.index('\n}\n', begin)]}\n}}" for begin in begins)
@@ -209,7 +209,7 @@ def test_a_part_that_has_passed_is_not_run_again(tmp_path):
     program += functions_of_the_script("passed", "run")
     program += '\nrun part bash -c "echo ran; exit $4" | grep -c "^ran"; exit 0'
 
-    def ran(commit: str, again: str = "", status: int = 0, choice: str = "") -> int:
+    def ran(commit, again="", status=0, choice="") -> int:
         command = ["bash", "-c", program, "gpu.sh", str(tmp_path), commit, again, str(status)]
         command += [choice]
         return int(subprocess.run(command, capture_output=True, text=True, check=False).stdout)

@@ -17,7 +17,7 @@ _OF_LINKS = (
 _ALL_LINKS = 0xFFFFFFFF
 
 
-def answers(index: int = 0, **changes):
+def answers(index=0, **changes):
     """What NVML answers about a healthy, idle card; a value may be an error to raise."""
     healthy = {
         "nvmlDeviceGetName": "NVIDIA H100 80GB HBM3",
@@ -60,7 +60,7 @@ def answers(index: int = 0, **changes):
     return healthy | changes
 
 
-def process(pid: int, memory: int | None) -> SimpleNamespace:
+def process(pid, memory) -> SimpleNamespace:
     """A running process as nvidia-ml-py describes it."""
     return SimpleNamespace(pid=pid, usedGpuMemory=memory)
 
@@ -71,29 +71,29 @@ class FakeNvml:
     def __init__(
         self,
         *cards,
-        driver: str = "580.95.05",
-        cuda: int = 13000,
+        driver="580.95.05",
+        cuda=13000,
         init_error: Exception | None = None,
-    ) -> None:
+    ):
         self._cards, self._driver, self._cuda = cards, driver, cuda
         self._init_error = init_error
-        self.watched: list[int] = []
-        self.xids: list[tuple[int, int]] = []
+        self.watched = []
+        self.xids = []
         self.is_open = False
 
-    def __getattr__(self, name: str):
+    def __getattr__(self, name):
         if not name.startswith("nvml") or isinstance(getattr(pynvml, name, None), int):
             return getattr(pynvml, name)
         if name.startswith(("nvmlDevice", "nvmlSystem")):
             return lambda handle, *arguments: _answer(self._cards[handle], name)
         raise AttributeError(name)
 
-    def nvmlInit(self) -> None:
+    def nvmlInit(self):
         if self._init_error is not None:
             raise self._init_error
         self.is_open = True
 
-    def nvmlShutdown(self) -> None:
+    def nvmlShutdown(self):
         self.is_open = False
 
     def nvmlDeviceGetCount(self) -> int:
@@ -105,14 +105,14 @@ class FakeNvml:
     def nvmlSystemGetCudaDriverVersion_v2(self) -> int:
         return self._cuda
 
-    def nvmlDeviceGetHandleByIndex(self, index: int) -> int:
+    def nvmlDeviceGetHandleByIndex(self, index) -> int:
         _answer(
             self._cards[index] | {"nvmlDeviceGetHandleByIndex": None} | self._cards[index],
             "nvmlDeviceGetHandleByIndex",
         )
         return index
 
-    def nvmlDeviceGetMigDeviceHandleByIndex(self, handle: int, part: int) -> tuple[int, int]:
+    def nvmlDeviceGetMigDeviceHandleByIndex(self, handle, part) -> tuple[int, int]:
         if part >= len(self._cards[handle]["mig"]):
             raise pynvml.NVMLError_NotFound
         return handle, part
@@ -125,34 +125,34 @@ class FakeNvml:
     def nvmlEventSetCreate(self) -> str:
         return "events"
 
-    def nvmlDeviceRegisterEvents(self, handle: int, kinds: int, events: str) -> None:
+    def nvmlDeviceRegisterEvents(self, handle, kinds, events):
         assert kinds == pynvml.nvmlEventTypeXidCriticalError
         self.watched.append(handle)
 
-    def nvmlEventSetWait_v2(self, events: str, timeout_ms: int) -> SimpleNamespace:
+    def nvmlEventSetWait_v2(self, events, timeout_ms) -> SimpleNamespace:
         assert timeout_ms == 0, "telemetry must not wait"
         if not self.xids:
             raise pynvml.NVMLError_Timeout
         handle, xid = self.xids.pop(0)
         return SimpleNamespace(device=handle, eventData=xid)
 
-    def nvmlDeviceGetIndex(self, handle: int) -> int:
+    def nvmlDeviceGetIndex(self, handle) -> int:
         return handle
 
-    def nvmlDeviceGetTotalEccErrors(self, handle: int, kind: int, counter: int) -> int:
+    def nvmlDeviceGetTotalEccErrors(self, handle, kind, counter) -> int:
         corrected = kind == pynvml.NVML_MEMORY_ERROR_TYPE_CORRECTED
         return _answer(self._cards[handle], "corrected" if corrected else "uncorrected")
 
-    def nvmlDeviceGetNvLinkState(self, handle: int, link: int) -> int:
+    def nvmlDeviceGetNvLinkState(self, handle, link) -> int:
         links = self._cards[handle]["links"]
         if link >= len(links):
             raise pynvml.NVMLError_NotSupported
         return links[link]
 
-    def nvmlDeviceGetNvLinkErrorCounter(self, handle: int, link: int, counter: int) -> int:
+    def nvmlDeviceGetNvLinkErrorCounter(self, handle, link, counter) -> int:
         return self._cards[handle]["link_errors"].get((link, counter), 0)
 
-    def nvmlDeviceGetFieldValues(self, handle: int, fields) -> list[SimpleNamespace]:
+    def nvmlDeviceGetFieldValues(self, handle, fields) -> list[SimpleNamespace]:
         return [self._field_value(self._cards[handle], field) for field in fields]
 
     @staticmethod
@@ -169,7 +169,7 @@ class FakeNvml:
         )
 
 
-def _answer(card, name: str):
+def _answer(card, name):
     value = card[name]
     if isinstance(value, Exception):
         raise value

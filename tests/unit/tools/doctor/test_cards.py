@@ -16,11 +16,11 @@ OWN_PID, OTHER_PID = 41, 42
 GIB = 2**30
 
 
-def judge(preflight: bool = False) -> Judge:
+def judge(preflight=False) -> Judge:
     return Judge(H100, H100.thresholds, preflight, frozenset({OWN_PID}))
 
 
-def complaints(*cards: dict, preflight: bool = False) -> list[Finding]:
+def complaints(*cards, preflight=False) -> list[Finding]:
     read = Cards.read(FakeNvml(*cards)).cards
     found = card_checks.check_cards(read, judge(preflight))
     return [finding for finding in found if finding.severity > Severity.OK]

@@ -51,7 +51,7 @@ def test_who_can_raise_the_limit_of_open_files():
     assert "slurmd" in admin.remedy
 
 
-def _port(root: Path, name: str, state: str, rate: str, layer: str = "InfiniBand") -> None:
+def _port(root, name, state, rate, layer="InfiniBand"):
     folder = root / name / "ports" / "1"
     folder.mkdir(parents=True)
     for file, text in (("state", state), ("rate", rate), ("link_layer", layer)):
@@ -227,7 +227,7 @@ def test_time_that_rated_links_need():
 def test_collectives_against_rated_links():
     reduced = CollectiveSpeed("all-reduce", GIB, 0.010)
 
-    def check(expected: float | None) -> Finding:
+    def check(expected) -> Finding:
         return speed.check_collective(reduced, expected, THRESHOLDS, ERROR)
 
     assert check(None).severity == OK

@@ -2,14 +2,14 @@
 
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
 from moepp_megatron.cli.main import app
-from moepp_megatron.config import Config, ConfigError, load_config, with_overrides
+from moepp_megatron.config import ConfigError, load_config, with_overrides
 from moepp_megatron.runtime.launch import LaunchOptions
 from moepp_megatron.tools.experiments.runner import RunFailed, claim, run_trial
 from moepp_megatron.tools.experiments.scaling.page import scale_records
@@ -24,16 +24,16 @@ QUICKSTART = Path(__file__).parents[4] / "configs" / "quickstart.yaml"
 
 
 @pytest.fixture
-def config() -> Config:
+def config():
     return load_config(QUICKSTART)
 
 
-def scale(out: Path, *arguments: str):
+def scale(out, *arguments):
     """`moepp scale` in this process."""
     return CliRunner().invoke(app, ["scale", str(QUICKSTART), "--out", str(out), *arguments])
 
 
-def both_steps(moepp_s: float, vanilla_s: float, tokens: int = 4096) -> BothSteps:
+def both_steps(moepp_s, vanilla_s, tokens=4096) -> BothSteps:
     return BothSteps(
         phi=0.6,
         tokens=tokens,
@@ -140,7 +140,7 @@ def test_folder_of_another_test_is_refused(config, tmp_path):
     ],
 )
 def test_reason_of_a_failure_is_from_the_log(tmp_path, monkeypatch, log, reason):
-    def failing(options: LaunchOptions, module: str, arguments: Sequence[str]) -> int:
+    def failing(options: LaunchOptions, module, arguments) -> int:
         options.output.write_text(log)
         return 1
 
@@ -153,11 +153,11 @@ def test_reason_of_a_failure_is_from_the_log(tmp_path, monkeypatch, log, reason)
 class FakeRanks:
     """In place of torchrun: writes what the ranks would, or fails."""
 
-    def __init__(self, fails: Callable[[str], int | None]) -> None:
+    def __init__(self, fails: Callable[[str], int | None]):
         self.fails = fails
-        self.started: list[str] = []
+        self.started = []
 
-    def __call__(self, options: LaunchOptions, module: str, arguments: Sequence[str]) -> int:
+    def __call__(self, options: LaunchOptions, module, arguments) -> int:
         file = Path(arguments[-1])
         name = file.stem
         self.started.append(name)
@@ -177,7 +177,7 @@ class FakeRanks:
 def run(tmp_path, monkeypatch):
     """`run(fails)` calls `moepp scale`; returns the result and the points that were started."""
 
-    def call(fails: Callable[[str], int | None] = lambda name: None, *arguments: str):
+    def call(fails: Callable[[str], int | None] = lambda name: None, *arguments):
         ranks = FakeRanks(fails)
         monkeypatch.setattr("moepp_megatron.tools.experiments.runner.run_ranks", ranks)
         return scale(tmp_path, "--nproc", "1,2,4", *arguments), ranks.started
@@ -227,7 +227,7 @@ def test_two_commands_in_one_folder(run, tmp_path):
     """The second is refused, whether it is to do everything or the point that is being done."""
     seen = []
 
-    def meanwhile(name: str) -> None:
+    def meanwhile(name):
         if not seen:
             for held, arguments in ((tmp_path.name, ()), (name, ("--point", name))):
                 result, ranks = run(lambda name: None, *arguments)
@@ -246,7 +246,7 @@ def test_batch_jobs_do_other_points_of_one_folder(run):
     names = run(lambda name: None, "--plan")[0].output.split()[::2]
     seen = []
 
-    def meanwhile(name: str) -> None:
+    def meanwhile(name):
         if name == names[0]:
             seen.append(run(lambda name: None, "--point", names[1]))
 

@@ -1,13 +1,10 @@
 """A text and what an invented model did with it, without any model."""
 
-from collections.abc import Callable
-from pathlib import Path
-
 import numpy as np
 import pytest
 
 from moepp_megatron.data.token_classes import token_classes
-from moepp_megatron.data.tokenizer import Tokenizer, train_tokenizer
+from moepp_megatron.data.tokenizer import train_tokenizer
 from moepp_megatron.experts import ExpertCounts
 from moepp_megatron.tools.inspection.findings import Trace
 from moepp_megatron.tools.inspection.request import InspectedModel, InspectRequest
@@ -28,21 +25,21 @@ EXPERTS = ExpertCounts(4, num_constant_experts=1, num_copy_experts=1, num_zero_e
 
 
 @pytest.fixture(scope="session")
-def tokenizer() -> Tokenizer:
+def tokenizer():
     return train_tokenizer([SOURCE] * 4, 330)
 
 
 @pytest.fixture(scope="session")
-def text(tokenizer) -> TokenizedText:
+def text(tokenizer):
     return tokenize(tokenizer, SOURCE, "words.py", 10_000)
 
 
-def model(experts: ExpertCounts, layers: tuple[int, ...]) -> InspectedModel:
+def model(experts: ExpertCounts, layers) -> InspectedModel:
     """A model by its experts and the numbers of its MoE layers."""
     return InspectedModel("invented, step 1", ("3 MoE layers",), experts, layers, 0.5, None)  # type: ignore[arg-type]
 
 
-def invented_trace(count: int, seed: int = 1, layers: int = 3, window: int = 64) -> Trace:
+def invented_trace(count, seed=1, layers=3, window=64) -> Trace:
     """Random selections of two experts and random losses."""
     rng = np.random.default_rng(seed)
     selected = np.argsort(rng.random((layers, count, EXPERTS.num_experts)), axis=2)[:, :, :2]
@@ -52,7 +49,7 @@ def invented_trace(count: int, seed: int = 1, layers: int = 3, window: int = 64)
     return Trace(model(EXPERTS, tuple(range(1, layers + 1))), selected, gates, losses)
 
 
-def request_of(text: TokenizedText, out: Path, **changes: object) -> InspectRequest:
+def request_of(text: TokenizedText, out, **changes) -> InspectRequest:
     """A page of the text, without models of its own."""
     classes = token_classes(text.text, text.spans.tolist(), "python")
     values = {
@@ -68,5 +65,5 @@ def request_of(text: TokenizedText, out: Path, **changes: object) -> InspectRequ
 
 
 @pytest.fixture
-def make_request(text, tmp_path) -> Callable[..., InspectRequest]:
+def make_request(text, tmp_path):
     return lambda **changes: request_of(**{"text": text, "out": tmp_path / "page.html"} | changes)

@@ -12,7 +12,7 @@ from moepp_megatron.tools.inspection.text import read_text, tokenize, windows
 AWKWARD = "plain words,  and more\n\n\tGr\u00f6\u00dfe \u6f22 \U0001f916!\r\n   end "
 
 
-def whole(text) -> None:
+def whole(text):
     """Spans are in order, do not overlap and cover the text."""
     flat = text.spans.ravel().tolist()
     assert flat == sorted(flat)

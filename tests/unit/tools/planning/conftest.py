@@ -1,23 +1,22 @@
 """A machine to plan for, and a process of its own for ranks that are built."""
 
 import os
-from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 
 import pytest
 
 from moepp_megatron.config.hardware import load_hardware
-from moepp_megatron.tools.planning.machine import Machine, machine_of
+from moepp_megatron.tools.planning.machine import machine_of
 from tests.parallel.ranks import fork_server
 
 
 @pytest.fixture(scope="module")
-def h100() -> Machine:
+def h100():
     return machine_of(load_hardware("h100_sxm"))
 
 
 @pytest.fixture(scope="module")
-def elsewhere() -> Iterator[ProcessPoolExecutor]:
+def elsewhere():
     with fork_server() as context:
         pool = ProcessPoolExecutor(1, mp_context=context)
         # Started here, with the server's environment.

@@ -3,7 +3,7 @@
 WORLD = 1024
 
 
-def build(raw, ranks: list[int]):
+def build(raw, ranks):
     """Each rank as built, and its comparisons."""
     from moepp_megatron.config import Layout, parse_config
     from moepp_megatron.tools.planning.built_rank import build_rank, check_rank

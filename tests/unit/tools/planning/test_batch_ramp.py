@@ -28,7 +28,7 @@ def planned(config: Config, machine: Machine) -> Planned:
     return planned_of(config, GRID, 0.0, True, machine, LEARNED)
 
 
-def test_stages_are_those_of_training(h100: Machine) -> None:
+def test_stages_are_those_of_training(h100):
     config = ramped()
     load = Workload.from_config(config)
     found = list(ramp_stages(config, load, GRID, h100, LEARNED))
@@ -39,7 +39,7 @@ def test_stages_are_those_of_training(h100: Machine) -> None:
         assert stage.tokens_per_s == pytest.approx(size * load.seq / step.total)
 
 
-def test_a_run_is_the_sum_of_its_steps(h100: Machine) -> None:
+def test_a_run_is_the_sum_of_its_steps(h100):
     found, alike = planned(ramped(), h100), planned(configured(), h100)
     load = Workload.from_config(configured())
     first, second = found.ramp

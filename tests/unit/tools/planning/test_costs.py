@@ -36,7 +36,7 @@ from moepp_megatron.tools.planning.traffic import (
 from moepp_megatron.tools.planning.workload import GroupedQuery, NumberFormats, Workload
 
 
-def configured(**moe: object) -> Config:
+def configured(**moe) -> Config:
     return parse_config(
         {
             "run": {"dir": "runs/test"},
@@ -60,7 +60,7 @@ def configured(**moe: object) -> Config:
 LOAD = Workload.from_config(configured())
 
 
-def at_share(ffn_share: float) -> Workload:
+def at_share(ffn_share) -> Workload:
     return replace(LOAD, experts=replace(LOAD.experts, ffn_share=ffn_share))
 
 
@@ -68,7 +68,7 @@ def flop_of(work: Work) -> float:
     return work.core_flop + sum(product.flop for product in work.products)
 
 
-def test_parts_do_the_operations_that_are_counted() -> None:
+def test_parts_do_the_operations_that_are_counted():
     config = configured(two_layer_gate=True, shared_expert_ffn_hidden_size=1024, layer_freq=2)
     # The configuration's count takes all scores, although half are masked.
     load = replace(Workload.from_config(config), causal_share=1.0)
@@ -87,14 +87,14 @@ def test_parts_do_the_operations_that_are_counted() -> None:
         )
 
 
-def test_backward_costs_twice_forward_plus_recomputed_scores() -> None:
+def test_backward_costs_twice_forward_plus_recomputed_scores():
     for part in layer_parts(LOAD, Grid(8, ep=8), Layer(True, 8192.0)):
         products = sum(product.flop for product in part.forward.products)
         assert sum(p.flop for p in part.backward.products) == pytest.approx(2 * products)
         assert part.backward.core_flop == 2.5 * part.forward.core_flop
 
 
-def test_large_products_reach_the_rate_and_small_ones_do_not(h100: Machine) -> None:
+def test_large_products_reach_the_rate_and_small_ones_do_not(h100):
     def share(product: Product) -> float:
         return product.flop / product_seconds(product, h100) / h100.flops(product.number)
 
@@ -109,7 +109,7 @@ def test_large_products_reach_the_rate_and_small_ones_do_not(h100: Machine) -> N
     assert product_seconds(thin, h100) >= 2 * 8192 * 8192 / h100.memory_rate
 
 
-def test_interleaving_shrinks_the_bubble_and_keeps_more_in_flight() -> None:
+def test_interleaving_shrinks_the_bubble_and_keeps_more_in_flight():
     assert bubble_seconds(7 * 3.0, 1) == 21.0
     assert bubble_seconds(7 * 3.0, 7) == 3.0
     assert chunks_in_flight(4, 1, 0, 100) == 4
@@ -120,7 +120,7 @@ def test_interleaving_shrinks_the_bubble_and_keeps_more_in_flight() -> None:
 
 
 @pytest.mark.parametrize(("layers", "stages"), [(48, 8), (94, 32), (61, 16), (5, 4), (24, 7)])
-def test_stages_hold_every_layer_once(layers: int, stages: int) -> None:
+def test_stages_hold_every_layer_once(layers, stages):
     sizes = stage_sizes(layers, stages)
     assert sum(sizes) == layers
     assert min(sizes) >= 0
@@ -130,7 +130,7 @@ def test_stages_hold_every_layer_once(layers: int, stages: int) -> None:
     assert [layer for (chunk,) in held for layer in chunk] == list(range(layers))
 
 
-def test_exchanged_bytes_are_those_of_the_dispatcher() -> None:
+def test_exchanged_bytes_are_those_of_the_dispatcher():
     # 4,096 tokens, 2 x phi rows of 4,096 bytes each to 8 ranks, out and back.
     grid = Grid(8, ep=8)
     rows = 4096 * LOAD.experts.ffn_per_token * 7 / 8
@@ -140,8 +140,8 @@ def test_exchanged_bytes_are_those_of_the_dispatcher() -> None:
     assert exchanged_bytes(once, grid) < exchanged_bytes(LOAD, grid)
 
 
-def test_what_takes_memory() -> None:
-    def held(load: Workload = LOAD, **grid: object) -> float:
+def test_what_takes_memory():
+    def held(load: Workload = LOAD, **grid) -> float:
         chosen = Grid(**{"world": 64, "ep": 8, **grid})
         stages = even_stages(load.layers, chosen.pp, chosen.vpp)
         return memory_of(load, chosen, stages, 0).activations
@@ -157,13 +157,13 @@ def test_what_takes_memory() -> None:
     assert held(at_share(0.3)) < base < held(at_share(1.0))
 
 
-def _kept(load: Workload = LOAD, **grid: object) -> float:
+def _kept(load: Workload = LOAD, **grid) -> float:
     chosen = Grid(**{"world": 8, "ep": 8, **grid})
     return kept_bytes(load, chosen, Layer(True, fullest_rows(load, chosen)))
 
 
 @pytest.mark.parametrize(("tp", "heads"), [(1, 16 + 8), (4, 4 + 2), (16, 1 + 1)])
-def test_norms_keep_queries_and_keys(tp: int, heads: int) -> None:
+def test_norms_keep_queries_and_keys(tp, heads):
     """On a rank with several key heads, and where two ranks share one; heads wider than usual."""
     load = replace(LOAD, attention=GroupedQuery(heads=16, groups=8, head_dim=256))
     normed = replace(load, attention=replace(load.attention, has_qk_norm=True))
@@ -173,7 +173,7 @@ def test_norms_keep_queries_and_keys(tp: int, heads: int) -> None:
     assert _kept(normed, recompute=FULL) == _kept(load, recompute=FULL)
 
 
-def test_norms_inside_a_product_are_not_repeated() -> None:
+def test_norms_inside_a_product_are_not_repeated():
     """As megatron-core does: only the norm before an MoE layer is a module of its own."""
     one = 2 * LOAD.seq * LOAD.hidden
     assert _kept() - _kept(recompute=("layernorm",)) == one
@@ -182,11 +182,11 @@ def test_norms_inside_a_product_are_not_repeated() -> None:
     assert kept_bytes(LOAD, grid, dense) == kept_bytes(LOAD, Grid(8), dense)
 
 
-def test_a_repeated_layer_keeps_its_input_and_the_logits_before() -> None:
+def test_a_repeated_layer_keeps_its_input_and_the_logits_before():
     assert _kept(recompute=FULL) == LOAD.seq * (2 * LOAD.hidden + 4 * LOAD.experts.num_experts)
 
 
-def test_nodes_of_the_combined_schedule_keep_what_they_hand_on() -> None:
+def test_nodes_of_the_combined_schedule_keep_what_they_hand_on():
     """The local experts' output; hidden states with fp32 logits glued on, the logits copied."""
     wide = LOAD.experts.num_experts * 4
     more = LOAD.seq * (2 * LOAD.hidden * 2 + 2 * wide)
@@ -196,7 +196,7 @@ def test_nodes_of_the_combined_schedule_keep_what_they_hand_on() -> None:
     assert _kept(vanilla, expert_overlap=True) == _kept(vanilla)
 
 
-def test_a_fused_loss_needs_the_logits_alone() -> None:
+def test_a_fused_loss_needs_the_logits_alone():
     grid = Grid(8)
     native = Workload.from_config(with_overrides(configured(), ["precision.cross_entropy=native"]))
     assert LOAD.loss_fused
@@ -214,7 +214,7 @@ def test_a_fused_loss_needs_the_logits_alone() -> None:
 
 
 @pytest.mark.parametrize("overlap", [False, True])
-def test_costs_are_the_step_in_five_sums_and_the_fullest_rank(h100: Machine, overlap: bool) -> None:
+def test_costs_are_the_step_in_five_sums_and_the_fullest_rank(h100, overlap):
     load = replace(LOAD, is_moe=(False, False, *(True,) * 6), extra_layers=2)
     costs, grid = LayoutCosts(load, h100, LEARNED), Grid(64, 2, 1, 4, 2, 8, expert_overlap=overlap)
     cost, step = costs.cost(grid), step_time(load, grid, h100, LEARNED)
@@ -224,7 +224,7 @@ def test_costs_are_the_step_in_five_sums_and_the_fullest_rank(h100: Machine, ove
     assert costs.memory(grid) == held + h100.reached.reserved_gib * 2**30
 
 
-def test_planning_imports_no_torch() -> None:
+def test_planning_imports_no_torch():
     import ast
 
     folder = Path(__file__).parents[4] / "moepp_megatron" / "tools" / "planning"
@@ -236,7 +236,7 @@ def test_planning_imports_no_torch() -> None:
             assert not any(name.split(".")[0] in ("torch", "megatron") for name in names), path
 
 
-def narrow(**changes: object) -> Workload:
+def narrow(**changes) -> Workload:
     """64 narrow experts, which a host issues more slowly than the GPU finishes them."""
     load = Workload.from_config(configured(num_ffn_experts=64, ffn_hidden_size=256, router_topk=4))
     return replace(load, **changes)
@@ -247,11 +247,11 @@ def seconds_of(load: Workload, grid: Grid, machine: Machine) -> PassTime:
     return layer_time(load, grid, machine, True, rows, 1.0)
 
 
-def with_reached(**values: float) -> Machine:
+def with_reached(**values) -> Machine:
     return machine_of(load_hardware("h100_sxm"), Efficiencies.of(values, "a test"))
 
 
-def test_a_slow_host_decides_over_many_small_kernels() -> None:
+def test_a_slow_host_decides_over_many_small_kernels():
     grid = Grid(8, ep=2)
     fast = seconds_of(narrow(), grid, with_reached(launch_s=1e-9))
     assert HOST not in fast.seconds
@@ -271,7 +271,7 @@ def test_a_slow_host_decides_over_many_small_kernels() -> None:
     assert HOST not in seconds_of(wide, grid, with_reached(launch_s=10e-6)).seconds
 
 
-def test_casts_to_fp8_are_kernels_of_each_expert() -> None:
+def test_casts_to_fp8_are_kernels_of_each_expert():
     grid, machine = Grid(8, ep=2), with_reached(launch_s=60e-6)
     in_bf16 = seconds_of(narrow(), grid, machine).total
     found = {
@@ -282,7 +282,7 @@ def test_casts_to_fp8_are_kernels_of_each_expert() -> None:
     assert in_bf16 < found["blockwise"] < found["tensorwise"]
 
 
-def _experts_of(recipe: str | None, **experts: object) -> LayerPart:
+def _experts_of(recipe, **experts) -> LayerPart:
     """64 experts of 32 rows each on two ranks."""
     load = narrow(numbers=NumberFormats(fp8=recipe))
     load = replace(load, experts=replace(load.experts, **experts))
@@ -290,7 +290,7 @@ def _experts_of(recipe: str | None, **experts: object) -> LayerPart:
     return next(part for part in parts if part.name == "experts")
 
 
-def test_delayed_scaling_casts_all_experts_in_one_kernel() -> None:
+def test_delayed_scaling_casts_all_experts_in_one_kernel():
     kernels = {
         recipe: (part.forward.kernels, part.backward.kernels)
         for recipe in ("delayed", "blockwise")
@@ -305,7 +305,7 @@ def test_delayed_scaling_casts_all_experts_in_one_kernel() -> None:
     assert casts == [1, 1, 2, 3]
 
 
-def test_rows_are_copied_for_fp8_where_nothing_has_rounded_them() -> None:
+def test_rows_are_copied_for_fp8_where_nothing_has_rounded_them():
     copied = _experts_of("tensorwise")
     for spared in (
         _experts_of("tensorwise", router_pads=True),
@@ -324,12 +324,12 @@ def test_rows_are_copied_for_fp8_where_nothing_has_rounded_them() -> None:
 @pytest.mark.parametrize(
     ("backend", "pads"), [("auto", False), ("deepep", False), ("hybridep", True)]
 )
-def test_who_rounds_the_rows_of_a_flex_dispatcher(backend: str, pads: bool) -> None:
+def test_who_rounds_the_rows_of_a_flex_dispatcher(backend, pads):
     config = configured(flex_backend=backend)
     assert Workload.from_config(config).experts.flex_pads is pads
 
 
-def test_unfused_parts_of_experts_move_what_they_read_and_write() -> None:
+def test_unfused_parts_of_experts_move_what_they_read_and_write():
     """`TEGroupedMLP` with a bias and clamped halves, 1,024 rows of 32 experts in bf16."""
     plain = _experts_of(None)
     biased, clamped = _experts_of(None, has_bias=True), _experts_of(None, is_clamped=True)
@@ -346,14 +346,14 @@ def test_unfused_parts_of_experts_move_what_they_read_and_write() -> None:
     assert clamped.forward.products == plain.forward.products
 
 
-def test_products_in_fp8_have_rows_rounded_up() -> None:
+def test_products_in_fp8_have_rows_rounded_up():
     found = {
         recipe: _experts_of(recipe).forward.products[0].m for recipe in (None, "delayed", "mxfp8")
     }
     assert found == {None: 32.0, "delayed": 32 + 15 / 2, "mxfp8": 32 + 31 / 2}
 
 
-def test_ranks_wait_for_sizes_once_a_forward_pass(h100: Machine) -> None:
+def test_ranks_wait_for_sizes_once_a_forward_pass(h100):
     plain, overlapped = Grid(8, ep=4), Grid(8, ep=4, expert_overlap=True)
     reached = h100.reached
     times = [seconds_of(LOAD, grid, h100).seconds.get(METADATA) for grid in (plain, overlapped)]
@@ -368,7 +368,7 @@ def test_ranks_wait_for_sizes_once_a_forward_pass(h100: Machine) -> None:
     assert captured.seconds[METADATA] == reached.metadata_overlapped_s
 
 
-def test_static_rows_are_sent_moved_and_kept_whatever_is_needed(h100: Machine) -> None:
+def test_static_rows_are_sent_moved_and_kept_whatever_is_needed(h100):
     """Only products leave out the rows that nobody needs; no rank waits for sizes."""
     grid, static = Grid(8, ep=4), Workload.from_config(configured(static_rows=1.25))
     needed = 4096 * LOAD.experts.ffn_per_token
@@ -391,14 +391,14 @@ def test_static_rows_are_sent_moved_and_kept_whatever_is_needed(h100: Machine) -
     assert seconds_of(static, grid, h100).seconds[METADATA] == h100.reached.metadata_overlapped_s
 
 
-def test_backward_one_of_three_tensor_collectives_is_exposed(h100: Machine) -> None:
+def test_backward_one_of_three_tensor_collectives_is_exposed(h100):
     traffic = layer_traffic(LOAD, Grid(8, tp=4), h100, False)
     # Attention and FFN: a gather and a reduce-scatter each, forward.
     assert traffic.tensor_backward == pytest.approx(traffic.tensor_forward / 2)
 
 
 @pytest.mark.parametrize(("ranks", "counted"), [(16, 5.77), (32, 6.43), (64, 6.80)])
-def test_rows_over_nvlink_are_those_of_different_experts(ranks: int, counted: float) -> None:
+def test_rows_over_nvlink_are_those_of_different_experts(ranks, counted):
     """By drawing 8 of 128 experts: every wanted rank but the one where the token lands."""
     found, _ = hierarchical_rows(Placement(ranks, 8), 8, 128)
     rng = random.Random(1)
@@ -413,7 +413,7 @@ def test_rows_over_nvlink_are_those_of_different_experts(ranks: int, counted: fl
     assert found == pytest.approx(counted, abs=0.015)
 
 
-def test_groups_bound_the_nodes_of_a_token() -> None:
+def test_groups_bound_the_nodes_of_a_token():
     """8 groups, 4 kept: 4 nodes of 4 or 8; of 16 nodes each group has 2, of 64 it has 8."""
     limited = configured(num_ffn_experts=128, router_topk=8, num_groups=8, group_topk=4)
     experts = Workload.from_config(limited).experts
@@ -424,7 +424,7 @@ def test_groups_bound_the_nodes_of_a_token() -> None:
     assert across[1] == 4 * 7 / 8 < across[0]
 
 
-def test_a_block_of_layers_is_recomputed(h100: Machine) -> None:
+def test_a_block_of_layers_is_recomputed(h100):
     full = Grid(8, recompute=FULL)
     some = [replace(full, recomputed_layers=count) for count in (0, 2, 4, 8)]
     times = [step_time(LOAD, grid, h100, FORCED_BALANCE).total for grid in some]

@@ -1,9 +1,7 @@
 """Latent attention in plans: sizes of a rank, built ranks, the fullest stage."""
 
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -24,7 +22,7 @@ WIDTHS = {
     "qk_pos_emb_head_dim": 4,
     "v_head_dim": 6,
 }
-MODELS: dict[str, dict[str, Any]] = {
+MODELS = {
     "compressed": {"qk_layernorm": True, "latent_attention": WIDTHS},
     "queries from the input": {"latent_attention": WIDTHS | {"q_lora_rank": None}},
 }
@@ -36,7 +34,7 @@ LAYOUT = {
 }
 
 
-def test_deepseek_is_what_was_published() -> None:
+def test_deepseek_is_what_was_published():
     """arXiv 2412.19437: 671B parameters, of which a token meets 37B with all of its experts."""
     config = load_config(DEEPSEEK)
     counts = count_parameters(config)
@@ -48,7 +46,7 @@ def test_deepseek_is_what_was_published() -> None:
 
 
 @pytest.mark.parametrize("kind", MODELS)
-def test_sizes_agree_with_the_configuration(kind: str) -> None:
+def test_sizes_agree_with_the_configuration(kind):
     config = parse_config(settings({}, model=MODELS[kind]))
     attention = attention_of(config)
     hidden, layers = config.model.hidden_size, config.model.num_layers
@@ -64,7 +62,7 @@ def test_sizes_agree_with_the_configuration(kind: str) -> None:
 
 
 @pytest.mark.parametrize(("kind", "rank"), [("compressed", 700), ("queries from the input", 0)])
-def test_ranks_are_what_the_plan_says(elsewhere: ProcessPoolExecutor, kind: str, rank: int) -> None:
+def test_ranks_are_what_the_plan_says(elsewhere, kind, rank):
     raw = settings(LAYOUT, model=MODELS[kind], moe={"layer_freq": [0, *[1] * 15]})
     [(built, checks)] = elsewhere.submit(build, raw, [rank]).result()
     assert [check for check in checks if not check.holds] == []
@@ -83,7 +81,7 @@ def test_ranks_are_what_the_plan_says(elsewhere: ProcessPoolExecutor, kind: str,
     assert said - held == 4 * (whole - parts) > 0
 
 
-def test_the_fullest_stage_may_be_none_of_the_first_two() -> None:
+def test_the_fullest_stage_may_be_none_of_the_first_two():
     """DeepSeek's first layers are dense: the experts' memory begins in the third of 32 stages."""
     load = Workload.from_config(load_config(DEEPSEEK))
     for pp, vpp in ((32, 1), (16, 1), (4, 4), (1, 1)):

@@ -30,12 +30,12 @@ DOCS = ROOT / "docs" / "planning.md"
 
 
 @pytest.fixture(scope="module")
-def chosen_by() -> list[Comparison]:
+def chosen_by():
     return [compare(run) for run in read_runs(SET_NUMBERS)]
 
 
 @pytest.fixture(scope="module")
-def shown_on() -> list[Comparison]:
+def shown_on():
     return held_out()
 
 
@@ -43,7 +43,7 @@ def rows():
     return [*json.loads(SET_NUMBERS.read_text()), *json.loads(HELD_OUT.read_text())]
 
 
-def row(which: str, **changes):
+def row(which, **changes):
     [found] = [one for one in rows() if one["name"] == which]
     settings = {**found["settings"], **changes.pop("settings", {})}
     return {**found, "settings": settings, **changes}
@@ -54,7 +54,7 @@ QWEN = "Qwen3-30B bf16, 16, EP16 HybridEP, no overlap, balance forced"
 LLAMA = "Llama-3 8B FP8 tensorwise, 8, FSDP, 5 of 32 layers recomputed"
 
 
-def runs_of(tmp_path: Path, *entries: object) -> list[Run]:
+def runs_of(tmp_path, *entries) -> list[Run]:
     path = tmp_path / "rows.json"
     path.write_text(json.dumps(entries))
     return read_runs(path)

@@ -28,7 +28,7 @@ class Pass(NamedTuple):
 Node = tuple[Pass, ...]
 
 
-def warm_up_passes(pp: int, vpp: int, rank: int, count: int, is_combined: bool) -> int:
+def warm_up_passes(pp, vpp, rank, count, is_combined) -> int:
     """Forward passes before the first that a backward pass follows, as megatron-core has it."""
     from megatron.core.pipeline_parallel.schedules import get_pp_rank_microbatches
 
@@ -43,7 +43,7 @@ def warm_up_passes(pp: int, vpp: int, rank: int, count: int, is_combined: bool) 
     return 1 if is_combined and pp == 1 else warm_up
 
 
-def rank_nodes(pp: int, vpp: int, rank: int, count: int, is_combined: bool) -> list[Node]:
+def rank_nodes(pp, vpp, rank, count, is_combined) -> list[Node]:
     """What a rank runs, in order."""
     from megatron.core.pipeline_parallel.schedules import get_schedule_table
 
@@ -62,7 +62,7 @@ def rank_nodes(pp: int, vpp: int, rank: int, count: int, is_combined: bool) -> l
     ]
 
 
-def needed(work: Pass, pp: int, vpp: int) -> Pass | None:
+def needed(work: Pass, pp, vpp) -> Pass | None:
     """The pass that gives this one its input; a stage is chunk * pp + rank."""
     stage, last = work.chunk * pp + work.rank, pp * vpp - 1
     if work.is_backward and stage == last:
@@ -74,11 +74,11 @@ def needed(work: Pass, pp: int, vpp: int) -> Pass | None:
 
 
 @cache
-def played_order(pp: int, vpp: int, count: int, is_combined: bool = False) -> tuple[Node, ...]:
+def played_order(pp, vpp, count, is_combined=False) -> tuple[Node, ...]:
     """All ranks' passes, each after those that it waits for."""
     waiting = [rank_nodes(pp, vpp, rank, count, is_combined) for rank in range(pp)]
-    done: set[Pass | None] = {None}
-    order: list[Node] = []
+    done = {None}
+    order = []
     while any(waiting):
         before = len(order)
         for nodes in waiting:
@@ -90,16 +90,16 @@ def played_order(pp: int, vpp: int, count: int, is_combined: bool = False) -> tu
 
 
 def played(
-    pp: int,
-    vpp: int,
-    *passes: list[float],
-    blocking: float = 0.0,
-    late: float = 0.0,
-    count: int = 8,
+    pp,
+    vpp,
+    *passes,
+    blocking=0.0,
+    late=0.0,
+    count=8,
 ) -> float:
     """End of the last pass."""
-    ends: dict[Pass, float] = {}
-    free: dict[int, float] = defaultdict(float)
+    ends = {}
+    free = defaultdict(float)
     for node in played_order(pp, vpp, count, len(passes) > 2):
         rank = node[0].rank
         end = free[rank]
@@ -117,7 +117,7 @@ def played(
     return max(free.values())
 
 
-def even(pp: int, vpp: int, *seconds: float) -> list[list[float]]:
+def even(pp, vpp, *seconds) -> list[list[float]]:
     return [[one] * (pp * vpp) for one in seconds]
 
 

@@ -22,7 +22,7 @@ WORLD = 16
 def configured(
     model=None,
     moe=None,
-    batch: int = 24,
+    batch=24,
     **sections,
 ) -> Config:
     return parse_config(

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from moepp_megatron.config import with_overrides
-from moepp_megatron.tools.planning.grid import FULL, Dispatcher, Grid
+from moepp_megatron.tools.planning.grid import FULL, Grid
 from moepp_megatron.tools.planning.layer_time import EXCHANGE, PassTime, layer_time
 from moepp_megatron.tools.planning.machine import Machine
 from moepp_megatron.tools.planning.parts import (
@@ -25,7 +25,7 @@ ROWS = 8192.0
 EP4 = Grid(8, ep=4)
 
 
-def parts_of(load: Workload, grid: Grid, has_residual: bool = True) -> dict[str, LayerPart]:
+def parts_of(load: Workload, grid: Grid, has_residual=True) -> dict[str, LayerPart]:
     layer = Layer(True, ROWS, has_residual)
     return {part.name: part for part in layer_parts(load, grid, layer)}
 
@@ -34,7 +34,7 @@ def time_of(load: Workload, grid: Grid, machine: Machine) -> PassTime:
     return layer_time(load, grid, machine, True, ROWS, 1.0)
 
 
-def test_gate_and_mixing_logits_are_one_product() -> None:
+def test_gate_and_mixing_logits_are_one_product():
     """16 FFN, 2 constant, a copy and a zero expert; two mixing logits for each constant one."""
     products = parts_of(LOAD, Grid(8), has_residual=False)["router"].forward.products
     assert products == (Product(LOAD.seq, 20 + 2 * 2, LOAD.hidden),)
@@ -58,12 +58,12 @@ def test_gate_and_mixing_logits_are_one_product() -> None:
         ("flex", EP4, "apart"),
     ],
 )
-def test_the_form_is_that_of_the_layer(dispatcher: Dispatcher, grid: Grid, form: str) -> None:
+def test_the_form_is_that_of_the_layer(dispatcher, grid, form):
     assert local_form(LOAD.with_dispatcher(dispatcher), grid) == form
     assert local_form(WITHOUT_KERNELS.with_dispatcher(dispatcher), grid) == "plain"
 
 
-def test_kernels_move_less_the_more_they_do_at_once(h100: Machine) -> None:
+def test_kernels_move_less_the_more_they_do_at_once(h100):
     combined, apart, plain = (
         local_work(load, grid)
         for load, grid in ((LOAD, Grid(8)), (LOAD, EP4), (WITHOUT_KERNELS, EP4))
@@ -85,7 +85,7 @@ def test_kernels_move_less_the_more_they_do_at_once(h100: Machine) -> None:
 
 
 @pytest.mark.parametrize("dispatcher", ["alltoall", "alltoall_dedup"])
-def test_zero_computation_run_while_rows_travel(h100: Machine, dispatcher: Dispatcher) -> None:
+def test_zero_computation_run_while_rows_travel(h100, dispatcher):
     load = LOAD.with_dispatcher(dispatcher)
     local = parts_of(load, EP4)["zero_computation"]
     seconds = [work_seconds(work, h100) for work in (local.forward, local.backward)]
@@ -99,7 +99,7 @@ def test_zero_computation_run_while_rows_travel(h100: Machine, dispatcher: Dispa
     assert again.hidden[EXCHANGE] == pytest.approx(sum(seconds) + seconds[0])
 
 
-def test_shared_experts_hide_no_more_than_the_way_there(h100: Machine) -> None:
+def test_shared_experts_hide_no_more_than_the_way_there(h100):
     large = replace(LOAD, experts=replace(LOAD.experts, shared_size=50_000))
     without, time = (time_of(load, EP4, h100) for load in (LOAD, large))
     in_all = time.hidden[EXCHANGE] + time.seconds[EXCHANGE]
@@ -108,7 +108,7 @@ def test_shared_experts_hide_no_more_than_the_way_there(h100: Machine) -> None:
     assert time.hidden[EXCHANGE] - without.hidden[EXCHANGE] == pytest.approx(there)
 
 
-def test_what_does_not_wait_hides_nothing(h100: Machine) -> None:
+def test_what_does_not_wait_hides_nothing(h100):
     vanilla = Workload.from_config(
         configured(gating_residual=False, shared_expert_ffn_hidden_size=1024, **NOTHING)
     )

@@ -6,7 +6,7 @@ from moepp_megatron.tools.profiling.measures.expert_load import expert_load
 from moepp_megatron.tools.profiling.trace import About, Pass, Passes, RankTrace, TracedGroup
 
 
-def routed(layer: int, to_ranks: list[int]) -> Pass:
+def routed(layer, to_ranks) -> Pass:
     return Pass(
         layer=layer,
         recomputed=False,
@@ -22,9 +22,7 @@ def routed(layer: int, to_ranks: list[int]) -> Pass:
     )
 
 
-def trace(
-    rank: int, ranks: tuple[int, ...], *sent: tuple[int, list[int]], etp: int = 1
-) -> RankTrace:
+def trace(rank, ranks, *sent: tuple[int, list[int]], etp=1) -> RankTrace:
     """A rank's step 5; each of `sent` is a layer and its selections for the group's ranks."""
     passes = [routed(layer, to_ranks) for layer, to_ranks in sent]
     return RankTrace(

@@ -16,11 +16,11 @@ SAMPLE = Path(__file__).parent / "samples" / "kineto_nccl"
 
 
 @pytest.fixture(scope="module")
-def profile() -> Profile:
+def profile():
     return analyse(SAMPLE)
 
 
-def by_operation(profile: Profile, rank: int) -> dict[Operation, Collective]:
+def by_operation(profile: Profile, rank) -> dict[Operation, Collective]:
     return {one.operation: one for one in profile.traces[rank].collectives}
 
 

@@ -9,7 +9,7 @@ from moepp_megatron.tools.profiling.measures.lateness import Lateness, lateness
 from moepp_megatron.tools.profiling.measures.purpose import purpose_of
 
 
-def call(rank: int, start: float, end: float, **changes: object) -> Collective:
+def call(rank, start, end, **changes) -> Collective:
     one = Collective(
         operation=Operation.ALL_REDUCE,
         rank=rank,

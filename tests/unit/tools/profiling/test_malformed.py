@@ -85,13 +85,13 @@ GLOO = [
 ]
 
 
-def gloo_trace(rank: int):
+def gloo_trace(rank):
     groups = [{"pg_name": "23", "pg_desc": "EXPERT_MODEL_PARALLEL_GROUP", "ranks": [0, 1]}]
     about = {"backend": "gloo", "rank": rank, "world_size": 2, "pg_config": groups}
     return {"baseTimeNanoseconds": 5, "distributedInfo": about, "traceEvents": GLOO}
 
 
-def sample(name: str):
+def sample(name):
     return json.loads((SAMPLES / name).read_text())
 
 
@@ -121,13 +121,13 @@ def changed(whole, path, wrong):
 
 
 @pytest.fixture(autouse=True)
-def _no_console(monkeypatch) -> None:
+def _no_console(monkeypatch):
     """Tables are built but not drawn, which would take most of the time."""
     nowhere = SimpleNamespace(print=lambda *parts, **options: None)
     monkeypatch.setattr(report_profile, "wide_console", lambda **options: nowhere)
 
 
-def profile(folder: Path) -> None:
+def profile(folder):
     """Everything that the command does."""
     found = analyse(folder)
     numbers = document(found)
@@ -135,7 +135,7 @@ def profile(folder: Path) -> None:
     report_profile.print_profile(found, numbers)
 
 
-def each(good, write, read: Callable[[], object], turn: int):
+def each(good, write, read: Callable[[], object], turn):
     """Damage every field in a few ways; returns what ended otherwise than in one line."""
     failed = []
     paths = list(mutations(good))

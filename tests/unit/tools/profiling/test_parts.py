@@ -1,7 +1,6 @@
 """Parts and passes in a real trace of torch's profiler, of one process."""
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,15 +14,15 @@ from moepp_megatron.tools.profiling.trace import ProfileError, RankTrace
 
 
 class Part(torch.nn.Module):
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         self.linear = torch.nn.Linear(8, 8)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x) -> torch.Tensor:
         return self.linear(x).relu()
 
 
-def record(path: Path, recompute: bool) -> RankTrace:
+def record(path, recompute) -> RankTrace:
     first, second = Part(), Part()
     ranges = Ranges()
     ranges.around(first, "forward", "layer1/experts")

@@ -2,7 +2,6 @@
 
 import json
 import math
-from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
 
@@ -45,7 +44,7 @@ def synthetic_config(**sections):
     return config
 
 
-def synthetic_records(config, steps: int):
+def synthetic_records(config, steps):
     """Records of a run that learns, and whose FFN share settles near phi."""
     rng = np.random.default_rng(7)
     model, moe = config["model"], config["moe"]
@@ -94,7 +93,7 @@ def synthetic_records(config, steps: int):
     return records
 
 
-def add_health(records, every: int = 10) -> None:
+def add_health(records, every=10):
     """Adds the fields of steps in which router health was measured."""
     rng = np.random.default_rng(11)
     for record in records[every - 1 :: every]:
@@ -103,7 +102,7 @@ def add_health(records, every: int = 10) -> None:
         record |= _health(rng, layers, topk, record["loss"])
 
 
-def _health(rng: np.random.Generator, layers: int, topk: int, loss: float):
+def _health(rng: np.random.Generator, layers, topk, loss):
     level = {
         "gate_entropy": 1.9,
         "selection_margin": 0.05,
@@ -126,7 +125,7 @@ def _health(rng: np.random.Generator, layers: int, topk: int, loss: float):
     }
 
 
-def write_run(folder: Path, config, records) -> Path:
+def write_run(folder, config, records) -> Path:
     """Writes the two files that a report is made of."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
@@ -136,11 +135,11 @@ def write_run(folder: Path, config, records) -> Path:
 
 
 @pytest.fixture
-def make_run(tmp_path) -> Callable[..., Path]:
+def make_run(tmp_path):
     """Writes a synthetic run; ``edit`` may change its records."""
 
     def make(
-        steps: int = 60,
+        steps=60,
         edit=None,
         **sections,
     ) -> Path:
@@ -154,7 +153,7 @@ def make_run(tmp_path) -> Callable[..., Path]:
 
 
 @pytest.fixture(scope="session")
-def full_run(tmp_path_factory) -> Path:
+def full_run(tmp_path_factory):
     """A finished run of 60 steps with its page, for tests that only read."""
     from moepp_megatron.tools.report.page import build_report
 

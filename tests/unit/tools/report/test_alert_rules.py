@@ -101,7 +101,7 @@ FINE = {
 }
 
 
-def _series(run: str, changes: dict[str, str]) -> list[dict[str, str]]:
+def _series(run, changes: dict[str, str]) -> list[dict[str, str]]:
     rows = []
     for name, values in (GOOD | changes).items():
         metric, _, labels = name.partition("{")

@@ -27,13 +27,13 @@ from tests.unit.tools.report.test_report_page import VANILLA, Reader
 WHOLE = {"data": {"path": "corpus"}}
 
 
-def made(folder: Path, steps: int, **sections) -> Path:
+def made(folder, steps, **sections) -> Path:
     config = synthetic_config(**(WHOLE | sections))
     return write_run(folder, config, synthetic_records(config, steps))
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory) -> list[Path]:
+def runs(tmp_path_factory):
     """A finished run, a shorter one with another tau, a vanilla one of the first one's name."""
     base = tmp_path_factory.mktemp("runs")
     done = {"train_iters": 60}
@@ -45,7 +45,7 @@ def runs(tmp_path_factory) -> list[Path]:
 
 
 @pytest.fixture(scope="module")
-def page(runs, tmp_path_factory) -> Reader:
+def page(runs, tmp_path_factory):
     out = tmp_path_factory.mktemp("page") / "new" / "c.html"
     assert moepp_megatron.report(*runs, out=out) == out
     return Reader(out.read_text(encoding="ascii"))

@@ -6,7 +6,6 @@ import re
 import socket
 import time
 import urllib.request
-from pathlib import Path
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
@@ -33,7 +32,7 @@ EXPORTED = {metric.name for metric in (*OF_RECORDS.values(), *OF_RUN, OTHER, MIN
 def scrape():
     """Serves a run and returns a function that asks for its metrics."""
 
-    def start(run: Path, clock=time.time):
+    def start(run, clock=time.time):
         address = serve(LiveRuns([run], clock), 0)
 
         def get() -> dict[str, dict[tuple[str, ...], float]]:

@@ -2,7 +2,6 @@
 
 import json
 import time
-from pathlib import Path
 
 import pytest
 
@@ -15,22 +14,22 @@ from moepp_megatron.tools.report.run_data import ReportError
 HOUR = 3600.0
 
 
-def append(run: Path, *records: dict) -> None:
+def append(run, *records):
     with (run / "metrics.jsonl").open("a") as file:
         file.writelines(json.dumps(record) + "\n" for record in records)
 
 
-def records_of(run: Path) -> list[dict]:
+def records_of(run) -> list[dict]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-def polled(run: Path, after_s: float = 0.0) -> LiveRun:
+def polled(run, after_s=0.0) -> LiveRun:
     live = LiveRun(run, clock=lambda: time.time() + after_s)
     live.poll()
     return live
 
 
-def set_status(run: Path, state: str = "running", **changes) -> None:
+def set_status(run, state="running", **changes):
     StatusSink(run)
     status = read_status(run)
     changed = status.model_copy(update={"state": state} | changes)

@@ -5,7 +5,6 @@ import re
 import shutil
 import socket
 import urllib.request
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -20,10 +19,10 @@ Numbers = dict[tuple[str, str], float]
 
 
 @pytest.fixture
-def add_run(make_run, tmp_path) -> Callable[..., Path]:
+def add_run(make_run, tmp_path):
     """Writes a run to a folder of another name."""
 
-    def add(name: str, **changes) -> Path:
+    def add(name, **changes) -> Path:
         run = tmp_path / "runs" / name
         run.parent.mkdir(exist_ok=True)
         return Path(shutil.move(make_run(**changes), run))
@@ -31,12 +30,12 @@ def add_run(make_run, tmp_path) -> Callable[..., Path]:
     return add
 
 
-def ask(address: str) -> str:
+def ask(address) -> str:
     with urllib.request.urlopen(address, timeout=30) as answer:
         return answer.read().decode()
 
 
-def numbers(text: str) -> Numbers:
+def numbers(text) -> Numbers:
     return {
         (sample.name, sample.labels.pop("run")): sample.value
         for family in text_string_to_metric_families(text)
@@ -45,7 +44,7 @@ def numbers(text: str) -> Numbers:
     }
 
 
-def states(text: str) -> dict[str, str]:
+def states(text) -> dict[str, str]:
     """The state of each run."""
     found = re.findall(r'moepp_run_state{run="(.*)",state="(.*)"} 1.0', text)
     assert len(dict(found)) == len(found)
@@ -136,7 +135,7 @@ def test_the_command_serves_many(add_run, monkeypatch, moepp):
         port = free.getsockname()[1]
     texts = []
 
-    def wait() -> None:
+    def wait():
         texts.append(ask(f"http://127.0.0.1:{port}/metrics"))
 
     monkeypatch.setattr(prometheus, "wait_until_stopped", wait)

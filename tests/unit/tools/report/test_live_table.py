@@ -3,7 +3,6 @@
 import io
 import json
 import time
-from pathlib import Path
 
 import pytest
 
@@ -15,18 +14,18 @@ from moepp_megatron.tools.report.live import table
 from moepp_megatron.tools.report.live.run import LiveRun
 
 
-def lines_of(run: Path, width: int = 200, after_s: float = 0.0) -> list[str]:
+def lines_of(run, width=200, after_s=0.0) -> list[str]:
     live = LiveRun(run, clock=lambda: time.time() + after_s)
     out = io.StringIO()
     table.print_run(live, Console(file=out, width=width, color_system=None))
     return [line.rstrip() for line in out.getvalue().splitlines()]
 
 
-def row(lines: list[str], name: str) -> str:
+def row(lines, name) -> str:
     return next(line.removeprefix(name).strip() for line in lines if line.startswith(name + " "))
 
 
-def add_alerts(run: Path, count: int) -> None:
+def add_alerts(run, count):
     file = _AlertFile(run / "alerts.jsonl")
     for step in range(1, count + 1):
         file.send(
@@ -44,7 +43,7 @@ def add_alerts(run: Path, count: int) -> None:
         )
 
 
-def nan_losses(records) -> None:
+def nan_losses(records):
     for record in records[-3:]:
         record["loss"] = record["grad_norm"] = None
 
@@ -137,7 +136,7 @@ def test_it_follows_a_run_to_its_end(make_run):
     console = Console(file=out, force_terminal=True, width=80, height=24)
     waits = []
 
-    def sleep(seconds: float) -> None:
+    def sleep(seconds):
         waits.append(seconds)
         if len(waits) == 2:
             last = content.splitlines()[-1].replace('"step": 5', '"step": 6')
@@ -168,7 +167,7 @@ def test_ctrl_c_leaves_the_last_numbers(make_run):
     out = io.StringIO()
     console = Console(file=out, force_terminal=True, width=80, height=24)
 
-    def interrupt(_: float) -> None:
+    def interrupt(_):
         raise KeyboardInterrupt
 
     table.watch(LiveRun(make_run(steps=5)), console, 0.5, sleep=interrupt)

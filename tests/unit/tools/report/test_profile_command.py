@@ -15,13 +15,13 @@ SAMPLE = Path(__file__).parents[1] / "profiling" / "samples" / "kineto_nccl"
 
 
 @pytest.fixture
-def run(tmp_path) -> Path:
+def run(tmp_path):
     """A folder of a run with a recording."""
     shutil.copytree(SAMPLE, tmp_path / "run" / "profile")
     return tmp_path / "run"
 
 
-def command(*arguments: object):
+def command(*arguments):
     return CliRunner().invoke(app, ["profile", *map(str, arguments)], catch_exceptions=True)
 
 

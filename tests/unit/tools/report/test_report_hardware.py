@@ -8,7 +8,7 @@ from moepp_megatron.tools.report.page import _hardware_cards, _page
 from moepp_megatron.tools.report.run_data import load_run
 
 
-def with_gpus(records) -> None:
+def with_gpus(records):
     for record in records:
         tokens = 2048
         record |= {
@@ -42,7 +42,7 @@ def test_plots_are_those_that_the_records_have(make_run):
 
 @pytest.mark.parametrize("missing", ["energy_j", "mfu"])
 def test_records_without_some_of_it(make_run, missing):
-    def edit(records) -> None:
+    def edit(records):
         with_gpus(records)
         for record in records[:2]:
             del record[missing]
@@ -54,7 +54,7 @@ def test_records_without_some_of_it(make_run, missing):
 def test_small_rates_are_shown_in_a_unit_of_their_size(make_run):
     """A CPU's 0.03 TFLOP/s are 30 GFLOP/s, NVLink's 1e11 bytes/s are 100 GB/s."""
 
-    def edit(records) -> None:
+    def edit(records):
         for record in records:
             record |= {"model_tflops": 0.03, "nvlink_bytes_per_s": 1e11}
 

@@ -33,12 +33,12 @@ TITLES = {
 }
 
 
-def plots_of(run: Path) -> dict[str, Plot]:
+def plots_of(run) -> dict[str, Plot]:
     with plot_style():
         return {plot.title: plot for plot in health_plots(load_run(run))}
 
 
-def alert(step: int, **changes) -> Alert:
+def alert(step, **changes) -> Alert:
     fields = {
         "step": step,
         "time": 1.7e9 + step,
@@ -53,7 +53,7 @@ def alert(step: int, **changes) -> Alert:
     return Alert(**fields | changes)
 
 
-def with_alerts(run: Path, *alerts: Alert) -> Path:
+def with_alerts(run, *alerts: Alert) -> Path:
     (run / "alerts.jsonl").write_text("".join(each.to_json_line() for each in alerts))
     return run
 

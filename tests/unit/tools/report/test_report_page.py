@@ -4,7 +4,6 @@ import base64
 import html
 import re
 from html.parser import HTMLParser
-from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
@@ -22,16 +21,16 @@ class Reader(HTMLParser):
 
     VOID = ("meta", "img")
 
-    def __init__(self, page: str) -> None:
+    def __init__(self, page):
         super().__init__()
-        self.open: list[str] = []
-        self.words: list[str] = []
-        self.attributes: list[tuple[str, str, str]] = []
-        self.pictures: list[tuple[str, str]] = []
+        self.open = []
+        self.words = []
+        self.attributes = []
+        self.pictures = []
         self.feed(page)
         assert not self.open, f"tags left open: {self.open}"
 
-    def handle_starttag(self, tag, attrs) -> None:
+    def handle_starttag(self, tag, attrs):
         values = dict(attrs)
         self.attributes += [(tag, key, value or "") for key, value in attrs]
         if tag == "img":
@@ -39,10 +38,10 @@ class Reader(HTMLParser):
         if tag not in self.VOID:
             self.open.append(tag)
 
-    def handle_endtag(self, tag) -> None:
+    def handle_endtag(self, tag):
         assert self.open.pop() == tag
 
-    def handle_data(self, data) -> None:
+    def handle_data(self, data):
         if "style" not in self.open:
             self.words.append(data)
 
@@ -51,7 +50,7 @@ class Reader(HTMLParser):
         return " ".join(" ".join(self.words).split())
 
 
-def read_page(run: Path) -> Reader:
+def read_page(run) -> Reader:
     return Reader(build_report(run).read_text(encoding="ascii"))
 
 
@@ -132,27 +131,27 @@ def test_the_same_run_gives_the_same_bytes(full_run):
     ]
 
 
-def strip(record: dict) -> None:
+def strip(record):
     for key in ("valid_loss", "layer_expert_share", "layer_ffn_fraction"):
         record.pop(key, None)
     record |= {"expert_share": [], "a2a_bytes": 0}
 
 
-def blow_up(record: dict) -> None:
+def blow_up(record):
     record |= dict.fromkeys(("loss", "grad_norm", "ffn_fraction"))
     record |= {"expert_share": [None] * 12, "layer_expert_share": [[None] * 12] * 4}
     record.pop("valid_loss", None)
 
 
-def all_zero_computation(record: dict) -> None:
+def all_zero_computation(record):
     record |= {"ffn_fraction": 0.0, "ffn_per_token": 0.0, "a2a_bytes": 0}
 
 
-def drop(record: dict) -> None:
+def drop(record):
     record |= {"dropped_fraction": 0.03, "z_loss": 0.5}
 
 
-def only(kind: str) -> dict:
+def only(kind) -> dict:
     return {"moe": {f"num_{each}_experts": int(each == kind) for each in KINDS}}
 
 
@@ -181,7 +180,7 @@ def test_an_odd_run_has_a_page(make_run, request, name):
     if name not in RENDERED:
         request.getfixturevalue("unrendered")
 
-    def edit(records: list[dict]) -> None:
+    def edit(records: list[dict]):
         for record in records if change else []:
             change(record)
 

@@ -2,7 +2,6 @@
 
 import io
 import time
-from pathlib import Path
 
 import pytest
 
@@ -19,7 +18,7 @@ from moepp_megatron.tools.report.token_groups import source_table, token_plots
 SHARES = {"web <b>": 0.6, "code": 0.3, "chat": 0.1}
 
 
-def add_names(records) -> None:
+def add_names(records):
     """Three sources, the last of which no record has at the end; two classes."""
     for record in records:
         names = list(SHARES) if record["step"] < 15 else list(SHARES)[:2]
@@ -34,8 +33,8 @@ def add_names(records) -> None:
 
 
 @pytest.fixture
-def run(make_run) -> Path:
-    folder: Path = make_run(steps=20, edit=add_names)
+def run(make_run):
+    folder = make_run(steps=20, edit=add_names)
     return folder
 
 
@@ -70,7 +69,7 @@ def test_a_run_of_one_source_has_no_table(make_run):
 
 
 def test_names_without_a_finite_number_have_no_plot(make_run):
-    def edit(records) -> None:
+    def edit(records):
         records[-1] |= {"task_score": {"arc/acc": None}, "class_ffn_per_token": {"keyword": 1.0}}
 
     data = load_run(make_run(steps=5, edit=edit))

@@ -21,7 +21,7 @@ def config_of(**moe) -> Config:
     )
 
 
-def record(step: int, **values) -> StepMetrics:
+def record(step, **values) -> StepMetrics:
     content = {
         "step": step,
         "tokens": 80 * step,
@@ -43,7 +43,7 @@ def record(step: int, **values) -> StepMetrics:
     return StepMetrics.model_validate(content)
 
 
-def pilot_in(path: Path, seeds: int, config: Config | None = None, steps: int = 8) -> Pilot:
+def pilot_in(path, seeds, config: Config | None = None, steps=8) -> Pilot:
     """A pilot of one rank a run whose folder has been made."""
     config = config_of() if config is None else config
     pilot = Pilot(path, 1, config, steps, range(7, 7 + seeds), "moepp pilot")
@@ -51,11 +51,11 @@ def pilot_in(path: Path, seeds: int, config: Config | None = None, steps: int = 
     return pilot
 
 
-def run_in(path: Path, arm: Arm, seed: int = 7, nproc: int = 1) -> PilotRun:
+def run_in(path, arm: Arm, seed=7, nproc=1) -> PilotRun:
     return PilotRun.of(path, nproc, arm, seed)
 
 
-def write_run(config: Config, steps: int | None = None, loss: float | None = 4.0, **values) -> None:
+def write_run(config: Config, steps=None, loss=4.0, **values):
     """The folder that `moepp train` leaves behind; cut off after `steps`."""
     folder, last = config.run.dir, config.training.train_iters
     folder.mkdir(parents=True, exist_ok=True)

@@ -11,7 +11,7 @@ import pytest
 
 from moepp_megatron.config import load_config, with_overrides
 from moepp_megatron.runtime.launch import LaunchOptions
-from moepp_megatron.tools.experiments.pilot.arms import ArmKind, first_arms, session
+from moepp_megatron.tools.experiments.pilot.arms import first_arms, session
 from moepp_megatron.tools.experiments.pilot.page import print_pilot, write_pilot_page
 from moepp_megatron.tools.experiments.pilot.pilot import PilotResult, result_of
 from moepp_megatron.tools.experiments.runner import run_missing
@@ -24,7 +24,7 @@ SPEEDUP = math.prod(SPEEDUPS) ** (1 / 5)
 STEP_S = 0.4
 LOSSES = {"vanilla": 4.0, "short": 4.3, "moepp": 4.05, "equal_time": 3.9, "narrow": 4.2}
 # By a part of the name, the first that is found.
-KINDS: dict[str, ArmKind] = {
+KINDS = {
     "time": "equal_time",
     "wide": "narrow",
     "percent": "short",
@@ -33,7 +33,7 @@ KINDS: dict[str, ArmKind] = {
 }
 
 
-def result(path: Path, seeds: int) -> PilotResult:
+def result(path, seeds) -> PilotResult:
     """The result of a pilot with this many seeds, run as far as it is not finished."""
     found = result_of(pilot_in(path, seeds).run(lambda title: None))
     assert found is not None
@@ -43,11 +43,11 @@ def result(path: Path, seeds: int) -> PilotResult:
 class Ranks:
     """Stands in for the ranks of training runs and sessions."""
 
-    def __init__(self) -> None:
-        self.started: list[str] = []
+    def __init__(self):
+        self.started = []
         self.step_s = STEP_S
 
-    def __call__(self, options: LaunchOptions, module: str, arguments: list[str]) -> int:
+    def __call__(self, options: LaunchOptions, module, arguments) -> int:
         if arguments[0] == "bench":
             file = Path(arguments[arguments.index("--json") + 1])
             numbers = dict.fromkeys(BothSteps.model_fields, 1.0)
@@ -64,7 +64,7 @@ class Ranks:
 
 
 @pytest.fixture
-def ranks(monkeypatch) -> Ranks:
+def ranks(monkeypatch):
     stand_in = Ranks()
     monkeypatch.setattr("moepp_megatron.tools.experiments.runner.run_ranks", stand_in)
     return stand_in

@@ -1,7 +1,6 @@
 """What is kept, what is done anew, what is refused."""
 
 import signal
-from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -21,9 +20,7 @@ from moepp_megatron.tools.experiments.runner import (
 from tests.unit.tools.experiments.pilot.synthetic import config_of, pilot_in, run_in, write_run
 
 
-def runs_in(
-    path: Path, steps: int = 8, seeds: tuple[int, ...] = (7, 8), nproc: int = 1
-) -> list[PilotRun]:
+def runs_in(path, steps=8, seeds=(7, 8), nproc=1) -> list[PilotRun]:
     arms = first_arms(config_of(), steps)
     return [run_in(path, arm, seed, nproc) for seed in seeds for arm in arms]
 
@@ -31,12 +28,12 @@ def runs_in(
 class Ranks:
     """Stands in for the ranks of these runs; notes which were started."""
 
-    def __init__(self, runs: list[PilotRun], status: int = 0, after: int = 0) -> None:
+    def __init__(self, runs: list[PilotRun], status=0, after=0):
         self.runs = {run.name: run for run in runs}
-        self.started: list[str] = []
+        self.started = []
         self.status, self.after = status, after
 
-    def __call__(self, options: LaunchOptions, module: str, arguments: Sequence[str]) -> int:
+    def __call__(self, options: LaunchOptions, module, arguments) -> int:
         file = Path(arguments[-1])
         assert file.exists(), "written before it is run"
         run = self.runs[file.stem]
@@ -49,10 +46,10 @@ class Ranks:
 
 
 @pytest.fixture
-def stand_in(monkeypatch) -> Callable[..., Ranks]:
+def stand_in(monkeypatch):
     """Puts `Ranks` in place of those that would be started."""
 
-    def put(runs: list[PilotRun], status: int = 0, after: int = 0) -> Ranks:
+    def put(runs: list[PilotRun], status=0, after=0) -> Ranks:
         ranks = Ranks(runs, status, after)
         monkeypatch.setattr("moepp_megatron.tools.experiments.runner.run_ranks", ranks)
         return ranks
@@ -78,7 +75,7 @@ def test_finished_runs_stay_and_an_interrupted_one_is_done_anew(tmp_path, stand_
     write_run(runs[2].config, loss=None)
     assert missing(runs[:3]) == runs[1:3]
     ranks = stand_in(runs)
-    shown: list[str] = []
+    shown = []
     run_missing(runs, shown.append)
     assert ranks.started == [run.name for run in runs[1:]]
     assert shown[:2] == ["seed 7, MoE++", "seed 7, vanilla, 70% of the steps"]
@@ -154,7 +151,7 @@ def test_a_diverged_run_has_no_loss_to_compare(tmp_path):
 def test_ranks_are_started_on_the_runs_own_file(tmp_path, monkeypatch):
     calls = []
 
-    def launched(options: LaunchOptions, module: str, arguments: list[str]) -> int:
+    def launched(options: LaunchOptions, module, arguments) -> int:
         calls.append((options, module, arguments))
         write_run(run.config)
         return 0

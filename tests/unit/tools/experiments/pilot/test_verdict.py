@@ -51,12 +51,12 @@ def test_the_recorded_pilot_is_judged_to_the_digit():
 
 
 def judged(
-    in_time: float,
-    in_compute: float,
-    level: float | None = 0.0125,
-    bias: float = 0.0,
-    value: float = VALUE,
-    speed_error: float = 0.001,
+    in_time,
+    in_compute,
+    level=0.0125,
+    bias=0.0,
+    value=VALUE,
+    speed_error=0.001,
 ) -> Verdict:
     """The verdict where the runs show a step time that differs by `bias` from the sessions'."""
     means = {
