@@ -7,7 +7,6 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Generator
 from pathlib import Path
 
 import pytest
@@ -26,7 +25,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 # megatron-core's extension is compiled once a checkout: in the user's folder, where torch keeps it,
 # environments in different places would compile it again in turn.
-_EXTENSIONS = Path(__file__).parents[1] / ".pytest_cache" / "extensions"
+_EXTENSIONS = Path(__file__).parents[1] / ".pytest_cache/extensions"
 os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(_EXTENSIONS))
 
 # A shell starts background jobs of a script with Ctrl-C ignored, which all their children inherit:
@@ -35,7 +34,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def _names_gpu_tests() -> bool:
+def _names_gpu_tests():
     paths = [Path(word.split("::")[0]) for word in sys.argv[1:] if not word.startswith("-")]
     return any(path.resolve().is_relative_to(_GPU_TESTS) for path in paths)
 
@@ -124,11 +123,11 @@ def pytest_addoption(parser: pytest.Parser):
     )
 
 
-def _is_quick(config: pytest.Config) -> bool:
+def _is_quick(config: pytest.Config):
     return config.option.quick and config.args_source is not pytest.Config.ArgsSource.ARGS
 
 
-def pytest_report_header(config: pytest.Config) -> str:
+def pytest_report_header(config: pytest.Config):
     return f"quick: {quick.summary()}" if _is_quick(config) else ""
 
 
@@ -158,7 +157,7 @@ def pytest_collection_finish():
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
-def pytest_sessionfinish(session) -> Generator[None, object, object]:
+def pytest_sessionfinish(session):
     result = yield
     terminal = session.config.pluginmanager.get_plugin("terminalreporter")
     if terminal is not None and session.exitstatus == 0:
@@ -185,7 +184,7 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker(pytest.mark.skip(reason=reason))
 
 
-def _has_cuda() -> bool:
+def _has_cuda():
     import torch  # seconds to import: only if a GPU test was collected
 
     return torch.cuda.is_available()

@@ -4,7 +4,7 @@ import shutil
 import tomllib
 from pathlib import Path
 
-SOURCE = Path(__file__).parents[1] / "examples" / "plugins"
+SOURCE = Path(__file__).parents[1] / "examples/plugins"
 
 
 def install(folder) -> Path:

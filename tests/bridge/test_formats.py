@@ -71,7 +71,7 @@ def test_a_folder_that_lacks_a_tensor_is_refused(ranks, tmp_path):
     mcore_to_hf(tmp_path / "run", tmp_path / "hf", "released")
     tensors = load_tensors(tmp_path / "hf")
     tensors.pop("model.norm.weight")
-    save_file(tensors, tmp_path / "hf" / "model.safetensors", metadata={"format": "pt"})
+    save_file(tensors, tmp_path / "hf/model.safetensors", metadata={"format": "pt"})
     with pytest.raises(RankError) as error:
         ranks(1).run(through_bridge, tmp_path / "hf", tmp_path / "back", {}, TOKENS)
     assert "tensor model.norm.weight is missing" in error.value.reasons[0]

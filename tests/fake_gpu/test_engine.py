@@ -113,7 +113,7 @@ def test_arguments_that_pybind_does_not_name(transformer_engine):
 DRAWN, FEW = 66, 6
 
 
-def _no_drawn_one_fails(play: Play, engine: Engine, seeds: range) -> int:
+def _no_drawn_one_fails(play: Play, engine: Engine, seeds: range):
     """Play what the seeds draw; how many were played."""
     chosen = [drawn(seed) for seed in seeds]
     count = 0

@@ -11,7 +11,7 @@ from tests.faults.harness import losses, training, write_config
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(240)]
 
 
-def errors_of(folder, data, num_ranks) -> tuple[int, list[str], str]:
+def errors_of(folder, data, num_ranks):
     """Exit status, error lines and all output of a run on `data`."""
     config = write_config(folder / "config.yaml", data, folder / "run", num_ranks)
     with training(config, num_ranks) as process:

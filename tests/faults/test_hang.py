@@ -2,7 +2,6 @@
 
 import json
 import time
-from pathlib import Path
 
 import psutil
 import pytest
@@ -20,7 +19,7 @@ SURE_TIMEOUT_S = 20.0
 END_TIMEOUT_S = SURE_TIMEOUT_S + 30.0 + 120.0
 
 
-def start(folder, data, **settings) -> Path:
+def start(folder, data, **settings):
     resilience = {"hang_timeout_s": HANG_TIMEOUT_S, **settings}
     return write_config(
         folder / "run.yaml",
@@ -38,7 +37,7 @@ def test_stopped_rank_is_named_and_the_run_ends(tmp_path, data):
     run = tmp_path / "run"
     with training(config, 2, is_cold=True) as process:
         wait_for_step(process, run, 5, config.with_suffix(".log"))
-        beats = run / "heartbeats" / "rank_00001.json"
+        beats = run / "heartbeats/rank_00001.json"
         while not beats.exists():
             # The first one comes a second after the start, which may be after five steps.
             time.sleep(0.01)
@@ -76,4 +75,4 @@ def test_slow_phases_are_no_hangs(tmp_path, data):
     with training(path, 2, is_cold=True) as process:
         assert process.wait(240) == 0, path.with_suffix(".log").read_text()[-3000:]
     assert len(losses(tmp_path / "run")) == 30
-    assert not (tmp_path / "run" / "hangs").exists()
+    assert not (tmp_path / "run/hangs").exists()

@@ -59,12 +59,12 @@ class Hung:
     def wait_for_step(self, step):
         wait_for_step(self.process, self.run, step, self.log)
 
-    def text(self) -> str:
+    def text(self):
         return self.log.read_text(errors="replace")[-5000:] if self.log.exists() else ""
 
-    def lost(self) -> int:
+    def lost(self):
         """Steps that are in the records and in no checkpoint."""
-        latest = (self.run / "checkpoints" / "latest").read_text().strip()
+        latest = (self.run / "checkpoints/latest").read_text().strip()
         return max(losses(self.run)) - int(latest.removeprefix("step_"))
 
     def end(self):

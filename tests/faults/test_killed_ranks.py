@@ -22,7 +22,7 @@ from tests.faults.harness import (
 STEPS = 40
 
 
-def undisturbed(folder, data, num_ranks, steps) -> dict[int, float]:
+def undisturbed(folder, data, num_ranks, steps):
     run = folder / "undisturbed"
     config = folder / "undisturbed.yaml"
     # Nothing continues from it, so it saves nothing.
@@ -45,7 +45,7 @@ def survive(folder, data, num_ranks, steps, kills, is_cold=False) -> tuple[dict[
     return losses(run), done
 
 
-def summed_up(done: Kills) -> str:
+def summed_up(done: Kills):
     """For the table of long tests."""
     waits = sorted(done.recovery_s)
     return (
@@ -103,7 +103,7 @@ def test_stop_on_request_and_go_on_as_printed(tmp_path, data):
     assert (run / "metrics.jsonl").read_bytes().startswith(records)
 
 
-def _stopped(process: Training, config, run, number: signal.Signals) -> tuple[int, list[str]]:
+def _stopped(process: Training, config, run, number: signal.Signals):
     """Asks a run to stop after three more steps: its last step, and what it has printed."""
     log = config.with_suffix(".log")
     before = max(losses(run), default=0)
@@ -112,6 +112,6 @@ def _stopped(process: Training, config, run, number: signal.Signals) -> tuple[in
     assert process.wait(timeout=120) == 75, log.read_text()[-3000:]
     assert not ranks_of(process)
     stopped_at = max(losses(run))
-    latest = (run / "checkpoints" / "latest").read_text().strip()
+    latest = (run / "checkpoints/latest").read_text().strip()
     assert latest == f"step_{stopped_at:08d}", "nothing is lost but what came after the request"
     return stopped_at, log.read_text().splitlines()

@@ -122,13 +122,13 @@ def start(tmp_path):
         process.stdout.close()
 
 
-def pids(folder) -> list[int]:
+def pids(folder):
     files = [folder / "0", folder / "1"]
     wait_until(lambda: all(path.exists() and path.read_text() for path in files))
     return [int(path.read_text()) for path in files]
 
 
-def gone(numbers) -> bool:
+def gone(numbers):
     for number in numbers:
         try:
             if psutil.Process(number).status() != psutil.STATUS_ZOMBIE:

@@ -25,11 +25,11 @@ _TIMEOUT_S = 280.0
 _THREADS = "1"
 
 
-def fake_environment(folder) -> Path:
+def fake_environment(folder):
     """An environment that launch/env.sh finds ready, with this Python and the code under test."""
     (folder / "bin").mkdir(parents=True)
-    (folder / "bin" / "python").symlink_to(sys.executable)
-    moepp = folder / "bin" / "moepp"
+    (folder / "bin/python").symlink_to(sys.executable)
+    moepp = folder / "bin/moepp"
     moepp.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m moepp_megatron.cli.main "$@"\n')
     moepp.chmod(0o755)
     stamp = f"root {ROOT}\n"
@@ -85,7 +85,7 @@ class Hosts:
     def mend(self):
         _ip("-n", self.names[1], "link", "set", self.wires[1], "up")
 
-    def start(self, host, config) -> subprocess.Popen[bytes]:
+    def start(self, host, config):
         """Run launch/multinode.sh on a host; its output goes to a file."""
         command = ["ip", "netns", "exec", self.names[host], str(ROOT / "launch/multinode.sh")]
         command += [str(config), "--nproc", "1", "--nnodes", "2", "--node-rank", str(host)]
@@ -97,7 +97,7 @@ class Hosts:
         self._started.append(process)
         return process
 
-    def logs(self) -> str:
+    def logs(self):
         files = sorted(self.folder.glob("host_*.log"))
         return "\n".join(f"--- {each.name}\n{each.read_text()[-4000:]}" for each in files)
 

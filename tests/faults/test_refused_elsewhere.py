@@ -78,7 +78,7 @@ class Starts:
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
         self.started.append(Begun(words, output, environment=environment))
 
-    def ended(self) -> list[tuple[int, str]]:
+    def ended(self):
         statuses = [process.wait(HANG_S) for process in self.started]
         logs = [self.folder / f"{number}.log" for number in range(len(statuses))]
         texts = [log.read_text() for log in logs]

@@ -70,7 +70,7 @@ def deepep(cuda, two_cards):
         pytest.skip("needs DeepEP")
 
 
-def have_transformer_engine() -> bool:
+def have_transformer_engine():
     from moepp_megatron.runtime import optional
 
     return optional.have_transformer_engine()

@@ -31,7 +31,7 @@ def test_golden_case_end_to_end(tmp_path):
 
     done = moepp("convert", "mcore-to-hf", tmp_path / "mcore", tmp_path / "hf")
     assert done.returncode == 0, done.stderr
-    assert (tmp_path / "hf" / "modeling_moepp.py").is_file()
+    assert (tmp_path / "hf/modeling_moepp.py").is_file()
 
 
 def test_refusals_are_one_line_and_exit_code_2(tmp_path):

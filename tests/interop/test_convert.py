@@ -6,7 +6,6 @@ import os
 import pickle
 import re
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -82,7 +81,7 @@ def test_names_are_those_of_the_model(ranks, model):
     assert ours == real
 
 
-def round_trip(source, work, layout) -> Path:
+def round_trip(source, work, layout):
     hf_to_mcore(source, work / "mcore")
     mcore_to_hf(work / "mcore", work / "hf", layout, max_shard_bytes=100_000)
     return work / "hf"
@@ -163,7 +162,7 @@ def test_every_gate_setting(ranks, plain, tmp_path, gate):
     np.testing.assert_allclose(scores["logits"], expected, rtol=0, atol=1e-4)
 
 
-def write_tokens(folder) -> Path:
+def write_tokens(folder):
     tokens = folder / "tokens.npz"
     np.savez(tokens, input_ids=np.random.default_rng(0).integers(0, 64, (2, 17)))
     return tokens
@@ -276,7 +275,7 @@ def test_pickled_weights_need_a_flag_and_run_nothing(tmp_path, monkeypatch):
 def test_checkpoint_index_runs_nothing(tmp_path, monkeypatch):
     monkeypatch.setenv("MALICIOUS_FOLDER", str(tmp_path / "ran"))
     hf_to_mcore(write_released(tmp_path / "hf"), tmp_path / "mcore")
-    index = tmp_path / "mcore" / ".metadata"
+    index = tmp_path / "mcore/.metadata"
     good = index.read_bytes()
     index.write_bytes(pickle.dumps(Malicious()))
     with pytest.raises(ConfigError, match=r"asks for (posix|os)\.mkdir"):

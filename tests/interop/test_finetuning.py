@@ -83,7 +83,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(plain):
         assert np.array_equal(checkpointed[name], value), name
 
 
-def reentrant_message() -> str:
+def reentrant_message():
     model = random_model()
     enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
     with pytest.raises(ValueError, match="use_reentrant") as caught:
@@ -95,7 +95,7 @@ def test_reentrant_checkpointing_is_refused(plain):
     assert "must be False" in plain(reentrant_message)
 
 
-def balance_losses(padded, scope, kind: BalanceLoss) -> dict[str, float]:
+def balance_losses(padded, scope, kind: BalanceLoss):
     """What the model adds to its loss, and the same by `moe.reference`."""
     import torch
 
@@ -125,7 +125,7 @@ def balance_losses(padded, scope, kind: BalanceLoss) -> dict[str, float]:
     mask = inputs["attention_mask"].bool()
     parts = len(mask) if scope == "sequence" else 1
 
-    def reference(first) -> float:
+    def reference(first):
         total = 0.0
         for logits in output.router_logits:
             layer = logits.unflatten(0, (len(mask), -1))[:, first:].chunk(parts)
@@ -179,7 +179,7 @@ def test_balance_loss_is_that_of_the_reference(plain, padded, scope, kind):
     assert values["accumulated"] == pytest.approx(values["aux"] * share, abs=1e-4)
 
 
-def balance_gradient() -> tuple[float, float]:
+def balance_gradient():
     """Largest gradient of the first gate from the balance loss alone, and FFN's share of it."""
     model = random_model().train()
     model(**batch(), output_router_logits=True).aux_loss.backward()
@@ -266,7 +266,7 @@ def test_gates_are_fp32_under_autocast(plain):
     np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-5)
 
 
-def old_transformers(folder) -> str:
+def old_transformers(folder):
     import sys
 
     import transformers

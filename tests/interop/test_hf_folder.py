@@ -66,13 +66,13 @@ def test_special_tokens_and_settings(run, tmp_path):
     assert fields["rope_parameters"] == {"rope_type": "default", "rope_theta": 10000.0}
     deprecated = {"torch_dtype", "rope_theta", "rope_scaling"}
     assert not deprecated & fields.keys(), "transformers 5 calls these otherwise"
-    generation = json.loads((tmp_path / "hf" / "generation_config.json").read_text())
+    generation = json.loads((tmp_path / "hf/generation_config.json").read_text())
     assert generation == {"bos_token_id": 5, "eos_token_id": 5, "pad_token_id": 5}
-    tokenizer = json.loads((tmp_path / "hf" / "tokenizer_config.json").read_text())
+    tokenizer = json.loads((tmp_path / "hf/tokenizer_config.json").read_text())
     assert tokenizer["model_max_length"] == 16
     for key in ("bos_token", "eos_token", "pad_token"):
         assert tokenizer[key] == "<|endoftext|>"
-    card = (tmp_path / "hf" / "README.md").read_text()
+    card = (tmp_path / "hf/README.md").read_text()
     for line in (
         "| experts of a MoE layer | 4 FFN, 2 constant, 1 copy, 1 zero; 2 per token |",
         "| FFN share measured at step 3 | 0.300 |",
@@ -85,20 +85,20 @@ def test_special_tokens_and_settings(run, tmp_path):
 
 def test_a_model_without_a_tokenizer_has_no_special_tokens(tmp_path):
     hf_to_mcore(GOLDEN / "two_layer_gate", tmp_path / "mcore")
-    (tmp_path / "mcore" / "hf_config.json").unlink()
+    (tmp_path / "mcore/hf_config.json").unlink()
     fields = export(tmp_path / "mcore", tmp_path / "hf")
     assert [fields[f"{key}_token_id"] for key in ("bos", "eos", "pad")] == [None] * 3
 
 
 def test_a_model_of_hugging_face_keeps_its_tokens(tmp_path):
     hf_to_mcore(GOLDEN / "two_layer_gate", tmp_path / "mcore")
-    write_tokenizer(tmp_path / "mcore" / "tokenizer.json")
-    (tmp_path / "mcore" / "tokenizer_config.json").write_text('{"eos_token": "b", "own": 1}')
-    before = json.loads((GOLDEN / "two_layer_gate" / "config.json").read_text())
+    write_tokenizer(tmp_path / "mcore/tokenizer.json")
+    (tmp_path / "mcore/tokenizer_config.json").write_text('{"eos_token": "b", "own": 1}')
+    before = json.loads((GOLDEN / "two_layer_gate/config.json").read_text())
     fields = export(tmp_path / "mcore", tmp_path / "hf")
     for key in ("bos_token_id", "eos_token_id"):
         assert fields[key] == before[key]
-    tokenizer = json.loads((tmp_path / "hf" / "tokenizer_config.json").read_text())
+    tokenizer = json.loads((tmp_path / "hf/tokenizer_config.json").read_text())
     assert (tokenizer["eos_token"], tokenizer["own"]) == ("b", 1)
     assert "pad_token" not in tokenizer
 
@@ -146,7 +146,7 @@ def test_bf16_export_loads_and_pads(run, plain, tmp_path):
     assert np.abs(seen["logits"] - expected).mean() < 0.05 * np.abs(expected).mean()
 
 
-def follow_card(folder) -> list[int]:
+def follow_card(folder):
     """Run the card's Python, which may ask nothing; returns the ids of its message."""
     (code,) = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
     scope = {}
@@ -164,7 +164,7 @@ def test_the_card_of_a_chat_model_can_be_followed(
 ):
     hf_to_mcore(write_released(tmp_path / "released", vocab_size=320), tmp_path / "mcore")
     export(tmp_path / "mcore", tmp_path / "plain")
-    card = (tmp_path / "plain" / "README.md").read_text()
+    card = (tmp_path / "plain/README.md").read_text()
     assert "tokenizer" not in card.split("## Use")[1], "there is none"
     assert "Converted, not trained, by" in card
     assert (
@@ -174,7 +174,7 @@ def test_the_card_of_a_chat_model_can_be_followed(
 
     source = write(tmp_path / "chats.jsonl", [{"messages": chat(n)} for n in range(9)])
     prepared(source, tokenizer_folder, tmp_path / "data")
-    file = tmp_path / "data" / "tokenizer.json"
+    file = tmp_path / "data/tokenizer.json"
     for name, content in _tokenizer_files(file).items():
         (tmp_path / "mcore" / name).write_bytes(content)
     export(tmp_path / "mcore", tmp_path / "hf")

@@ -34,11 +34,11 @@ def folder(tmp_path_factory):
     small = ("model.num_layers=2", "model.seq_length=64", "model.hidden_size=48")
     short = ("training.train_iters=6", "training.global_batch_size=4", "optimizer.warmup_iters=1")
     alone = ("parallel.expert_model_parallel_size=1", "training.eval_interval=0")
-    quickstart = ["train", ROOT / "configs" / "quickstart.yaml", *small, *short, *alone]
+    quickstart = ["train", ROOT / "configs/quickstart.yaml", *small, *short, *alone]
     for words in (["data", "prepare", "text.jsonl", "--out", "data/stdlib"], quickstart):
         done = moepp(*words, cwd=folder)
         assert done.returncode == 0, done.stdout + done.stderr
-        tokenizer = Tokenizer.load(folder / "data" / "stdlib" / "tokenizer.json")
+        tokenizer = Tokenizer.load(folder / "data/stdlib/tokenizer.json")
         # As in the quickstart, the model has no tokens that the tokenizer lacks.
         quickstart.append(f"model.vocab_size={tokenizer.vocab_size}")
     return folder
@@ -49,7 +49,7 @@ def answered(folder):
     """What the server wrote behind the prompt."""
     if LACKING:
         pytest.skip(f"needs the packages {', '.join(LACKING)}")
-    page = (ROOT / "docs" / "how_to" / "serve.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs/how_to/serve.md").read_text(encoding="utf-8")
     block = re.search(r"```bash\n(.*?)```", page, re.DOTALL)
     assert block, "serve.md has no commands"
     install, *commands = block[1].splitlines()
@@ -72,7 +72,7 @@ def answered(folder):
     return str(answer["choices"][0]["text"])
 
 
-def by_transformers(folder) -> dict[str, tuple[str, list[int], list[float]]]:
+def by_transformers(folder):
     """By implementation of experts the new text, all tokens and the log-probability of each."""
     import torch
     from transformers import AutoTokenizer
@@ -93,7 +93,7 @@ def by_transformers(folder) -> dict[str, tuple[str, list[int], list[float]]]:
 
 
 def test_engine_transformers_and_server_write_the_same(folder, answered, plain):
-    run = folder / "runs" / "quickstart"
+    run = folder / "runs/quickstart"
     greedy = ["--temperature", 0, "--max-new-tokens", NEW_TOKENS]
     own = moepp("generate", run, "--prompt", PROMPT, *greedy)
     assert own.stdout == f"{PROMPT}{answered}\n", own.stderr

@@ -11,7 +11,7 @@ from tests.interop.models import settings
 from tests.interop.test_export import save_and_compute
 from tests.interop.test_finetuning import needs_peft
 
-EXAMPLE = Path(__file__).parents[2] / "examples" / "finetune_lora.py"
+EXAMPLE = Path(__file__).parents[2] / "examples/finetune_lora.py"
 
 
 def run_example(export, out):
@@ -35,12 +35,12 @@ def write_word_tokenizer(path):
 def test_adapters_learn_a_text(ranks, plain, tmp_path):
     ranks(1).run(save_and_compute, settings(moe={"two_layer_gate": True}), tmp_path / "checkpoints")
     mcore_to_hf(tmp_path / "checkpoints", tmp_path / "hf")
-    write_word_tokenizer(tmp_path / "hf" / "tokenizer.json")
+    write_word_tokenizer(tmp_path / "hf/tokenizer.json")
     losses = plain(run_example, tmp_path / "hf", tmp_path / "adapter")
     assert losses[-1] < 0.8 * losses[0]
     adapters = load_tensors(tmp_path / "adapter")
     for part in ("gate.wg.0", "gate.wg.2", "gate_map", "q_proj", ".ffn"):
         assert any(part in name for name in adapters), part
-    saved = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    saved = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
     assert "q_proj" in {name.rpartition(".")[2] for name in saved["target_modules"]}
     assert {"ffn.down_proj", "gate_map.weight"} <= set(saved["target_parameters"])

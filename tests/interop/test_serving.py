@@ -40,7 +40,7 @@ VLLM_MODULES = (
 LENGTHS = (3, 15, 1, 9, 2, 12)
 
 
-def ignored_keys(layers) -> tuple[list[str], list[str]]:
+def ignored_keys(layers):
     """Keys of the model, and of a released checkpoint's first MoE layer, that loaders drop."""
     model = random_model(moe_layers=layers, gating_residual=True)
     unused = f"model.layers.{layers.index(1)}.mlp.moe.gate.gate_map.weight"
@@ -51,7 +51,7 @@ def ignored_keys(layers) -> tuple[list[str], list[str]]:
     return dropped[0], dropped[1]
 
 
-def matches(patterns, key) -> bool:
+def matches(patterns, key):
     return any(re.search(pattern, key) for pattern in patterns)
 
 
@@ -62,7 +62,7 @@ def test_no_weight_of_the_model_is_one_that_loaders_drop(plain, layers):
     assert plain(ignored_keys, layers) == (expected, expected)
 
 
-def second_stage() -> str:
+def second_stage():
     """A model whose first layers are those of another pipeline stage, which pass hidden states."""
     import torch
 
@@ -109,7 +109,7 @@ def test_linear_modules_may_be_replaced_by_products_in_bf16(plain):
     np.testing.assert_array_equal(packed, expected)
 
 
-def bias_of_a_half_precision_model() -> str:
+def bias_of_a_half_precision_model():
     import torch
 
     from moepp_megatron.interop.hf_files.configuration_moepp import MoEPPConfig
@@ -206,7 +206,7 @@ def routes(folder, *prompts):
     return torch.cat(picks).numpy()
 
 
-def save_as_it_begins(raw, folder) -> list[list[int]]:
+def save_as_it_begins(raw, folder):
     """Save the model as training begins with it; the tokens of the first batch."""
     config, _, model = begin_training(raw)
     for wrapped in model.chunks:

@@ -80,7 +80,7 @@ def test_decoding_compiles_without_graph_breaks(plain, path):
     np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-5)
 
 
-def generated() -> dict[str, list[int]]:
+def generated():
     """Greedy texts of one prompt by every way to generate."""
     import torch
 
@@ -120,7 +120,7 @@ def test_texts_without_padding(plain):
     np.testing.assert_allclose(row, alone, rtol=0, atol=1e-5)
 
 
-def attentions(qk_norm) -> list[tuple[int, ...]]:
+def attentions(qk_norm):
     model = random_model(qk_norm=qk_norm).eval()
     model.set_attn_implementation("eager")
     return [tuple(value.shape) for value in model(**batch(), output_attentions=True).attentions]
@@ -213,7 +213,7 @@ def test_pipeline_stages_are_planned_where_hidden_states_are_all(plain):
     assert plain(pipeline_plans) == [[], [True, True, True]]
 
 
-def continued_in_turns() -> tuple[list[list[int]], list[list[int]]]:
+def continued_in_turns():
     """New tokens of three prompts by continuous batching, and of each by itself."""
     import torch
     from transformers import GenerationConfig

@@ -1,7 +1,6 @@
 """Upcycled checkpoints compute what their sources compute, and then learn to use what was added."""
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -116,7 +115,7 @@ def write_source(folder, name, tokens, normalised=None, **changes):
     return logits.numpy()
 
 
-def write_tokens(folder) -> Path:
+def write_tokens(folder):
     tokens = folder / "tokens.npz"
     np.savez(tokens, input_ids=np.random.default_rng(0).integers(0, 64, (4, 32)))
     return tokens
@@ -268,7 +267,7 @@ def test_a_model_of_another_kind_is_refused_with_what_is_possible(kind, remedy):
         source_kind({**LLAMA, **kind})
 
 
-def train_upcycled(source, target, steps) -> tuple[list[float], list[float], float]:
+def train_upcycled(source, target, steps):
     """Losses and FFN shares of a short run from the upcycled checkpoint, and phi."""
     import torch.distributed as dist
 

@@ -8,7 +8,7 @@ from moepp_megatron.config import Config, load_config
 from moepp_megatron.interop.upcycle import Additions, _upcycled_config
 from moepp_megatron.training.checkpoint.compatible import check_compatible
 
-CONFIGS = Path(__file__).parents[2] / "configs" / "upcycle"
+CONFIGS = Path(__file__).parents[2] / "configs/upcycle"
 # config.json of mistralai/Mixtral-8x7B-v0.1 and Qwen/Qwen3-30B-A3B: what decides shapes.
 MIXTRAL = {
     "model_type": "mixtral",

@@ -51,10 +51,10 @@ def export(ranks, folder, case):
     warnings = mcore_to_hf(folder / "checkpoints", folder / "vanilla", "vanilla")
     assert any("zero experts became FFN" in text for text in warnings) == ("no zero" not in case)
     assert any("one of zeros" in text for text in warnings) == (case == "raw gates")
-    card = (folder / "vanilla" / "README.md").read_text()
+    card = (folder / "vanilla/README.md").read_text()
     assert ("zero experts are FFN experts of zeros" in card) == ("no zero" not in case)
     assert ("transformers" in card.partition("## Use")[2]) == (name != "Deepseek")
-    fields = json.loads((folder / "vanilla" / "config.json").read_text())
+    fields = json.loads((folder / "vanilla/config.json").read_text())
     assert fields["architectures"] == [f"{name}ForCausalLM"]
     return ours
 
@@ -110,10 +110,10 @@ def test_llama_cpp_computes_the_same(ranks, plain, tmp_path, case):
     export(ranks, tmp_path, case)
     root = Path(__file__).parents[2]
     tokenizer = train_tokenizer([path.read_text() for path in root.glob("docs/*.md")], 320)
-    tokenizer.save(tmp_path / "vanilla" / "tokenizer.json")
+    tokenizer.save(tmp_path / "vanilla/tokenizer.json")
     gguf, texts, answers = (tmp_path / name for name in ("f32.gguf", "texts.json", "answers.json"))
     texts.write_text(json.dumps(TEXTS))
-    converter = [root / "examples" / "to_gguf.py", LLAMA_CPP, tmp_path / "vanilla"]
+    converter = [root / "examples/to_gguf.py", LLAMA_CPP, tmp_path / "vanilla"]
     reader = [Path(__file__).with_name("llama_cpp_answers.py"), gguf, texts, answers]
     for command in ([*converter, "--outtype", "f32", "--outfile", gguf], reader):
         words = [PYTHON, *map(str, command)]
@@ -129,7 +129,7 @@ def test_llama_cpp_computes_the_same(ranks, plain, tmp_path, case):
 
 
 def test_the_example_says_how_it_is_called():
-    file = Path(__file__).parents[2] / "examples" / "to_gguf.py"
+    file = Path(__file__).parents[2] / "examples/to_gguf.py"
     done = subprocess.run([sys.executable, file], capture_output=True, text=True)
     assert (done.returncode, "to_gguf.py LLAMA_CPP EXPORT" in done.stderr) == (1, True)
     assert "Traceback" not in done.stderr

@@ -124,7 +124,7 @@ def test_both_ways(ranks, plain, tmp_path, case):
 def test_a_model_of_the_published_class_comes_in(ranks, plain, tmp_path):
     (tmp_path / "config").mkdir()
     fields = zeda_hf_config(parse_config(settings(**CASES["Qwen3, all kinds, a dense layer"])))
-    (tmp_path / "config" / "config.json").write_text(json.dumps(fields))
+    (tmp_path / "config/config.json").write_text(json.dumps(fields))
     theirs = plain(save_with_reader, tmp_path / "config", tmp_path / "theirs", TOKENS)
     folders = (tmp_path / "theirs", tmp_path / "ours")
     (scores,) = ranks(1).run(convert_and_score, *folders, TOKENS, [])

@@ -23,7 +23,7 @@ from tests.parallel.training_runs import (
     settings,
 )
 
-SCRIPT = Path(__file__).parents[2] / "launch" / "pretrain_megatron_lm.py"
+SCRIPT = Path(__file__).parents[2] / "launch/pretrain_megatron_lm.py"
 STEPS = 2
 # Megatron's schedule counts steps from 0 where ours counts from 1; a constant rate has no such
 # difference.

@@ -8,7 +8,7 @@ from tests.parallel.training_runs import (
 )
 
 
-def norm_beside_torch(num_heads, dtype) -> tuple[float, float, float]:
+def norm_beside_torch(num_heads, dtype):
     """Largest errors of this rank's output, of all inputs' gradients and of the weight's."""
     import torch
     import torch.distributed as dist

@@ -130,7 +130,7 @@ def test_bias_holds_the_budget_through_a_shift_of_the_data(ranks, target, budget
     (run,) = ranks(1).run(train, raw, steps, shift * BATCH)
     taken = run.taken
 
-    def mean(begin, end) -> float:
+    def mean(begin, end):
         return sum(taken[begin:end]) / (end - begin)
 
     assert taken[0] > 1.1 * target, "an untrained router is not at the target by itself"
@@ -162,7 +162,7 @@ def test_two_and_two_steps_are_four(ranks, corpus, tmp_path, controller):
 def test_a_run_begun_without_a_bias_goes_on_with_one(ranks, corpus, tmp_path):
     """Another run from its weights, and then the run itself."""
 
-    def run(name, steps, budget, **checkpoint) -> int:
+    def run(name, steps, budget, **checkpoint):
         raw = trainer_settings(
             corpus,
             tmp_path / name,
@@ -179,7 +179,7 @@ def test_a_run_begun_without_a_bias_goes_on_with_one(ranks, corpus, tmp_path):
     assert run("old", 2, {}, load="auto") == 2
 
 
-def missing_target(raw, steps, resumed_at) -> list[tuple[int, str]]:
+def missing_target(raw, steps, resumed_at):
     """Step and text of each alert while routers take what they like."""
     from moepp_megatron.features.budget.part import BudgetPart
     from moepp_megatron.moe.layer import moe_statistics

@@ -151,7 +151,7 @@ def test_a_callback_that_raises(config, plugins, tmp_path):
         in failed.stderr
     )
     assert "callback also_failing failed in failed" in failed.stderr
-    assert (tmp_path / "run" / "told0").read_text() == "3 CallbackError"
+    assert (tmp_path / "run/told0").read_text() == "3 CallbackError"
     went_on = moepp("train", config, "--resume", ONE)
     assert went_on.returncode == 0, went_on.stderr
     assert "resumed from step 2" in went_on.stdout
@@ -170,7 +170,7 @@ class Demanding(Callback):
         pass
 
 
-def refusals(raw) -> list[str]:
+def refusals(raw):
     """What is said of callbacks that cannot be called, or would end a rank without a word."""
     from moepp_megatron.features.callbacks import part as callbacks
     from moepp_megatron.features.callbacks.part import _RENAMED, CallbackError, CallbacksPart
@@ -270,7 +270,7 @@ def given(raw, folder):
     found = []
 
     class Restless(plugins.MeanLoss):
-        def load(self, state, why, step) -> tuple[()]:
+        def load(self, state, why, step):
             found.append((why, step, state.get("steps")))
             return super().load(state, why, step)
 

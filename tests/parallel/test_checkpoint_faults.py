@@ -9,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
 
 import pytest
 
@@ -25,7 +24,7 @@ from tests.parallel.saving_runs import Run, names
 
 
 @contextlib.contextmanager
-def full_disk(fault) -> Iterator[None]:
+def full_disk(fault):
     """A disk that takes no more than `fault` says, on the rank that enters."""
     from moepp_megatron.training.checkpoint import save, state
 
@@ -121,7 +120,7 @@ def test_failed_saves_on_one_rank(ranks, tmp_path, is_async):
         assert (tmp_path / fault / "latest").read_text() == "step_00000003\n"
 
 
-def save_with_another_clock(folder) -> list[list[str]]:
+def save_with_another_clock(folder):
     """Checkpoints, newest first, after a save by a node whose clock is behind, and one more."""
     from unittest import mock
 
@@ -144,7 +143,7 @@ def test_the_newest_checkpoint_is_the_last_one_whatever_the_clock_says(ranks, tm
     assert found == [[steps[1], steps[0]], [steps[2], steps[1]]]
 
 
-def lose_checkpoints(raw, lost) -> tuple[str | None, int]:
+def lose_checkpoints(raw, lost):
     """What a run calls missing at its end, and its failed saves, if a checkpoint is removed."""
     from moepp_megatron.features.callbacks.part import Callback
 
@@ -173,7 +172,7 @@ def test_a_checkpoint_that_is_lost_after_its_save(ranks, corpus, tmp_path, lost)
     assert gone in json.loads(alert)["condition"]
 
 
-def lose_folder(raw, step, event) -> str | None:
+def lose_folder(raw, step, event):
     """What a run calls missing at its end, if its folder is removed in a step or after its save."""
     from moepp_megatron.features.callbacks.part import Callback
 
@@ -213,7 +212,7 @@ def test_a_run_whose_folder_is_removed_at_its_end(ranks, corpus, tmp_path):
     assert f"{run}/metrics.jsonl was removed while the run wrote it" in records
 
 
-def step_while_writing(folder) -> bool:
+def step_while_writing(folder):
     """Whether nothing is written yet after two steps on a disk that waits for them."""
     from moepp_megatron.runtime.patches import replaced
     from moepp_megatron.training.checkpoint.save import Save
@@ -242,12 +241,12 @@ def test_training_goes_on_while_a_checkpoint_is_written(ranks, tmp_path):
     assert ranks(1).run(step_while_writing, tmp_path / "slow") == [True]
     (_,) = ranks(1).run(save_first_step, tmp_path / "fast")
     for folder in ("slow", "fast"):
-        assert (tmp_path / folder / "step_00000001" / "__0_0.distcp").is_file()
+        assert (tmp_path / folder / "step_00000001/__0_0.distcp").is_file()
     slow, fast = ranks(1).run(weights_of, [tmp_path / "slow", tmp_path / "fast"])[0]
     assert slow == fast
     # Where the run stood, too, not where it is when the files are complete.
     for folder in ("slow", "fast"):
-        record = json.loads((tmp_path / folder / "step_00000001" / "state.json").read_text())
+        record = json.loads((tmp_path / folder / "step_00000001/state.json").read_text())
         assert record["progress"]["step"] == 1
 
 
@@ -257,7 +256,7 @@ def save_first_step(folder):
     assert run.save() is None
 
 
-def weights_of(folders) -> list[str]:
+def weights_of(folders):
     """A digest of all tensors of each folder's first checkpoint."""
     import hashlib
 
@@ -280,7 +279,7 @@ def weights_of(folders) -> list[str]:
     return digests
 
 
-def save_twice(folder, change) -> tuple[list[str | None], list[str]]:
+def save_twice(folder, change):
     """Errors of a save onto the disk, and of one after `change`."""
     run = Run(folder / "checkpoints")
     run.step()
@@ -311,7 +310,7 @@ def test_full_and_read_only_disks(ranks, small_disk, change, error):
 def test_trainer_goes_on_without_its_folder(ranks, corpus, tmp_path):
     # Works as root too, for whom no folder is read-only: a file stands in the folder's place.
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "checkpoints").write_text("not a folder")
+    (tmp_path / "run/checkpoints").write_text("not a folder")
     raw = trainer_settings(
         corpus, tmp_path / "run", training={"train_iters": 3}, checkpoint={"save_interval": 1}
     )

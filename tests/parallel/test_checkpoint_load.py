@@ -45,7 +45,7 @@ def _settings(corpus, run, steps, checkpoint, **sections):
     )
 
 
-def found(raw) -> tuple[Path | None, list[str]]:
+def found(raw):
     """Where a trainer on this rank would start, and what it would log."""
     from moepp_megatron.config import parse_config
     from moepp_megatron.training.checkpoint.read import find_start
@@ -56,7 +56,7 @@ def found(raw) -> tuple[Path | None, list[str]]:
         return find_start(config, checkpoint_folder(config)), messages
 
 
-def refusal(raw) -> str:
+def refusal(raw):
     """Why a trainer on this rank does not start."""
     with pytest.raises(ConfigError) as refused:
         run_trainer(raw)
@@ -84,19 +84,19 @@ def _truncate(path):
     ],
 )
 def test_auto_skips_what_is_damaged(ranks, corpus, run, name, harm, why):
-    newest = run / "checkpoints" / "step_00000004"
+    newest = run / "checkpoints/step_00000004"
     harm(newest / name)
     left = sorted(path.name for path in newest.iterdir())
     raw = _settings(corpus, run, 4, {"load": "auto"})
     (start, messages), (same, nothing) = ranks(2).run(found, raw)
-    assert start == same == run / "checkpoints" / "step_00000002"
+    assert start == same == run / "checkpoints/step_00000002"
     assert [line for line in messages if f"{newest}: {why}" in line], messages
     assert not nothing, "rank 0 alone warns"
     assert sorted(path.name for path in newest.iterdir()) == left
 
 
 def test_a_run_goes_on_from_the_newest_valid_checkpoint(ranks, corpus, run):
-    newest = run / "checkpoints" / "step_00000004"
+    newest = run / "checkpoints/step_00000004"
     _flip(newest / "__1_0.distcp")
     expected = logged(run)
     # Without saving, so that step 4 stays as it is.
@@ -126,8 +126,8 @@ def test_auto_ignores_what_a_killed_save_left(ranks, corpus, run):
 
 def test_unreadable_checkpoint_of_the_same_step_is_put_aside(ranks, corpus, run):
     checkpoints = run / "checkpoints"
-    _flip(checkpoints / "step_00000004" / "__1_0.distcp")
-    damaged = (checkpoints / "step_00000004" / "__1_0.distcp").read_bytes()
+    _flip(checkpoints / "step_00000004/__1_0.distcp")
+    damaged = (checkpoints / "step_00000004/__1_0.distcp").read_bytes()
     ranks(2).run(run_trainer, _settings(corpus, run, 4, {**AUTO, "keep": 1}))
     (aside,) = checkpoints.glob("step_00000004.unreadable-*")
     assert (aside / "__1_0.distcp").read_bytes() == damaged
@@ -159,12 +159,12 @@ def test_resume_without_a_sound_checkpoint_is_exit_code_2(corpus, run, tmp_path,
 @pytest.mark.parametrize("name", ["run", "{tmp}/run", "{tmp}/run/checkpoints/step_00000004"])
 def test_names_of_another_run(ranks, corpus, run, tmp_path, name):
     raw = _settings(corpus, tmp_path / "second", 5, {"load": name.format(tmp=tmp_path)})
-    newest = run / "checkpoints" / "step_00000004"
+    newest = run / "checkpoints/step_00000004"
     assert ranks(2).run(found, raw) == [(newest, [])] * 2
 
 
 def test_another_run_goes_on_from_a_checkpoint(ranks, corpus, run, tmp_path):
-    load = {"load": str(run / "checkpoints" / "step_00000002")}
+    load = {"load": str(run / "checkpoints/step_00000002")}
     ranks(2).run(run_trainer, _settings(corpus, tmp_path / "second", 5, load))
     assert logged(tmp_path / "second", "step") == [3, 4, 5]
     assert logged(tmp_path / "second")[:2] == logged(run)[2:]
@@ -199,12 +199,12 @@ def test_other_shapes_are_refused(ranks, corpus, run):
     ],
 )
 def test_planted_pickle_is_not_executed(ranks, corpus, run, tmp_path, name, why):
-    newest, exploded = run / "checkpoints" / "step_00000004", tmp_path / "exploded"
+    newest, exploded = run / "checkpoints/step_00000004", tmp_path / "exploded"
     plant(newest, name, exploded)
     start, messages = ranks(2).run(found, _settings(corpus, run, 4, {"load": "auto"}))[0]
     assert any(f"{newest}: {why}" in line for line in messages), messages
     assert not exploded.exists()
-    assert start == run / "checkpoints" / "step_00000002"
+    assert start == run / "checkpoints/step_00000002"
     load = {"load": str(newest), "load_optimizer": False}
     for line in ranks(2).run(refusal, _settings(corpus, run, 4, load)):
         assert re.search(f"must be a checkpoint folder .*{why}", line)

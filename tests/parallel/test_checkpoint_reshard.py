@@ -70,11 +70,11 @@ def run_settings(**sections):
 
 
 @cache
-def unbroken(ranks) -> list[float]:
+def unbroken(ranks):
     return assemble(ranks(1).run(train, run_settings(), STEPS)).losses
 
 
-def check(ranks, folder, writer, reader, **sections) -> list[float]:
+def check(ranks, folder, writer, reader, **sections):
     """Losses of a run that changes its layout in the middle."""
     world_size, parallel = LAYOUTS[writer]
     raw = run_settings(parallel=parallel, **sections)

@@ -30,7 +30,7 @@ OTHER_WAYS = {"one": [True], "tp2": [False], "dp2 overlapped": [False]}
 def test_two_and_two_steps_are_four(ranks, corpus, tmp_path, layout, ways):
     world_size, parallel = LAYOUTS[layout]
 
-    def run(name, steps, **sections) -> list[str]:
+    def run(name, steps, **sections):
         training = {"train_iters": steps, "micro_batch_size": 8 // world_size}
         sections |= {"moe": NOISE, "parallel": parallel, "training": training}
         raw = trainer_settings(corpus, tmp_path / name, optimizer={"warmup_iters": 1}, **sections)
@@ -54,7 +54,7 @@ def test_two_and_two_steps_are_four(ranks, corpus, tmp_path, layout, ways):
         assert (folder / "latest").read_text() == "step_00000004\n"
 
 
-def draw_in_every_step(raw) -> list[tuple[float, float]]:
+def draw_in_every_step(raw):
     """What Python's and NumPy's generators give in each step of a run, as a library would draw."""
     import random
     from unittest import mock
@@ -78,7 +78,7 @@ def draw_in_every_step(raw) -> list[tuple[float, float]]:
 def test_python_and_numpy_draw_the_same_again(ranks, corpus, tmp_path):
     checkpoint = {"save_interval": 2, "load": "auto"}
 
-    def drawn(run, steps, **sections) -> list[tuple[float, float]]:
+    def drawn(run, steps, **sections):
         training = {"train_iters": steps, "micro_batch_size": 8, **sections.pop("training", {})}
         sections["training"] = training
         raw = trainer_settings(corpus, tmp_path / run, optimizer={"warmup_iters": 0}, **sections)
@@ -92,7 +92,7 @@ def test_python_and_numpy_draw_the_same_again(ranks, corpus, tmp_path):
     assert parts == [whole[:2], whole[2:]]
 
 
-def judge_while_pruning(raw) -> list[tuple[str, str, int]]:
+def judge_while_pruning(raw):
     """Phase, checkpoint and part of each look into one, on this rank."""
     from unittest import mock
 
@@ -102,7 +102,7 @@ def judge_while_pruning(raw) -> list[tuple[str, str, int]]:
     trainer = trainer_of(raw)
     looks = []
 
-    def look(checkpoint, part=0, num_parts=1) -> str | None:
+    def look(checkpoint, part=0, num_parts=1):
         looks.append((trainer.supervisor.activity.now.phase, checkpoint.name, num_parts))
         return damage(checkpoint, part, num_parts)
 

@@ -50,11 +50,11 @@ OWN = (
 TOLERANCE = 1e-5
 
 
-def input_ids() -> np.ndarray:
+def input_ids():
     return np.random.default_rng(0).integers(0, 60, (2, 16))
 
 
-def vocabulary(corpus) -> str:
+def vocabulary(corpus):
     return f"--vocab-size {Tokenizer.load(corpus / 'tokenizer.json').vocab_size}"
 
 
@@ -77,7 +77,7 @@ def converted(saved, corpus):
     return target
 
 
-def scores_of(ranks, checkpoint, tmp_path) -> np.ndarray:
+def scores_of(ranks, checkpoint, tmp_path):
     tokens = tmp_path / "tokens.npz"
     np.savez(tokens, input_ids=input_ids())
     (scores,) = ranks(1).run(score, checkpoint, tokens, [])
@@ -121,7 +121,7 @@ def test_it_generates_inspects_and_exports(ranks, converted, tmp_path):
     (traced,) = ranks(1).run(trace, converted, text, [])
     assert np.isfinite(traced["losses"]).any()
     mcore_to_hf(converted, tmp_path / "hf", "moepp")
-    assert json.loads((tmp_path / "hf" / "config.json").read_text())["num_zero_experts"] == 2
+    assert json.loads((tmp_path / "hf/config.json").read_text())["num_zero_experts"] == 2
     made = moepp("generate", converted, "--prompt", "Doc", "--max-new-tokens", 4)
     assert made.returncode == 0, made.stderr
     assert made.stdout.startswith("Doc")
@@ -178,7 +178,7 @@ def test_absent_arguments_have_megatrons_defaults(ranks):
     assert other == {"num-query-groups": (1, "null")}
 
 
-def _number(value) -> float | None:
+def _number(value):
     try:
         return float(str(value))
     except ValueError:

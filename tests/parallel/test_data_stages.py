@@ -43,7 +43,7 @@ class Killed(Exception):
     """Stands for a kill: nothing is saved."""
 
 
-def run_and_read(raw, killed_at=None) -> list[list[list[int]]]:
+def run_and_read(raw, killed_at=None):
     """Train; the tokens of each micro-batch that this rank has trained on, in order."""
     from moepp_megatron.training import trainer
 
@@ -80,7 +80,7 @@ def raw_of(data, run, **sections):
     return raw | {"data": data}
 
 
-def stages_of(run) -> list[tuple[int, str]]:
+def stages_of(run):
     alerts = [alert for alert in read_alerts(run / "alerts.jsonl") if alert.rule == "new_stage"]
     return [(alert.step, alert.condition) for alert in alerts]
 

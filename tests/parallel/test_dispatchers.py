@@ -75,7 +75,7 @@ def test_bytes_are_those_of_the_routing(sent, dispatcher, topk, ep, dtype):
         assert result["metadata"] == [gates_out + map_bytes, gates_back]
 
 
-def _others(rows, rank) -> tuple[int, int]:
+def _others(rows, rank):
     """Rows that a rank sends to others and that it gets from others, of [from, to] rows."""
     return rows[rank].sum() - rows[rank, rank], rows[:, rank].sum() - rows[rank, rank]
 

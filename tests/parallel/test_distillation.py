@@ -209,7 +209,7 @@ def test_a_teacher_teaches_the_next_token_alone(ranks, teachers):
     assert two.divergences == pytest.approx(one.divergences, rel=LAYOUT)
 
 
-def teacher_of_all(raw, seen) -> str:
+def teacher_of_all(raw, seen):
     """Which one teaches where each rank sees another checkpoint of a run as its newest."""
     import torch.distributed as dist
 
@@ -220,7 +220,7 @@ def teacher_of_all(raw, seen) -> str:
     return identity
 
 
-def refusal_of(raw) -> str:
+def refusal_of(raw):
     with pytest.raises(ConfigError) as refused:
         trainer_of(raw)
     return str(refused.value)
@@ -269,7 +269,7 @@ def test_the_combined_schedule_trains_the_same(ranks, teachers, stages):
     assert min(run.divergences) > 0.01
 
 
-def estimated_and_held(raw) -> tuple[float, int]:
+def estimated_and_held(raw):
     """Bytes that the planner says of this rank's teacher, and those of its parameters."""
     import torch.distributed as dist
 

@@ -27,7 +27,7 @@ CASES = {
 }
 
 
-def train_and_flip(raw, parts) -> list[tuple[str, str]]:
+def train_and_flip(raw, parts):
     """Compare after each of two steps; then again and again with one bit flipped on rank 1."""
     import torch.distributed as dist
 
@@ -53,7 +53,7 @@ def train_and_flip(raw, parts) -> list[tuple[str, str]]:
     return found
 
 
-def _flip_one_bit(model, part) -> str:
+def _flip_one_bit(model, part):
     import torch
 
     names = [name for name, _ in model.named_parameters() if part in name]

@@ -62,7 +62,7 @@ def test_end_before_begin_is_an_error(ranks):
         ranks(2).run(end_before_begin)
 
 
-def begin_and_end_alone() -> bool:
+def begin_and_end_alone():
     import torch
     import torch.distributed as dist
 

@@ -58,7 +58,7 @@ class WithoutFeature(ast.NodeTransformer):
 def delete(name, root):
     """Remove a feature from a copy of the package."""
     shutil.rmtree(root / "features" / name)
-    registry = root / "features" / "registry.py"
+    registry = root / "features/registry.py"
     edit = WithoutFeature(name)
     tree = edit.visit(ast.parse(registry.read_text(encoding="utf-8")))
     assert edit.removed, f"{name} has no part in the list"
@@ -79,9 +79,9 @@ def test_a_run_trains_without(name, tmp_path):
         del raw["training"]["eval_iters"]
     config = tmp_path / "config.yaml"
     config.write_text(yaml.safe_dump(raw), encoding="utf-8")
-    script = ROOT / "tests" / "deleted.py"
+    script = ROOT / "tests/deleted.py"
     for arguments in (["--help"], ["train", str(config)]):
         done = program(script, tmp_path, *arguments)
         assert done.returncode == 0, done.stdout + done.stderr
-    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 2
+    assert len((tmp_path / "run/metrics.jsonl").read_text().splitlines()) == 2
     assert set(section_models()) >= set(raw)

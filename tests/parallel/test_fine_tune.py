@@ -25,14 +25,14 @@ TINY = (
 )
 
 
-def commands() -> list[list[str]]:
+def commands():
     """Arguments of each `moepp` that the script calls."""
     script = (EXAMPLES / "fine_tune.sh").read_text().replace("\\\n", " ")
     lines = [line for line in script.splitlines() if line.startswith('"$MOEPP_BIN/moepp"')]
     return [shlex.split(line)[1:] for line in lines]
 
 
-def run(*words) -> str:
+def run(*words):
     done = moepp(*words)
     assert done.returncode == 0, f"{words}\n{done.stdout}{done.stderr}"
     return done.stdout
@@ -42,7 +42,7 @@ def test_the_example(tmp_path, corpus, monkeypatch):
     for name in ("configs", "examples"):
         (tmp_path / name).symlink_to(ROOT / name)
     (tmp_path / "data").mkdir()
-    (tmp_path / "data" / "stdlib").symlink_to(corpus)
+    (tmp_path / "data/stdlib").symlink_to(corpus)
     monkeypatch.chdir(tmp_path)
     made = [sys.executable, "examples/make_chat.py", "data/chat.jsonl", "120"]
     subprocess.run(made, check=True, stdout=subprocess.DEVNULL)
@@ -60,7 +60,7 @@ def test_the_example(tmp_path, corpus, monkeypatch):
     assert refused.returncode == 2
     assert "data.reset_attention_mask (false) must be true with data.path" in refused.stderr
     run(*train[:-1], *TINY)
-    folder = tmp_path / "runs" / "fine_tuned"
+    folder = tmp_path / "runs/fine_tuned"
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [record["step"] for record in records] == [1, 2]
     assert records[1]["valid_loss"] < records[0]["valid_loss"]

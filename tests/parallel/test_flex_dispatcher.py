@@ -82,7 +82,7 @@ def test_unused_slots_hold_the_sentinel(ranks):
     assert gradient == [[0.0] * 4, [0.0, 1.0, 0.0, 0.0], [1.0, 0.0, 0.0, 1.0]]
 
 
-def refusal(backend) -> str:
+def refusal(backend):
     from types import SimpleNamespace
 
     from moepp_megatron.moe.flex_dispatcher import FFNFlexTokenDispatcher

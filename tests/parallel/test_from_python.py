@@ -27,7 +27,7 @@ def config(tmp_path, corpus):
     )
 
 
-def written(code, folder) -> Path:
+def written(code, folder):
     """A program, with the guard that Python asks of those whose functions start processes."""
     path = folder / "program.py"
     body = "".join(f"    {line}\n" for line in code.strip().splitlines())
@@ -108,7 +108,7 @@ def test_the_lines_of_the_readme(config, tmp_path):
     readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
     lines = re.search(r"## From Python.*?```python\n(.*?)```", readme, re.DOTALL)[1]
     (tmp_path / "configs").mkdir()
-    config.rename(tmp_path / "configs" / "quickstart.yaml")
+    config.rename(tmp_path / "configs/quickstart.yaml")
     (tmp_path / "text.txt").write_text("def main(words, lines): pass\n" * 200)
     assert '"stdlib", "data/stdlib"' in lines
     # The built-in corpus takes a while; two ranks hold half of the experts each.
@@ -118,7 +118,7 @@ def test_the_lines_of_the_readme(config, tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     assert re.search(r"^3 \d+\.\d+ runs/mine/report.html$", done.stdout, re.MULTILINE)
     assert "\ndef main(" in done.stdout
-    assert (tmp_path / "exported" / "config.json").is_file()
+    assert (tmp_path / "exported/config.json").is_file()
 
 
 def test_no_instrument_is_imported_before_the_run_has_ended(config, tmp_path):

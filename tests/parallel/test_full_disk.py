@@ -18,7 +18,7 @@ WIDE = {"hidden_size": 128, "ffn_hidden_size": 128, "num_layers": 2}
 BATCH = {"micro_batch_size": 8}
 
 
-def save_before_in_and_after_a_full_disk(disk, is_async) -> tuple[list[str | None], list[str]]:
+def save_before_in_and_after_a_full_disk(disk, is_async):
     """Errors of three saves, and what is there after the second."""
     import torch.distributed as dist
 
@@ -90,7 +90,7 @@ def test_train_command(corpus, small_disk, tmp_path):
     assert names(checkpoints) == ["latest", "step_00000004"]
 
 
-def train_on_a_disk_that_stays_full(raw, disk) -> str | None:
+def train_on_a_disk_that_stays_full(raw, disk):
     """What the trainer calls missing at the end, where the disk is full from step 3 on."""
     from unittest import mock
 

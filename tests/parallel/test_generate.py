@@ -57,7 +57,7 @@ def build(raw, overrides):
     return scoring, build_model(scoring.config)
 
 
-def generated(raw, overrides, sampling, eod=NO_EOD) -> list[list[int]]:
+def generated(raw, overrides, sampling, eod=NO_EOD):
     from moepp_megatron.interop.decoding import continue_prompts
     from moepp_megatron.interop.generate_request import Sampling
     from moepp_megatron.model.stage import evaluation_stages
@@ -68,7 +68,7 @@ def generated(raw, overrides, sampling, eod=NO_EOD) -> list[list[int]]:
     return continue_prompts(stages, scoring, PROMPTS, NEW_TOKENS, how, eod=eod, vocab_size=60)
 
 
-def scored_again(raw, sampling, eod=NO_EOD) -> list[list[int]]:
+def scored_again(raw, sampling, eod=NO_EOD):
     import torch
 
     from moepp_megatron.interop.decoding import _sample
@@ -121,7 +121,7 @@ def test_ends_at_end_of_document(ranks):
         assert ranks(size).run(generated, raw, overrides, SAMPLED, eod) == [expected] * size
 
 
-def generate_from_nan(raw, overrides) -> str:
+def generate_from_nan(raw, overrides):
     import torch
 
     from moepp_megatron.model import build as model_building

@@ -40,7 +40,7 @@ def checkpoint(ranks, corpus, tmp_path_factory):
     )
     ranks(1).run(run_trainer, raw)
     shutil.rmtree(folder / "data")
-    return folder / "run" / "checkpoints" / "step_00000002"
+    return folder / "run/checkpoints/step_00000002"
 
 
 def test_same_text_in_every_layout(checkpoint):
@@ -124,7 +124,7 @@ def test_room_decides_how_many_tokens_unless_told(checkpoint):
 
 def test_tokenizer_of_another_model_is_refused(checkpoint, tmp_path):
     shutil.copytree(checkpoint, tmp_path / "other")
-    config = tmp_path / "other" / "config.yaml"
+    config = tmp_path / "other/config.yaml"
     config.write_text(config.read_text().replace("vocab_size: 320", "vocab_size: 200"))
     with pytest.raises(ConfigError, match=r"must not have more than model.vocab_size \(200\)"):
         GenerateRequest.read(tmp_path / "other", ["Document"])

@@ -9,7 +9,7 @@ from tests.parallel.training_runs import EP2, STEPS, assemble, begin_training, s
 BF16 = 4 * 2.0**-9
 
 
-def buffer_types(raw) -> set[str]:
+def buffer_types(raw):
     _, _, model = begin_training(raw)
     return {str(p.main_grad.dtype) for chunk in model.models for p in chunk.parameters()}
 

@@ -42,11 +42,11 @@ def text(tmp_path_factory):
     return path
 
 
-def checkpoint(run, step=2) -> Path:
+def checkpoint(run, step=2):
     return run / "checkpoints" / f"step_{step:08d}"
 
 
-def trace(checkpoint, text, overrides) -> dict[str, np.ndarray] | None:
+def trace(checkpoint, text, overrides):
     """Rank 0's trace of the checkpoint's model on the ranks that call."""
     import torch.distributed as dist
 
@@ -110,7 +110,7 @@ def test_the_command(run, text, alone, tmp_path):
     assert content["tokens"]["class"].count("number") > 0
 
 
-def refused(checkpoint, text, **options) -> str:
+def refused(checkpoint, text, **options):
     with pytest.raises(ConfigError) as caught:
         InspectRequest.read(checkpoint, text, text.parent / "o.html", **options)
     assert "\n" not in str(caught.value)

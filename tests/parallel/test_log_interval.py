@@ -6,7 +6,7 @@ import io
 from tests.parallel.checkpoint_runs import logged, run_trainer, trainer_settings
 
 
-def printed_by_trainer(raw) -> list[str]:
+def printed_by_trainer(raw):
     out = io.StringIO()
     with contextlib.redirect_stdout(out):
         run_trainer(raw)

@@ -51,7 +51,7 @@ def _assert_same(run: list[StepMetrics], other: list[StepMetrics]):
         assert [getattr(r, name) for r in run] == [getattr(r, name) for r in other], name
 
 
-def _told(folder) -> list[str]:
+def _told(folder):
     return [alert.action for alert in read_alerts(folder / "alerts.jsonl")]
 
 
@@ -138,7 +138,7 @@ def learnt(ranks, tmp_path_factory):
     """By layout, the folder of a run that was saved one step before its data change."""
 
     @functools.cache
-    def run(layout) -> Path:
+    def run(layout):
         folder = tmp_path_factory.mktemp("learnt")
         world_size, raw = _learning(folder, layout, NEW_FROM - 1, GUARD)
         raw["checkpoint"]["save_interval"] = NEW_FROM - 1
@@ -160,7 +160,7 @@ def goes_on(learnt, tmp_path):
     return continued
 
 
-def run_with_another_cause(raw, **named) -> str | None:
+def run_with_another_cause(raw, **named):
     """A run in which rank 1's processor comes to another cause."""
     import torch.distributed as dist
 

@@ -3,7 +3,6 @@
 import json
 import os
 import sys
-from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -70,7 +69,7 @@ def test_the_same_training_goes_on(ranks, store, tmp_path):
         assert losses[0] == losses[1]
 
 
-def written_run(corpus, tmp_path, store: Store, **checkpoint) -> tuple[Path, Path, str]:
+def written_run(corpus, tmp_path, store: Store, **checkpoint):
     """A configuration of 6 steps on one rank, the run's folder, and its checkpoints' address."""
     address = f"s3://{store.bucket}/runs/one"
     raw = trainer_settings(
@@ -161,7 +160,7 @@ def test_a_connection_that_is_lost_in_a_save(corpus, tmp_path, store, is_async):
 def test_what_cannot_be_used_is_refused_at_once(corpus, tmp_path, store, monkeypatch, capsys):
     config, run, address = written_run(corpus, tmp_path, store)
 
-    def refused(status, *overrides) -> str:
+    def refused(status, *overrides):
         monkeypatch.setattr(sys, "argv", ["moepp", "train", str(config), *overrides])
         with pytest.raises(SystemExit) as ended:
             main.run()

@@ -13,7 +13,7 @@ PLAIN = {"use_distributed_optimizer": False}
 BF16 = {"precision": {"dtype": "bf16"}}
 
 
-def kinds_of(raw) -> dict[str, tuple[str, str]]:
+def kinds_of(raw):
     """Each parameter's kind, and the class of the optimizer that trains it."""
     from moepp_megatron.training.optimizers import _parameter_kind
 
@@ -126,7 +126,7 @@ GROUPS = {
 }
 
 
-def rates_of(raw) -> tuple[float, dict[str, set[tuple[float, float]]]]:
+def rates_of(raw):
     """The run's rate, and rate and weight decay of each kind of parameters in the second step."""
     from moepp_megatron.training.optimizers import _parameter_kind
 

@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-EXAMPLE = ROOT / "examples" / "own_megatron_loop.py"
+EXAMPLE = ROOT / "examples/own_megatron_loop.py"
 STEPS = 5
 
 
-def run_example() -> list[tuple[float, float]]:
+def run_example():
     """Losses and FFN shares of the example on these ranks, as `main` trains it."""
     spec = importlib.util.spec_from_file_location("own_megatron_loop", EXAMPLE)
     assert spec is not None, EXAMPLE
@@ -63,7 +63,7 @@ def test_page_and_example_need_torch_and_megatron_core_only(tmp_path):
     """As torchrun starts one rank, without a GPU; a port of 0 lets the store choose."""
     base_packages(tmp_path)
     (tmp_path / "moepp_megatron").symlink_to(ROOT / "moepp_megatron")
-    page = (ROOT / "docs" / "how_to" / "from_megatron_lm.md").read_text("utf-8")
+    page = (ROOT / "docs/how_to/from_megatron_lm.md").read_text("utf-8")
     section = page.partition("## In your own loop")[2].partition("\n## ")[0]
     (code,) = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
     steps = f"import runpy, sys; sys.argv[1:] = '2'; runpy.run_path('{EXAMPLE}', None, '__main__')"

@@ -65,7 +65,7 @@ def test_a_model_is_as_without_the_padded_tokens(ranks, training):
         assert expected.any(), f"{name} compares nothing"
 
 
-def recorded_and_trained(raw) -> tuple[dict[str, float], dict[str, float]]:
+def recorded_and_trained(raw):
     """Losses of a step's record, and the means over its micro-batches as training weighs them."""
     from unittest import mock
 

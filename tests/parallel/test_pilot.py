@@ -54,7 +54,7 @@ def test_pilot_from_runs_to_answer(ranks, corpus, tmp_path, monkeypatch, capsys)
     trained = []
     timed = []
 
-    def on_test_ranks(options: LaunchOptions, module, arguments) -> int:
+    def on_test_ranks(options: LaunchOptions, module, arguments):
         """The ranks that are there already, since a process takes seconds to start."""
         assert options.num_local_ranks == 1
         if arguments[0] == "bench":
@@ -70,7 +70,7 @@ def test_pilot_from_runs_to_answer(ranks, corpus, tmp_path, monkeypatch, capsys)
     monkeypatch.setattr(runner, "run_ranks", on_test_ranks)
     monkeypatch.setattr("moepp_megatron.tools.experiments.pilot.arms._FEWEST_EVAL_ITERS", 1)
 
-    def pilot() -> str:
+    def pilot():
         words = ["pilot", str(config), "training.seed=5", "precision.dtype=bf16"]
         monkeypatch.setattr(sys, "argv", ["moepp", *words, "--out", str(out), "--seeds", "2"])
         with pytest.raises(SystemExit) as ended:

@@ -30,7 +30,7 @@ LAYERS = 2
 BATCH = 4
 
 
-def record(raw, prepare=None) -> tuple[list[float], bool]:
+def record(raw, prepare=None):
     """Train and record some steps; returns losses, and whether all methods are back."""
     import torch.distributed as dist
     from megatron.core.transformer.moe.moe_layer import MoELayer

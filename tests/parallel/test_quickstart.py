@@ -20,19 +20,19 @@ printf '%q ' "$@" >>calls && echo >>calls
 """
 
 
-def _commands(folder, gpus, *arguments) -> list[list[str]]:
+def _commands(folder, gpus, *arguments):
     """Arguments of each `moepp` that launch/quickstart.sh calls on a machine with `gpus` GPUs."""
     (folder / "launch").mkdir()
     (folder / "bin").mkdir()
     for name in ("quickstart.sh", "ranks.sh"):
         shutil.copy(ROOT / "launch" / name, folder / "launch")
-    (folder / "launch" / "env.sh").write_text(_ENV.format(root=shlex.quote(str(folder))))
+    (folder / "launch/env.sh").write_text(_ENV.format(root=shlex.quote(str(folder))))
     listed = "".join(f"echo 'GPU {index}: made up'\n" for index in range(gpus))
     for name, text in {"moepp": _MOEPP, "nvidia-smi": f"#!/bin/sh\n{listed}exit 0\n"}.items():
         (folder / "bin" / name).write_text(text)
         (folder / "bin" / name).chmod(0o755)
     path = f"{folder / 'bin'}{os.pathsep}{os.environ['PATH']}"
-    script = [str(folder / "launch" / "quickstart.sh"), *arguments]
+    script = [str(folder / "launch/quickstart.sh"), *arguments]
     # Tests hide the GPUs of their machine, and these are others.
     environment = {key: value for key, value in os.environ.items() if "VISIBLE" not in key}
     environment["PATH"] = path
@@ -41,7 +41,7 @@ def _commands(folder, gpus, *arguments) -> list[list[str]]:
 
 
 def test_the_docs_show_what_the_script_runs(tmp_path):
-    page = (ROOT / "docs" / "tutorials" / "first_run.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs/tutorials/first_run.md").read_text(encoding="utf-8")
     block = re.search(r"## What it does.*?```bash\n(.*?)```", page, re.DOTALL)
     assert block, "first_run.md has no commands"
     lines = block[1].splitlines()
@@ -66,7 +66,7 @@ def test_the_commands_run(tmp_path, monkeypatch):
         done = moepp(*words)
         assert done.returncode == 0, f"{words}\n{done.stdout}{done.stderr}"
     assert done.stdout.startswith("def ")
-    run = tmp_path / "runs" / "quickstart"
+    run = tmp_path / "runs/quickstart"
     assert json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["step"] == 2
     assert (run / "report.html").is_file()
     assert any((run / "checkpoints").iterdir())

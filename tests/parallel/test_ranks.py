@@ -152,7 +152,7 @@ def test_ranks_end_with_the_process_that_started_them(tmp_path):
             time.sleep(0.05)
 
 
-def _is_running(pid) -> bool:
+def _is_running(pid):
     try:
         # The state follows the command's closing bracket; a zombie only waits to be collected.
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"

@@ -44,7 +44,7 @@ LAYOUTS = {
 }
 
 
-def of_step(folder, step, samples=4) -> Path:
+def of_step(folder, step, samples=4):
     return folder / f"from_sample_{samples * (step - 1):08d}.npz"
 
 
@@ -60,7 +60,7 @@ def assert_same(found: Run, expected: Run):
         np.testing.assert_array_equal(found.gradients[name], gradient)
 
 
-def recorded(folder) -> list[np.ndarray]:
+def recorded(folder):
     routes = []
     for step in range(1, STEPS + 1):
         with np.load(of_step(folder, step)) as file:
@@ -87,7 +87,7 @@ def test_a_replay_is_the_recorded_run(ranks, tmp_path, layout):
         assert plain.routing[step]["max_ffn_load"] == pytest.approx(max(loads))
 
 
-def plain_layers(sections) -> int:
+def plain_layers(sections):
     layers = sections.get("model", {}).get("num_layers", 2)
     return layers
 
@@ -210,7 +210,7 @@ def test_what_cannot_be_written_ends_no_run_unsaved(ranks, tmp_path):
     assert (tmp_path / "run/checkpoints/step_00000002").is_dir()
 
 
-def refusal(raw) -> str:
+def refusal(raw):
     with pytest.raises(ConfigError) as refused:
         train(raw, 1)
     return str(refused.value)

@@ -151,7 +151,7 @@ def test_putting_routers_back_keeps_the_loss(ranks, tmp_path):
     on = train(ranks, tmp_path / "on", 32, fault, routing_guard=watched, **common)
     off = train(ranks, tmp_path / "off", 32, fault, **common)
 
-    def excess(found: Found) -> float:
+    def excess(found: Found):
         steps = range(23, 33)
         return sum(found.losses[step] - healthy.losses[step] for step in steps) / len(steps)
 
@@ -200,7 +200,7 @@ def test_rollback(ranks, tmp_path, layout, fault, rule, moe):
     assert alert.condition.endswith("back to step_00000004; steps undone: 3")
     # In the file itself, not only where a reader leaves out what came twice.
     assert logged(tmp_path / "a", "step") == list(range(1, 9))
-    undone = (tmp_path / "a" / "metrics.undone.jsonl").read_text().splitlines()
+    undone = (tmp_path / "a/metrics.undone.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in undone] == [5, 6, 7]
 
 
@@ -328,7 +328,7 @@ def test_a_dry_run_changes_no_bit(ranks, tmp_path):
     assert {"put_back (dry run)", "rollback (dry run)", "stop (dry run)"} <= actions
 
 
-def stopped(raw) -> str:
+def stopped(raw):
     """Message with which the guard ends a run on this rank."""
     from moepp_megatron.features.guard.part import GuardStopError
 
@@ -350,7 +350,7 @@ def test_a_rule_may_end_the_run(ranks, tmp_path):
     for message in ranks(2).run(stopped, raw):
         assert "rule end holds; step 2 is saved" in message
     assert [(a.step, a.rule, a.action) for a in told(tmp_path)] == [(2, "end", "stop")]
-    assert (tmp_path / "checkpoints" / "step_00000002").is_dir()
+    assert (tmp_path / "checkpoints/step_00000002").is_dir()
 
 
 def test_a_budget_owns_the_ffn_share(ranks, tmp_path):

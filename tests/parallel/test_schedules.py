@@ -24,7 +24,7 @@ def test_a_branch_decays_as_a_run_that_was_to_end_there(ranks, corpus, tmp_path)
 
     run("long", 8, save_interval=3)
     straight = run("straight", 5)
-    start = tmp_path / "long" / "checkpoints" / "step_00000003"
+    start = tmp_path / "long/checkpoints/step_00000003"
     run("branch", 5, load=str(start))
 
     for key in ("loss", "grad_norm", "lr"):

@@ -9,7 +9,7 @@ import pytest
 from tests.parallel.ranks import RankError
 
 
-def asked_at(step_of_signal, rank_of_signal, steps) -> list[bool]:
+def asked_at(step_of_signal, rank_of_signal, steps):
     import torch.distributed as dist
 
     from moepp_megatron.training.signals import StopRequest
@@ -23,7 +23,7 @@ def asked_at(step_of_signal, rank_of_signal, steps) -> list[bool]:
     return answers
 
 
-def handlers_before_and_after() -> bool:
+def handlers_before_and_after():
     from moepp_megatron.runtime.stop_signals import STOP_SIGNALS
     from moepp_megatron.training.signals import StopRequest
 
@@ -34,7 +34,7 @@ def handlers_before_and_after() -> bool:
     return before == after != during
 
 
-def asked_twice(same_request_s) -> bool:
+def asked_twice(same_request_s):
     from moepp_megatron.training import signals
 
     signals.SAME_REQUEST_S = same_request_s
@@ -44,7 +44,7 @@ def asked_twice(same_request_s) -> bool:
         return stop.agreed()
 
 
-def asked_before_listening() -> bool:
+def asked_before_listening():
     """As under the launcher, which starts ranks with the signals held back."""
     from moepp_megatron.runtime.stop_signals import STOP_SIGNALS
     from moepp_megatron.training.signals import StopRequest

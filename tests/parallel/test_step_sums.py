@@ -9,7 +9,7 @@ from tests.parallel.checkpoint_runs import trainer_settings
 from tests.parallel.training_runs import EP2, begin, short, with_first_part
 
 
-def norms(raw, steps) -> list[tuple[float, float]]:
+def norms(raw, steps):
     """The gradient norm as read with all else, and by megatron-core's own function."""
     from moepp_megatron.training import step as step_module
     from tests.parallel.training_runs import train
@@ -38,7 +38,7 @@ def test_gradient_norm_has_the_bits_of_megatron_core(ranks, is_distributed):
         assert all(ours == theirs > 0 for ours, theirs in pairs)
 
 
-def stopped_at(raw, step_of_signal) -> int:
+def stopped_at(raw, step_of_signal):
     """The step after which a run ends whose rank 1 gets a signal within `step_of_signal`."""
     import torch.distributed as dist
 

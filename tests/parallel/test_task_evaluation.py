@@ -71,7 +71,7 @@ def course(run):
     return [{k: v for k, v in record.items() if k not in clocks} for record in records(run)]
 
 
-def evaluated(raw) -> tuple[list[int], int]:
+def evaluated(raw):
     """A run whose ranks score one micro-batch at a time; rows at once, and signs of progress."""
     from moepp_megatron.features.tasks import part as task_evaluation
     from moepp_megatron.training.resilience.watchdog import Activity
@@ -98,7 +98,7 @@ def evaluated(raw) -> tuple[list[int], int]:
     return rows, phases.count("evaluation")
 
 
-def trained(ranks, tasks, corpus, folder, **sections) -> dict[str, float]:
+def trained(ranks, tasks, corpus, folder, **sections):
     """The last scores of a run on two ranks, whose course is that of one without tasks."""
     ranks(2).run(run_trainer, settings_of(corpus, folder / "plain", **sections))
     evaluation = {"tasks": [str(tasks)], "interval": 1}
@@ -120,7 +120,7 @@ def trained(ranks, tasks, corpus, folder, **sections) -> dict[str, float]:
     return last
 
 
-def loglikelihood(model, tokens, count) -> float:
+def loglikelihood(model, tokens, count):
     """Of the last `count` tokens, by transformers."""
     import torch
 
@@ -131,7 +131,7 @@ def loglikelihood(model, tokens, count) -> float:
     return float(chosen[len(chosen) - count :].sum())
 
 
-def offline(exported) -> dict[str, float]:
+def offline(exported):
     """The scores, computed from the export without lm-eval and without this package's model."""
     from tokenizers import Tokenizer
     from transformers import AutoModelForCausalLM
@@ -141,7 +141,7 @@ def offline(exported) -> dict[str, float]:
     model = AutoModelForCausalLM.from_pretrained(exported, **options).double().eval()
     tokenizer = Tokenizer.from_file(str(exported / "tokenizer.json"))
 
-    def likelihood(context, continuation) -> float:
+    def likelihood(context, continuation):
         whole, before = (tokenizer.encode(t).ids for t in (context + continuation, context))
         return loglikelihood(model, whole, len(whole) - len(before))
 
@@ -199,7 +199,7 @@ def test_the_command(corpus, tmp_path):
     assert done.returncode == 0, done.stderr
     (record,) = records(tmp_path / "run")
     assert f"last/perplexity {record['task_score']['last/perplexity']:.4f} | " in done.stdout
-    assert "Scores of tasks" in (tmp_path / "run" / "report.html").read_text()
+    assert "Scores of tasks" in (tmp_path / "run/report.html").read_text()
     # One word of 600 tokens: exp(600 ln 320) is no float.
     write_task(tmp_path / "tasks", endless, [{"text": "lines;" * 600}])
     done = moepp("train", config, evaluation, "--resume", "training.train_iters=3")
@@ -212,7 +212,7 @@ def test_the_command(corpus, tmp_path):
     ]
 
 
-def failing_model(raw) -> tuple[str, list[str]]:
+def failing_model(raw):
     """What a run ends with whose model cannot be evaluated, and what other ranks are sent."""
     from moepp_megatron.features.tasks import part as task_evaluation
 

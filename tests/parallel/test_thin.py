@@ -13,7 +13,7 @@ import pytest
 from tests.commands import moepp
 from tests.parallel.checkpoint_runs import logged
 
-EXAMPLE = Path(__file__).parents[2] / "examples" / "thin.sh"
+EXAMPLE = Path(__file__).parents[2] / "examples/thin.sh"
 SHAPE = {
     "vocab_size": 320,
     "hidden_size": 32,
@@ -61,7 +61,7 @@ def thin(corpus, tmp_path):
     for name in ("words", "status"):
         os.mkfifo(folder / name)
 
-    def run(topk, *settings, **environment) -> tuple[int, str, list[str]]:
+    def run(topk, *settings, **environment):
         source = tmp_path / f"top-{topk}"
         if not source.exists():
             torch.manual_seed(5)

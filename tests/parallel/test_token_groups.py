@@ -73,7 +73,7 @@ def recounted(maps, losses, groups):
     """The fields from routing maps [T, E] of micro-batches and layers, and batches with losses."""
     import torch
 
-    def flat(values) -> np.ndarray:
+    def flat(values):
         return torch.cat([each.T.reshape(-1) for each in values]).double().numpy()
 
     ids, of, mask = (
@@ -107,7 +107,7 @@ def whole(ranks):
     return ranks(1).run(measure, short(moe=MOE), True)[0]
 
 
-def flat(values) -> dict[str, float]:
+def flat(values):
     """Numbers by their way through a record."""
     found = {}
     for key, value in values.items():

@@ -10,7 +10,7 @@ from moepp_megatron.training.run_folder import RunFolder
 from tests.parallel.training_runs import settings
 
 
-def refusal(runs, checkpoints: list[Path | str]) -> str | None:
+def refusal(runs, checkpoints: list[Path | str]):
     import torch.distributed as dist
 
     rank = dist.get_rank()

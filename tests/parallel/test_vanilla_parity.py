@@ -1,7 +1,6 @@
 """Vanilla mode is megatron-core's own MoE model, bit for bit."""
 
 import contextlib
-from collections.abc import Iterator
 
 import pytest
 
@@ -53,7 +52,7 @@ def upstream_model(config):
 
 
 @contextlib.contextmanager
-def _norms_with_sequence_parallelism(needed) -> Iterator[None]:
+def _norms_with_sequence_parallelism(needed):
     from megatron.core.transformer.torch_norm import WrappedTorchNorm
 
     from moepp_megatron.model.local_modules import SequenceParallelRMSNorm
@@ -71,7 +70,7 @@ def _norms_with_sequence_parallelism(needed) -> Iterator[None]:
         WrappedTorchNorm.__new__ = original
 
 
-def train_upstream(raw) -> tuple[list[float], list[float]]:
+def train_upstream(raw):
     """Losses and gradient norms of megatron-core's model."""
     from moepp_megatron.training import setup
     from moepp_megatron.training.batches import rank_batches

@@ -38,7 +38,7 @@ def test_lost_node_and_preemptions_leave_the_loss_curve_unbroken(jobs, undisturb
         job.signal(*options)
         job.wait_for_restart(restarts)
         reached = job.step
-        assert (job.run / "checkpoints" / "latest").read_text().strip() == f"step_{reached:08d}"
+        assert (job.run / "checkpoints/latest").read_text().strip() == f"step_{reached:08d}"
     job.wait_for_end("COMPLETED")
     assert losses(job.run) == undisturbed, "the same layout continues to the bit"
     assert sorted(undisturbed) == list(range(1, STEPS + 1))

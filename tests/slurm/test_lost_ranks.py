@@ -33,7 +33,7 @@ def test_dead_ranks_start_again_and_crashed_ones_once(jobs):
     first[1].kill()
     reached = job.step
 
-    def has_restarted() -> bool:
+    def has_restarted():
         # One look: a rank may end between two.
         now = job.ranks()
         return now.keys() == {0, 1} and now[1] != first[1]

@@ -23,14 +23,14 @@ ROOT = Path(__file__).resolve().parents[2]
 OPTIONS = ["--nodes=2", "--gpus-per-node=0", "--mem=1"]
 
 
-def output_folder(jobs: Jobs) -> Path:
+def output_folder(jobs: Jobs):
     """Where the job's run has its own."""
-    folder = jobs.folder / "run" / "slurm"
+    folder = jobs.folder / "run/slurm"
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
 
-def environment(jobs: Jobs) -> dict[str, str]:
+def environment(jobs: Jobs):
     """Of a user of an installation: `moepp` is a command, from the code under test."""
     moepp = jobs.folder / "moepp"
     moepp.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m moepp_megatron.cli.main "$@"\n')
@@ -119,7 +119,7 @@ def test_scaling_over_node_counts(jobs):
     ]
     assert records[-1]["layout"] == "tp=1,pp=1,cp=1,ep=2,etp=1"
     assert records[-1]["a2a_bytes"] > 0
-    assert (folder / "logs" / "n2_tp1-pp1-cp1-ep2-etp1_b8.node1.log").exists(), "two launchers"
+    assert (folder / "logs/n2_tp1-pp1-cp1-ep2-etp1_b8.node1.log").exists(), "two launchers"
     again = sbatch(jobs, script, *arguments, "--mode", "strong,weak")
     again.wait_for_end("COMPLETED")
     assert "n2_tp1-pp1-cp1-ep2-etp1_b16 on 2 nodes" in again.output
@@ -142,13 +142,13 @@ def test_interrupted_srun_saves_and_its_last_line_goes_on(jobs):
     output = output_folder(jobs) / "srun.out"
     command = ["srun", "--nodes=2", "--ntasks-per-node=1", "moepp", "train", str(config)]
 
-    def listed() -> set[str]:
+    def listed():
         return set(jobs.cluster.run("squeue", "-h", "-o", "%i").split())
 
     # Jobs that have ended, other tests' too, are listed for a while.
     earlier = listed()
 
-    def interrupted(command, how: Callable[[subprocess.Popen, Job], None]) -> list[str]:
+    def interrupted(command, how: Callable[[subprocess.Popen, Job], None]):
         """What is printed after a step."""
         # As --disable-status: srun keeps its first Ctrl-C for itself otherwise.
         env = {**environment(jobs), "SLURM_DISABLE_STATUS": "1"}
@@ -168,7 +168,7 @@ def test_interrupted_srun_saves_and_its_last_line_goes_on(jobs):
         finally:
             srun.kill()
             srun.wait()
-        assert (job.run / "checkpoints" / "latest").read_text().strip() == f"step_{job.step:08d}"
+        assert (job.run / "checkpoints/latest").read_text().strip() == f"step_{job.step:08d}"
         lines = output.read_text().splitlines()
         assert f"stopped on request at step {job.step}, saved" in lines
         return lines

@@ -16,7 +16,7 @@ def test_cancelled_job_stays_cancelled(jobs):
     job.wait_until(lambda: not job.processes(), "gone")
     assert job.restarts == 0
     assert "not requeued; to resume: " in job.output
-    assert (job.run / "checkpoints" / "latest").exists(), "saved in the time that Slurm gives"
+    assert (job.run / "checkpoints/latest").exists(), "saved in the time that Slurm gives"
 
 
 @pytest.mark.slow

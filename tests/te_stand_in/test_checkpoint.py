@@ -22,7 +22,7 @@ from moepp_megatron.training.setup import TrainingModel, build_training_model
 from tests.te_stand_in.models import config_of, losses, model_of
 
 
-def histories(model) -> dict[str, torch.Tensor]:
+def histories(model):
     return {
         name: module.fp8_meta["amax_history_fwd"]
         for name, module in model.named_modules()
@@ -56,7 +56,7 @@ def trained(monkeypatch):
     return build
 
 
-def step(model: TrainingModel) -> torch.Tensor:
+def step(model: TrainingModel):
     (chunk,) = model.chunks
     loss = losses(chunk).sum()
     chunk.zero_grad_buffer()
@@ -122,7 +122,7 @@ def test_weights_are_read_in_any_precision(tmp_path, trained, recipe, fp8_param)
     assert losses(second).isfinite().all()
 
 
-def crafted(content) -> torch.Tensor:
+def crafted(content):
     return torch.frombuffer(bytearray(pickle.dumps(content)), dtype=torch.uint8)
 
 
@@ -138,7 +138,7 @@ class _HidesCode:
         return torch.storage._load_from_bytes, (pickle.dumps(_RunsCode()),)
 
 
-def changes_a_class() -> torch.Tensor:
+def changes_a_class():
     """What a second reading could find changed: BUILD sets an attribute of a class."""
     recipe = b"X\x20\x00\x00\x00transformer_engine.common.recipeX\x06\x00\x00\x00Format\x93"
     state = b"N}X\x04\x00\x00\x00madeK\x01s\x86"

@@ -9,7 +9,7 @@ from tests.te_stand_in.rank_runs import dispatch, starved, uneven
 RANKS, FFN = 2, 4
 
 
-def raw_config(recipe, dispatcher) -> dict:
+def raw_config(recipe, dispatcher):
     config = config_of(
         recipe,
         moe={"dispatcher": dispatcher},

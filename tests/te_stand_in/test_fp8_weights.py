@@ -11,7 +11,7 @@ from tests.te_stand_in.models import RECIPES, config_of, losses, model_of
 IN_FP8 = {"linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"}
 
 
-def fp8_names(model) -> set[str]:
+def fp8_names(model):
     return {name for name, p in model.named_parameters() if isinstance(p, QuantizedTensor)}
 
 

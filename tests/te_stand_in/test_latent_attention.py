@@ -29,7 +29,7 @@ MODELS = {
 }
 
 
-def attention_of(model) -> dict[str, tuple[int, ...]]:
+def attention_of(model):
     """Names and shapes of the attention's tensors in a checkpoint."""
     return {
         tensor.key: tensor.global_shape
@@ -39,7 +39,7 @@ def attention_of(model) -> dict[str, tuple[int, ...]]:
     }
 
 
-def local_model(config: Config, monkeypatch) -> torch.nn.Module:
+def local_model(config: Config, monkeypatch):
     """The model of megatron-core's own modules."""
     for module in (build, megatron_config):
         monkeypatch.setattr(module, "have_transformer_engine", lambda: False)

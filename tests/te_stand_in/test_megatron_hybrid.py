@@ -54,10 +54,10 @@ def hybrid(monkeypatch, pattern, **changes) -> HybridModel:
     )
 
 
-def half_names(name) -> str:
+def half_names(name):
     """The name in `*E*E` of a parameter of two whole layers."""
 
-    def half(found: re.Match[str]) -> str:
+    def half(found: re.Match[str]):
         layer, module = found.groups()
         return f"layers.{2 * int(layer) + (module != 'self_attention')}.{module}"
 

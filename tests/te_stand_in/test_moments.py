@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from torch import Tensor
 from transformer_engine.pytorch.optimizers import FusedAdam
 
 from moepp_megatron.config import Layout
@@ -32,7 +31,7 @@ def trained(steps, **sections) -> TrainingModel:
     return model
 
 
-def states(model: TrainingModel) -> dict[str, dict[str, Tensor]]:
+def states(model: TrainingModel):
     """What the optimizer keeps of each parameter."""
     names = {parameter: name for name, parameter in model.models[0].named_parameters()}
     sharded, found = model_state(model.models), {}

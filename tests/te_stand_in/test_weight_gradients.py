@@ -1,7 +1,6 @@
 """Transformer Engine's layers add weight gradients to the reduced buffers inside the product."""
 
 import pytest
-import torch
 
 from moepp_megatron.training.setup import build_training_model
 from tests.te_stand_in.models import config_of, losses
@@ -9,7 +8,7 @@ from tests.te_stand_in.models import config_of, losses
 STEPS, MICRO_BATCHES = 2, 3
 
 
-def gradients(config, fuses) -> tuple[dict[str, torch.Tensor], set[str]]:
+def gradients(config, fuses):
     """Sums over micro-batches of the second step, and the parameters that were added to inside."""
     training = build_training_model(config)
     (chunk,), (model,) = training.chunks, training.models

@@ -66,7 +66,7 @@ def moepp(monkeypatch, capsys):
     """Runs a command in this process: exit code, stdout and stderr."""
     from moepp_megatron.cli import main
 
-    def call(*words) -> tuple[int, str, str]:
+    def call(*words):
         monkeypatch.setattr("sys.argv", ["moepp", *map(str, words)])
         with pytest.raises(SystemExit) as ended:
             main.run()

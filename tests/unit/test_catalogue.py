@@ -29,7 +29,7 @@ def test_no_two_metrics_share_a_name_or_a_plot():
         assert len(set(of)) == len(of)
 
 
-def nesting(annotation) -> list[type]:
+def nesting(annotation):
     """The lists and objects of a field, the outermost first."""
     inner = [each for each in get_args(annotation) if each is not NoneType]
     origin = get_origin(annotation)

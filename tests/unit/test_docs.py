@@ -3,7 +3,6 @@
 import re
 import runpy
 import shlex
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,7 +13,7 @@ from moepp_megatron.cli.usage import UsageError
 from moepp_megatron.config.load import config_layers, load_config, validated
 
 ROOT = Path(__file__).parents[2]
-QUICKSTART = ROOT / "configs" / "quickstart.yaml"
+QUICKSTART = ROOT / "configs/quickstart.yaml"
 DOCS = sorted((ROOT / "docs").rglob("*.md"))
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *DOCS]
 # What a page says is refused.
@@ -22,11 +21,11 @@ REFUSED = "moepp train CONFIG --micro-batch-size 4"
 _FENCE = re.compile(r"^( *)```(\w*)\n(.*?)^\1```", re.DOTALL | re.MULTILINE)
 
 
-def _name(page) -> str:
+def _name(page):
     return page.relative_to(ROOT).as_posix()
 
 
-def _lines(text) -> Iterator[str]:
+def _lines(text):
     """Command lines of shell blocks, without comments, and of code within sentences."""
     for fence in _FENCE.finditer(text):
         if fence[2] in ("bash", "sh"):
@@ -36,7 +35,7 @@ def _lines(text) -> Iterator[str]:
         yield " ".join(inline.split())
 
 
-def _is_placeholder(word) -> bool:
+def _is_placeholder(word):
     """CONFIG, N or $VARIABLE stand for any value."""
     return bool(re.fullmatch(r"[A-Z][A-Z0-9_/.:]*", str(word))) or "$" in str(word)
 

@@ -16,7 +16,7 @@ EXAMPLES = ROOT / "examples"
 NOTEBOOK = EXAMPLES / "read_metrics.ipynb"
 
 
-def code_cells() -> list[str]:
+def code_cells():
     notebook = json.loads(NOTEBOOK.read_text(encoding="ascii"))
     code = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
     # Numbers and pictures of one machine are no part of the example.
@@ -34,7 +34,7 @@ def test_the_notebook_reads_a_run(tmp_path, monkeypatch, capsys):
     records = synthetic_records(config, 12)
     records[4]["loss"] = None
     # Steps 3 to 12 were repeated after a restart, and a 13th is being written.
-    run = write_run(tmp_path / "runs" / "quickstart", config, records + records[2:])
+    run = write_run(tmp_path / "runs/quickstart", config, records + records[2:])
     with (run / "metrics.jsonl").open("a") as file:
         file.write('{"step": 13, "lo')
     (tmp_path / "examples").mkdir()
@@ -65,7 +65,7 @@ def patched(tmp_path):
 
 
 def test_the_new_kind_of_expert_is_the_reference(patched):
-    assert "num_scale_experts" in (patched / "moepp_megatron" / "experts.py").read_text()
+    assert "num_scale_experts" in (patched / "moepp_megatron/experts.py").read_text()
     process = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
         + ["tests/unit/moe/test_scale_experts.py"],

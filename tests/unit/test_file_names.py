@@ -13,7 +13,7 @@ PACKAGE = Path(file_names.__file__).parent
 NOT_RECORDS = ("cli", "tools", "interop/hf_files")
 
 
-def _json_names(source) -> list[str]:
+def _json_names(source):
     """JSON file names in a module's strings, with 0 for what an f-string fills in."""
     found = []
     for node in ast.walk(ast.parse(source)):

@@ -12,7 +12,7 @@ from tests.commands import forked
 ROOT = Path(__file__).parents[2]
 
 
-def run(*arguments, stand_in=False) -> str:
+def run(*arguments, stand_in=False):
     path = [str(ROOT / "tests/te_stand_in")] if stand_in else []
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join([*path, str(ROOT)]),
@@ -30,7 +30,7 @@ def run(*arguments, stand_in=False) -> str:
     return done.stdout
 
 
-def reasons(output) -> set[str]:
+def reasons(output):
     """Why tests were skipped."""
     return {line.rsplit(": ", 1)[1] for line in output.splitlines() if "SKIPPED" in line}
 

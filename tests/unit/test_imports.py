@@ -1,7 +1,6 @@
 """Every name that a script imports from this repository is there, without importing anything."""
 
 import ast
-from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
@@ -14,7 +13,7 @@ FILES = sorted(
 )
 
 
-def _file(module) -> Path | None:
+def _file(module):
     path = ROOT.joinpath(*module.split("."))
     if path.is_dir():
         return path / "__init__.py"
@@ -22,7 +21,7 @@ def _file(module) -> Path | None:
 
 
 @cache
-def _names(file) -> frozenset[str] | None:
+def _names(file):
     """What a file defines or imports anywhere; None where it makes names as it runs."""
     if not file.exists():
         return frozenset()
@@ -41,7 +40,7 @@ def _names(file) -> frozenset[str] | None:
     return frozenset(found)
 
 
-def _missing(path) -> Iterator[str]:
+def _missing(path):
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if not isinstance(node, ast.ImportFrom) or node.level or node.module is None:
             continue

@@ -71,14 +71,14 @@ class Machine:
             "CALLS": str(self.calls),
         }
 
-    def add_python(self, name, answer) -> Path:
+    def add_python(self, name, answer):
         path = self.bin / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(STAND_IN.format(answer=answer))
         path.chmod(0o755)
         return path
 
-    def start(self, script=None, **environment) -> subprocess.Popen[str]:
+    def start(self, script=None, **environment):
         script = script or f'source "{self.root}/launch/env.sh"; echo "$MOEPP_BIN"'
         return subprocess.Popen(
             ["bash", "-c", f"set -euo pipefail; {script}"],
@@ -89,17 +89,17 @@ class Machine:
             text=True,
         )
 
-    def source(self, script=None, **environment) -> tuple[int, str, str]:
+    def source(self, script=None, **environment):
         process = self.start(script, **environment)
         out, err = process.communicate(timeout=60)
         return process.returncode, out, err
 
     @property
-    def installs(self) -> int:
+    def installs(self):
         return self.calls.read_text().count("pip -P -m pip install") if self.calls.exists() else 0
 
     @property
-    def python_calls(self) -> int:
+    def python_calls(self):
         log = Path(f"{self.calls}.all")
         return len(log.read_text().splitlines()) if log.exists() else 0
 
@@ -174,7 +174,7 @@ def test_two_callers_at_once_install_once(machine):
     assert machine.installs == 1
 
 
-def made_with(machine: Machine) -> str:
+def made_with(machine: Machine):
     status, _, err = machine.source()
     assert status == 0, err
     return err.split("(", 1)[1].split(")", 1)[0]
@@ -253,7 +253,7 @@ def test_tools_of_tests_come_with_the_first_script_that_needs_them(machine):
     assert machine.installs == 2
 
 
-def te(machine, **environment) -> tuple[int, str]:
+def te(machine, **environment):
     status, _, err = machine.source(f'"{machine.root}/launch/env.sh" --te', **environment)
     return status, err
 
@@ -347,7 +347,7 @@ def test_scripts_work_through_a_symlink_from_another_folder(machine, tmp_path):
     for name in ("test.sh", "quickstart.sh"):
         shutil.copy(ROOT / "launch" / name, machine.root / "launch" / name)
     link = tmp_path / "run-tests"
-    link.symlink_to(machine.root / "launch" / "test.sh")
+    link.symlink_to(machine.root / "launch/test.sh")
     # The stand-in answers `-m pytest` with its status for unknown calls, which must come through.
     status, _, err = machine.source(f'"{link}" --collect-only')
     assert status == 9, err

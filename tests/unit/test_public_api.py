@@ -15,7 +15,7 @@ from moepp_megatron import config
 REPOSITORY = Path(__file__).parents[2]
 
 
-def _documented() -> set[str]:
+def _documented():
     """Full names that the pages of docs/api document."""
     found = set()
     for page in (REPOSITORY / "docs/api").glob("*.md"):
@@ -30,7 +30,7 @@ def _documented() -> set[str]:
     return found
 
 
-def _internal(source) -> set[str]:
+def _internal(source):
     """Names of the package that a program imports and no page of docs/api documents."""
     used = set()
     for node in ast.walk(ast.parse(source)):

@@ -63,7 +63,7 @@ def test_readers_refuse_a_pipe(pipe, tmp_path):
 def refused(moepp):
     """The line with which a command refuses its arguments."""
 
-    def call(*words) -> str:
+    def call(*words):
         code, _, printed = moepp(*words)
         assert (code, printed.count("\n")) == (2, 1), printed
         return printed

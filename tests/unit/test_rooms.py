@@ -3,7 +3,7 @@
 import ast
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -63,7 +63,7 @@ LISTED = sorted(
 )
 
 
-def _modules() -> dict[str, Path]:
+def _modules():
     modules = {}
     for path in PACKAGE.rglob("*.py"):
         name = ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
@@ -74,7 +74,7 @@ def _modules() -> dict[str, Path]:
 MODULES = _modules()
 
 
-def _imports(name, for_types=True) -> Iterator[str]:
+def _imports(name, for_types=True):
     """The modules of the package that a module imports, those inside functions included."""
     tree = ast.parse(MODULES[name].read_text(encoding="utf-8"))
     if not for_types:
@@ -91,11 +91,11 @@ def _imports(name, for_types=True) -> Iterator[str]:
             yield inner if inner in MODULES else target
 
 
-def _is_for_types(node: ast.stmt) -> bool:
+def _is_for_types(node: ast.stmt):
     return isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
 
 
-def _room(module) -> str:
+def _room(module):
     parts = module.split(".")
     # Settings of features, and the list of features, are part of the configuration.
     if module == "features" or parts[0] == "features" and parts[-1] in ("registry", "settings"):
@@ -160,7 +160,7 @@ def test_class_names_are_used_once():
     assert len([name for name, uses in names.items() if uses > 1]) <= MAX_CLASS_NAMES_TWICE
 
 
-def _words(paths: Iterable[Path]) -> int:
+def _words(paths: Iterable[Path]):
     return sum(len(path.read_text(encoding="utf-8").split()) for path in paths)
 
 

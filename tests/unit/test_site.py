@@ -35,7 +35,7 @@ def test_flags_have_their_setting_and_its_meaning():
     assert "Ett\\|tt\\|ttL" in page
 
 
-def _missing(text) -> list[str]:
+def _missing(text):
     """Files, tests and benchmarks that a text names and that do not exist."""
     missing = []
     for path, test in re.findall(r"`((?:[\w.-]+/)+[\w.-]+\.\w+)(?:::(\w+))?`", text):

@@ -74,7 +74,7 @@ class Node:
             "SLURMD_NODENAME": "n1",
         }
 
-    def job(self, settings="", **environment) -> tuple[int, str]:
+    def job(self, settings="", **environment):
         """Run a job; its exit status and what it said."""
         script = (
             f"set -euo pipefail\nMOEPP_ROOT={ROOT}\nMOEPP_COMMAND=(moepp)\n{settings}\n"
@@ -91,7 +91,7 @@ class Node:
         return done.returncode, done.stderr
 
     @property
-    def steps(self) -> list[list[str]]:
+    def steps(self):
         """The arguments of each srun."""
         if not self.calls_file.exists():
             return []
@@ -99,7 +99,7 @@ class Node:
         return [record.split("\0") for record in records]
 
     @property
-    def orders(self) -> list[str]:
+    def orders(self):
         """What the controller was told."""
         log = Path(f"{self.calls_file}.scontrol")
         return log.read_text().splitlines() if log.exists() else []
@@ -320,7 +320,7 @@ def test_apptainer(node):
 PLAN = "n8_ep8_b16 8\\nn16_ep8_b16 16\\n"
 
 
-def scaling(node: Node, **environment) -> tuple[int, str]:
+def scaling(node: Node, **environment):
     """slurm/scaling.sbatch on the two nodes, 8 ranks each."""
     done = subprocess.run(
         ["bash", str(ROOT / "slurm/scaling.sbatch"), "/c d/run.yaml", "/o ut", "run.name=$(x)"],

@@ -68,7 +68,7 @@ def exported(ranks, folder, name):
     return raw
 
 
-def installed(folder) -> dict[str, str]:
+def installed(folder):
     """The environment of a program that finds what pip installs."""
     # The package, and the metadata in which vLLM finds the entry point.
     subprocess.run([sys.executable, "-c", METADATA.format(folder)], cwd=ROOT, check=True)
@@ -199,7 +199,7 @@ def test_it_answers_over_http(
     tmp_path,
 ):
     exported(ranks, tmp_path, "paper")
-    page = (ROOT / "docs" / "how_to" / "serve.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs/how_to/serve.md").read_text(encoding="utf-8")
     (command,) = re.findall(r"^python (-m vllm.*) --model EXPORT (.*)$", page, re.M)
     port = free_port()
     words = f"{command[0]} --model hf {command[1]} --port {port} --max-model-len 32".split()

@@ -9,10 +9,10 @@ from moepp_megatron.cli import main
 from moepp_megatron.config import load_config
 
 ROOT = Path(__file__).parents[3]
-QUICKSTART = ROOT / "configs" / "quickstart.yaml"
+QUICKSTART = ROOT / "configs/quickstart.yaml"
 
 
-def _run(*arguments) -> str:
+def _run(*arguments):
     result = CliRunner().invoke(main.app, ["config", *arguments])
     assert result.exception is None, result.exception
     return result.stdout

@@ -48,7 +48,7 @@ def command(tmp_path, monkeypatch):
     # These tests mean a machine without a card, whatever they run on.
     monkeypatch.setattr("moepp_megatron.cli.memory_fit.Nvml", _no_card)
 
-    def run(text, ranks, *options) -> int:
+    def run(text, ranks, *options):
         overrides = []
         for setting in text.split():
             name, _, value = setting.partition("=")
@@ -118,12 +118,12 @@ def test_impossible_layouts_are_refused(
     assert _has_process_groups() == had_groups
 
 
-def _has_process_groups() -> bool:
+def _has_process_groups():
     torch = sys.modules.get("torch")
     return torch is not None and torch.distributed.is_initialized()
 
 
-PLANNED = sorted((ROOT / "configs" / "h100").glob("*.yaml"))
+PLANNED = sorted((ROOT / "configs/h100").glob("*.yaml"))
 
 
 @pytest.mark.parametrize("path", PLANNED, ids=lambda path: path.stem)
@@ -247,7 +247,7 @@ def test_nothing_is_cut_in_a_pipe_or_a_narrow_terminal(
     assert re.search(rf"^ +0 +[0-9,]{{11,}} +{layers}", out, re.MULTILINE)
 
 
-def _rows(out, head) -> list[list[str]]:
+def _rows(out, head):
     """Cells of the table whose head starts with `head`."""
     lines = out.splitlines()
     first = next(i for i, line in enumerate(lines) if line.split()[:2] == head.split())

@@ -28,7 +28,7 @@ HOSTILE = "x\x1b]0;t\x1b[2J\x9b31m\u202e[link=file:///x]y[/link][/red]z"
 SHOWN = r"x\x1b]0;t\x1b[2J\x9b31m\u202e[link=file:///x]y[/link][/red]z"
 
 
-def harmless(text) -> str:
+def harmless(text):
     """The text without rich's own colours, after a look that nothing else commands."""
     plain = re.sub(r"\x1b\[[0-9;]*m", "", text)
     assert all(c.isprintable() or c == "\n" for c in plain), ascii(plain)
@@ -41,7 +41,7 @@ def moepp(moepp, monkeypatch):
     # Long lines, so that no text is cut before what it is looked at for.
     monkeypatch.setenv("COLUMNS", "400")
 
-    def call(*arguments) -> tuple[int, str, str]:
+    def call(*arguments):
         status, *printed = moepp(*arguments)
         return status, *map(harmless, printed)
 

@@ -44,7 +44,7 @@ COMMANDS = {
 }
 
 
-def line(package) -> str:
+def line(package):
     return f"error: {OF_ALL[package]} is not installed; {how_to_install('moepp_megatron[all]')}\n"
 
 

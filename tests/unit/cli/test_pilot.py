@@ -16,7 +16,7 @@ def pilot(tmp_path, monkeypatch):
     config = tmp_path / "tiny.yaml"
     config.write_text(config_of().to_yaml())
 
-    def run(*options) -> int:
+    def run(*options):
         words = ["moepp", "pilot", str(config), "--out", str(tmp_path / "out"), *options]
         monkeypatch.setattr(sys, "argv", words)
         with pytest.raises(SystemExit) as ended:
@@ -61,17 +61,17 @@ def test_folder_of_a_training_run_is_refused(pilot, tmp_path, capsys):
 
 def test_collect_leaves_a_configuration_for_every_run(pilot, tmp_path, capsys):
     assert pilot("--collect", "--seeds", "2") == 0
-    names = sorted(file.stem for file in (tmp_path / "out" / "configs").iterdir())
+    names = sorted(file.stem for file in (tmp_path / "out/configs").iterdir())
     # Vanilla, MoE++ and the short one.
     assert len(names) == 6
     assert "moepp-seed-7" in names
     shown = capsys.readouterr()
     assert shown.out.startswith("2 seeds of 5 models, vanilla for 120 steps (9,600 tokens)")
     assert "6 runs and sessions are missing: start them where the models train" in shown.err
-    file = tmp_path / "out" / "configs" / "moepp-seed-7.yaml"
+    file = tmp_path / "out/configs/moepp-seed-7.yaml"
     assert f"  moepp train {file} --nproc 1\n" in shown.err
     assert "no seed is finished by every model yet" in shown.err
-    assert not (tmp_path / "out" / "pilot.json").exists()
+    assert not (tmp_path / "out/pilot.json").exists()
 
 
 @pytest.mark.parametrize(("error", "status"), [(Interrupted(), 75), (RunFailed("run x failed"), 1)])

@@ -208,7 +208,7 @@ def test_the_model_is_held_to_runs(tmp_path, wide):
 def test_readme_has_what_is_printed(model, wide):
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     [options] = re.findall(r"^moepp plan CONFIG (.+)$", readme, re.M)
-    code, printed, _ = wide(ROOT / "configs" / "models" / f"{model}.yaml", *options.split())
+    code, printed, _ = wide(ROOT / "configs/models" / f"{model}.yaml", *options.split())
     assert code == 0
     rows = re.findall(r"^  (?:vanilla|MoE\+\+ tau 0.75)  +(.+) \d+\.\d  +([\d,]+)  ", printed, re.M)
     (plain, plain_cost), (ours, our_cost) = ((row.split(), cost) for row, cost in rows)

@@ -29,7 +29,7 @@ def refused(moepp, monkeypatch):
     monkeypatch.setattr(launch, "run_ranks", lambda *args: pytest.fail("ranks were started"))
     monkeypatch.setattr(prepared_data, "check_data", lambda config, whole_index: [])
 
-    def call(*words) -> str:
+    def call(*words):
         code, out, err = moepp(*words)
         assert (code, out, err.count("\n")) == (2, "", 1), err
         assert err.startswith("error: ")
@@ -66,7 +66,7 @@ def test_checkpoint_dir(read_only, refused, config, tmp_path):
 
 
 def test_report(read_only, refused):
-    page = read_only / "old" / "report.html"
+    page = read_only / "old/report.html"
     said = refused("report", read_only / "old")
     assert said.startswith(f"error: {page}: cannot be written (Read-only file system)")
 

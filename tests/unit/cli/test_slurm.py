@@ -60,7 +60,7 @@ def job(*, file="/c.yaml", overrides=(), folder="/shared/code", **sections) -> S
     return SlurmJob(config(**sections), Path(file), overrides, Path(folder))
 
 
-def directives(script) -> dict[str, str]:
+def directives(script):
     """The `#SBATCH` options, split by a shell's rules; sbatch's own are tested in tests/slurm."""
     options = {}
     for line in script.splitlines():
@@ -75,10 +75,10 @@ def directives(script) -> dict[str, str]:
 def bash(tmp_path, monkeypatch):
     """Runs a script in real bash, where a stand-in for common.sh prints what it was given."""
 
-    def run(make, folder_name="repository") -> dict[str, list[str]]:
+    def run(make, folder_name="repository"):
         root = tmp_path / folder_name
         (root / "slurm").mkdir(parents=True)
-        (root / "slurm" / "common.sh").write_text(
+        (root / "slurm/common.sh").write_text(
             'show() { printf "%s\\0" "$1"; shift; printf "%s\\0" "$#" "$@"; }\n'
             'moepp_job() { show arguments "$@"; show image "$MOEPP_CONTAINER_IMAGE"\n'
             'show mounts "${MOEPP_CONTAINER_MOUNTS[@]}"\n'
@@ -263,7 +263,7 @@ def put_sbatch(folder, text):
     (folder / "sbatch").chmod(0o755)
 
 
-def prepared(folder) -> str:
+def prepared(folder):
     return f"data.path={prepare_letters(folder, 'data', a='a')}"
 
 

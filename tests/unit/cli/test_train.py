@@ -41,7 +41,7 @@ class Command:
     """`moepp train` in this process, with ranks that only look at what they are given."""
 
     def __init__(self, folder, monkeypatch):
-        self.config, self.run_dir = folder / "c.yaml", folder / "my runs" / "run"
+        self.config, self.run_dir = folder / "c.yaml", folder / "my runs/run"
         self.config.write_text(MINIMAL)
         self.starts = []
         self.claims = []
@@ -56,7 +56,7 @@ class Command:
         # Whatever the command sets is gone after the test.
         monkeypatch.setattr(os, "environ", dict(os.environ))
 
-    def _ranks(self, options: LaunchOptions, module, arguments) -> int:
+    def _ranks(self, options: LaunchOptions, module, arguments):
         self.starts.append(list(arguments))
         self.alike = options.alike
         # What a rank reads, and a run that it starts.
@@ -69,7 +69,7 @@ class Command:
             raise self.raises
         return self.status
 
-    def __call__(self, *options) -> int:
+    def __call__(self, *options):
         words = [str(self.config), f"run.dir={self.run_dir}", "--nproc", "2", *options]
         self._monkeypatch.setattr(sys, "argv", ["/venv/bin/moepp", "train", *words])
         with pytest.raises(SystemExit) as ended:
@@ -80,7 +80,7 @@ class Command:
         self.run_dir.mkdir(parents=True)
         (self.run_dir / "metrics.jsonl").write_text("records\n")
 
-    def resume_command(self, *options) -> str:
+    def resume_command(self, *options):
         words = ["/venv/bin/moepp", "train", str(self.config), f"run.dir={self.run_dir}"]
         return shlex.join([*words, "--nproc", "2", *options, "--resume"])
 

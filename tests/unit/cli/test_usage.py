@@ -19,7 +19,7 @@ from tests.unit.data.letters import prepare_letters
 from tests.unit.tools.report.conftest import synthetic_config, synthetic_records, write_run
 
 ROOT = Path(__file__).parents[3]
-QUICKSTART = ROOT / "configs" / "quickstart.yaml"
+QUICKSTART = ROOT / "configs/quickstart.yaml"
 
 
 def _commands():
@@ -40,7 +40,7 @@ OPTIONS = [
 ]
 
 
-def _without_breaks(text) -> str:
+def _without_breaks(text):
     """Lines are wrapped between words, and at hyphens."""
     return "".join(text.split())
 
@@ -234,7 +234,7 @@ def test_no_memory_is_one_line(error, tmp_path, monkeypatch, moepp):
     assert " ".join(str(error).split()) in line
 
 
-MODEL = str(ROOT / "configs" / "models" / "moepp_0.6b_8_4.yaml")
+MODEL = str(ROOT / "configs/models/moepp_0.6b_8_4.yaml")
 FULL = {
     "config keys": ["config", "keys", "moe.tau", "--json", "FILE"],
     "config show": ["config", "show", str(QUICKSTART), "--json", "FILE"],
@@ -305,7 +305,7 @@ def test_a_full_disk_behind_stdout_is_one_line(words):
     "words",
     [
         ["train", "n \u00f6"],
-        ["train", str(ROOT / "configs" / "quickstart.yaml"), "--nproc", "2", "data.path=n \u00f6"],
+        ["train", str(ROOT / "configs/quickstart.yaml"), "--nproc", "2", "data.path=n \u00f6"],
         ["data", "show", "n \u00f6"],
         ["data", "prepare", "n \u00f6", "--out", "x"],
         ["report", "n \u00f6"],
@@ -327,7 +327,7 @@ def test_a_relative_path_is_said_in_full_and_quoted_where_it_is_suggested(
 
 def test_a_target_that_is_taken_is_refused_before_torch_is_imported(tmp_path):
     (tmp_path / "dst").mkdir()
-    (tmp_path / "dst" / "file").touch()
+    (tmp_path / "dst/file").touch()
     code = (
         "import sys\n"
         "from moepp_megatron.cli.main import run\n"

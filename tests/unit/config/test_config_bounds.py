@@ -10,11 +10,11 @@ from moepp_megatron.config.paths import path_problem, place_problem
 from moepp_megatron.config.schema import Section
 from moepp_megatron.config.yaml_file import parse_yaml, read_mapping
 
-QUICKSTART = Path(__file__).parents[3] / "configs" / "quickstart.yaml"
+QUICKSTART = Path(__file__).parents[3] / "configs/quickstart.yaml"
 HUGE = "99999999999999999999999"
 
 
-def whole_numbers(model: type[Section] = Config, prefix="") -> dict[str, str]:
+def whole_numbers(model: type[Section] = Config, prefix=""):
     """Settings that may be a whole number or a list of them, and a huge one for each."""
     names = {}
     for name, field in model.model_fields.items():
@@ -48,7 +48,7 @@ def test_numbers_in_a_list_of_sections_are_bounded():
         load_config(QUICKSTART, [f"routing_guard.rules=[{rule}]"])
 
 
-def bomb(width, levels) -> str:
+def bomb(width, levels):
     lines = ["a0: &a0 [x]"]
     for level in range(1, levels):
         lines.append(f"a{level}: &a{level} [{', '.join([f'*a{level - 1}'] * width)}]")

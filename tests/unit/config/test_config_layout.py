@@ -17,7 +17,7 @@ CONFIGS = Path(__file__).parents[3] / "configs"
 PARALLEL = "parallel.{}_parallel_size={}"
 
 
-def layout_overrides(tp, pp, cp, ep, etp) -> list[str]:
+def layout_overrides(tp, pp, cp, ep, etp):
     return [
         PARALLEL.format("tensor_model", tp),
         PARALLEL.format("pipeline_model", pp),

@@ -43,7 +43,7 @@ def test_base_is_merged_key_by_key_and_relative_to_the_file_naming_it(
     (tmp_path / "middle.yaml").write_text(
         "base: minimal.yaml\nmoe: {tau: 0.5, router_topk: 3, layer_freq: [1, 0, 1, 0]}\n"
     )
-    top = tmp_path / "sub" / "top.yaml"
+    top = tmp_path / "sub/top.yaml"
     top.write_text("base: ../middle.yaml\nmoe: {tau: 0.25, layer_freq: [1, 1, 0, 0]}\ndata:\n")
     monkeypatch.chdir("/")
     config = load_config(top)
@@ -236,7 +236,7 @@ def test_every_shipped_configuration_is_tested():
     assert {str(path.relative_to(CONFIGS)) for path in paths} == {*FITS, *bases}
 
 
-def described_settings(path, model: type[Section]) -> int:
+def described_settings(path, model: type[Section]):
     """Checks each setting of a section and of the sections inside it; returns how many."""
     count = 0
     for name, setting in model.model_fields.items():

@@ -12,7 +12,7 @@ from moepp_megatron.data.tokenizer import Tokenizer
 VOCAB_SIZE = 300
 
 
-def make_texts(count) -> list[str]:
+def make_texts(count):
     """Distinct texts of different lengths, none of them part of another."""
     return [
         f"Document {i}: " + f"na\u00efve \u2116 {i} w\u00f6rds and\n\tlines; " * (i % 7 + 1)

@@ -44,7 +44,7 @@ def open_blends(folders, cache, *blends: Blend, samples=(40, 0, 0)):
     return build_datasets(blends, tokenizer, LENGTH, SPLIT, 7, samples, cache_dir=cache)
 
 
-def places(dataset: DrawnDataset) -> list[tuple[str, int]]:
+def places(dataset: DrawnDataset):
     """Folder and sample of each sample."""
     found = [dataset.locate(index) for index in range(len(dataset))]
     return [(Path(each.dataset.path_prefix).parent.name, sample) for each, sample in found]

@@ -11,8 +11,8 @@ runner = CliRunner()
 
 def test_prepare_writes_and_reports(corpus_file, tmp_path):
     (tmp_path / "empty").mkdir()
-    (tmp_path / "empty" / "a.txt").write_text("")
-    (tmp_path / "empty" / "b.txt").write_text("something")
+    (tmp_path / "empty/a.txt").write_text("")
+    (tmp_path / "empty/b.txt").write_text("something")
     sources = [str(corpus_file), str(tmp_path / "empty")]
     out = str(tmp_path / "out")
     arguments = ["prepare", *sources, "--out", out, "--vocab-size", "300", "--workers", "1"]

@@ -67,7 +67,7 @@ def tokenizer_folder(tmp_path_factory):
     return folder
 
 
-def write(path, records) -> Path:
+def write(path, records):
     path.write_text("".join(f"{json.dumps(record)}\n" for record in records))
     return path
 

@@ -25,7 +25,7 @@ LETTERS = {"first": "a", "second": "b", "third": "c"}
 SETTINGS = PrepareSettings(vocab_size=257, workers=1)
 
 
-def write_sources(folder) -> list[str]:
+def write_sources(folder):
     """One SOURCE argument for each letter, and one more of the first's name."""
     random = np.random.RandomState(1)
     given = []

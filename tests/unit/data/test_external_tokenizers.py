@@ -25,7 +25,7 @@ HARD = [
 ]
 
 
-def sentencepiece_model(folder, kind, **options) -> Path:
+def sentencepiece_model(folder, kind, **options):
     sentencepiece = pytest.importorskip("sentencepiece", reason="needs sentencepiece")
     pytest.importorskip("google.protobuf", reason="needs protobuf")
     pytest.importorskip("transformers", reason="needs transformers")

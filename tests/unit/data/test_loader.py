@@ -14,10 +14,10 @@ class Numbers(torch.utils.data.Dataset):
     def __init__(self, size):
         self.size = size
 
-    def __len__(self) -> int:
+    def __len__(self):
         return self.size
 
-    def __getitem__(self, index) -> dict[str, torch.Tensor]:
+    def __getitem__(self, index):
         assert 0 <= index < self.size
         return {"tokens": torch.tensor([index])}
 

@@ -62,13 +62,13 @@ def known() -> dict[str, pre_tokenizers.PreTokenizer]:
     return found
 
 
-def draw(generator, length) -> str:
+def draw(generator, length):
     """A text, in part of few of the parts, so that long runs of one kind occur."""
     few = generator.sample(PARTS, generator.choice([1, 3, 10, 30, len(PARTS)]))
     return "".join(generator.choices(few, k=length))
 
 
-def pre_tokens(pre_tokenizer: pre_tokenizers.PreTokenizer, text) -> list[str]:
+def pre_tokens(pre_tokenizer: pre_tokenizers.PreTokenizer, text):
     return [token for token, _ in pre_tokenizer.pre_tokenize_str(text)]
 
 

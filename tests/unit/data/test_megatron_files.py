@@ -22,7 +22,7 @@ from tests.unit.training.conftest import config_of
 @pytest.fixture
 def pair(prepared, tmp_path):
     """The files of a corpus under a name as Megatron's preprocessing gives."""
-    prefix = tmp_path / "elsewhere" / "my_text_document"
+    prefix = tmp_path / "elsewhere/my_text_document"
     prefix.parent.mkdir()
     for suffix in (".bin", ".idx"):
         shutil.copy(prepared / f"corpus{suffix}", f"{prefix}{suffix}")

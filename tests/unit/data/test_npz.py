@@ -13,7 +13,7 @@ from moepp_megatron.interop.score_request import read_input_ids
 IDS = np.arange(6).reshape(2, 3)
 
 
-def _npy(header=None) -> bytes:
+def _npy(header=None):
     content = io.BytesIO()
     np.save(content, IDS)
     if header is None:
@@ -49,7 +49,7 @@ def _stream(content: bytearray):
     content[start : start + 20] = b"\xff" * 20
 
 
-def _claim(shape) -> str:
+def _claim(shape):
     return f"{{'descr': '<i8', 'fortran_order': False, 'shape': {shape}, }}"
 
 

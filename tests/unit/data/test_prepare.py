@@ -36,15 +36,15 @@ def make(corpus_file, console):
     return prepared
 
 
-def digests(folder) -> dict[str, str]:
+def digests(folder):
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
 
 
-def mtimes(folder) -> dict[str, int]:
+def mtimes(folder):
     return {path.name: path.stat().st_mtime_ns for path in [folder, *folder.iterdir()]}
 
 
-def stored_texts(folder) -> list[str]:
+def stored_texts(folder):
     from megatron.core.datasets.indexed_dataset import IndexedDataset
 
     tokenizer = Tokenizer.load(folder)
@@ -205,8 +205,8 @@ def test_interrupted_run_leaves_nothing_behind(make, tmp_path, monkeypatch, step
 
 
 def test_leftovers_of_a_killed_run_do_no_harm(make, prepared, tmp_path):
-    (tmp_path / ".out.partial" / "junk").mkdir(parents=True)
-    (tmp_path / ".out.partial" / "corpus.bin").write_text("half")
+    (tmp_path / ".out.partial/junk").mkdir(parents=True)
+    (tmp_path / ".out.partial/corpus.bin").write_text("half")
     make(tmp_path / "out")
     assert digests(tmp_path / "out") == {
         name: value for name, value in digests(prepared).items() if name != "manifest.json"

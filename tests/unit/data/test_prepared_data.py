@@ -17,7 +17,7 @@ REPOSITORY = Path(__file__).parents[3]
 def check(monkeypatch):
     """The warnings for a configuration on data of a vocabulary."""
 
-    def warnings(config: Config, vocabulary) -> list[str]:
+    def warnings(config: Config, vocabulary):
         class Prepared:
             vocab_size = vocabulary
             documents = 1000

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from pathlib import Path
 
 import pytest
 
@@ -34,7 +33,7 @@ def other(prepared, tmp_path):
     return tmp_path / "other.json"
 
 
-def _rewritten(file, target) -> Path:
+def _rewritten(file, target):
     """The same tokenizer, written down differently."""
     target.write_text(json.dumps(json.loads(file.read_text()), indent=None))
     assert target.read_bytes() != file.read_bytes()
@@ -108,7 +107,7 @@ def test_what_is_no_tokenizer_is_refused(folder, tmp_path, content):
 
 
 def test_a_model_goes_on_with_its_tokens(folder, other, tmp_path):
-    trained = tmp_path / "step_00000005" / "tokenizer.json"
+    trained = tmp_path / "step_00000005/tokenizer.json"
     trained.parent.mkdir()
     # Without one nothing is known; so too with a file that an older version copied unread.
     check_model_tokenizer(_config(folder), trained)

@@ -1,7 +1,6 @@
 """Hugging Face datasets from local folders."""
 
 import json
-from pathlib import Path
 
 import pyarrow as pa
 import pytest
@@ -15,7 +14,7 @@ from tests.unit.data.conftest import write_arrow
 TEXTS = [f"text {number} " * 5 for number in range(25)]
 
 
-def read_all(folder, text_key="text") -> list[str]:
+def read_all(folder, text_key="text"):
     sources = resolve_sources([str(folder)])
     found = []
     for piece in plan_pieces(sources, text_key):
@@ -23,7 +22,7 @@ def read_all(folder, text_key="text") -> list[str]:
     return found
 
 
-def save_to_disk(folder, texts, rows=4) -> Path:
+def save_to_disk(folder, texts, rows=4):
     """What `datasets` writes: stream files of batches, and three JSON files' worth of state."""
     folder.mkdir(parents=True)
     shards = {"data-00000-of-00002.arrow": texts[:10], "data-00001-of-00002.arrow": texts[10:]}
@@ -84,7 +83,7 @@ def test_datasets_own_files(tmp_path):
     both.save_to_disk(tmp_path / "both")
     with pytest.raises(ConfigError, match="holds a dataset of the splits test, train"):
         read_all(tmp_path / "both")
-    assert read_all(tmp_path / "both" / "train") == TEXTS
+    assert read_all(tmp_path / "both/train") == TEXTS
 
 
 def test_arrow_s_file_format(tmp_path):
@@ -102,7 +101,7 @@ def test_arrow_s_file_format(tmp_path):
 @pytest.mark.parametrize("new", [pa.ipc.new_file, pa.ipc.new_stream])
 @pytest.mark.parametrize("compression", ["lz4", "zstd"])
 def test_arrow_that_unpacks_to_far_more_is_refused(tmp_path, compression, new, dictionary):
-    def write(name, text) -> Path:
+    def write(name, text):
         table = pa.table({"text": [text, "b", "c"]})
         if dictionary:
             table = pa.table({"text": table["text"].dictionary_encode()})
@@ -125,11 +124,11 @@ def test_arrow_s_file_format_without_its_end(tmp_path):
 
 
 def test_parquet_of_the_hub(tmp_path):
-    data = tmp_path / "hub" / "data"
+    data = tmp_path / "hub/data"
     data.mkdir(parents=True)
     for index, part in enumerate((TEXTS[:12], TEXTS[12:])):
         parquet.write_table(pa.table({"text": part}), data / f"train-0000{index}-of-00002.parquet")
-    (tmp_path / "hub" / "README.md").write_text("a card, no text")
+    (tmp_path / "hub/README.md").write_text("a card, no text")
     assert read_all(tmp_path / "hub") == TEXTS
     parquet.write_table(pa.table({"text": ["x"]}), data / "test-00000-of-00001.parquet")
     with pytest.raises(ConfigError, match="splits test, train, and must be one of them"):

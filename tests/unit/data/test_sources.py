@@ -9,7 +9,7 @@ from moepp_megatron.config.errors import ConfigError
 from moepp_megatron.data.sources import content_fingerprint, resolve_sources, stat_fingerprint
 
 
-def names(source) -> list[str]:
+def names(source):
     return [file.name for file in source.files]
 
 
@@ -26,14 +26,14 @@ def test_folder_is_walked_in_sorted_order_without_hidden_files(tmp_path):
 def test_output_in_a_source_is_refused(tmp_path, out):
     """It would be a part of the source for every later call."""
     (tmp_path / "texts").mkdir()
-    (tmp_path / "texts" / "a.txt").write_text("x")
+    (tmp_path / "texts/a.txt").write_text("x")
     (tmp_path / "link").symlink_to("texts")
     for source in ("texts", "link"):
         with pytest.raises(ConfigError, match=r"--out .* must not lie in the source") as caught:
             resolve_sources([str(tmp_path / source)], tmp_path / out)
         assert "\n" not in str(caught.value)
     resolve_sources([str(tmp_path / "texts")], tmp_path / "texts2")
-    resolve_sources([str(tmp_path / "texts" / "a.txt")], tmp_path / "texts" / "out")
+    resolve_sources([str(tmp_path / "texts/a.txt")], tmp_path / "texts/out")
 
 
 # What lies in a source, and where it leads.
@@ -57,7 +57,7 @@ def test_links_that_leave_a_source_are_refused(tmp_path, kind):
     for folder in ("secret", "texts2", "texts"):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "key").write_text("private")
-    (tmp_path / "secret" / "key.gz").write_text("private")
+    (tmp_path / "secret/key.gz").write_text("private")
     (tmp_path / "hop").symlink_to("secret/key")
     root = tmp_path / "texts"
     (root / ".hop").symlink_to("../secret/key")
@@ -72,13 +72,13 @@ def test_links_that_leave_a_source_are_refused(tmp_path, kind):
 
 
 def test_links_within_a_source_and_those_that_a_user_names_are_followed(tmp_path):
-    (tmp_path / "texts" / "sub").mkdir(parents=True)
-    (tmp_path / "texts" / "sub" / "a.txt").write_text("x")
-    (tmp_path / "texts" / "b.txt").symlink_to("sub/a.txt")
-    (tmp_path / "texts" / "c.txt").symlink_to(tmp_path / "texts" / "b.txt")
-    (tmp_path / "texts" / "again").symlink_to("sub")
-    (tmp_path / "texts" / "round").symlink_to(".")
-    (tmp_path / "texts" / ".hidden").symlink_to("/etc")
+    (tmp_path / "texts/sub").mkdir(parents=True)
+    (tmp_path / "texts/sub/a.txt").write_text("x")
+    (tmp_path / "texts/b.txt").symlink_to("sub/a.txt")
+    (tmp_path / "texts/c.txt").symlink_to(tmp_path / "texts/b.txt")
+    (tmp_path / "texts/again").symlink_to("sub")
+    (tmp_path / "texts/round").symlink_to(".")
+    (tmp_path / "texts/.hidden").symlink_to("/etc")
     (tmp_path / "link").symlink_to("texts")
     (source,) = resolve_sources([str(tmp_path / "link")])
     assert names(source) == ["b.txt", "c.txt", "sub/a.txt"]
@@ -211,8 +211,8 @@ def test_fingerprints_see_content_and_name(tmp_path):
 
 
 def test_what_has_been_prepared_is_no_text(prepared, tmp_path):
-    shutil.copytree(prepared, tmp_path / "texts" / "old")
-    for source in (tmp_path / "texts", tmp_path / "texts" / "old"):
+    shutil.copytree(prepared, tmp_path / "texts/old")
+    for source in (tmp_path / "texts", tmp_path / "texts/old"):
         with pytest.raises(
             ConfigError, match=r"texts/old must be text, and is a folder that moepp"
         ):

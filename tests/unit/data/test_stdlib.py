@@ -84,7 +84,7 @@ def library(tmp_path, monkeypatch):
     return root
 
 
-def stored(folder) -> list[str]:
+def stored(folder):
     """The documents in their order."""
     from megatron.core.datasets.indexed_dataset import IndexedDataset
 

@@ -17,7 +17,7 @@ CODE = '''def read_all(path):
 '''
 
 
-def classes_of(text, tokens, language="text") -> list[str]:
+def classes_of(text, tokens, language="text"):
     """Classes of tokens that make up the text."""
     spans, begin = [], 0
     for token in tokens:

@@ -21,7 +21,7 @@ def folder(prepared, tmp_path):
     return Path(shutil.copytree(prepared, tmp_path / "dataset"))
 
 
-def lengths_of(folder) -> np.ndarray:
+def lengths_of(folder):
     from megatron.core.datasets.indexed_dataset import IndexedDataset
 
     dataset = IndexedDataset(str(folder / "corpus"))
@@ -39,7 +39,7 @@ def change_manifest(folder, **values):
     path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
 
 
-def problems(folder) -> dict[str, str]:
+def problems(folder):
     states = verify(folder, Manifest.read(folder), lambda size: None)
     return {state.name: state.problem for state in states if state.problem}
 
@@ -206,7 +206,7 @@ def test_loader_names_a_token_outside_of_the_vocabulary(folder, document, worker
     assert vocabulary_of(train, 4096) == VOCAB_SIZE
     assert vocabulary_of(object(), 4096) == 4096
 
-    def read() -> int:
+    def read():
         loaded = batches(train, 0, 2, 0, 1, 2, num_workers=workers, vocab_size=VOCAB_SIZE)
         return sum(1 for _ in loaded)
 

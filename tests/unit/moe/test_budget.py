@@ -17,7 +17,7 @@ CONFIG = MoEPPConfig(8, num_zero_experts=1, num_copy_experts=1, num_constant_exp
 SELECTIONS = 10_000
 
 
-def counts(*ffn_shares) -> torch.Tensor:
+def counts(*ffn_shares):
     """[L, E] selections with these FFN shares, alike within each kind."""
     return torch.stack(
         [
@@ -45,7 +45,7 @@ def test_start_at_all_ffn_experts_has_a_finite_tau():
     assert controller.taus(11) == pytest.approx([0.5])
 
 
-def simulate_tau(controller: BudgetController, offset, steps: range) -> list[float]:
+def simulate_tau(controller: BudgetController, offset, steps: range):
     """Shares of a layer whose log odds follow tau with a delay, `offset` away from balance."""
     odds, shares = math.log(8 / 4), []
     for step in steps:
@@ -58,7 +58,7 @@ def simulate_tau(controller: BudgetController, offset, steps: range) -> list[flo
 
 
 def test_tau_controller_reaches_the_target_where_balance_alone_does_not():
-    def last(controller) -> float:
+    def last(controller):
         budget = Budget(share=0.5, controller=controller)  # type: ignore[arg-type]
         return simulate_tau(BudgetController(budget, CONFIG, 1), 0.8, range(1, 1001))[-1]
 
@@ -112,7 +112,7 @@ class Plant:
         self.preference = torch.randn(config.num_experts, generator=self.generator)
         self.bias, self.steps = torch.zeros(config.num_experts), 0
 
-    def step(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def step(self):
         """[1, E] selections and [1, B] margins."""
         noise = torch.randn(self.tokens, self.config.num_experts, generator=self.generator)
         logits = self.spread * (noise + self.preference)
@@ -122,7 +122,7 @@ class Plant:
         assert selection.counts is not None
         return selection.counts, count_margins(logits, self.bias, self.config)[None]
 
-    def run(self, budget: Budget, steps) -> list[float]:
+    def run(self, budget: Budget, steps):
         """FFN share of each step, in units of the target."""
         controller, shares = BudgetController(budget, self.config, 1), []
         for step in range(1, steps + 1):
@@ -134,7 +134,7 @@ class Plant:
         return shares
 
 
-def scattered(plant: Plant, share) -> float:
+def scattered(plant: Plant, share):
     """Standard deviation of a step's measured share, in units of the target."""
     return math.sqrt((1 - share) / share / (plant.tokens * plant.config.router_topk))
 
@@ -246,7 +246,7 @@ def test_restored_controller_goes_on_as_if_nothing_had_happened(name, measures):
     budget, plant = Budget(share=0.4, controller=name, gain=1.0), Plant(CONFIG, 500, 1.0)
     seen = [plant.step() for _ in range(8)]
 
-    def observe(controller: BudgetController, steps: range) -> list[torch.Tensor | None]:
+    def observe(controller: BudgetController, steps: range):
         return [
             controller.observe(seen[step][0], step, seen[step][1] if measures else None)
             for step in steps
@@ -266,7 +266,7 @@ def test_each_layer_gets_its_own_tau_and_its_own_part_of_the_biases(monkeypatch)
     """A pipeline stage has layers from the middle of the model, in chunks that take turns."""
     taus = {}
 
-    def layer(number) -> SimpleNamespace:
+    def layer(number):
         router = SimpleNamespace(
             expert_bias=torch.full((12,), 0.5), set_tau=lambda tau: taus.update({number: tau})
         )

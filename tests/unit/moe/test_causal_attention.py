@@ -19,7 +19,7 @@ MOEPP = MoEPPConfig(num_ffn_experts=4)
 HEADS, WIDTH, BATCH = 6, 8, 2
 
 
-def attention(kind: type, groups, dtype, **arguments) -> torch.nn.Module:
+def attention(kind: type, groups, dtype, **arguments):
     config = megatron_config(
         MOEPP,
         hidden_size=HEADS * WIDTH,
@@ -32,7 +32,7 @@ def attention(kind: type, groups, dtype, **arguments) -> torch.nn.Module:
     return kind(config=config, layer_number=1, attn_mask_type=mask, attention_type="", **arguments)
 
 
-def leaves(tokens, groups, dtype) -> list[Tensor]:
+def leaves(tokens, groups, dtype):
     generator = torch.Generator().manual_seed(tokens)
     shapes = [(tokens, HEADS), (tokens, groups), (tokens, groups)]
     return [
@@ -41,7 +41,7 @@ def leaves(tokens, groups, dtype) -> list[Tensor]:
     ]
 
 
-def outcome(module, inputs: list[Tensor], mask=None) -> list[Tensor]:
+def outcome(module, inputs: list[Tensor], mask=None):
     """Output and gradients of queries, keys and values."""
     output = module(*inputs, mask)
     weight = torch.linspace(-1, 1, output.numel()).view(output.shape)
@@ -104,7 +104,7 @@ def test_shared_keys_are_repeated_where_no_kernel_of_a_gpu_takes_them(
     given = []
     kernel = torch.nn.functional.scaled_dot_product_attention
 
-    def recorded(*tensors, **options) -> Tensor:
+    def recorded(*tensors, **options):
         given.extend(tensors)
         return kernel(*tensors, **options)
 

@@ -28,5 +28,5 @@ def test_sizes_that_change_are_compiled_twice(tmp_path):
     assert max(error for _, error in found.values()) < 2**-7
 
 
-def _rows(printed) -> list[str]:
+def _rows(printed):
     return printed.splitlines()[-3:]

@@ -14,7 +14,7 @@ MAPS = {
 }
 
 
-def matrix(wanted) -> torch.Tensor:
+def matrix(wanted):
     """[C, N] fp64, 1 where a copy is of a row: copies by column, then row."""
     rows = [
         row for column in wanted.T.tolist() for row, is_wanted in enumerate(column) if is_wanted

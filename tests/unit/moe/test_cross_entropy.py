@@ -3,7 +3,6 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 from tests.unit.moe.test_kernels import BF16, DEVICE, FP32, compiled  # noqa: F401
 
@@ -27,7 +26,7 @@ def small_blocks(compiled, monkeypatch):  # noqa: F811
     monkeypatch.setattr(cross_entropy, "_BLOCK", 16)
 
 
-def case(tokens, columns, spread, dtype) -> tuple[Tensor, ...]:
+def case(tokens, columns, spread, dtype):
     """Logits [s, 1, V], labels of which the first and last columns are among, gradient [s, 1]."""
     logits = (torch.randn(tokens, 1, columns, device=DEVICE) * spread).to(dtype)
     labels = torch.randint(columns, (tokens, 1), device=DEVICE)
@@ -38,7 +37,7 @@ def case(tokens, columns, spread, dtype) -> tuple[Tensor, ...]:
     return logits, labels, grad
 
 
-def in_fp64(logits, labels, grad) -> tuple[Tensor, Tensor]:
+def in_fp64(logits, labels, grad):
     leaf = logits.double().requires_grad_()
     loss = F.cross_entropy(leaf.flatten(0, 1), labels.flatten(), reduction="none")
     loss.backward(grad.double().flatten())

@@ -7,7 +7,6 @@ import torch
 from megatron.core import package_info
 from megatron.core.transformer.cuda_graphs import create_cudagraphs
 from megatron.core.transformer.enums import CudaGraphModule
-from torch import Tensor
 
 from moepp_megatron.moe import spec as specs
 from moepp_megatron.moe.config import MoEPPConfig
@@ -42,12 +41,12 @@ CASES = {
 }
 
 
-def batch(seed) -> Tensor:
+def batch(seed):
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(VOCAB, (2, SEQUENCE + 1), generator=generator)
 
 
-def prepared(moepp: MoEPPConfig, **changes) -> torch.nn.Module:
+def prepared(moepp: MoEPPConfig, **changes):
     model = build_model(moepp, **changes)
     torch.manual_seed(3)
     randomize(model)
@@ -56,7 +55,7 @@ def prepared(moepp: MoEPPConfig, **changes) -> torch.nn.Module:
     return model
 
 
-def gradients(model) -> dict[str, Tensor]:
+def gradients(model):
     """A graph adds to `main_grad`, autograd to `grad`; DDP would bring them together."""
     found = {}
     for name, parameter in model.named_parameters():
@@ -65,7 +64,7 @@ def gradients(model) -> dict[str, Tensor]:
     return found
 
 
-def step(model, tokens) -> tuple[Tensor, dict[str, Tensor]]:
+def step(model, tokens):
     for parameter in model.parameters():
         parameter.grad = None
         parameter.main_grad.zero_()

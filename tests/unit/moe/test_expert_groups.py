@@ -5,7 +5,6 @@ import itertools
 import pytest
 import torch
 from megatron.core.transformer.moe.moe_utils import group_limited_topk
-from torch import Tensor
 
 from moepp_megatron.experts import FFN_ONLY
 from moepp_megatron.moe.config import MoEPPConfig
@@ -40,12 +39,12 @@ def config_of(topk, groups, kept, changes) -> MoEPPConfig:
     )
 
 
-def bias_of(config: MoEPPConfig) -> Tensor | None:
+def bias_of(config: MoEPPConfig):
     """Large enough to change choices, different in every column."""
     return torch.linspace(-0.2, 0.3, config.num_experts) if config.selection_bias else None
 
 
-def tried_out(logits, bias, config: MoEPPConfig) -> list[set[int]]:
+def tried_out(logits, bias, config: MoEPPConfig):
     """For each token the best K experts of all that the rule allows, found by trying all."""
     logits = logits.double()
     scores = DEFINED_SCORES[config.score_function](logits)

@@ -4,7 +4,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from torch import Tensor
 
 from moepp_megatron.experts import ZERO
 from moepp_megatron.moe import reference, selection
@@ -23,7 +22,7 @@ def edge_config(**changes) -> MoEPPConfig:
     return MoEPPConfig(**({"num_ffn_experts": 4, "router_topk": 3} | changes))
 
 
-def gapped_logits(function) -> Tensor:
+def gapped_logits(function):
     """[gaps, E]: one zero expert first under softmax, then what is selected besides it."""
     below = torch.tensor([-1.0, 0.5, 0.25, -2.0, -0.5, -3.0, -1.5, 0.0])
     logits = below - torch.tensor(GAPS)[:, None]
@@ -32,7 +31,7 @@ def gapped_logits(function) -> Tensor:
     return logits
 
 
-def by_definition(logits, config: MoEPPConfig) -> tuple[Tensor, Tensor]:
+def by_definition(logits, config: MoEPPConfig):
     """Gates [T, E] and probabilities [T, E] by divisions, in fp64."""
     z = logits.double()
     scores = DEFINED_SCORES[config.score_function](z)
@@ -45,18 +44,18 @@ def by_definition(logits, config: MoEPPConfig) -> tuple[Tensor, Tensor]:
     return gates, scores / scores.sum(dim=-1, keepdim=True)
 
 
-def by_layer(logits, config: MoEPPConfig) -> tuple[Tensor, Tensor]:
+def by_layer(logits, config: MoEPPConfig):
     chosen = selection.select(logits, None, config, logits.shape[0])
     assert chosen.score_sums is not None
     return chosen.gates, chosen.score_sums
 
 
-def by_reference(logits, config: MoEPPConfig) -> tuple[Tensor, Tensor]:
+def by_reference(logits, config: MoEPPConfig):
     gates, _, probabilities = select_experts(logits, config)
     return gates, probabilities
 
 
-def by_kernel(logits, config: MoEPPConfig) -> tuple[Tensor, Tensor]:
+def by_kernel(logits, config: MoEPPConfig):
     from moepp_megatron.moe.kernels.router import select
 
     # Each token a sequence of its own, so that sums are those of single tokens.
@@ -64,7 +63,7 @@ def by_kernel(logits, config: MoEPPConfig) -> tuple[Tensor, Tensor]:
     return chosen.gates.cpu(), chosen.score_sums.cpu()
 
 
-def by_export(logits, config: MoEPPConfig) -> tuple[Tensor, None]:
+def by_export(logits, config: MoEPPConfig):
     pytest.importorskip("transformers")
     from moepp_megatron.interop.hf_files.modeling_moepp import MoEPPGate
 
@@ -97,7 +96,7 @@ def test_gaps_of_logits(function, normalization, place):
     config = edge_config(score_function=function, gate_normalization=normalization)
     to_gates, to_shares = torch.randn(2, len(GAPS), config.num_experts)
 
-    def run(select) -> list[Tensor]:
+    def run(select):
         leaf = gapped_logits(function).requires_grad_()
         gates, shares = select(leaf, config)
         loss = (gates * to_gates).sum()
@@ -133,7 +132,7 @@ def test_standardized_logits_that_are_equal(place):
     logits[1], logits[2] = 0.0, 3.0
     logits[2, 5] += 2.5e-7
 
-    def scores(values, where) -> Tensor:
+    def scores(values, where):
         config = edge_config(logits_norm_std=std, router_topk=8)
         if where == "layer":
             standardized = selection.standardized(values, std)

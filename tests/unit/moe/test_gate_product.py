@@ -10,7 +10,7 @@ from moepp_megatron.moe.gate_product import gate_product
 HIDDEN, COLUMNS = 48, 6
 
 
-def _outcome(product, shape, dtype) -> list[Tensor]:
+def _outcome(product, shape, dtype):
     """Result, and gradients of hidden states and weight."""
     generator = torch.Generator().manual_seed(3)
     tokens = torch.randn(*shape, HIDDEN, generator=generator).to(dtype).requires_grad_()
@@ -23,7 +23,7 @@ def _outcome(product, shape, dtype) -> list[Tensor]:
 @pytest.mark.parametrize("shape", [(1, 1), (1024, 1), (1025,), (1500, 2)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 def test_equals_the_product_of_all_tokens(shape, dtype):
-    def whole(tokens, weight) -> Tensor:
+    def whole(tokens, weight):
         return router_gating_linear(tokens, weight, None, torch.float32)
 
     ours, theirs = _outcome(gate_product, shape, dtype), _outcome(whole, shape, dtype)

@@ -82,7 +82,7 @@ def test_weights_of_one_product_are_neighbours():
     assert list(owners) == ["router", "zero_computation", "experts", "shared_experts"]
 
 
-def gemm(A, B, out_dtype, layout, **unused) -> list[torch.Tensor]:
+def gemm(A, B, out_dtype, layout, **unused):
     """Transformer Engine's product, which takes factors of one type (cuBLASLt)."""
     assert A.dtype == B.dtype, f"{A.dtype} times {B.dtype}"
     left = B.float().T if layout[1] == "T" else B.float()
@@ -97,7 +97,7 @@ def test_transformer_engine_multiplies_what_it_can(monkeypatch, moe, jitter):
     layer = build_layer(moepp, **BF16, moe_input_jitter_eps=jitter)
     products = []
 
-    def counted(*args, **kwargs) -> list[torch.Tensor]:
+    def counted(*args, **kwargs):
         products.append(kwargs["layout"])
         return gemm(*args, **kwargs)
 

@@ -330,10 +330,10 @@ class Parts:
     addend: Tensor | None
 
     @property
-    def ffn_map(self) -> Tensor:
+    def ffn_map(self):
         return self.routing_map[:, : self.config.num_ffn_experts]
 
-    def leaves(self) -> dict[str, Tensor]:
+    def leaves(self):
         named = {"rows": self.rows, "addend": self.addend}
         if self.zero is not None:
             named |= self.zero._asdict()
@@ -348,7 +348,7 @@ def make_parts(
     has_addend=False,
     dtype=torch.float32,
 ) -> Parts:
-    def leaf(*shape, dtype=dtype) -> Tensor:
+    def leaf(*shape, dtype=dtype):
         return torch.randn(shape, device=DEVICE, dtype=dtype).requires_grad_()
 
     tokens, constants = len(routing_map), config.num_constant_experts
@@ -363,7 +363,7 @@ def make_parts(
     return Parts(config, routing_map, rows, zero, leaf(tokens, hidden) if has_addend else None)
 
 
-def plain_combine(parts: Parts) -> Tensor:
+def plain_combine(parts: Parts):
     """The definition, in fp32."""
     config = parts.config
     token = parts.ffn_map.T.nonzero()[:, 1]
@@ -381,7 +381,7 @@ def plain_combine(parts: Parts) -> Tensor:
     return output if parts.addend is None else output + parts.addend.float()
 
 
-def random_map(tokens, config: MoEPPConfig) -> Tensor:
+def random_map(tokens, config: MoEPPConfig):
     """0 to K selections a token."""
     shape = (tokens, config.num_experts)
     picks = torch.rand(shape, device=DEVICE).topk(config.router_topk, dim=1).indices
@@ -627,5 +627,5 @@ def test_kernels_compile_for_hopper(tmp_path):
     assert [line for line in lines if int(line[2]) > most] == []
 
 
-def kernels_environment() -> dict[str, str]:
+def kernels_environment():
     return {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from torch import Tensor
 
 from moepp_megatron.moe.config import MoEPPConfig
 from moepp_megatron.moe.lane import lane_columns, no_logits, pack, pipeline_config, unpack
@@ -13,14 +12,14 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=[
 SHAPES = pytest.mark.parametrize("shape", [(5, 3), (1, 1), (7, 1)], ids=str)
 
 
-def random_bits(*shape, dtype=torch.float32) -> Tensor:
+def random_bits(*shape, dtype=torch.float32):
     """Any bit pattern of `dtype`: infinities, denormals and NaNs with payload among them."""
     if dtype is torch.float32:
         return torch.randint(-(2**31), 2**31 - 1, shape, dtype=torch.int32).view(dtype)
     return torch.randint(-(2**15), 2**15 - 1, shape, dtype=torch.int16).view(dtype)
 
 
-def bits(tensor) -> Tensor:
+def bits(tensor):
     return tensor.contiguous().view(torch.int32 if tensor.dtype is torch.float32 else torch.int16)
 
 

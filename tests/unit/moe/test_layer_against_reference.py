@@ -104,7 +104,7 @@ def case_settings():
 CASES = case_settings()
 
 
-def case_id(case) -> str:
+def case_id(case):
     return "-".join(str(value).replace(" ", "_") for value in case.values())
 
 
@@ -140,7 +140,7 @@ def moepp_of(case, **changes) -> MoEPPConfig:
     return MoEPPConfig(**(settings | changes))
 
 
-def reference_losses(logits, moepp: MoEPPConfig, num_sequences, padded) -> tuple[Tensor, Tensor]:
+def reference_losses(logits, moepp: MoEPPConfig, num_sequences, padded):
     """L_b and the z-loss of [T, E] logits, T ordered [position, sequence], without padding."""
     logits = logits.view(-1, num_sequences, logits.shape[-1])
     valid = ~padded.view(-1, num_sequences)
@@ -196,7 +196,7 @@ def run_both(
     return run
 
 
-def inputs(moepp: MoEPPConfig, length=8, batch=3, device=None) -> tuple[Tensor, Tensor]:
+def inputs(moepp: MoEPPConfig, length=8, batch=3, device=None):
     hidden, previous = (torch.randn(length, batch, n) for n in (HIDDEN, moepp.num_experts))
     return hidden.to(device), previous.to(device)
 

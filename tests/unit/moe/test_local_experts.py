@@ -6,7 +6,6 @@ import pytest
 import torch
 from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
-from torch import Tensor
 
 from moepp_megatron.moe import cpu_experts
 from moepp_megatron.moe.config import MoEPPConfig
@@ -39,7 +38,7 @@ def both(dtype, kind: type[CPUExperts] = CPUExperts) -> tuple[SequentialMLP, CPU
     return theirs, ours
 
 
-def run(experts: SequentialMLP, rows, dtype) -> list[Tensor]:
+def run(experts: SequentialMLP, rows, dtype):
     """Output without and with gradients, and those of input, gates and parameters."""
     generator = torch.Generator().manual_seed(2)
     tokens = torch.randn(sum(rows), HIDDEN, generator=generator).to(dtype).requires_grad_()
@@ -101,7 +100,7 @@ def test_grouped_products_keep_no_copy_of_the_weights():
     kept = []
     own = {parameter.data_ptr() for parameter in ours.parameters()}
 
-    def keep(tensor) -> Tensor:
+    def keep(tensor):
         kept.append(tensor)
         return tensor
 

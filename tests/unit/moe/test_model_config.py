@@ -14,7 +14,7 @@ from moepp_megatron.model import local_modules, megatron_config
 from moepp_megatron.model.megatron_config import moepp_config, transformer_config
 from moepp_megatron.moe.upstream_settings import IDLE, OURS, REFUSED
 
-QUICKSTART = Path(__file__).parents[3] / "configs" / "quickstart.yaml"
+QUICKSTART = Path(__file__).parents[3] / "configs/quickstart.yaml"
 
 
 @pytest.mark.parametrize("topk", [1, 2, 3])

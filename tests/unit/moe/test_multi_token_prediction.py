@@ -10,7 +10,6 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_mtp_block_spec
 from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.transformer.multi_token_prediction import MTPLossAutoScaler
-from torch import Tensor
 
 from moepp_megatron.model.gpt import MoEPPGPTModel
 from moepp_megatron.model.initialize import initialize_weights
@@ -55,7 +54,7 @@ def build(moepp: MoEPPConfig = MOEPP, depths=DEPTHS, **changes) -> MoEPPGPTModel
     return model
 
 
-def batch() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def batch():
     """Token ids, positions, labels and a loss mask with holes, [b, s]."""
     tokens = torch.randint(VOCAB, (BATCH, SEQUENCE + 1))
     positions = torch.arange(SEQUENCE).expand(BATCH, -1)
@@ -67,17 +66,17 @@ def batch() -> tuple[Tensor, Tensor, Tensor, Tensor]:
     )
 
 
-def ahead(values, places) -> Tensor:
+def ahead(values, places):
     """[b, s] moved to the left, zeros behind."""
     return F.pad(values[:, places:], (0, places))
 
 
-def padding_ahead(padding, places) -> Tensor | None:
+def padding_ahead(padding, places):
     """[b, s] where the token so many places ahead is padding, or lies beyond the end."""
     return None if padding is None else F.pad(padding[:, places:], (0, places), value=True)
 
 
-def by_hand(model: MoEPPGPTModel, ids, labels, mask, padding=None) -> list[Tensor]:
+def by_hand(model: MoEPPGPTModel, ids, labels, mask, padding=None):
     """Loss of each depth, 0 first, of the tokens together; the modules called one by one."""
     decoder, rope = model.decoder, model.rotary_pos_emb(SEQUENCE)
     for layer in [*decoder.layers, *(depth.mtp_model_layer for depth in model.mtp.layers)]:
@@ -86,7 +85,7 @@ def by_hand(model: MoEPPGPTModel, ids, labels, mask, padding=None) -> list[Tenso
     decoder.final_layernorm._forward_hooks.clear()
     positions = torch.arange(SEQUENCE).expand(BATCH, -1)
 
-    def loss(states, places) -> Tensor:
+    def loss(states, places):
         logits = model.output_layer(states)[0].transpose(0, 1)
         losses = F.cross_entropy(
             logits.flatten(0, 1), ahead(labels, places).flatten(), reduction="none"

@@ -4,7 +4,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from torch import Tensor
 
 from moepp_megatron.experts import FFN_ONLY
 from moepp_megatron.moe.config import MoEPPConfig
@@ -29,7 +28,7 @@ __all__ = ["compiled"]  # A fixture.
 LENGTH, BATCH = 8, 4
 
 
-def mask() -> Tensor:
+def mask():
     """[b, s] with uneven padding: at the end, in the middle, everywhere, nowhere."""
     padding = torch.zeros(BATCH, LENGTH, dtype=torch.bool)
     padding[0, 5:] = True
@@ -130,7 +129,7 @@ def test_router_health_measures_tokens_alone():
     hidden, previous = (torch.randn(LENGTH, 1, n) for n in (HIDDEN, 8))
     padding = mask()[1:2]
 
-    def measured(*inputs, **kwargs) -> Tensor:
+    def measured(*inputs, **kwargs):
         health = layer.router.health
         health.reset()
         health.enabled = True
@@ -166,7 +165,7 @@ RECOMPUTES = {
 }
 
 
-def model_step(changes) -> dict[str, Tensor]:
+def model_step(changes):
     moepp = MoEPPConfig(num_ffn_experts=4, balance_coeff=0.1)
     model = build_model(moepp, **changes)
     torch.manual_seed(5)

@@ -11,7 +11,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from moepp_megatron.runtime.optional import quiet
 
 
-def _said_of_an_expert() -> list[str]:
+def _said_of_an_expert():
     """An expert's first layer on one expert-tensor rank, in a model with sequence parallelism."""
     config = TransformerConfig(
         num_layers=1,

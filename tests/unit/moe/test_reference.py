@@ -147,7 +147,7 @@ def test_gate_and_residual_by_hand(two_layer_gate):
     assert ReferenceMoEPP(config, D, H, has_residual=False).residual_weight is None
 
 
-def dense(layer: ReferenceMoEPP, x, gates) -> torch.Tensor:
+def dense(layer: ReferenceMoEPP, x, gates):
     """Every expert on every token, in one expression a kind; no token is gathered."""
     config = layer.config
     scaled = x * config.expert_input_scale

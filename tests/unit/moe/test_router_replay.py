@@ -49,7 +49,7 @@ def _no_other_routers():
     RouterReplay.clear_global_router_replay_instances()
 
 
-def batches() -> Tensor:
+def batches():
     generator = torch.Generator().manual_seed(11)
     return torch.randint(VOCAB, (BATCHES, 2, SEQUENCE + 1), generator=generator)
 

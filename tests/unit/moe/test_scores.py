@@ -6,7 +6,6 @@ from typing import Literal
 import pytest
 import torch
 from megatron.core.transformer.moe.moe_utils import topk_routing_with_score_function
-from torch import Tensor
 
 from moepp_megatron.config import Config, ConfigError, load_config
 from moepp_megatron.experts import FFN_ONLY
@@ -67,7 +66,7 @@ def test_gates_are_megatron_cores(name, topk):
     assert_close(ours.gates, theirs, "gates", 2e-6)
 
 
-def fake(logits) -> Tensor:
+def fake(logits):
     return (logits / 2).exp()
 
 

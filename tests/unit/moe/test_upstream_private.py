@@ -37,16 +37,16 @@ LISTED = {private.name for private in PRIVATE_NAMES}
 ABSTRACT = {"_abc_impl"}
 
 
-def is_private(name) -> bool:
+def is_private(name):
     return name.startswith("_") and not name.startswith("__")
 
 
-def files() -> list[Path]:
+def files():
     # Private names in interop/bridge are Megatron-Bridge's, whose version tests/bridge pins.
     return sorted(path for path in ROOT.rglob("*.py") if path.parent.name != "bridge")
 
 
-def defined_here() -> set[str]:
+def defined_here():
     """Names that this package's own classes and modules define."""
     names = set()
     for path in files():
@@ -66,7 +66,7 @@ def defined_here() -> set[str]:
     return names
 
 
-def defined_upstream() -> set[str]:
+def defined_upstream():
     """Private names that megatron-core defines: methods, classes, attributes, module variables."""
     pattern = re.compile(
         r"(?:def|class) (_[A-Za-z]\w*)|\bself\.(_[A-Za-z]\w*)\s*[:=]|^(_[A-Za-z]\w*)\s*[:=]", re.M
@@ -78,7 +78,7 @@ def defined_upstream() -> set[str]:
     return found
 
 
-def own_classes() -> list[type]:
+def own_classes():
     found = []
     for path in (path for room in ROOMS for path in sorted((ROOT / room).rglob("*.py"))):
         if path.stem == "__init__" or "triton" in path.stem:

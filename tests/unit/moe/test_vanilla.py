@@ -7,7 +7,6 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec as megatron_layer_spec
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.moe.moe_layer import MoELayer
-from torch import Tensor
 
 from moepp_megatron.model.initialize import initialize_weights
 from moepp_megatron.moe.config import MoEPPConfig
@@ -65,7 +64,7 @@ def build(spec, config) -> MoELayer:
     return layer
 
 
-def forward_backward(layer: MoELayer, hidden, weight) -> tuple[Tensor, Tensor]:
+def forward_backward(layer: MoELayer, hidden, weight):
     x = hidden.clone().requires_grad_()
     torch.manual_seed(3)
     output, bias = layer(x)

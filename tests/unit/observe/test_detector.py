@@ -41,7 +41,7 @@ def detector(kind) -> Detector:
     return Detector(CHARTS[kind], 10_000.0, 3 if kind == "routing" else 1)
 
 
-def evidence(judge: Detector, course: Course, steps, seed) -> list[float]:
+def evidence(judge: Detector, course: Course, steps, seed):
     chance = np.random.default_rng(seed)
     return [judge.add(*course(chance, step)) for step in steps]
 

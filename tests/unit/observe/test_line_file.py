@@ -4,7 +4,6 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from contextlib import contextmanager
 
 import psutil
@@ -17,7 +16,7 @@ from moepp_megatron.observe.jsonl import JsonlSink
 from moepp_megatron.observe.status import RunStatus, StatusSink, _ProcessId, write_status
 
 
-def steps_in(path) -> list[int]:
+def steps_in(path):
     return [json.loads(line)["step"] for line in path.read_text().splitlines()]
 
 
@@ -99,7 +98,7 @@ def alert(step) -> Alert:
 
 
 @contextmanager
-def other_run(folder) -> Iterator[None]:
+def other_run(folder):
     """Another process that trains in the folder."""
     sleeper = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     try:

@@ -46,7 +46,7 @@ class Run:
             chance.multinomial(TOKENS, mixed / mixed.sum()).astype(np.float64),
         )
 
-    def take(self, steps, **changes) -> list[str | None]:
+    def take(self, steps, **changes):
         """The event's cause after each step."""
         causes = []
         for _ in range(steps):

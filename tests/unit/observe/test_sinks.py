@@ -28,7 +28,7 @@ from tests.full_disk import fill
 EXPERTS = ExpertCounts(2, num_constant_experts=1, num_copy_experts=0, num_zero_experts=1)
 
 
-def steps_in(path) -> list[int]:
+def steps_in(path):
     return [json.loads(line)["step"] for line in path.read_text().splitlines()]
 
 
@@ -36,7 +36,7 @@ def test_every_record_is_one_whole_write(make_record, tmp_path, monkeypatch):
     writes = []
     real_write = os.write
     monkeypatch.setattr(os, "write", lambda fd, data: writes.append(data) or real_write(fd, data))
-    sink = JsonlSink(tmp_path / "run" / "metrics.jsonl")
+    sink = JsonlSink(tmp_path / "run/metrics.jsonl")
     for step in (1, 2):
         sink.write(make_record(step))
         # Readable at once by another process, before close.
@@ -64,7 +64,7 @@ def test_records_wait_for_a_full_disk(make_record, tmp_path, monkeypatch, caplog
     sink.write(make_record(1))
     real_write = os.write
 
-    def refuse(fd, data) -> int:
+    def refuse(fd, data):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "write", refuse)
@@ -274,7 +274,7 @@ def written(folder):
     return EventAccumulator(str(folder), {"histograms": 0}).Reload()
 
 
-def scalars(folder, tag) -> list[tuple[int, float]]:
+def scalars(folder, tag):
     return [(event.step, event.value) for event in written(folder).Scalars(tag)]
 
 

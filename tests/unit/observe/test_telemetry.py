@@ -29,11 +29,11 @@ class Clock:
     def __init__(self):
         self.now = 100.0
 
-    def __call__(self) -> float:
+    def __call__(self):
         return self.now
 
 
-def busy(index, **changes) -> dict:
+def busy(index, **changes):
     return answers(
         index,
         nvmlDeviceGetPowerUsage=600_000,
@@ -115,10 +115,10 @@ class Script:
             raise self.error
         return [{"gpu_power_w": self.power, "gpu_temperature_c": 50.0 + self.power / 100}] * 2
 
-    def energy_j(self) -> float | None:
+    def energy_j(self):
         return self.energy
 
-    def faults(self) -> list[str]:
+    def faults(self):
         told, self.reported = self.reported, []
         return told
 

@@ -25,10 +25,10 @@ class Event:
         Event.recorded += 1
         self.at = Event.recorded
 
-    def query(self) -> bool:
+    def query(self):
         return self.at <= Event.ended
 
-    def elapsed_time(self, end: Event) -> float:
+    def elapsed_time(self, end: Event):
         return 1000.0 * (end.at - self.at)
 
 

@@ -24,9 +24,7 @@ def beat(rank, count=7, collective="all_reduce") -> Heartbeat:
     )
 
 
-def report(
-    beats: list[Heartbeat], silent=(), pending: Mapping[int, str] | None = None
-) -> list[str]:
+def report(beats: list[Heartbeat], silent=(), pending: Mapping[int, str] | None = None):
     found = {b.rank: b for b in beats}
     return hang_report(found, silent, 4, pending or {}).splitlines()
 
@@ -84,7 +82,7 @@ def test_first_alarm_counts(tmp_path):
 
 def test_a_disk_that_takes_no_heartbeat_stops_no_run(tmp_path):
     (tmp_path / "file").write_text("")
-    HeartbeatFolder(tmp_path / "file" / "heartbeats").clear()
+    HeartbeatFolder(tmp_path / "file/heartbeats").clear()
 
 
 def test_unreadable_heartbeats_are_left_out(tmp_path):

@@ -24,7 +24,7 @@ def batches(shares, losses, seed) -> list[BatchEvidence]:
     return found
 
 
-def is_sound(loss) -> bool:
+def is_sound(loss):
     return loss < 4.0
 
 

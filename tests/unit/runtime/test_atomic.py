@@ -28,7 +28,7 @@ def write(out, text):
 def test_folder_is_replaced_whole(tmp_path, monkeypatch, exchange):
     if not exchange:
         monkeypatch.setattr(atomic, "exchange", lambda first, second: False)
-    out = tmp_path / "parent" / "out"
+    out = tmp_path / "parent/out"
     write(out, "old")
     write(out, "new")
     assert (out / "file").read_text() == "new"
@@ -41,8 +41,8 @@ def test_exchange_swaps_two_names(tmp_path):
         (tmp_path / name / name).touch()
     if not atomic.exchange(tmp_path / "a", tmp_path / "b"):
         pytest.skip("this file system cannot exchange names")
-    assert (tmp_path / "a" / "b").exists()
-    assert (tmp_path / "b" / "a").exists()
+    assert (tmp_path / "a/b").exists()
+    assert (tmp_path / "b/a").exists()
 
 
 def test_failure_leaves_the_old_folder(tmp_path):
@@ -138,7 +138,7 @@ def test_a_file_follows_the_umask_and_keeps_its_suffix_while_it_is_written(tmp_p
 
 def test_a_folder_that_cannot_be_made_is_called_as_the_user_does(tmp_path):
     (tmp_path / "file").touch()
-    out = tmp_path / "file" / "out"
+    out = tmp_path / "file/out"
     refused = pytest.raises(ConfigError, match=r"^DST \(.*out\) cannot be written")
     with refused, partial_folder(out, "DST"):
         pass

@@ -40,7 +40,7 @@ def test_errors_that_are_each_others_cause_end():
 
 def test_room_of_a_folder_that_is_still_to_be_made(tmp_path):
     # Other processes write to the same disk meanwhile; a factor leaves room for them.
-    there, to_be_made = disk.free_bytes(tmp_path), disk.free_bytes(tmp_path / "a" / "b")
+    there, to_be_made = disk.free_bytes(tmp_path), disk.free_bytes(tmp_path / "a/b")
     assert there / 2 < to_be_made < there * 2
 
 

@@ -28,7 +28,7 @@ def test_an_extra_of_a_clone_that_is_not_installed(monkeypatch):
     ]
 
 
-def named_in_messages() -> set[str]:
+def named_in_messages():
     """The requirements in calls of `how_to_install`, a value in braces left out."""
     found = set()
     for path in PACKAGE.rglob("*.py"):

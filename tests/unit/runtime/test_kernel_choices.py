@@ -49,11 +49,11 @@ def install(monkeypatch):
         function.cache_clear()
 
 
-def implementations() -> dict[str, str]:
+def implementations():
     return {choice.operation: choice.implementation for choice in backends.kernel_choices()}
 
 
-def lines() -> list[str]:
+def lines():
     return [choice.line() for choice in backends.kernel_choices()]
 
 
@@ -96,7 +96,7 @@ def test_cross_entropy(install, monkeypatch):
         assert choice.implementation == used
 
 
-def norm_and_accumulation() -> tuple[str, str]:
+def norm_and_accumulation():
     found = implementations()
     return found["RMSNorm"], found["gradient accumulation of linear layers"]
 

@@ -62,7 +62,7 @@ def test_objects_are_read_and_written(store, tmp_path):
     file = tmp_path / "file"
     file.write_bytes(content)
     (folder / "large").upload(file)
-    (folder / "b" / "small").write_bytes(b"text")
+    (folder / "b/small").write_bytes(b"text")
     found = {path.name: (path.is_file(), path.is_dir()) for path in folder.iterdir()}
     assert found == {"large": (True, False), "b": (False, True)}
     assert (folder / "large").stat().st_size == len(content)

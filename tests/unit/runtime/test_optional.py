@@ -220,7 +220,7 @@ def test_the_doctor_names_the_folders_of_compiled_kernels(monkeypatch, tmp_path)
 def test_what_is_compiled_is_kept_where_nobody_else_writes(monkeypatch, tmp_path, variable):
     monkeypatch.setattr(rank_environment.tempfile, "gettempdir", lambda: str(tmp_path))
 
-    def cache() -> str | None:
+    def cache():
         return rank_environment.with_rank_variables({}, 1).get(variable)
 
     folder = Path(cache())

@@ -1,7 +1,6 @@
 """Changes to other libraries: undone as they were, and all of them in the table."""
 
 import ast
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -28,7 +27,7 @@ MARKS = {
 class Owner:
     kind = "class"
 
-    def method(self) -> str:
+    def method(self):
         return "own"
 
 
@@ -59,7 +58,7 @@ def test_a_failure_undoes_it_too():
     assert owner.kind == "class"
 
 
-def _users() -> set[str]:
+def _users():
     return {
         name
         for name, tree in TREES.items()
@@ -72,7 +71,7 @@ def test_every_module_that_patches_is_in_the_table():
     assert _users() == {patch.module for patch in PATCHES}
 
 
-def _foreign_assignments(tree: ast.AST) -> Iterator[str]:
+def _foreign_assignments(tree: ast.AST):
     """Attributes of imported things that are set, and functions that are set in any object."""
     nodes = list(ast.walk(tree))
     imported = {

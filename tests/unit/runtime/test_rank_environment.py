@@ -381,7 +381,7 @@ def test_own_name_does_not_lead_back_here(monkeypatch, host, towards_host, expec
     ids=["only IPv6", "no other machine"],
 )
 def test_own_name_where_routes_are_missing(monkeypatch, addresses, expected):
-    def towards(host, port) -> str:
+    def towards(host, port):
         if host not in addresses:
             raise OSError("Network is unreachable")
         return addresses[host]

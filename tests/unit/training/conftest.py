@@ -1,7 +1,5 @@
 """Checkpoint folders without a training run: real manifests over small files."""
 
-from pathlib import Path
-
 import pytest
 
 from moepp_megatron.config import Config, parse_config
@@ -26,7 +24,7 @@ def config_of(**sections) -> Config:
 def write():
     """Writes a checkpoint: `write(folder, step, saved_at, **sections)`."""
 
-    def write_checkpoint(folder, step, saved_at=None, **sections) -> Path:
+    def write_checkpoint(folder, step, saved_at=None, **sections):
         path = folder / checkpoint_name(step)
         path.mkdir(parents=True)
         record = SavedRecord(Progress(step, step * 8, step * 128), {}, {}, saved_at or float(step))

@@ -10,11 +10,11 @@ from moepp_megatron.training.run import _must_be_alike, _refuse_unlike
 from tests.unit.training.conftest import config_of
 
 
-def said(*ranks) -> set[str]:
+def said(*ranks):
     """What the ranks are told; each is given by its sections."""
     store = dist.HashStore()
 
-    def meet(rank) -> str:
+    def meet(rank):
         alike = _must_be_alike(config_of(**ranks[rank]))
         try:
             _refuse_unlike(store, rank, len(ranks), alike)

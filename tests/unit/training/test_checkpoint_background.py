@@ -45,7 +45,7 @@ def test_kill_ends_it():
 def test_signals_of_the_launcher_do_not_end_it(tmp_path):
     ready = tmp_path / "ready"
 
-    def survive() -> str:
+    def survive():
         ready.touch()
         time.sleep(0.3)
         return "written"
@@ -80,7 +80,7 @@ os.kill(os.getpid(), signal.SIGKILL)
     assert not _is_running(pid)
 
 
-def _is_running(pid) -> bool:
+def _is_running(pid):
     try:
         state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except OSError:

@@ -6,7 +6,6 @@ import shutil
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 
@@ -23,14 +22,14 @@ from moepp_megatron.training.checkpoint.retention import Pruner
 from tests.unit.training.conftest import config_of
 
 
-def manifest_of(**fields) -> bytes:
+def manifest_of(**fields):
     """A manifest that vouches for what it must, with some fields changed."""
     named = dict.fromkeys((".metadata", "metadata.json", "config.yaml"), "0" * 64)
     files = named | fields.pop("files", {})  # type: ignore[operator]
     return json.dumps({"algorithm": "sha256", "files": files, "sizes": {}} | fields).encode()
 
 
-def record_of(**fields) -> bytes:
+def record_of(**fields):
     content = {"format_version": 1, "progress": {}, "layout": {}, "saved_at": 1.0}
     return json.dumps(content | fields).encode()
 
@@ -108,7 +107,7 @@ def test_what_a_live_run_removes_is_looked_for_again(write, tmp_path, caplog):
         shutil.rmtree(old)
         write(tmp_path, step)
 
-    def looks(checkpoint) -> str | None:
+    def looks(checkpoint):
         if checkpoint == first:
             move(first, 10)
         return damage(checkpoint)
@@ -117,7 +116,7 @@ def test_what_a_live_run_removes_is_looked_for_again(write, tmp_path, caplog):
     used = []
 
     @newest_again
-    def use(checkpoint, fails=False) -> Path:
+    def use(checkpoint, fails=False):
         used.append(checkpoint)
         if checkpoint == second and not fails:
             move(second, 15)
@@ -224,7 +223,7 @@ def test_what_was_just_written_is_never_pruned(write, tmp_path, keep, saved_at):
 def test_keep_counts_valid_ones_and_never_deletes_what_is_damaged(write, tmp_path, caplog):
     for step in (5, 10, 15, 20):
         write(tmp_path, step)
-    (tmp_path / "step_00000015" / "__0_0.distcp").write_bytes(b"tensorz" * 100)
+    (tmp_path / "step_00000015/__0_0.distcp").write_bytes(b"tensorz" * 100)
     (tmp_path / ".step_00000030.incomplete-ab").mkdir()
     Pruner(tmp_path, keep=2).wrote(tmp_path / "step_00000020")
     assert sorted(path.name for path in tmp_path.iterdir()) == [

@@ -4,7 +4,6 @@ import os
 import socket
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -26,7 +25,7 @@ def dead():
     return process.pid
 
 
-def _leave(folder, owner) -> Path:
+def _leave(folder, owner):
     path = folder / f".step_00000005.incomplete-{owner}"
     path.mkdir()
     (path / "__0_0.distcp").write_bytes(b"half")

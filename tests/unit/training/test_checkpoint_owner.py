@@ -24,7 +24,7 @@ REFUSED = r"checkpoint\.dir \(.+\) must not hold checkpoints of another run, and
 @pytest.fixture
 def place(tmp_path):
     """A checkpoint folder, and its parent, that are not there yet."""
-    return tmp_path / "disk" / "shared"
+    return tmp_path / "disk/shared"
 
 
 @pytest.fixture
@@ -46,14 +46,14 @@ def enter(config: Config, start: Start | None = None):
         (folder / "config.yaml").write_text(config.to_yaml())
 
 
-def mark_of(place) -> str:
+def mark_of(place):
     return (place / "owner").read_text()
 
 
 @pytest.mark.parametrize("start", [Start(), RESUME, OVERWRITE], ids=["", "resume", "overwrite"])
 def test_a_run_that_has_not_saved_yet_owns_its_folder(of, place, tmp_path, start):
     with RunFolder(of("a")).claim(Start()):
-        StatusSink(tmp_path / "runs" / "a")
+        StatusSink(tmp_path / "runs/a")
         assert mark_of(place) == f"{tmp_path / 'runs' / 'a'}\n"
         with pytest.raises(ConfigError, match=REFUSED.format("runs/a")) as refused:
             enter(of("b"), start)
@@ -113,9 +113,9 @@ def test_the_own_run_is_let_in_again(of, place, tmp_path, write):
     enter(of("a"))
     # Before its first checkpoint, as the restart of a job, and after it.
     enter(of("a"), Start(resume=True, restarted=True))
-    shutil.copy(tmp_path / "runs" / "a" / "config.yaml", write(place, 5) / "config.yaml")
+    shutil.copy(tmp_path / "runs/a/config.yaml", write(place, 5) / "config.yaml")
     enter(of("a"), RESUME)
-    (tmp_path / "runs" / "a").rename(tmp_path / "runs" / "b")
+    (tmp_path / "runs/a").rename(tmp_path / "runs/b")
     enter(of("b"), RESUME)
     assert mark_of(place) == f"{tmp_path / 'runs' / 'b'}\n"
     # Another run gets the old name, by which the checkpoint still calls its run.
@@ -125,7 +125,7 @@ def test_the_own_run_is_let_in_again(of, place, tmp_path, write):
 
 def test_a_run_that_is_moved_aside_takes_its_checkpoints_along(of, place, tmp_path, write):
     enter(of("a"))
-    shutil.copy(tmp_path / "runs" / "a" / "config.yaml", write(place, 5) / "config.yaml")
+    shutil.copy(tmp_path / "runs/a/config.yaml", write(place, 5) / "config.yaml")
     enter(of("a"), OVERWRITE)
     assert mark_of(place) == f"{tmp_path / 'runs' / 'a'}\n"
     (aside,) = (tmp_path / "runs").glob("a.2*")

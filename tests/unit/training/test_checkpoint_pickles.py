@@ -162,7 +162,7 @@ def test_index_is_the_one_that_torch_wrote(tmp_path):
     assert found.storage_meta is None
 
 
-def deep(depth) -> bytes:
+def deep(depth):
     """Lists in lists."""
     return b"\x80\x04" + b"](" * depth + b"e" * depth + b"."
 
@@ -277,7 +277,7 @@ def test_a_shard_of_more_bytes_than_it_has_is_refused(tmp_path, size):
     assert "7 bytes hold a shard of" in str(unsafe_pickle(tmp_path))
 
 
-def packed(value) -> bytes:
+def packed(value):
     """What torch saves of a value, compressed: torch reads that as well."""
     saved, smaller = io.BytesIO(), io.BytesIO()
     torch.save(value, saved)

@@ -8,7 +8,7 @@ from moepp_megatron.config import check_config, load_config, with_overrides
 from moepp_megatron.config.schema.megatron import MegatronSection
 from moepp_megatron.training.inference_settings import FORWARD_ONLY
 
-QUICKSTART = Path(__file__).parents[3] / "configs" / "quickstart.yaml"
+QUICKSTART = Path(__file__).parents[3] / "configs/quickstart.yaml"
 EP2 = ["parallel.expert_model_parallel_size=2", "precision.dtype=bf16"]
 
 

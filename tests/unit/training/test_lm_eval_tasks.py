@@ -19,7 +19,7 @@ TOKENIZER = SimpleNamespace(encode=lambda text: list(map(ord, text)), eod=0)
 DOCUMENT = {"question": "1?", "choices": [" a", " b"], "answer": 0}
 
 
-def refusal(*files) -> str:
+def refusal(*files):
     """What is said of tasks, which is one line."""
     from moepp_megatron.features.tasks.lm_eval_tasks import load_tasks, try_tasks
 

@@ -69,7 +69,7 @@ class Kept(Part):
     def state(self):
         return {"loaded": len(self.loaded)}
 
-    def load(self, state, why, step) -> tuple[()]:
+    def load(self, state, why, step):
         self.loaded.append((dict(state), why, step))
         return ()
 

@@ -13,7 +13,7 @@ from moepp_megatron.training.optimizers import OPTIMIZERS
 from moepp_megatron.training.schedule import SCHEDULES
 
 
-def allowed(section, key) -> set[str]:
+def allowed(section, key):
     """What the configuration accepts for a setting."""
     fields = Config.model_fields[section].annotation.model_fields
     annotation = fields[key].annotation

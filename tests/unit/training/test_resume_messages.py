@@ -10,7 +10,7 @@ TRAINING = {"train_iters": 10, "global_batch_size": 8, "micro_batch_size": 2}
 OPTIMIZER = {"lr": 1.0e-3, "min_lr": 1.0e-4, "decay_style": "linear", "warmup_iters": 2}
 
 
-def resumed(folder, ranks=1, **changes) -> list[str]:
+def resumed(folder, ranks=1, **changes):
     """Lines of a run that goes on with some changes after 6 of 10 steps on one rank."""
     sections = {"training": TRAINING, "optimizer": OPTIMIZER}
     before = config_of(**sections)

@@ -23,7 +23,7 @@ def _with_tensors(tracker: CudaRNGStatesTracker) -> Callable[[], float]:
     """Streams otherwise: the tracker replaces a stream's state after each use."""
     tracker.states_["stream"] = torch.Generator().manual_seed(1).get_state()
 
-    def draw() -> float:
+    def draw():
         stream = torch.Generator()
         stream.set_state(tracker.states_["stream"])
         value = torch.rand((), generator=stream).item()

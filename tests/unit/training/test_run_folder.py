@@ -33,14 +33,14 @@ RESUME, OVERWRITE = Start(resume=True), Start(overwrite=True)
 
 @pytest.fixture
 def run(tmp_path):
-    return tmp_path / "runs" / "run"
+    return tmp_path / "runs/run"
 
 
 def config_in(run, **sections) -> Config:
     return config_of(run={"dir": str(run)}, **sections)
 
 
-def enter(config: Config, start: Start | None = None) -> list[str]:
+def enter(config: Config, start: Start | None = None):
     """Claim the folder and train there for no time; returns what was said."""
     said = []
     with RunFolder(config).claim(start or Start(), said.append):
@@ -52,7 +52,7 @@ def look_beside_leader(config: Config, start: Start):
     RunFolder(config).check_without_claim(start)
 
 
-def files(folder) -> dict[str, bytes]:
+def files(folder):
     return {
         str(path.relative_to(folder)): path.read_bytes()
         for path in sorted(folder.rglob("*"))
@@ -92,7 +92,7 @@ def test_folders_without_a_run_are_free(run):
     enter(config_in(run))
     other = run.with_name("other")
     (other / "slurm").mkdir(parents=True)
-    (other / "slurm" / "7.out").write_text("waiting")
+    (other / "slurm/7.out").write_text("waiting")
     (other / "checkpoints").mkdir()
     (other / "notes.txt").write_text("mine")
     enter(config_in(other))
@@ -122,10 +122,10 @@ def test_overwrite_moves_what_runs_write_and_deletes_nothing(run, write):
         (run / name).write_text("the run's")
     old = files(run)
     (run / "slurm").mkdir()
-    (run / "slurm" / "7.out").write_text("this job's output")
+    (run / "slurm/7.out").write_text("this job's output")
     (run / "thesis.txt").write_text("mine")
     (run / "src").mkdir()
-    (run / "src" / "config.yaml").write_text("mine")
+    (run / "src/config.yaml").write_text("mine")
     said = enter(config_in(run), OVERWRITE)
     (aside,) = (path for path in run.parent.iterdir() if path != run)
     assert aside.name.startswith("run.2"), "the name tells the date"
@@ -190,16 +190,16 @@ def test_a_run_that_is_the_base_keeps_its_configuration(run, write, tmp_path):
 def test_runs_below_the_run_stay(run, write):
     make_run(run, write)
     (run / "notes").mkdir()
-    (run / "notes" / "mine.txt").write_text("mine")
+    (run / "notes/mine.txt").write_text("mine")
     (run / "a.txt").symlink_to("notes/mine.txt")
     for name in ("child", "sweep/000", "child.20260101-000000"):
         make_run(run / name, write)
         write_status(run / name, RunStatus.own())
     # Checkpoints of the second one, which it is about to write.
-    (run / "disk" / "of_sweep").mkdir(parents=True)
-    (run / "disk" / "of_sweep" / "owner").write_text(f"{run / 'sweep' / '000'}\n")
+    (run / "disk/of_sweep").mkdir(parents=True)
+    (run / "disk/of_sweep/owner").write_text(f"{run / 'sweep' / '000'}\n")
     (run / "disk of a run that is gone").mkdir()
-    (run / "disk of a run that is gone" / "owner").write_text("/gone\n")
+    (run / "disk of a run that is gone/owner").write_text("/gone\n")
     mine = {"notes", "a.txt", "disk of a run that is gone"}
     stay = ("child", "sweep", "child.20260101-000000", "disk")
     before = {name: files(run / name) for name in stay}
@@ -210,7 +210,7 @@ def test_runs_below_the_run_stay(run, write):
     (aside,) = (path for path in run.parent.iterdir() if path != run)
     left = {name: text for name, text in files(run).items() if name != "status.json"}
     assert files(aside) | left == everything
-    assert (aside / "checkpoints" / "step_00000005").is_dir()
+    assert (aside / "checkpoints/step_00000005").is_dir()
 
 
 @pytest.mark.parametrize("place", [".", "checkpoints", "sweep/checkpoints"])
@@ -224,8 +224,8 @@ def test_checkpoints_among_runs_that_stay_are_moved(run, write, place):
     everything = files(run)
     enter(config_in(run, checkpoint={"dir": str(run / place)}), OVERWRITE)
     assert not (run / place / "step_00000005").exists()
-    assert (run / "checkpoints" / "child" / "status.json").exists()
-    assert (run / "sweep" / "child" / "status.json").exists()
+    assert (run / "checkpoints/child/status.json").exists()
+    assert (run / "sweep/child/status.json").exists()
     assert sorted(everything.values()) == sorted(
         text for name, text in files(run.parent).items() if name != "run/status.json"
     )
@@ -236,14 +236,14 @@ def test_weights_that_would_be_moved_are_refused_as_a_start(run, write, setting)
     make_run(run, write)
     before = files(run)
     section, key = setting.split(".")
-    for name in (str(run), "run", str(run / "checkpoints" / "step_00000005")):
+    for name in (str(run), "run", str(run / "checkpoints/step_00000005")):
         with pytest.raises(ConfigError, match=rf"{section}\.{key} .* choose another run\.dir"):
             enter(config_in(run, **{section: {key: name}}), OVERWRITE)
     assert files(run) == before
 
 
 def test_checkpoints_elsewhere_are_traces_and_are_moved_beside(run, write):
-    place = run.parent / "big disk" / "checkpoints"
+    place = run.parent / "big disk/checkpoints"
     checkpoint = write(place, 5)
     (checkpoint / "config.yaml").write_text(config_in(run).to_yaml())
     (place / "latest").write_text("step_00000005\n")
@@ -297,7 +297,7 @@ def test_two_runs_at_once_are_refused(run, start):
     assert files(run) == before
 
 
-def dead_pid() -> int:
+def dead_pid():
     process = subprocess.Popen([sys.executable, "-c", ""])
     process.wait()
     return process.pid
@@ -398,7 +398,7 @@ def test_ranks_beside_the_leader_know_its_claim(run):
 def test_ranks_that_look_while_the_leader_claims_are_let_in(run, monkeypatch):
     look = RunFolder.traces
 
-    def look_late(*arguments) -> list[str]:
+    def look_late(*arguments):
         run.mkdir(parents=True, exist_ok=True)
         write_status(run, RunStatus.own("job 7", restarted=False, resume_command=None))
         return look(*arguments)
@@ -435,7 +435,7 @@ def test_a_rank_keeps_what_its_launcher_said(run):
 
 def test_a_full_disk_is_freed_of_half_written_checkpoints(run, write, monkeypatch):
     make_run(run, write)
-    leftover = run / "checkpoints" / ".step_00000009.incomplete-abc"
+    leftover = run / "checkpoints/.step_00000009.incomplete-abc"
     leftover.mkdir()
     (leftover / "__0_0.distcp").write_bytes(b"half")
 
@@ -478,7 +478,7 @@ def test_folders_that_cannot_be_used(tmp_path):
         assert f"({run})" in line
         assert cause in line
         assert "another run.dir" in line
-    config = config_in(tmp_path / "run", checkpoint={"dir": str(tmp_path / "file" / "c")})
+    config = config_in(tmp_path / "run", checkpoint={"dir": str(tmp_path / "file/c")})
     with pytest.raises(ConfigError, match=r"checkpoint\.dir .* must leave .*file to be a folder"):
         enter(config)
 

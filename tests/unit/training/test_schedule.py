@@ -26,7 +26,7 @@ def schedule_of(style, **changes) -> Config:
     return config_of(training=TRAINING, optimizer=optimizer | changes)
 
 
-def wsd(fall) -> float:
+def wsd(fall):
     return LEAST + (PEAK - LEAST) * fall
 
 

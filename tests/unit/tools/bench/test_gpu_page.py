@@ -63,7 +63,7 @@ RESULTS = {
 }
 
 
-def rows(html) -> list[list[str]]:
+def rows(html):
     found = re.findall(r"<tr>(.*?)</tr>", html, re.DOTALL)
     return [re.findall(r"<t[dh][^>]*>(.*?)</t[dh]>", row) for row in found]
 

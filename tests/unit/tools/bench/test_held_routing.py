@@ -32,7 +32,7 @@ def test_held_router_selects_what_it_is_reported():
             super().__init__()
             self.weight = torch.nn.Parameter(torch.randn(12, 16) * 0.05)
 
-        def gating(self, hidden) -> torch.Tensor:
+        def gating(self, hidden):
             return hidden @ self.weight.T
 
     router = Router()

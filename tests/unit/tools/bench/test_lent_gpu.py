@@ -50,7 +50,7 @@ def test_every_test_of_a_gpu_is_in_a_part():
         assert path.stem.removeprefix("test_") in rest or f"tests/gpu/{path.name}" in script
 
 
-def rehearse(folder, *command) -> dict:
+def rehearse(folder, *command):
     """The record of a rehearsal, with the greatest number of checkpoints at once."""
     name, *arguments = command
     process = subprocess.Popen(
@@ -87,7 +87,7 @@ def test_every_call_within_its_limit_and_disk(tmp_path):
     assert found["step"]["7b"]["moepp_j"] is None
 
 
-def piece(sm, code) -> bytes:
+def piece(sm, code):
     return struct.pack("<HHIQ", 2, 257, 64, len(code)) + bytes(12) + struct.pack("<I32x", sm) + code
 
 

@@ -63,7 +63,7 @@ def folder(tmp_path):
 def test_one_file_of_all_results(folder, monkeypatch):
     monkeypatch.setattr(record, "driver_version", lambda: "580.95.05")
     path = record.write_record(folder, folder / "results", "benchmarks/gpu.sh --steps card")
-    assert path == folder / "results" / "nvidia_h100_80gb_hbm3.json"
+    assert path == folder / "results/nvidia_h100_80gb_hbm3.json"
     found = json.loads(path.read_text())
     assert (found["card"], found["driver"]) == ("NVIDIA H100 80GB HBM3", "580.95.05")
     assert found["command"] == "benchmarks/gpu.sh --steps card"
@@ -166,7 +166,7 @@ def test_wrong_usage_of_the_script(arguments, status, message):
     assert len(done.stderr.splitlines()) == 1
 
 
-def functions_of_the_script(*names) -> str:
+def functions_of_the_script(*names):
     script = (ROOT / "benchmarks/gpu.sh").read_text()
     begins = [script.index(f"\n{name}() {{") for name in names]
     return "".join(f"{script[begin : script.index('\n}\n', begin)]}\n}}" for begin in begins)
@@ -209,7 +209,7 @@ def test_a_part_that_has_passed_is_not_run_again(tmp_path):
     program += functions_of_the_script("passed", "run")
     program += '\nrun part bash -c "echo ran; exit $4" | grep -c "^ran"; exit 0'
 
-    def ran(commit, again="", status=0, choice="") -> int:
+    def ran(commit, again="", status=0, choice=""):
         command = ["bash", "-c", program, "gpu.sh", str(tmp_path), commit, again, str(status)]
         command += [choice]
         return int(subprocess.run(command, capture_output=True, text=True, check=False).stdout)

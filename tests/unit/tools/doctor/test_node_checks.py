@@ -52,7 +52,7 @@ def test_who_can_raise_the_limit_of_open_files():
 
 
 def _port(root, name, state, rate, layer="InfiniBand"):
-    folder = root / name / "ports" / "1"
+    folder = root / name / "ports/1"
     folder.mkdir(parents=True)
     for file, text in (("state", state), ("rate", rate), ("link_layer", layer)):
         (folder / file).write_text(text + "\n")
@@ -135,7 +135,7 @@ def test_folder(folder, needed, severity, found):
 
 
 def test_a_folder_is_probed_where_it_would_be_made_and_left_clean(tmp_path):
-    found = folders.probe_folder("run", tmp_path / "a" / "b", probe_bytes=2 * MIB)
+    found = folders.probe_folder("run", tmp_path / "a/b", probe_bytes=2 * MIB)
     assert found.error is None
     assert found.write_rate is not None
     assert list(tmp_path.iterdir()) == []
@@ -143,7 +143,7 @@ def test_a_folder_is_probed_where_it_would_be_made_and_left_clean(tmp_path):
 
 def test_a_folder_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
-    found = folders.probe_folder("run", tmp_path / "file" / "run", probe_bytes=MIB)
+    found = folders.probe_folder("run", tmp_path / "file/run", probe_bytes=MIB)
     assert found.error == "Not a directory"
 
 

@@ -20,7 +20,7 @@ from moepp_megatron.tools.experiments.scaling.points import (
 )
 from moepp_megatron.tools.experiments.timed_step import BothSteps, TimedStepTrial
 
-QUICKSTART = Path(__file__).parents[4] / "configs" / "quickstart.yaml"
+QUICKSTART = Path(__file__).parents[4] / "configs/quickstart.yaml"
 
 
 @pytest.fixture
@@ -140,12 +140,12 @@ def test_folder_of_another_test_is_refused(config, tmp_path):
     ],
 )
 def test_reason_of_a_failure_is_from_the_log(tmp_path, monkeypatch, log, reason):
-    def failing(options: LaunchOptions, module, arguments) -> int:
+    def failing(options: LaunchOptions, module, arguments):
         options.output.write_text(log)
         return 1
 
     monkeypatch.setattr("moepp_megatron.tools.experiments.runner.run_ranks", failing)
-    trial = TimedStepTrial.of(tmp_path / "points" / "p.json", "p", 1, [], 1)
+    trial = TimedStepTrial.of(tmp_path / "points/p.json", "p", 1, [], 1)
     with pytest.raises(RunFailed, match=f"p failed: {re.escape(reason)}"):
         run_trial(trial)
 
@@ -157,7 +157,7 @@ class FakeRanks:
         self.fails = fails
         self.started = []
 
-    def __call__(self, options: LaunchOptions, module, arguments) -> int:
+    def __call__(self, options: LaunchOptions, module, arguments):
         file = Path(arguments[-1])
         name = file.stem
         self.started.append(name)
@@ -326,7 +326,7 @@ def test_wrong_usage(tmp_path, arguments, message):
 
 def test_folder_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
-    result = scale(tmp_path / "file" / "out")
+    result = scale(tmp_path / "file/out")
     assert isinstance(result.exception, ConfigError)
     assert "must be a folder that can be written" in str(result.exception)
 

@@ -14,7 +14,7 @@ Make = Callable[..., InspectRequest]
 _SPAN = re.compile(r'<span style="--strength:([0-9.]+)" title="([^"]*)">(.*?)</span>', re.DOTALL)
 
 
-def shown(page) -> list[tuple[float, str, str]]:
+def shown(page):
     """Strength, path and characters of each piece of the coloured text."""
     return [(float(s), html.unescape(p), html.unescape(t)) for s, p, t in _SPAN.findall(page)]
 

@@ -64,7 +64,7 @@ def at_share(ffn_share) -> Workload:
     return replace(LOAD, experts=replace(LOAD.experts, ffn_share=ffn_share))
 
 
-def flop_of(work: Work) -> float:
+def flop_of(work: Work):
     return work.core_flop + sum(product.flop for product in work.products)
 
 
@@ -95,7 +95,7 @@ def test_backward_costs_twice_forward_plus_recomputed_scores():
 
 
 def test_large_products_reach_the_rate_and_small_ones_do_not(h100):
-    def share(product: Product) -> float:
+    def share(product: Product):
         return product.flop / product_seconds(product, h100) / h100.flops(product.number)
 
     assert share(Product(16384, 16384, 16384)) > 0.95
@@ -141,7 +141,7 @@ def test_exchanged_bytes_are_those_of_the_dispatcher():
 
 
 def test_what_takes_memory():
-    def held(load: Workload = LOAD, **grid) -> float:
+    def held(load: Workload = LOAD, **grid):
         chosen = Grid(**{"world": 64, "ep": 8, **grid})
         stages = even_stages(load.layers, chosen.pp, chosen.vpp)
         return memory_of(load, chosen, stages, 0).activations
@@ -157,7 +157,7 @@ def test_what_takes_memory():
     assert held(at_share(0.3)) < base < held(at_share(1.0))
 
 
-def _kept(load: Workload = LOAD, **grid) -> float:
+def _kept(load: Workload = LOAD, **grid):
     chosen = Grid(**{"world": 8, "ep": 8, **grid})
     return kept_bytes(load, chosen, Layer(True, fullest_rows(load, chosen)))
 
@@ -227,7 +227,7 @@ def test_costs_are_the_step_in_five_sums_and_the_fullest_rank(h100, overlap):
 def test_planning_imports_no_torch():
     import ast
 
-    folder = Path(__file__).parents[4] / "moepp_megatron" / "tools" / "planning"
+    folder = Path(__file__).parents[4] / "moepp_megatron/tools/planning"
     for path in {*folder.rglob("*.py")} - {folder / "built_rank.py"}:
         for node in ast.walk(ast.parse(path.read_text())):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []

@@ -44,7 +44,7 @@ def test_even_shares_have_no_finite_evenness():
             evenness_of(bad, 100)
 
 
-def line(step, shares) -> str:
+def line(step, shares):
     others = {"loss", "lr", "grad_norm", "step_time_s", "tokens_per_s", "balance_loss"}
     others |= {"ffn_per_token", "max_ffn_load", "dropped_fraction", "a2a_bytes"}
     content = dict.fromkeys(others, 0) | {

@@ -33,7 +33,7 @@ def test_plain_exchange_takes_the_measured_times(h100):
     assert statistics.median(map(abs, errors)) < 0.04
 
 
-def of_four_groups(targets) -> float:
+def of_four_groups(targets):
     """Expected nodes (or ranks) that a token needs under DeepSeek's group-limited routing."""
     if targets >= 8:
         return 4.0

@@ -26,7 +26,7 @@ from moepp_megatron.tools.planning.memory import GIB, memory_of
 from moepp_megatron.tools.planning.workload import NumberFormats
 
 ROOT = Path(__file__).parents[4]
-DOCS = ROOT / "docs" / "planning.md"
+DOCS = ROOT / "docs/planning.md"
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +88,7 @@ def test_the_range_of_a_plan_is_that_of_its_family():
 
 
 def test_published_runs_of_a_shape_are_found():
-    config = load_config(HELD_OUT.parents[1] / "models" / "qwen3_30b_a3b_32.yaml")
+    config = load_config(HELD_OUT.parents[1] / "models/qwen3_30b_a3b_32.yaml")
     names = [run.row.name for run in published(config, machine_of(load_hardware("h100_sxm")), 8)]
     assert names[0] == "Qwen3-30B bf16, 8, EP8 DeepEP, FSDP, all recomputed"
     assert len(names) > 1

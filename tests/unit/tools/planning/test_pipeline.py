@@ -28,7 +28,7 @@ class Pass(NamedTuple):
 Node = tuple[Pass, ...]
 
 
-def warm_up_passes(pp, vpp, rank, count, is_combined) -> int:
+def warm_up_passes(pp, vpp, rank, count, is_combined):
     """Forward passes before the first that a backward pass follows, as megatron-core has it."""
     from megatron.core.pipeline_parallel.schedules import get_pp_rank_microbatches
 
@@ -96,7 +96,7 @@ def played(
     blocking=0.0,
     late=0.0,
     count=8,
-) -> float:
+):
     """End of the last pass."""
     ends = {}
     free = defaultdict(float)
@@ -117,7 +117,7 @@ def played(
     return max(free.values())
 
 
-def even(pp, vpp, *seconds) -> list[list[float]]:
+def even(pp, vpp, *seconds):
     return [[one] * (pp * vpp) for one in seconds]
 
 

@@ -47,7 +47,7 @@ def configured(
     )
 
 
-def is_legal(config: Config, grid: Grid) -> bool:
+def is_legal(config: Config, grid: Grid):
     try:
         config_of(config, grid)
     except ConfigError:

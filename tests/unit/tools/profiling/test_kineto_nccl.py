@@ -12,7 +12,7 @@ from moepp_megatron.tools.profiling.formats.records import whole_list
 from moepp_megatron.tools.profiling.load import load_profile
 from moepp_megatron.tools.profiling.measures.purpose import Place, place_of
 
-SAMPLE = Path(__file__).parent / "samples" / "kineto_nccl"
+SAMPLE = Path(__file__).parent / "samples/kineto_nccl"
 
 
 @pytest.fixture(scope="module")

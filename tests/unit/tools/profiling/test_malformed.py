@@ -170,7 +170,7 @@ def test_kineto(tmp_path, name):
     assert each(good, write, lambda: profile(tmp_path), TURN) == []
 
 
-KINETO = (SAMPLES / "kineto_nccl" / "rank0.pt.trace.json").read_bytes()
+KINETO = (SAMPLES / "kineto_nccl/rank0.pt.trace.json").read_bytes()
 DEEP = b'{"traceEvents": ' + b"[" * 100_000 + b"]" * 100_000 + b"}"
 BOMB = gzip.compress(b'{"traceEvents": [' + b"[]," * 1_000_000 + b"[]]}")
 DAMAGED = {

@@ -18,7 +18,7 @@ class Part(torch.nn.Module):
         super().__init__()
         self.linear = torch.nn.Linear(8, 8)
 
-    def forward(self, x) -> torch.Tensor:
+    def forward(self, x):
         return self.linear(x).relu()
 
 

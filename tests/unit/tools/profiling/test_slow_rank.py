@@ -8,7 +8,7 @@ from moepp_megatron.tools.profiling.measures.expert_load import ExpertLoad, slow
 from moepp_megatron.tools.profiling.measures.exposure import MeasuredStepTime
 from moepp_megatron.tools.profiling.trace import RankTrace, TracedGroup
 
-SAMPLE = Path(__file__).parent / "samples" / "kineto_nccl"
+SAMPLE = Path(__file__).parent / "samples/kineto_nccl"
 GROUP = (0, 1, 2, 3)
 
 

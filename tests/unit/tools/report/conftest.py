@@ -3,7 +3,6 @@
 import json
 import math
 from copy import deepcopy
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -125,7 +124,7 @@ def _health(rng: np.random.Generator, layers, topk, loss):
     }
 
 
-def write_run(folder, config, records) -> Path:
+def write_run(folder, config, records):
     """Writes the two files that a report is made of."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
@@ -142,7 +141,7 @@ def make_run(tmp_path):
         steps=60,
         edit=None,
         **sections,
-    ) -> Path:
+    ):
         config = synthetic_config(**sections)
         records = synthetic_records(config, steps)
         if edit is not None:

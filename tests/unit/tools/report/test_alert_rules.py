@@ -13,7 +13,7 @@ from moepp_megatron.features.guard.settings import DEFAULT_RULES
 from moepp_megatron.tools.report.live import prometheus
 from moepp_megatron.tools.report.live.run import STATES
 
-FILE = Path(__file__).parents[4] / "docs" / "grafana" / "alerts.yaml"
+FILE = Path(__file__).parents[4] / "docs/grafana/alerts.yaml"
 LABELS = {
     metric.name: {"run", *metric.labels.split(",")}
     for metric in (
@@ -101,7 +101,7 @@ FINE = {
 }
 
 
-def _series(run, changes: dict[str, str]) -> list[dict[str, str]]:
+def _series(run, changes: dict[str, str]):
     rows = []
     for name, values in (GOOD | changes).items():
         metric, _, labels = name.partition("{")

@@ -2,7 +2,6 @@
 
 import html
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -27,7 +26,7 @@ from tests.unit.tools.report.test_report_page import VANILLA, Reader
 WHOLE = {"data": {"path": "corpus"}}
 
 
-def made(folder, steps, **sections) -> Path:
+def made(folder, steps, **sections):
     config = synthetic_config(**(WHOLE | sections))
     return write_run(folder, config, synthetic_records(config, steps))
 
@@ -40,13 +39,13 @@ def runs(tmp_path_factory):
     return [
         made(base / "a", 60, training=done),
         made(base / "b", 30, moe={"tau": 0.1}),
-        made(base / "other" / "a", 60, training=done, moe=VANILLA),
+        made(base / "other/a", 60, training=done, moe=VANILLA),
     ]
 
 
 @pytest.fixture(scope="module")
 def page(runs, tmp_path_factory):
-    out = tmp_path_factory.mktemp("page") / "new" / "c.html"
+    out = tmp_path_factory.mktemp("page") / "new/c.html"
     assert moepp_megatron.report(*runs, out=out) == out
     return Reader(out.read_text(encoding="ascii"))
 
@@ -175,7 +174,7 @@ def test_the_command(runs, tmp_path, monkeypatch):
     words = ["report", *map(str, runs), "--out", "more/again.html"]
     result = CliRunner().invoke(app, words)
     assert (result.exit_code, result.stdout) == (0, "more/again.html\n")
-    again = (tmp_path / "more" / "again.html").read_bytes()
+    again = (tmp_path / "more/again.html").read_bytes()
     assert again != first
     assert b"31 of 300" in again
     alone = CliRunner().invoke(app, ["report", str(runs[0]), "--out", "alone.html"])

@@ -35,7 +35,7 @@ def scrape():
     def start(run, clock=time.time):
         address = serve(LiveRuns([run], clock), 0)
 
-        def get() -> dict[str, dict[tuple[str, ...], float]]:
+        def get():
             with urllib.request.urlopen(address, timeout=30) as answer:
                 families = list(text_string_to_metric_families(answer.read().decode()))
             names = {sample.labels.pop("run") for family in families for sample in family.samples}

@@ -19,7 +19,7 @@ def append(run, *records):
         file.writelines(json.dumps(record) + "\n" for record in records)
 
 
-def records_of(run) -> list[dict]:
+def records_of(run):
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
@@ -146,9 +146,9 @@ def test_wrong_folders_are_refused(tmp_path, make_run):
     with pytest.raises(ReportError, match="is not a folder; name the folder of a run"):
         LiveRun(tmp_path / "missing")
     (tmp_path / "other").mkdir()
-    (tmp_path / "other" / "notes.txt").write_text("x")
+    (tmp_path / "other/notes.txt").write_text("x")
     # A folder `slurm` of a job that waits, in what is no run's folder: a clone of the repository.
-    (tmp_path / "other" / "slurm").mkdir()
+    (tmp_path / "other/slurm").mkdir()
     with pytest.raises(ReportError, match=r"holds other files but no config\.yaml"):
         LiveRun(tmp_path / "other")
     run = make_run(steps=1)

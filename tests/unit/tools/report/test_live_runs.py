@@ -22,7 +22,7 @@ Numbers = dict[tuple[str, str], float]
 def add_run(make_run, tmp_path):
     """Writes a run to a folder of another name."""
 
-    def add(name, **changes) -> Path:
+    def add(name, **changes):
         run = tmp_path / "runs" / name
         run.parent.mkdir(exist_ok=True)
         return Path(shutil.move(make_run(**changes), run))
@@ -30,7 +30,7 @@ def add_run(make_run, tmp_path):
     return add
 
 
-def ask(address) -> str:
+def ask(address):
     with urllib.request.urlopen(address, timeout=30) as answer:
         return answer.read().decode()
 
@@ -44,7 +44,7 @@ def numbers(text) -> Numbers:
     }
 
 
-def states(text) -> dict[str, str]:
+def states(text):
     """The state of each run."""
     found = re.findall(r'moepp_run_state{run="(.*)",state="(.*)"} 1.0', text)
     assert len(dict(found)) == len(found)
@@ -53,8 +53,8 @@ def states(text) -> dict[str, str]:
 
 def test_runs_in_a_folder_come_and_go(add_run, tmp_path):
     a, b = add_run("a", steps=5), add_run("b", steps=8, run={"name": "other"})
-    (tmp_path / "runs" / "latest").symlink_to(a)
-    (tmp_path / "runs" / "notes").mkdir()
+    (tmp_path / "runs/latest").symlink_to(a)
+    (tmp_path / "runs/notes").mkdir()
     runs = LiveRuns([tmp_path / "runs"])
     assert not runs.has_one_run
     address = serve(runs, 0)
@@ -91,14 +91,14 @@ def test_runs_are_named_below_what_they_have_in_common(add_run, tmp_path, monkey
     assert list(both.look()) == ["runs/a", "elsewhere"]
     assert LiveRuns([Path("elsewhere")]).has_one_run
     # The folder that was empty gets runs of its own; names stay.
-    add_run("b", steps=1).rename(tmp_path / "elsewhere" / "b")
+    add_run("b", steps=1).rename(tmp_path / "elsewhere/b")
     assert list(both.look()) == ["runs/a", "elsewhere/b"]
 
 
 def test_a_folder_without_runs_is_refused(add_run, tmp_path):
     add_run("a", steps=1)
     (tmp_path / "files").mkdir()
-    (tmp_path / "files" / "text").write_text("")
+    (tmp_path / "files/text").write_text("")
     with pytest.raises(ReportError, match="files: holds other files but no config.yaml"):
         LiveRuns([tmp_path / "runs", tmp_path / "files"])
     with pytest.raises(ReportError, match="nowhere: is not a folder"):

@@ -14,14 +14,14 @@ from moepp_megatron.tools.report.live import table
 from moepp_megatron.tools.report.live.run import LiveRun
 
 
-def lines_of(run, width=200, after_s=0.0) -> list[str]:
+def lines_of(run, width=200, after_s=0.0):
     live = LiveRun(run, clock=lambda: time.time() + after_s)
     out = io.StringIO()
     table.print_run(live, Console(file=out, width=width, color_system=None))
     return [line.rstrip() for line in out.getvalue().splitlines()]
 
 
-def row(lines, name) -> str:
+def row(lines, name):
     return next(line.removeprefix(name).strip() for line in lines if line.startswith(name + " "))
 
 

@@ -18,7 +18,7 @@ from moepp_megatron.tools.report.router_health_plots import health_plots
 from moepp_megatron.tools.report.run_data import load_run
 
 
-def _svg(address) -> str:
+def _svg(address):
     return base64.b64decode(address.split(",", 1)[1]).decode()
 
 

@@ -11,13 +11,13 @@ from typer.testing import CliRunner
 from moepp_megatron.cli.main import app
 from moepp_megatron.config import ConfigError
 
-SAMPLE = Path(__file__).parents[1] / "profiling" / "samples" / "kineto_nccl"
+SAMPLE = Path(__file__).parents[1] / "profiling/samples/kineto_nccl"
 
 
 @pytest.fixture
 def run(tmp_path):
     """A folder of a run with a recording."""
-    shutil.copytree(SAMPLE, tmp_path / "run" / "profile")
+    shutil.copytree(SAMPLE, tmp_path / "run/profile")
     return tmp_path / "run"
 
 

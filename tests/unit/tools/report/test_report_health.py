@@ -2,7 +2,6 @@
 
 import base64
 import math
-from pathlib import Path
 
 import pytest
 
@@ -53,12 +52,12 @@ def alert(step, **changes) -> Alert:
     return Alert(**fields | changes)
 
 
-def with_alerts(run, *alerts: Alert) -> Path:
+def with_alerts(run, *alerts: Alert):
     (run / "alerts.jsonl").write_text("".join(each.to_json_line() for each in alerts))
     return run
 
 
-def picture(plot: Plot) -> str:
+def picture(plot: Plot):
     assert plot.image is not None, plot.alt
     return base64.b64decode(plot.image.split(",", 1)[1]).decode()
 

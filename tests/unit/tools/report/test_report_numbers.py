@@ -26,7 +26,7 @@ from moepp_megatron.tools.report.summary import finite_mean, step_weights, summa
 from moepp_megatron.training.run import TrainResult
 
 
-def read_records(run) -> list[dict]:
+def read_records(run):
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 

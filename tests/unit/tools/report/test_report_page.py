@@ -46,7 +46,7 @@ class Reader(HTMLParser):
             self.words.append(data)
 
     @property
-    def text(self) -> str:
+    def text(self):
         return " ".join(" ".join(self.words).split())
 
 
@@ -151,7 +151,7 @@ def drop(record):
     record |= {"dropped_fraction": 0.03, "z_loss": 0.5}
 
 
-def only(kind) -> dict:
+def only(kind):
     return {"moe": {f"num_{each}_experts": int(each == kind) for each in KINDS}}
 
 

@@ -47,7 +47,7 @@ class Ranks:
         self.started = []
         self.step_s = STEP_S
 
-    def __call__(self, options: LaunchOptions, module, arguments) -> int:
+    def __call__(self, options: LaunchOptions, module, arguments):
         if arguments[0] == "bench":
             file = Path(arguments[arguments.index("--json") + 1])
             numbers = dict.fromkeys(BothSteps.model_fields, 1.0)

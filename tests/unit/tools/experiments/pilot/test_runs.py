@@ -33,7 +33,7 @@ class Ranks:
         self.started = []
         self.status, self.after = status, after
 
-    def __call__(self, options: LaunchOptions, module, arguments) -> int:
+    def __call__(self, options: LaunchOptions, module, arguments):
         file = Path(arguments[-1])
         assert file.exists(), "written before it is run"
         run = self.runs[file.stem]
@@ -151,7 +151,7 @@ def test_a_diverged_run_has_no_loss_to_compare(tmp_path):
 def test_ranks_are_started_on_the_runs_own_file(tmp_path, monkeypatch):
     calls = []
 
-    def launched(options: LaunchOptions, module, arguments) -> int:
+    def launched(options: LaunchOptions, module, arguments):
         calls.append((options, module, arguments))
         write_run(run.config)
         return 0
@@ -162,7 +162,7 @@ def test_ranks_are_started_on_the_runs_own_file(tmp_path, monkeypatch):
     options, module, arguments = calls[0]
     assert (options.num_local_ranks, options.output) == (4, run.log)
     assert module == "moepp_megatron.cli.main"
-    assert arguments == ["train", str(tmp_path / "configs" / "vanilla-seed-7.yaml")]
+    assert arguments == ["train", str(tmp_path / "configs/vanilla-seed-7.yaml")]
 
 
 def test_settings_of_place_alone_may_differ(tmp_path):
