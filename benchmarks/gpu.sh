@@ -18,6 +18,7 @@
 #          with four layers
 # resume   the run of train, from its checkpoint
 # graphs   the runs of train with attention and router as CUDA graphs
+# serve    an export and a Mixtral of its size in transformers, decoding compiled, at three batches
 # trace    torch's trace of two steps of the 0.6B model: kernels, gaps, waits
 # counters Nsight Compute's counters of moepp_combine_*, at 2 and 30 constants
 # pair     two GPUs: a run each with EP, TP, PP and CP over NCCL
@@ -37,7 +38,7 @@ set -euo pipefail
 command="benchmarks/gpu.sh $*"
 root=$(cd -P -- "$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")/.." && pwd)
 
-steps=card,kernels,train,layer,fp8,tests,step,resume,graphs,trace,counters,pair
+steps=card,kernels,train,layer,fp8,tests,step,resume,graphs,serve,trace,counters,pair
 known=${steps//,/|}
 formats='bf16|fp8_(delayed|tensorwise|blockwise)'
 files=(training documents moments nvml bench)
@@ -279,6 +280,13 @@ fi
 if has graphs && ((gpus > 0)); then
     corpus
     train_both_ways graphs 'training.cuda_graphs=[attn,moe_router]'
+fi
+if has serve; then
+    serve=("$MOEPP_BIN/python" -m benchmarks.serve_throughput "$work/serve.jsonl" --compiled)
+    "$MOEPP_BIN/python" -c 'import transformers' 2>/dev/null ||
+        serve=(bash -c 'echo "transformers is not installed"; exit 3')
+    passed serve || rm -f -- "$work/serve.jsonl"
+    leaves=$work/serve.jsonl run serve "${serve[@]}"
 fi
 if has trace; then
     corpus

@@ -96,6 +96,7 @@ def _sections(found: Mapping[str, Any]) -> Iterator[PageSection | None]:
     yield _efficiency(layers)
     yield _bounds(layers)
     yield _steps(found["step"])
+    yield _serve(found.get("serve", {}))
     yield _runs(found.get("runs", {}))
 
 
@@ -180,6 +181,27 @@ def _bounds(layers: Sequence[tuple[str, Mapping[str, Any]]]) -> PageSection | No
         rows,
         "Forward. Bound: bytes over the measured copy, or FLOPs over the measured product.",
     )
+
+
+def _serve(rows: Mapping[str, Mapping[str, Any]]) -> PageSection | None:
+    phases = ("prefill", "decode")
+    return _table(
+        "Serving in transformers",
+        (
+            "model",
+            *(f"{phase}, {what}" for phase in phases for what in ("tokens/s", "of Mixtral's")),
+        ),
+        1,
+        [
+            (name, *(cell for phase in phases for cell in _rates(row, phase)))
+            for name, row in rows.items()
+        ],
+        "Decoding is compiled. FFN share: of the picks.",
+    )
+
+
+def _rates(row: Mapping[str, Any], phase: str) -> tuple[str, str]:
+    return f"{row[f'{phase}_tokens_per_s']:,.0f}", f"{row[f'{phase}_of_vanilla']:.2f}"
 
 
 def _steps(steps: Mapping[str, Mapping[str, Any]]) -> PageSection | None:

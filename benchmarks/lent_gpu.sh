@@ -4,8 +4,8 @@
 #
 #   MOEPP_COMMIT=$(git rev-parse HEAD) benchmarks/lent_gpu.sh CALL [--rehearse] [--work DIR]
 #
-# CALL 0 makes ready, where there is a network and no GPU, what every other call carries: build/whl and
-# build/te. Calls 1 to 3 run there, each whole in itself and within nine minutes, and leave record, logs
+# CALL 0 makes ready, where there is a network and no GPU, what the others carry: build/whl with
+# build/te, in call 3 with build/serve instead. Calls 1 to 3 run there, each whole in itself and within nine minutes, and leave record, logs
 # and traces in OUT (default benchmarks/results); the same call again runs what the limit cut off. They
 # work in memory (/dev/shm). --rehearse plays a call here, with its limit and tiny sizes, and installs
 # nothing.
@@ -20,7 +20,7 @@ case ${1:-} in
         steps=step_7b,layer_bf16,layer_bf16_cutlass,counters,step_fp8_blockwise,layer_fp8_blockwise
         more=(--shapes '0.6B,7B' --taus 0.75)
         ;;
-    3) steps=tests_training,graphs,resume,tests ;;
+    3) steps=tests_training,graphs,resume,serve,tests ;;
     *)
         printf 'error: the call (%s) must be 0 to 3; see the head of benchmarks/lent_gpu.sh\n' "${1:-}" >&2
         exit 2
@@ -30,22 +30,25 @@ if [[ $1 == 0 ]]; then
     export MOEPP_PAIR=torch2.11 MOEPP_TE=1
     # shellcheck source=launch/env.sh
     source launch/env.sh
-    rm -rf -- build/whl build/te build/core
+    rm -rf -- build/whl build/te build/serve build/core
     get=("$MOEPP_BIN/python" -m pip download -q --no-deps -c constraints-torch2.11.txt -d)
     "${get[@]}" build/whl megatron-core pydantic pydantic-core annotated-types typing-inspection setuptools
     "${get[@]}" build/te transformer_engine nvdlfw-inspect nvidia-cudnn-frontend importlib-metadata
+    "${get[@]}" build/serve transformers tokenizers huggingface-hub safetensors regex tqdm pyyaml filelock \
+        httpx2 httpcore2 anyio idna certifi h11 sniffio truststore click typer
     "${get[@]}" build/core transformer_engine_cu13
     "$MOEPP_BIN/python" -m benchmarks.one_architecture build/core/*.whl --sm 90 --out build/te
     cp -- .wheels/transformer_engine_torch-*-cp312-*.whl build/te
-    du -sh build/whl build/te
+    du -sh build/whl build/te build/serve
     exit
 fi
 case " $* " in
     *' --rehearse '*) [[ ${3:-} != --work ]] || work=${4:-} ;;
     *)
         export MOEPP_ENV=current
+        install=(python3 -m pip install -q --no-index --no-deps)
+        [[ ! -d build/serve ]] || "${install[@]}" build/serve/*.whl
         if ! command -v moepp >/dev/null; then
-            install=(python3 -m pip install -q --no-index --no-deps)
             "${install[@]}" build/whl/*.whl
             "${install[@]}" build/te/*.whl || true
             "${install[@]}" --no-build-isolation -e .

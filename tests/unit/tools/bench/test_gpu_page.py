@@ -43,6 +43,10 @@ RESULTS = {
         "bf16": {"vanilla_ms": 30.0, "moepp_ms": 20.0, "speedup": 1.5, "phi": 0.6, "tokens": 1000}
         | {"vanilla_j": 21.5, "moepp_j": None, "static_rows_ms": 19.0}
     },
+    "serve": {
+        "FFN share 0.6, batch 16": {"prefill_tokens_per_s": 2000.0, "prefill_of_vanilla": 1.25}
+        | {"decode_tokens_per_s": 300.0, "decode_of_vanilla": 1.5}
+    },
     "runs": {
         "first": {
             "step": 20,
@@ -85,6 +89,7 @@ def test_measured_stands_beside_expected(tmp_path):
         ["bf16", "0.6B", "forward", "0.5", "3.00", "2.00", "1.50", "2.00", "0.750", "0.691"],
         ["bf16", "0.6B", "0.5", "router", "0.250", "0.125", "2.0"],
         ["bf16", "30.0", "20.0", "1.50", "1.67", "50,000", "21.500", "", "19.000"],
+        ["FFN share 0.6, batch 16", "2,000", "1.25", "300", "1.50"],
         ["first", "Transformer Engine 2.20.2", "20", "8.250", "500.0", "3.00", "4", "75%"],
         ["cpu", "", "2", "9.000", "500.0", "", "1.000", ""],
     ):

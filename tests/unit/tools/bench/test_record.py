@@ -53,6 +53,8 @@ def folder(tmp_path):
     (tmp_path / "run_empty").mkdir()
     for name, content in contents.items():
         (tmp_path / name).write_text(json.dumps(content))
+    rows = [{"made": "x"}, {"model": "vanilla", "batch": 1, "decode_of_vanilla": 1.0}]
+    (tmp_path / "serve.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
     (tmp_path / "tests.xml").write_text(TESTS)
     lines = ["tests\t1\t60\tabc", "card\t0\t3\tabc", "layer_bf16\t1\t2\tabc"]
     lines += ["step_bf16\t0\t9\tabc", "step_fp8_delayed\t1\t4\tabc", "layer_bf16\t0\t30\tdef"]
@@ -72,6 +74,7 @@ def test_one_file_of_all_results(folder, monkeypatch):
     assert found["measured"] == CARD
     assert found["layer"] == {"bf16": [{"shape": "0.6B", "efficiency": 0.96}]}
     assert found["step"] == {"bf16": {"speedup": 1.2}}, "a step that failed has no numbers"
+    assert found["serve"]["vanilla, batch 1"]["decode_of_vanilla"] == 1.0
     (run,) = found["runs"].values()
     assert (run["step"], run["memory_bytes"]) == (2, None)
     assert run["modules"] == "optional packages used: Triton 3.6.0; none"
