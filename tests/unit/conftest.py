@@ -1,8 +1,6 @@
 """What tests of several folders share."""
 
-import contextlib
 import functools
-import shutil
 
 import pytest
 
@@ -18,39 +16,6 @@ def one_program():
         patch.setattr(typer.main, "get_command", once)
         patch.setattr(typer.testing, "_get_command", once)
         yield
-
-
-@pytest.fixture(scope="module")
-def browser():
-    """Chromium without a window, to look at pages with."""
-    api = pytest.importorskip(
-        "playwright.sync_api", reason="playwright is not installed (pip install playwright)"
-    )
-    names = ("chromium", "chromium-browser", "google-chrome")
-    path = next((found for name in names if (found := shutil.which(name))), None)
-    if path is None:
-        pytest.skip("no Chromium here (apt-get install chromium)")
-    with api.sync_playwright() as playwright:
-        # Chromium's sandbox refuses to start for root, which containers have.
-        running = playwright.chromium.launch(
-            executable_path=path, args=["--no-sandbox", "--disable-gpu"]
-        )
-        yield running
-        running.close()
-
-
-@contextlib.contextmanager
-def quiet_page(browser, address):
-    """A page in a tab; fails at the end if it has complained or asked for another address."""
-    complaints = []
-    page = browser.new_page(viewport={"width": 1440, "height": 1000})
-    page.on("console", lambda message: complaints.append(message.text))
-    page.on("pageerror", lambda error: complaints.append(str(error)))
-    page.on("request", lambda request: complaints.append(request.url))
-    page.goto(address)
-    yield page
-    page.close()
-    assert [one for one in complaints if not one.startswith("data:image/svg+xml")] == [address]
 
 
 @pytest.fixture

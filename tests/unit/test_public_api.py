@@ -69,6 +69,7 @@ def test_an_example_uses_documented_names(program):
         "import moepp_megatron.cli.main",
         "import moepp_megatron.config",
         "import moepp_megatron.layer_settings",
+        "import moepp_megatron.training.checkpoint.find",
         "from moepp_megatron.config.plugins import Plugin; Plugin('sinks').installed()",
     ],
 )

@@ -152,11 +152,12 @@ def build_model(moepp: MoEPPConfig, seed=7, rope_scaling=False, **changes) -> Mo
     return model
 
 
-def token_losses(model, tokens) -> Tensor:
+def token_losses(model, tokens, **masks) -> Tensor:
     """[b, s] cross entropy of `tokens` [b, s + 1]."""
     length = tokens.shape[1] - 1
     positions = torch.arange(length).expand(tokens.shape[0], -1)
-    return model(tokens[:, :-1].contiguous(), positions, None, labels=tokens[:, 1:].contiguous())
+    ids, labels = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+    return model(ids, positions, None, labels=labels, **masks)
 
 
 def reference_of(layer: MoEPPLayer) -> ReferenceMoEPP:

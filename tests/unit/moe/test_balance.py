@@ -77,32 +77,6 @@ def test_global_fractions_are_the_mean_over_the_steps_micro_batches():
     assert seen.add(second, 2, None).tolist() == [[0.5, 0.5]]
 
 
-@pytest.mark.parametrize("kind", ["heterogeneous", "grouped"])
-@pytest.mark.parametrize("num_sequences", [1, 3])
-def test_gradient_against_finite_differences(num_sequences, kind):
-    config = MoEPPConfig(num_ffn_experts=3, tau=0.3, balance_loss=kind)
-    logits = torch.randn(12, config.num_experts, dtype=torch.float64, requires_grad=True)
-    chosen = logits.topk(2, dim=-1).indices
-    selected = torch.zeros_like(logits, dtype=torch.bool).scatter(1, chosen, True)
-    weights = torch.tensor(config.balance_weights(), dtype=torch.float64)
-
-    def loss(logits):
-        scores = torch.softmax(logits, dim=-1)
-        return loss_of(scores, selected, weights, num_sequences, config)
-
-    assert torch.autograd.gradcheck(loss, logits)
-
-
-@pytest.mark.parametrize("kind", ["heterogeneous", "grouped"])
-def test_reference_gradient_against_finite_differences(kind):
-    config = MoEPPConfig(num_ffn_experts=3, tau=0.3, balance_loss=kind)
-    logits = torch.randn(12, config.num_experts, dtype=torch.float64, requires_grad=True)
-    selected = torch.rand(12, config.num_experts) < 0.3
-    assert torch.autograd.gradcheck(
-        lambda z: balance_loss(torch.softmax(z, dim=-1), selected, config), logits
-    )
-
-
 @pytest.mark.parametrize("score_function", DEFINED_SCORES)
 @pytest.mark.parametrize(
     ("scope", "kind"),
@@ -194,19 +168,6 @@ def test_least_loss_is_at_the_ffn_share_phi():
     assert sum(best[:3]) / 7 == pytest.approx(config.ffn_share)
     runner_up = sorted(losses.values())[1]
     assert losses[best] < runner_up - 1e-3
-
-
-@pytest.mark.parametrize("tau", [0.1, 0.25, 0.5, 0.75, 1.0])
-def test_gradient_vanishes_at_the_ffn_share_phi(tau):
-    # On the simplex: the gradient with respect to P is the same for every expert there.
-    config = MoEPPConfig(num_ffn_experts=8, tau=tau)
-    eta = torch.tensor(config.balance_weights(), dtype=torch.float64)
-    balanced = (1 / eta) / (1 / eta).sum()
-    assert balanced[:8].sum().item() == pytest.approx(config.ffn_share, rel=1e-12)
-    logits = balanced.log().requires_grad_()
-    probabilities = torch.softmax(logits, dim=-1)
-    (eta * 2 * balanced * probabilities).sum().backward()
-    assert logits.grad.abs().max().item() < 1e-15
 
 
 @pytest.mark.parametrize(("per_token_loss", "factor"), [(True, 30.0), (False, 1.0)])

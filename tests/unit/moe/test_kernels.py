@@ -344,10 +344,10 @@ class Parts:
 def make_parts(
     routing_map,
     hidden,
-    config: MoEPPConfig,
+    config,
     has_addend=False,
     dtype=torch.float32,
-) -> Parts:
+):
     def leaf(*shape, dtype=dtype):
         return torch.randn(shape, device=DEVICE, dtype=dtype).requires_grad_()
 
@@ -363,7 +363,7 @@ def make_parts(
     return Parts(config, routing_map, rows, zero, leaf(tokens, hidden) if has_addend else None)
 
 
-def plain_combine(parts: Parts):
+def plain_combine(parts):
     """The definition, in fp32."""
     config = parts.config
     token = parts.ffn_map.T.nonzero()[:, 1]
@@ -381,7 +381,7 @@ def plain_combine(parts: Parts):
     return output if parts.addend is None else output + parts.addend.float()
 
 
-def random_map(tokens, config: MoEPPConfig):
+def random_map(tokens, config):
     """0 to K selections a token."""
     shape = (tokens, config.num_experts)
     picks = torch.rand(shape, device=DEVICE).topk(config.router_topk, dim=1).indices
@@ -433,7 +433,7 @@ def test_combine_with_long_sums(compiled, monkeypatch):
     check_combine(compiled.combine, make_parts(random_map(150, config), 20, config))
 
 
-def check_combine(combine, parts: Parts):
+def check_combine(combine, parts):
     tolerance = FP32 if parts.rows.dtype == torch.float32 else BF16
     table = rows_of_tokens(parts.ffn_map, parts.config.router_topk)
     actual = combine(parts.rows, table, parts.zero, parts.addend, parts.config)

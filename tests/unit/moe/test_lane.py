@@ -63,17 +63,6 @@ def test_a_side_without_gradient_gets_zeros(dtype):
     assert torch.equal(logits.grad, torch.ones_like(logits))
 
 
-@DTYPES
-def test_received_from_another_stage_as_a_leaf(dtype):
-    # What the schedules do: the packed tensor arrives without history, its gradient is sent back.
-    received = pack(torch.randn(5, 3, HIDDEN).to(dtype), torch.randn(5, 3, 7)).requires_grad_()
-    hidden, logits = unpack(received, HIDDEN)
-    (hidden.sum() * 2 + logits.sum() * 3).backward()
-    hidden_grad, logits_grad = unpack(received.grad, HIDDEN)
-    assert torch.equal(hidden_grad, torch.full_like(hidden, 2))
-    assert torch.equal(logits_grad, torch.full_like(logits, 3))
-
-
 @pytest.mark.parametrize(("dtype", "per_logit"), [(torch.float32, 1), (torch.bfloat16, 2)])
 def test_lane_columns(dtype, per_logit):
     moepp = MoEPPConfig(num_ffn_experts=4)

@@ -115,34 +115,6 @@ def by_hand(model: MoEPPGPTModel, ids, labels, mask, padding=None):
     return found
 
 
-@pytest.mark.parametrize("changes", [{}, FULL], ids=["kept", "layers again"])
-@pytest.mark.parametrize(
-    "moepp",
-    [
-        MOEPP,
-        dataclasses.replace(MOEPP, gating_residual=False),
-        dataclasses.replace(MOEPP, gate_normalization="nonzero", router_topk=3),
-    ],
-    ids=["residual", "no residual", "three experts"],
-)
-def test_loss_and_gradients_are_those_of_its_parts(moepp, changes):
-    model, other = build(moepp, **changes), build(moepp)
-    other.load_state_dict(model.state_dict())
-    ids, positions, labels, mask = batch()
-    MTPLossAutoScaler.set_loss_scale(torch.tensor(1.0))
-    losses = model(ids, positions, None, labels=labels, loss_mask=mask)
-    (losses * mask).sum().backward()
-    main, *further = by_hand(other, ids, labels, mask)
-    (main + WEIGHT / DEPTHS * sum(further)).backward()
-    assert_close((losses * mask).sum(), main, "loss")
-    sums = model.mtp_loss.sums
-    assert_close(sums[:, 0].float(), torch.stack(further).detach(), "losses of further tokens")
-    assert sums[:, 1].tolist() == [ahead(mask, k).sum().item() for k in (1, 2)]
-    expected = dict(other.named_parameters())
-    for name, parameter in model.named_parameters():
-        assert_close(parameter.grad, expected[name].grad, f"gradient of {name}")
-
-
 # Unequal ends, an end that is no padding, and padding between tokens.
 PADDING = torch.arange(SEQUENCE) >= torch.tensor([[SEQUENCE - 4], [SEQUENCE], [SEQUENCE - 1]])
 PADDING[1, 3:5] = True
@@ -157,29 +129,40 @@ def aux_losses_count():
     MoEAuxLossAutoScaler.main_loss_backward_scale = None
 
 
+CASES = {
+    "residual": (MOEPP, None),
+    "no residual": (dataclasses.replace(MOEPP, gating_residual=False), None),
+    "three experts": (
+        dataclasses.replace(MOEPP, gate_normalization="nonzero", router_topk=3),
+        None,
+    ),
+    # With the balance loss, z-loss and a capacity.
+    "padding": (LOSSES, PADDING),
+    "padding, by sequence": (dataclasses.replace(LOSSES, balance_scope="sequence"), PADDING),
+    "padding, no residual": (dataclasses.replace(LOSSES, gating_residual=False), PADDING),
+}
+
+
 @pytest.mark.usefixtures("aux_losses_count")
 @pytest.mark.parametrize("changes", [{}, FULL], ids=["kept", "layers again"])
-@pytest.mark.parametrize(
-    "moepp",
-    [
-        LOSSES,
-        dataclasses.replace(LOSSES, balance_scope="sequence"),
-        dataclasses.replace(LOSSES, gating_residual=False),
-    ],
-    ids=["residual", "by sequence", "no residual"],
-)
-def test_padding_moves_with_the_tokens(moepp, changes):
-    """Losses and gradients, with those of balance and z-loss and with a capacity."""
-    model = build(moepp, moe_z_loss_coeff=0.1, **changes)
-    other = build(moepp, moe_z_loss_coeff=0.1)
+@pytest.mark.parametrize(("moepp", "padding"), CASES.values(), ids=CASES)
+def test_loss_and_gradients_are_those_of_its_parts(moepp, padding, changes):
+    """Padding moves with the tokens."""
+    z_loss = None if padding is None else 0.1
+    model = build(moepp, moe_z_loss_coeff=z_loss, **changes)
+    other = build(moepp, moe_z_loss_coeff=z_loss)
     other.load_state_dict(model.state_dict())
     ids, positions, labels, mask = batch()
-    mask = mask * ~PADDING
-    losses = model(ids, positions, None, labels=labels, loss_mask=mask, padding_mask=PADDING)
+    if padding is not None:
+        mask = mask * ~padding
+    losses = model(ids, positions, None, labels=labels, loss_mask=mask, padding_mask=padding)
     (losses * mask).sum().backward()
-    main, *further = by_hand(other, ids, labels, mask, PADDING)
+    main, *further = by_hand(other, ids, labels, mask, padding)
     (main + WEIGHT / DEPTHS * sum(further)).backward()
     assert_close((losses * mask).sum(), main, "loss")
+    sums = model.mtp_loss.sums
+    assert_close(sums[:, 0].float(), torch.stack(further).detach(), "losses of further tokens")
+    assert sums[:, 1].tolist() == [ahead(mask, k).sum().item() for k in (1, 2)]
     expected = dict(other.named_parameters())
     for name, parameter in model.named_parameters():
         assert_close(parameter.grad, expected[name].grad, f"gradient of {name}")
@@ -188,6 +171,8 @@ def test_padding_moves_with_the_tokens(moepp, changes):
 def test_routers_of_further_tokens_are_the_reference_without_padding():
     """In fp64, over the tokens that are none: selections, limits, balance loss and z-loss."""
     model = build(LOSSES, moe_z_loss_coeff=0.1)
+    residuals = [layer.router.residual_weight is not None for layer in moepp_layers(model)]
+    assert residuals == [False, True, True, True, True]
     seen = {}
     for layer in moepp_layers(model):
         layer.router.register_forward_hook(
@@ -198,6 +183,7 @@ def test_routers_of_further_tokens_are_the_reference_without_padding():
     ids, positions, labels, mask = batch()
     model(ids, positions, None, labels=labels, loss_mask=mask, padding_mask=PADDING)
     recorded = get_moe_metrics_tracker().metrics["z_loss"].values
+    assert sorted(moe_statistics(model)) == [1, 2, 3, 4, 5]
     for number, statistics in moe_statistics(model).items():
         depth = max(0, number - 3)
         padded = padding_ahead(PADDING, depth)
@@ -221,18 +207,6 @@ def test_routers_of_further_tokens_are_the_reference_without_padding():
         assert_close(statistics.balance_loss, balance.float(), f"balance loss of layer {number}")
         z_loss = logits.logsumexp(-1).square().mean()
         assert_close(recorded[number - 1], z_loss.float(), f"z-loss of layer {number}")
-
-
-def test_its_routers_are_the_decoders_next():
-    model = build()
-    assert [layer.layer_number for layer in moepp_layers(model)] == [1, 2, 3, 4, 5]
-    assert sorted(moe_statistics(model)) == [1, 2, 3, 4, 5]
-    residuals = [layer.router.residual_weight is not None for layer in moepp_layers(model)]
-    assert residuals == [False, True, True, True, True]
-    ids, positions, labels, _ = batch()
-    model(ids, positions, None, labels=labels).sum().backward()
-    for number, statistics in moe_statistics(model).items():
-        assert statistics.selected.sum() == BATCH * SEQUENCE * 2, f"layer {number}"
 
 
 def test_without_gradients_they_do_not_run():

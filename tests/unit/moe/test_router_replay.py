@@ -10,6 +10,7 @@ from torch import Tensor
 
 from moepp_megatron.moe.config import MoEPPConfig
 from moepp_megatron.moe.replay import checked_routes
+from tests.parallel.training_runs import FULL
 from tests.unit.moe.builders import (
     SEQUENCE,
     VOCAB,
@@ -23,11 +24,7 @@ from tests.unit.moe.builders import (
 RECORD, FORWARD, BACKWARD = RouterReplayAction
 RECOMPUTES = {
     "kept": {},
-    "layers again": {
-        "recompute_granularity": "full",
-        "recompute_method": "uniform",
-        "recompute_num_layers": 1,
-    },
+    "layers again": FULL,
     "moe again": {"recompute_granularity": "selective", "recompute_modules": ["moe"]},
 }
 SETTINGS = {

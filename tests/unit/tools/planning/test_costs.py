@@ -1,9 +1,10 @@
 """Parts, rates, schedules and their sum."""
 
 import random
+import subprocess
+import sys
 from dataclasses import replace
 from math import ceil
-from pathlib import Path
 
 import pytest
 
@@ -25,7 +26,7 @@ from moepp_megatron.tools.planning.pipeline import (
     layout_string,
     stage_sizes,
 )
-from moepp_megatron.tools.planning.rates import Product, Work, linear_work, product_seconds
+from moepp_megatron.tools.planning.rates import Product, linear_work, product_seconds
 from moepp_megatron.tools.planning.step import BUBBLE, step_time
 from moepp_megatron.tools.planning.traffic import (
     Placement,
@@ -64,7 +65,7 @@ def at_share(ffn_share) -> Workload:
     return replace(LOAD, experts=replace(LOAD.experts, ffn_share=ffn_share))
 
 
-def flop_of(work: Work):
+def flop_of(work):
     return work.core_flop + sum(product.flop for product in work.products)
 
 
@@ -95,7 +96,7 @@ def test_backward_costs_twice_forward_plus_recomputed_scores():
 
 
 def test_large_products_reach_the_rate_and_small_ones_do_not(h100):
-    def share(product: Product):
+    def share(product):
         return product.flop / product_seconds(product, h100) / h100.flops(product.number)
 
     assert share(Product(16384, 16384, 16384)) > 0.95
@@ -141,7 +142,7 @@ def test_exchanged_bytes_are_those_of_the_dispatcher():
 
 
 def test_what_takes_memory():
-    def held(load: Workload = LOAD, **grid):
+    def held(load=LOAD, **grid):
         chosen = Grid(**{"world": 64, "ep": 8, **grid})
         stages = even_stages(load.layers, chosen.pp, chosen.vpp)
         return memory_of(load, chosen, stages, 0).activations
@@ -157,7 +158,7 @@ def test_what_takes_memory():
     assert held(at_share(0.3)) < base < held(at_share(1.0))
 
 
-def _kept(load: Workload = LOAD, **grid):
+def _kept(load=LOAD, **grid):
     chosen = Grid(**{"world": 8, "ep": 8, **grid})
     return kept_bytes(load, chosen, Layer(True, fullest_rows(load, chosen)))
 
@@ -225,15 +226,8 @@ def test_costs_are_the_step_in_five_sums_and_the_fullest_rank(h100, overlap):
 
 
 def test_planning_imports_no_torch():
-    import ast
-
-    folder = Path(__file__).parents[4] / "moepp_megatron/tools/planning"
-    for path in {*folder.rglob("*.py")} - {folder / "built_rank.py"}:
-        for node in ast.walk(ast.parse(path.read_text())):
-            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-            if isinstance(node, ast.ImportFrom):
-                names = [node.module or ""]
-            assert not any(name.split(".")[0] in ("torch", "megatron") for name in names), path
+    code = "import sys, moepp_megatron.tools.planning.plan; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
 def narrow(**changes) -> Workload:
@@ -242,7 +236,7 @@ def narrow(**changes) -> Workload:
     return replace(load, **changes)
 
 
-def seconds_of(load: Workload, grid: Grid, machine: Machine) -> PassTime:
+def seconds_of(load, grid, machine) -> PassTime:
     rows = grid.tokens(load.seq) * load.experts.ffn_per_token
     return layer_time(load, grid, machine, True, rows, 1.0)
 

@@ -193,13 +193,6 @@ def test_rates_are_in_a_unit_of_their_size(value, unit, expected):
     assert formatting.rate(value, unit) == expected
 
 
-@pytest.mark.parametrize(
-    ("frequency", "layers"), [(1, [1, 2, 3, 4]), (2, [1, 3]), ([0, 1, 1, 0], [2, 3])]
-)
-def test_moe_layers_follow_megatrons_pattern(make_run, frequency, layers):
-    assert load_run(make_run(steps=1, moe={"layer_freq": frequency})).config.moe_layers == layers
-
-
 def test_means_leave_out_what_is_not_finite():
     assert finite_mean(np.array([1.0, math.nan, 3.0]), np.array([1.0, 5.0, 3.0])) == pytest.approx(
         2.5

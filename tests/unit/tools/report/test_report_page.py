@@ -98,6 +98,7 @@ def test_the_style_names_no_address(full_run):
     assert "{" in style[1]
     assert "url(" not in style[1]
     assert "@import" not in style[1]
+    assert "prefers-color-scheme: dark" in style[1]
 
 
 def test_every_picture_is_whole_and_described(full_run):
