@@ -23,27 +23,27 @@ MODULE = "moepp_megatron.cli.main"
 TIMEOUT_S = 240.0
 
 
-def slowdown() -> float:
+def slowdown():
     """How many times longer work takes here than on idle cores: the load a core, at least 1."""
     return max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
 
 
-def moepp(*arguments, cwd=None) -> subprocess.CompletedProcess[str]:
+def moepp(*arguments, cwd=None):
     """Runs a command in a fork of the server of ranks; ranks that it starts are real ones."""
     return forked(["-m", MODULE, *map(str, arguments)], cwd)
 
 
-def module(name, *arguments, cwd) -> subprocess.CompletedProcess[str]:
+def module(name, *arguments, cwd):
     """As `moepp`, any module: `python -m name arguments`."""
     return forked(["-m", name, *map(str, arguments)], cwd)
 
 
-def program(path, *arguments) -> subprocess.CompletedProcess[str]:
+def program(path, *arguments):
     """As `moepp`, a Python program, in its own folder."""
     return forked([str(path), *map(str, arguments)], path.parent)
 
 
-def cold(*arguments) -> subprocess.CompletedProcess[str]:
+def cold(*arguments):
     """Runs a command as a shell does."""
     command = [sys.executable, "-m", MODULE, *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
@@ -59,7 +59,7 @@ class Begun:
         errors=None,
         *,
         cwd=None,
-        environment: dict[str, str] | None = None,
+        environment=None,
         new_session=False,
     ):
         environment = dict(os.environ) if environment is None else environment
@@ -77,13 +77,13 @@ class Begun:
         self.args = list(words)
 
     @property
-    def returncode(self) -> int | None:
+    def returncode(self):
         return self._process.exitcode
 
-    def poll(self) -> int | None:
+    def poll(self):
         return self._process.exitcode
 
-    def wait(self, timeout=None) -> int:
+    def wait(self, timeout=None):
         self._process.join(timeout)
         code = self._process.exitcode
         if code is None:
@@ -108,16 +108,14 @@ class Heard(Begun):
         # Returns when the process has opened its end.
         self.stdout = fifo.open()
 
-    def communicate(self, timeout=None) -> tuple[str, None]:
+    def communicate(self, timeout=None):
         """The rest of the output, once all that could print has ended."""
         output = self.stdout.read()
         self.wait(timeout)
         return output, None
 
 
-def forked(
-    words, folder, environment: dict[str, str] | None = None
-) -> subprocess.CompletedProcess[str]:
+def forked(words, folder, environment=None):
     """As `moepp`, a program, or "-m" and a module, with an environment of its own."""
     with tempfile.TemporaryDirectory() as written:
         outputs = [Path(written) / name for name in ("stdout", "stderr")]
@@ -135,11 +133,11 @@ def forked(
 
 def _run(
     words,
-    environment: dict[str, str],
+    environment,
     folder,
-    outputs: tuple[str, str],
+    outputs,
     new_session,
-    mask: set[int],
+    mask,
 ) -> NoReturn:
     """The process: everything that the caller could tell from a start of its own is as there."""
     signal.pthread_sigmask(signal.SIG_SETMASK, mask)

@@ -109,7 +109,7 @@ def small_disk(tmp_path):
         subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
-def pytest_addoption(parser: pytest.Parser):
+def pytest_addoption(parser):
     group = parser.getgroup("moepp_megatron")
     group.addoption(
         "--quick",
@@ -123,15 +123,15 @@ def pytest_addoption(parser: pytest.Parser):
     )
 
 
-def _is_quick(config: pytest.Config):
+def _is_quick(config):
     return config.option.quick and config.args_source is not pytest.Config.ArgsSource.ARGS
 
 
-def pytest_report_header(config: pytest.Config):
+def pytest_report_header(config):
     return f"quick: {quick.summary()}" if _is_quick(config) else ""
 
 
-def pytest_configure(config: pytest.Config):
+def pytest_configure(config):
     if _is_quick(config):
         config.args = [str(quick.ROOT / each) for each in quick.chosen()]
         # A few cases on ranks: one worker starts them once.

@@ -7,7 +7,7 @@ from pathlib import Path
 SOURCE = Path(__file__).parents[1] / "examples/plugins"
 
 
-def install(folder) -> Path:
+def install(folder):
     """Put module and entry points into a folder, which is for the path of imports."""
     project = tomllib.loads((SOURCE / "pyproject.toml").read_text(encoding="utf-8"))
     modules = project["tool"]["setuptools"]["py-modules"]
@@ -17,7 +17,7 @@ def install(folder) -> Path:
     return folder
 
 
-def write_entry_points(folder, groups: dict[str, dict[str, str]], name="example"):
+def write_entry_points(folder, groups, name="example"):
     """What an installed package says it has."""
     info = folder / f"{name}-1.0.dist-info"
     info.mkdir()

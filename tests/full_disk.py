@@ -6,7 +6,7 @@ from pathlib import Path
 _BLOCK = 1 << 16
 
 
-def fill(folder, leave=0) -> Path:
+def fill(folder, leave=0):
     """Write `ballast` until the disk is full, then give `leave` bytes back."""
     ballast = folder / "ballast"
     with ballast.open("wb", buffering=0) as file:

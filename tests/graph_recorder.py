@@ -9,7 +9,6 @@ a GPU refuses to capture.
 
 import contextlib
 from collections import defaultdict
-from collections.abc import Iterator
 from types import SimpleNamespace
 
 import pytest
@@ -45,7 +44,7 @@ class CPUGraph:
 
 
 class _Recording(TorchDispatchMode):
-    def __init__(self, graph: CPUGraph):
+    def __init__(self, graph):
         super().__init__()
         self._graph = graph
 
@@ -61,13 +60,13 @@ class _Recording(TorchDispatchMode):
 
 
 @contextlib.contextmanager
-def _capture(graph: CPUGraph, **kwargs) -> Iterator[None]:
+def _capture(graph, **kwargs):
     with _Recording(graph):
         yield
 
 
 @contextlib.contextmanager
-def cpu_graphs() -> Iterator[None]:
+def cpu_graphs():
     """megatron-core's local CUDA graphs work inside; none is left behind."""
     from megatron.core.tensor_parallel.random import CudaRNGStatesTracker
     from megatron.core.transformer import cuda_graphs
@@ -97,7 +96,7 @@ def cpu_graphs() -> Iterator[None]:
             cuda_graphs.delete_cuda_graphs()
 
 
-def graphs_of(module) -> list[CPUGraph]:
+def graphs_of(module):
     """The forward graphs of all layers of a model."""
     return [
         runner.fwd_graph

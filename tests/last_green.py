@@ -15,7 +15,7 @@ LAST_GREEN = Path(__file__).with_suffix(".json")
 LONG = ("matrix", "slow")
 
 
-def record(config: pytest.Config, stats, path=LAST_GREEN):
+def record(config, stats, path=LAST_GREEN):
     """Write down that all long tests passed, if this run left none of them out."""
     found = {name: [each for each in stats.get(name, []) if _is_long(each)] for name in stats}
     option = config.option
@@ -39,6 +39,6 @@ def record(config: pytest.Config, stats, path=LAST_GREEN):
     path.write_text(json.dumps(said, indent=1) + "\n", encoding="ascii")
 
 
-def _is_long(found) -> bool:
+def _is_long(found):
     """Take an item or a report."""
     return any(mark in getattr(found, "keywords", ()) for mark in LONG)

@@ -1,7 +1,6 @@
 """Tasks of lm-eval for tests, as files."""
 
 import json
-from pathlib import Path
 
 import yaml
 
@@ -31,7 +30,7 @@ LAST = {
 }
 
 
-def write_task(folder, task, documents) -> Path:
+def write_task(folder, task, documents):
     """A task's file and, beside it, its documents; returns the file."""
     folder.mkdir(exist_ok=True)
     name = task["task"]

@@ -3,7 +3,6 @@
 import itertools
 import threading
 from collections import Counter
-from collections.abc import Iterable
 
 import pytest
 
@@ -61,7 +60,7 @@ class Store:
         """Stop at a request with `text` in its path, before it is answered."""
         count = itertools.count(1)
 
-        def is_dead(found, key) -> bool:
+        def is_dead(found, key):
             if found == method and text in key and next(count) == number:
                 threading.Thread(target=self.stop).start()
                 self._is_dead = lambda method, key: True
@@ -90,16 +89,16 @@ class Store:
             aws_secret_access_key=SECRET,
         )
 
-    def names(self, prefix="") -> list[str]:
+    def names(self, prefix=""):
         """The objects below a prefix, without it."""
         found = self.client.list_objects_v2(Bucket=self.bucket, Prefix=prefix)
         return sorted(item["Key"].removeprefix(prefix) for item in found.get("Contents", []))
 
-    def folders(self, prefix) -> list[str]:
+    def folders(self, prefix):
         """The first part of the objects' names below a prefix."""
         return sorted({name.split("/")[0] for name in self.names(prefix)})
 
-    def read(self, key) -> bytes:
+    def read(self, key):
         content = self.client.get_object(Bucket=self.bucket, Key=key)["Body"].read()
         return content
 
@@ -109,7 +108,7 @@ class Store:
     def delete(self, key):
         self.client.delete_object(Bucket=self.bucket, Key=key)
 
-    def _answer(self, environment, start) -> Iterable[bytes]:
+    def _answer(self, environment, start):
         method, key = environment["REQUEST_METHOD"], environment["PATH_INFO"]
         if self._is_dead(method, key):
             raise ConnectionAbortedError("the store has stopped")

@@ -8,7 +8,7 @@ import socket
 _PORTS = range(10_000, 30_000)
 
 
-def free_port() -> int:
+def free_port():
     """A port that nothing listens on; other processes of the tests draw other ones."""
     draw = random.Random(os.urandom(8))
     while True:

@@ -63,19 +63,19 @@ CASES = {
 }
 
 
-def short_files() -> list[str]:
+def short_files():
     """The files of tests/unit that every quick run has."""
     seconds = recorded()
     files = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("tests/unit/**/test_*.py"))
     return [file for file in files if seconds.get(file, 0.0) <= SHORT_S or file in _ALSO]
 
 
-def chosen() -> list[str]:
+def chosen():
     """Arguments for pytest, from the root of the repository."""
     return [*short_files(), *(f"tests/{case}" for case in CASES.values())]
 
 
-def summary() -> str:
+def summary():
     """For a reader: what a quick run says."""
     count = len(list(ROOT.glob("tests/**/test_*.py")))
     return (

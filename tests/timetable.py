@@ -9,8 +9,6 @@ import json
 from collections import Counter, defaultdict
 from pathlib import Path
 
-import pytest
-
 DURATIONS = Path(__file__).parent / "durations.json"
 # Folders whose tests stay with one worker: they share a process that has imported transformers, and
 # a run whose report has been drawn. Slurm's wait most of the time, beside which others compute.
@@ -19,23 +17,23 @@ TOGETHER = ["tests/interop/", "tests/slurm/", "tests/unit/tools/report/"]
 UNKNOWN_S = 0.3
 
 
-def unit_of(node_id) -> str:
+def unit_of(node_id):
     """What is run as one piece by one worker: a file, or a folder of `TOGETHER`."""
     file = _file_of(node_id)
     return next((folder for folder in TOGETHER if file.startswith(folder)), file)
 
 
-def _file_of(node_id) -> str:
+def _file_of(node_id):
     return node_id.split("::", 1)[0]
 
 
-def recorded() -> dict[str, float]:
+def recorded():
     """Seconds by file, as the last record has them."""
     seconds = json.loads(DURATIONS.read_text(encoding="ascii"))
     return seconds
 
 
-def longest_first(items: list[pytest.Item]):
+def longest_first(items):
     """Order the units of the items; within a unit nothing moves."""
     known = recorded()
     expected = defaultdict(float)
@@ -44,12 +42,12 @@ def longest_first(items: list[pytest.Item]):
     items.sort(key=lambda item: (-expected[unit_of(item.nodeid)], unit_of(item.nodeid)))
 
 
-def scheduler(config: pytest.Config, log):
+def scheduler(config, log):
     """Give each worker the next unit."""
     from xdist.scheduler import LoadScopeScheduling
 
     class Units(LoadScopeScheduling):
-        def _split_scope(self, nodeid) -> str:
+        def _split_scope(self, nodeid):
             return unit_of(nodeid)
 
     return Units(config, log)
@@ -61,7 +59,7 @@ class Record:
     def __init__(self):
         self._took = defaultdict(float)
 
-    def pytest_runtest_logreport(self, report: pytest.TestReport):
+    def pytest_runtest_logreport(self, report):
         self._took[_file_of(report.nodeid)] += report.duration
 
     def pytest_sessionfinish(self):

@@ -76,7 +76,7 @@ def run(words, environment: Mapping[str, str], folder) -> NoReturn:
         os._exit(status)
 
 
-def _status_of(words) -> int:
+def _status_of(words):
     try:
         if words[0] == "-m":
             sys.argv = list(words[1:])
@@ -135,7 +135,7 @@ def _reopen_output():
         setattr(sys, name, io.TextIOWrapper(raw, write_through=True))
 
 
-def _words(command) -> list[str] | None:
+def _words(command):
     """A command from its "-m" or its program on; None if it is not one for a fork."""
     if not isinstance(command, list | tuple) or command[0] != sys.executable:
         return None

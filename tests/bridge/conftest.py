@@ -7,7 +7,7 @@ import pytest
 from tests.parallel.conftest import alone, trained  # noqa: F401
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]):
+def pytest_collection_modifyitems(items):
     """Skip where it is not: it needs Python 3.12, and an older transformers than other tests."""
     if importlib.util.find_spec("megatron.bridge") is not None:
         return

@@ -2,7 +2,6 @@
 
 import contextlib
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from unittest import mock
 
@@ -83,7 +82,7 @@ def _answer_offloading():
     )
     copy = handler.reload
 
-    def reload(self, state, non_blocking=None) -> torch.Tensor:
+    def reload(self, state, non_blocking=None):
         return copy(self, state, True)
 
     if copy.__module__ == offload.__name__:
@@ -96,13 +95,13 @@ def _answer_flex(token_dispatcher):
     DeepEP's check what its C++ checks of what it is given (deep_ep.cpp).
     """
 
-    def arrived(x, rows) -> torch.Tensor:
+    def arrived(x, rows):
         return x.index_select(0, torch.zeros(rows, dtype=torch.long, device=x.device))
 
-    def rows_of_expert(multiple) -> int:
+    def rows_of_expert(multiple):
         return -(-ROUTING.rows * ROUTING.sources // multiple) * multiple
 
-    def counts(multiple=1) -> torch.Tensor:
+    def counts(multiple=1):
         with unset_fake_temporarily():
             return torch.full((ROUTING.local_experts,), rows_of_expert(multiple), dtype=torch.long)
 
@@ -148,7 +147,7 @@ def _answer_flex(token_dispatcher):
     token_dispatcher.hybrid_ep_combine = unpermuting_combine
 
 
-def restore_orders(models: list[torch.nn.Module]):
+def restore_orders(models):
     """Give dispatchers the orders of chunks that they keep on the host, which were built fake."""
     for module in (layer for model in models for layer in model.modules()):
         dispatcher = getattr(module, "token_dispatcher", None)
@@ -167,7 +166,7 @@ def _replayed(graph):
 
 
 @contextlib.contextmanager
-def graphs() -> Iterator[None]:
+def graphs():
     """megatron-core records, captures and replays graphs inside (`tests.graph_recorder`).
 
     Capture runs the operations once and fails where one would wait for the device. A replay is one

@@ -9,13 +9,13 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
-from tests.fake_gpu.real_packages import Engine, pinned
+from tests.fake_gpu.real_packages import pinned
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 
 
-def obstacle() -> str | None:
+def obstacle():
     """Why no GPU can be played here; None where one can."""
     here, tested = importlib.metadata.version("torch").partition("+")[0], pinned("torch")
     if here != tested:
@@ -28,7 +28,7 @@ def obstacle() -> str | None:
     return None
 
 
-def _headers() -> Path | None:
+def _headers():
     triton = find_spec("triton")
     if triton is None or triton.origin is None:
         return None
@@ -46,7 +46,7 @@ def build(folder):
         subprocess.run([*command, str(HERE / source)], check=True)
 
 
-def play(folder, cases, engine: Engine | None = None, capability=9):
+def play(folder, cases, engine=None, capability=9):
     """Play `cases` (`play.Case`) one after another in a process that has the GPU.
 
     Args:

@@ -18,7 +18,7 @@ def _loaded(path, *changes) -> Config:
     return load_config(path, ["data.path=none", "run.dir=none", *changes])
 
 
-def ranks_of(path) -> int:
+def ranks_of(path):
     """Ranks that a shipped configuration is meant for; the fewest of its layout where none says."""
     if path in PLANNED:
         return int(path.stem.rpartition("_")[2])
@@ -28,7 +28,7 @@ def ranks_of(path) -> int:
     return parallel.pipeline_model_parallel_size * max(ranks, dense)
 
 
-def needs_engine(path) -> bool:
+def needs_engine(path):
     """Whether a configuration runs with Transformer Engine alone: FP8, or what it recomputes."""
     config = _loaded(path)
     training = config.training
@@ -37,13 +37,13 @@ def needs_engine(path) -> bool:
     return config.precision.fp8 is not None or recomputes
 
 
-def experts_of_a_rank(path) -> int:
+def experts_of_a_rank(path):
     """FFN experts that a rank of a shipped configuration has."""
     config = _loaded(path)
     return config.moe.num_ffn_experts // config.parallel.expert_model_parallel_size
 
 
-def stage_layers_of(path) -> int | None:
+def stage_layers_of(path):
     """Layers of a pipeline stage; None where stages or layers differ from each other."""
     config = _loaded(path)
     stages = config.parallel.pipeline_model_parallel_size
@@ -102,7 +102,7 @@ def shipped(path, layers=2, *changes):
     return {"config": str(path.relative_to(ROOT)), "overrides": overrides, "world_size": world}
 
 
-def planned_launches(path, *changes) -> int:
+def planned_launches(path, *changes):
     """Kernels that the planner counts for an MoE layer and micro-batch, forward and backward."""
     config = _loaded(path, *changes)
     grid = Grid.from_config(config, ranks_of(path))

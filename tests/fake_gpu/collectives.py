@@ -9,10 +9,10 @@ from tests.fake_gpu.record import RECORD, place
 
 
 class _Work:
-    def wait(self, *args, **kwargs) -> bool:
+    def wait(self, *args, **kwargs):
         return True
 
-    def is_completed(self) -> bool:
+    def is_completed(self):
         return True
 
 

@@ -1,7 +1,6 @@
 """Configurations that nobody chose: for each seed one value of every axis, redrawn until legal."""
 
 import random
-from collections.abc import Sequence
 from math import lcm
 
 from moepp_megatron.config import ConfigError, Layout, load_config
@@ -138,7 +137,7 @@ def drawn(seed):
     return {"config": cases.SMALLEST, "overrides": overrides, "world_size": world, **fields}
 
 
-def _add(overrides, axes: Sequence[tuple[str, ...]], world, generator):
+def _add(overrides, axes, world, generator):
     for first, *others in axes:
         value = first if generator.random() < 0.4 else generator.choice(others)
         # A section in braces is one setting.
@@ -147,7 +146,7 @@ def _add(overrides, axes: Sequence[tuple[str, ...]], world, generator):
             overrides += more
 
 
-def _is_legal(overrides, world) -> bool:
+def _is_legal(overrides, world):
     try:
         config = load_config(
             cases.ROOT / cases.SMALLEST, ["data.path=none", "run.dir=none", *overrides]
@@ -158,7 +157,7 @@ def _is_legal(overrides, world) -> bool:
     return True
 
 
-def _layout(generator) -> tuple[list[str], int]:
+def _layout(generator):
     """Settings and ranks; four layers or eight, and as many micro-batches as fill the pipeline."""
     tp, cp, pp, etp, ep = (
         generator.choice(sizes)

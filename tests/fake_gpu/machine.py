@@ -94,7 +94,7 @@ class Device(TorchDispatchMode):
         return result
 
 
-def _is_on_gpu(result) -> bool:
+def _is_on_gpu(result):
     """Of what an operation without a tensor before its other arguments has made or changed."""
     first = next((each for each in tree_leaves(result) if isinstance(each, torch.Tensor)), None)
     return first is not None and first.device.type == "cuda"
@@ -110,11 +110,11 @@ def _note_copy(source, target, non_blocking):
         RECORD.read("copy to the device")
 
 
-def _is_mask(index) -> bool:
+def _is_mask(index):
     return isinstance(index, torch.Tensor) and index.dtype in (torch.bool, torch.uint8)
 
 
-def _number(tensor) -> float | int | bool:
+def _number(tensor):
     if tensor.dtype == torch.bool:
         return True
     return 1.0 if tensor.is_floating_point() else ROUTING.counted
@@ -133,7 +133,7 @@ def _sized(func, first, args, kwargs):
     raise NotImplementedError(f"no answer for {func}")
 
 
-def _indexed(values, indices: list[torch.Tensor | None]) -> torch.Tensor:
+def _indexed(values, indices):
     """Values at a mask: as many as half of the mask's entries, of a mask of all leading axes."""
     (mask,) = indices
     assert mask is not None
@@ -195,7 +195,7 @@ def keep_dtypes():
     torch.nn.Module.bfloat16 = lambda self: self
 
 
-def _zeros(tensor) -> torch.Tensor:
+def _zeros(tensor):
     return torch.zeros(tensor.shape, dtype=tensor.dtype)
 
 
@@ -225,7 +225,7 @@ def _install_reads():
     torch.Tensor.numpy = FakeTensor.numpy = numpy
     are_equal = torch.equal
 
-    def equal(first, second) -> bool:
+    def equal(first, second):
         if not isinstance(first, FakeTensor):
             return are_equal(first, second)
         if first.is_cuda:
@@ -235,7 +235,7 @@ def _install_reads():
     torch.equal = equal
     make, make_new = torch.tensor, torch.Tensor.new_tensor
 
-    def tensor(data, **kwargs) -> torch.Tensor:
+    def tensor(data, **kwargs):
         kwargs.pop("pin_memory", None)
         result = make(_plain(data), **kwargs)
         if str(kwargs.get("device", "cpu")) == "cpu" and isinstance(data, list | tuple):
@@ -243,7 +243,7 @@ def _install_reads():
             result.made_of = data
         return result
 
-    def new_tensor(self, data, **kwargs) -> torch.Tensor:
+    def new_tensor(self, data, **kwargs):
         if self.is_cuda:
             RECORD.read("copy to the device")
         return make_new(self, data, **kwargs)

@@ -48,7 +48,7 @@ class Memory:
             if self.peak > self._written * _NEWS:
                 self._write()
 
-    def resized(self, storage: torch.UntypedStorage):
+    def resized(self, storage):
         """Count what a storage that was freed or made again below its tensors has now."""
         known = self._known.get(id(storage))
         if known is not None:

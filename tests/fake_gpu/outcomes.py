@@ -17,7 +17,7 @@ def sound(outcomes):
     return outcomes
 
 
-def excess(outcome, layer: tuple[dict[str, int], ...]) -> dict[str, int]:
+def excess(outcome, layer):
     """Reads that the tables do not allow."""
     allowed = dict(reads.STEP)
     for table in layer:
@@ -26,6 +26,6 @@ def excess(outcome, layer: tuple[dict[str, int], ...]) -> dict[str, int]:
     return {key: count for key, count in found.items() if count > allowed.get(key, 0)}
 
 
-def token_id_kernels(layers) -> int:
+def token_id_kernels(layers):
     """Counts of token ids: one kernel a step, and three in each micro-batch of the two layers."""
     return 1 + 3 * layers // 2

@@ -4,12 +4,11 @@ The slow tests print them: `./launch/test.sh -s -m slow tests/fake_gpu`.
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 
 from moepp_megatron.config.hardware import load_hardware
 from moepp_megatron.tools.planning.machine import DEFAULT
 from tests.fake_gpu import build, cases, record
-from tests.fake_gpu.real_packages import Engine, pinned_engine
+from tests.fake_gpu.real_packages import pinned_engine
 
 GIB = 2**30
 OWNERS = (*record.OWNERS.values(), "autograd")
@@ -34,18 +33,18 @@ class Peak:
     played: int
 
     @property
-    def fits(self) -> bool:
+    def fits(self):
         """Whether it fits an H100, by the planner's rule, with what is played for the estimate."""
         room = load_hardware("h100_sxm").memory_bytes
         assert room is not None, "an H100's memory is known"
         return self.played + DEFAULT.reserved_gib * GIB <= room * (1.0 - DEFAULT.memory_margin)
 
     @property
-    def ratio(self) -> float:
+    def ratio(self):
         """What is planned over what was played."""
         return self.planned / self.played
 
-    def row(self) -> str:
+    def row(self):
         """A row of the table."""
         return (
             f"| {self.name} | {self.rank} of {self.ranks} | {self.played / GIB:.1f} | "
@@ -53,7 +52,7 @@ class Peak:
         )
 
 
-def peaks(folder, paths) -> list[Peak]:
+def peaks(folder, paths):
     """Play each with Transformer Engine, whose modules the planner knows.
 
     Args:
@@ -69,7 +68,7 @@ def peaks(folder, paths) -> list[Peak]:
     return found
 
 
-def played_bytes(folder, paths, engine: Engine | None) -> dict[Path, int]:
+def played_bytes(folder, paths, engine):
     """The peak of each configuration, from two and three layers a stage and their difference.
 
     Every further layer takes the same: `test_two_layers_and_a_difference_are_the_whole`. Stages
@@ -95,7 +94,7 @@ def played_bytes(folder, paths, engine: Engine | None) -> dict[Path, int]:
     }
 
 
-def launches(folder, path, engine: Engine | None, *changes) -> dict[str, int]:
+def launches(folder, path, engine, *changes):
     """Kernels that an MoE layer starts for a micro-batch, forward and backward, by `OWNERS`.
 
     The difference between three layers and two. A grouped product counts once.

@@ -13,7 +13,6 @@ import json
 import sys
 import tempfile
 import traceback
-from collections.abc import Iterator
 from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -101,7 +100,7 @@ def main():
     print(json.dumps(outcomes))
 
 
-def _played(case: Case) -> Outcome:
+def _played(case) -> Outcome:
     outcome = Outcome()
     RECORD.clear()
     RECORD.faults.clear()
@@ -147,7 +146,7 @@ def _leave():
     extension.forget_tensors()
 
 
-def _play(case: Case, outcome: Outcome):
+def _play(case, outcome):
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     from moepp_megatron.config import Layout, load_config
@@ -181,7 +180,7 @@ def _play(case: Case, outcome: Outcome):
 class _Run:
     """One configuration, built and played inside the modes."""
 
-    def __init__(self, config, layout, case: Case, outcome: Outcome):
+    def __init__(self, config, layout, case, outcome):
         from megatron.core.optimizer.optimizer import SEPARATE_GRAD_NORM_GROUPS
 
         from moepp_megatron.model.build import build_chunks
@@ -213,7 +212,7 @@ class _Run:
             }
         )
 
-    def batches(self, *args) -> list[Iterator[dict[str, torch.Tensor]]]:
+    def batches(self, *args):
         """One iterator a chunk over micro-batches of this rank's part of the sequences."""
         from moepp_megatron.runtime import optional
 
@@ -225,7 +224,7 @@ class _Run:
             # Ends of documents; local modules get a mask of all pairs.
             whole["attention_mask"] = torch.zeros(9, dtype=torch.int32, device="cuda")
 
-        def endless() -> Iterator[dict[str, torch.Tensor]]:
+        def endless():
             while True:
                 yield dict(whole)
 
@@ -332,7 +331,7 @@ class _Run:
 _INPUTS = ("tokens", "labels", "position_ids")
 
 
-def _moe_layers(model) -> int:
+def _moe_layers(model):
     """Those of MoE++, and megatron-core's own of a vanilla model."""
     from megatron.core.transformer.moe.moe_layer import BaseMoELayer
 

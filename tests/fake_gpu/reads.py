@@ -30,7 +30,7 @@ PERMUTATION = {f"masked_select {_DISPATCHER}:dispatch_postprocess": 1}
 FUSED_PERMUTATION = {f"item {_OWN}/moe/dispatcher.py:dispatch_postprocess": 1}
 
 
-def of_overrides(overrides) -> tuple[dict[str, int], ...]:
+def of_overrides(overrides):
     """Tables of a layer with Transformer Engine, by the dispatcher that overrides name."""
     settings = dict(each.split("=", 1) for each in overrides)
     if "moe.static_rows" in settings:

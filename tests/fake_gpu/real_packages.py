@@ -10,7 +10,6 @@ import shutil
 import subprocess
 import sys
 import tarfile
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +18,7 @@ _CACHE = ROOT / "build/real"
 
 
 @functools.cache
-def pinned(package) -> str:
+def pinned(package):
     """The version in constraints.txt."""
     found = re.search(rf"^{package}==(\S+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
     assert found is not None, f"constraints.txt names {package}"
@@ -39,7 +38,7 @@ class Unavailable(Exception):
 
 
 @functools.cache
-def transformer_engine(version) -> Engine:
+def transformer_engine(version):
     """Transformer Engine's Python and the C++ source of its extension, of one version.
 
     Raises:
@@ -61,7 +60,7 @@ def transformer_engine(version) -> Engine:
     return Engine(folder / "python", source)
 
 
-def cuda_headers(cuda) -> Path:
+def cuda_headers(cuda):
     """Folder of packages with the headers that those of torch's wheels include, and wheels lack.
 
     Raises:
@@ -75,12 +74,12 @@ def cuda_headers(cuda) -> Path:
     return folder
 
 
-def pinned_engine() -> Engine:
+def pinned_engine():
     """The version in constraints.txt."""
     return transformer_engine(pinned("transformer_engine"))
 
 
-def _once(folder, fetch: Callable[[Path], None]):
+def _once(folder, fetch):
     """Fill a folder, by one of the processes that want it."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with folder.with_suffix(".lock").open("w") as lock:

@@ -32,7 +32,7 @@ class Record:
                 value.clear()
 
     @property
-    def kernels(self) -> int:
+    def kernels(self):
         """Kernels of Triton, and one for each operation of torch."""
         return self.operations.total() + self.launches.total()
 
@@ -66,31 +66,31 @@ class Routing:
     gathers: bool = False
 
     @property
-    def counted(self) -> int:
+    def counted(self):
         """Rows that a dispatcher counts: those that it sends, or those that have arrived."""
         if self.gathers:
             return self.rows * self.sources * self.local_experts
         return self.rows * self.experts
 
     @property
-    def rows(self) -> int:
+    def rows(self):
         """Rows that one expert gets from one rank."""
         return max(1, int(self.share * self.tokens))
 
     @property
-    def copies(self) -> int:
+    def copies(self):
         """Copies that one rank gets from another where a token is sent to a rank once."""
         return max(1, int(self.reached * self.tokens / self.ranks))
 
     @property
-    def local_experts(self) -> int:
+    def local_experts(self):
         return self.experts // self.ranks
 
 
 ROUTING = Routing()
 
 
-def place(packages=("/moepp_megatron/", "/megatron/core/")) -> str:
+def place(packages=("/moepp_megatron/", "/megatron/core/")):
     """The innermost function of megatron-core or of this package, "file:function"."""
     frame = sys._getframe(1)
     while frame is not None:
@@ -110,7 +110,7 @@ OWNERS = {
 }
 
 
-def owner() -> str:
+def owner():
     """Whose code runs; torch's autograd where a backward pass runs no code in Python."""
     found = "/" + place(tuple(OWNERS))
     return next((name for folder, name in OWNERS.items() if found.startswith(folder)), "autograd")

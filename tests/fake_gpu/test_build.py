@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.utils.cpp_extension import include_paths
 
-from tests.fake_gpu.real_packages import ROOT, Engine, Unavailable, cuda_headers
+from tests.fake_gpu.real_packages import ROOT, Unavailable, cuda_headers
 
 pytestmark = [
     pytest.mark.timeout(900),
@@ -36,7 +36,7 @@ def headers():
     return environment | {"CPLUS_INCLUDE_PATH": folders}
 
 
-def compile_only(source, engine: Engine, environment: dict[str, str]):
+def compile_only(source, engine, environment):
     common = engine.source / "common_headers"
     places = [common, common / "common", common / "common/include", engine.source / "csrc"]
     places += [*include_paths(), sysconfig.get_path("include")]

@@ -5,9 +5,9 @@ import pytest
 from tests.fake_gpu import cases, reads
 from tests.fake_gpu.drawn import drawn
 from tests.fake_gpu.engine.declarations import REQUIRED, functions
-from tests.fake_gpu.outcomes import Play, excess, sound, token_id_kernels
+from tests.fake_gpu.outcomes import excess, sound, token_id_kernels
 from tests.fake_gpu.peaks import launches
-from tests.fake_gpu.real_packages import Engine, Unavailable, transformer_engine
+from tests.fake_gpu.real_packages import Unavailable, transformer_engine
 
 pytestmark = pytest.mark.timeout(900)
 
@@ -18,7 +18,7 @@ IS_COVERED = pytest.mark.parametrize(
 )
 
 
-def played(play: Play, cases_by_name, is_covered, *args, **kwargs):
+def played(play, cases_by_name, is_covered, *args, **kwargs):
     """Outcomes by name, of those that others cover or of the others, with no read that is new."""
     names = [name for name in cases_by_name if (name in cases.COVERED) == is_covered]
     steps = sound(play([cases_by_name[name] for name in names], *args, **kwargs))
@@ -113,7 +113,7 @@ def test_arguments_that_pybind_does_not_name(transformer_engine):
 DRAWN, FEW = 66, 6
 
 
-def _no_drawn_one_fails(play: Play, engine: Engine, seeds: range):
+def _no_drawn_one_fails(play, engine, seeds):
     """Play what the seeds draw; how many were played."""
     chosen = [drawn(seed) for seed in seeds]
     count = 0

@@ -10,10 +10,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import psutil
 import yaml
@@ -27,7 +26,7 @@ _RESTART_TIMEOUT_S = 240.0
 _POLL_S = 0.02
 
 
-def prepare_data(folder) -> Path:
+def prepare_data(folder):
     """A small corpus, prepared by the command line."""
     texts = folder / "texts"
     texts.mkdir()
@@ -49,7 +48,7 @@ def write_config(
     *,
     sections=None,
     **training,
-) -> Path:
+):
     """A tiny expert-parallel model that takes some hundredths of a second a step.
 
     `sections` are merged into the configuration.
@@ -83,13 +82,13 @@ def write_config(
     return path
 
 
-def short_steps(num_ranks) -> dict[str, int]:
+def short_steps(num_ranks):
     """For `write_config`: steps of one micro-batch on each rank."""
     return {"global_batch_size": 4, "micro_batch_size": 4 // num_ranks}
 
 
 @contextmanager
-def training(config, num_ranks, max_restarts=0, is_cold=False) -> Iterator[Training]:
+def training(config, num_ranks, max_restarts=0, is_cold=False):
     """`moepp train` in the background; whatever is left of it is killed at the end."""
     words = ["-m", MODULE, "train", str(config), "--nproc", str(num_ranks)]
     if max_restarts:
@@ -119,7 +118,7 @@ def going_on(command, config) -> Iterator[Training]:
 
 
 @contextmanager
-def _until_the_end(process: Training) -> Iterator[None]:
+def _until_the_end(process: Training):
     try:
         yield
     finally:
@@ -129,7 +128,7 @@ def _until_the_end(process: Training) -> Iterator[None]:
         process.wait()
 
 
-def wait_until(happened: Callable[[], object], said: Callable[[], str] = str):
+def wait_until(happened, said=str):
     """Ask again and again, on a busy machine for minutes; `said` is for the failure."""
     deadline = time.monotonic() + _RESTART_TIMEOUT_S
     while not happened():
@@ -140,14 +139,14 @@ def wait_until(happened: Callable[[], object], said: Callable[[], str] = str):
 def wait_for_step(process: Training, run, step, log):
     """Until a run has logged a step; fails if it has ended before."""
 
-    def reached() -> bool:
+    def reached():
         assert process.poll() is None, log.read_text(errors="replace")[-5000:]
         return max(losses(run), default=0) >= step
 
     wait_until(reached, lambda: log.read_text(errors="replace")[-5000:])
 
 
-def losses(run) -> dict[int, float]:
+def losses(run):
     """Loss by step from metrics.jsonl; an unfinished last line is left out."""
     try:
         lines = (run / "metrics.jsonl").read_text(encoding="utf-8").split("\n")[:-1]
@@ -175,7 +174,7 @@ class Kills:
     recovery_s: list[float] = field(default_factory=list)
 
 
-def kill_some(process: Training, run, kills, last_step, chance) -> Kills:
+def kill_some(process: Training, run, kills, last_step, chance):
     """Kill a random rank `kills` times, some of them while a checkpoint is being written."""
     done = Kills()
     while done.hit < kills and process.poll() is None:
@@ -198,7 +197,7 @@ def kill_some(process: Training, run, kills, last_step, chance) -> Kills:
     return done
 
 
-def _wait_for_step(process: Training, run) -> float:
+def _wait_for_step(process: Training, run):
     """Seconds until the run, all of whose ranks are dead or dying, has taken another step."""
     killed = time.monotonic()
     # The first rank may still be writing the step that was under way.
@@ -213,7 +212,7 @@ def _wait_for_step(process: Training, run) -> float:
     return time.monotonic() - killed
 
 
-def _wait_for_moment(process: Training, run, stale: set[str] | None, last_step, chance) -> bool:
+def _wait_for_moment(process: Training, run, stale, last_step, chance):
     """Until a save begins, or a random moment within the next steps; False if the run ended before.
 
     Args:
@@ -240,7 +239,7 @@ def _wait_for_moment(process: Training, run, stale: set[str] | None, last_step, 
     raise AssertionError(f"no moment to kill within {_RESTART_TIMEOUT_S:g} s")
 
 
-def _incomplete(run) -> set[str]:
+def _incomplete(run):
     """Names of checkpoints that are being written, or that nobody finished."""
     folder = run / "checkpoints"
     if not folder.is_dir():
@@ -248,7 +247,7 @@ def _incomplete(run) -> set[str]:
     return {name for name in os.listdir(folder) if name.startswith(".")}
 
 
-def _modified(run) -> int:
+def _modified(run):
     try:
         return (run / "metrics.jsonl").stat().st_mtime_ns
     except OSError:

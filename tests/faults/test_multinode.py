@@ -6,7 +6,6 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -134,7 +133,7 @@ def test_host_that_is_cut_off_and_comes_back(hosts, data, tmp_path, monkeypatch)
 
     processes = [hosts.start(host, config) for host in range(2)]
 
-    def wait_until(happened: Callable[[], object], what, timeout=_TIMEOUT_S):
+    def wait_until(happened, what, timeout=_TIMEOUT_S):
         deadline = time.monotonic() + timeout
         while not happened():
             assert time.monotonic() < deadline, f"not {what}:\n{hosts.logs()}"

@@ -8,7 +8,6 @@ from tests.unit.moe.builders import FFN_HIDDEN, HIDDEN, build_layer, gradient_pa
 from tests.unit.moe.test_layer_against_reference import (
     CASES,
     DISPATCHERS,
-    Run,
     case_id,
     check_setting,
     forced,
@@ -82,7 +81,7 @@ def relative_l2(actual, expected):
     return (difference / size.clamp_min(1e-30)).item()
 
 
-def check_bf16(run: Run):
+def check_bf16(run):
     """All in bf16 but router, gates and sums, which are fp32; the reference is fp32 throughout.
 
     A value is rounded to bf16 seven times on its way forward (unit roundoff 2^-9) and as often on

@@ -34,7 +34,7 @@ RELEASED = {
 }
 
 
-def write_released(folder, dtype="float32", **changes) -> Path:
+def write_released(folder, dtype="float32", **changes):
     """A checkpoint of random weights in the released format; its tensor names are spelled here."""
     import torch
     from safetensors.torch import save_file
@@ -55,7 +55,7 @@ def write_released(folder, dtype="float32", **changes) -> Path:
     return folder
 
 
-def released_tensors(config) -> dict[str, tuple[int, ...]]:
+def released_tensors(config):
     """Names and shapes, from the released code's modules (modeling_moe_plus_plus.py)."""
     width, inner, experts = config["hidden_size"], config["intermediate_size"], 0
     (experts,) = config["num_experts"]
@@ -121,7 +121,7 @@ def hf_to_mcore(*args, **options):
     hf_to_mcore(*args, **options)
 
 
-def mcore_to_hf(*args, **options) -> list[str]:
+def mcore_to_hf(*args, **options):
     """`moepp convert mcore-to-hf`; its warnings."""
     from moepp_megatron.interop.to_hf import mcore_to_hf
 

@@ -18,7 +18,7 @@ def parsed(*words) -> argparse.Namespace:
     return add_moepp_arguments(argparse.ArgumentParser()).parse_args(words)
 
 
-def transformer(**changes) -> TransformerConfig:
+def transformer(**changes):
     """What Megatron's arguments give: its own defaults, but for a coefficient of the loss."""
     settings = {
         "num_layers": 2,

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 
 from tests.interop.checkpoints import CASES, GOLDEN, hf_to_mcore, mcore_to_hf
-from tests.interop.conftest import RunPlain
 from tests.interop.models import settings
 from tests.interop.test_export import MODELS, save_and_compute, save_model
 from tests.interop.test_finetuning import FIELDS, batch, random_model
@@ -288,7 +287,7 @@ def greedy(folder, prompts):
     return answers
 
 
-def assert_vllm_agrees(plain: RunPlain, export, *changes):
+def assert_vllm_agrees(plain, export, *changes):
     """Text and log-probabilities of vLLM, in one batch, are those of transformers."""
     random = np.random.default_rng(0)
     prompts = [random.integers(0, 64, length).tolist() for length in LENGTHS]

@@ -6,7 +6,7 @@ Names of fields and modules, and the default of `use_zce_mask`, which masks, are
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -29,18 +29,18 @@ class Constant(nn.Module):
         self.constant = nn.Parameter(torch.randn(width))
         self.wg = nn.Linear(width, 2, bias=False)
 
-    def forward(self, token) -> Tensor:
+    def forward(self, token):
         keep, replace = torch.softmax(self.wg(token), dim=-1)
         return keep * token + replace * self.constant
 
 
 class Zero(nn.Module):
-    def forward(self, token) -> Tensor:
+    def forward(self, token):
         return torch.zeros_like(token)
 
 
 class PlusPlusBlock(nn.Module):
-    def __init__(self, config: Qwen3MoePlusPlusConfig):
+    def __init__(self, config):
         super().__init__()
         self.config, self.ffn = config, config.num_experts
         width, inner = config.hidden_size, config.moe_intermediate_size
@@ -51,7 +51,7 @@ class PlusPlusBlock(nn.Module):
         self.experts = nn.ModuleList(experts)
         self.gate = nn.Linear(width, len(experts), bias=False)
 
-    def forward(self, hidden) -> Tensor:
+    def forward(self, hidden):
         config, out = self.config, torch.zeros_like(hidden)
         for place in torch.cartesian_prod(*map(torch.arange, hidden.shape[:2])):
             token = hidden[tuple(place)]
@@ -77,7 +77,7 @@ def _with_blocks(model: nn.Module):
 class Qwen3MoePlusPlusForCausalLM(Qwen3MoeForCausalLM):
     config_class = Qwen3MoePlusPlusConfig
 
-    def __init__(self, config: Qwen3MoePlusPlusConfig):
+    def __init__(self, config):
         super().__init__(config)
         _with_blocks(self)
 

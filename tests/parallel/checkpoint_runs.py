@@ -2,7 +2,6 @@
 
 import json
 import logging
-from pathlib import Path
 
 import numpy as np
 
@@ -19,10 +18,10 @@ class Messages(logging.Handler):
         super().__init__(logging.WARNING)
         self.lines = []
 
-    def emit(self, record: logging.LogRecord):
+    def emit(self, record):
         self.lines.append(record.getMessage())
 
-    def __enter__(self) -> list[str]:
+    def __enter__(self):
         logging.getLogger("moepp_megatron").addHandler(self)
         return self.lines
 
@@ -37,7 +36,7 @@ def trainer_of(raw, callbacks=()):
     return Trainer(*begin(raw), callbacks)
 
 
-def run_trainer(raw) -> list[str]:
+def run_trainer(raw):
     """A whole `Trainer` run on this rank; returns what it logged."""
     with Messages() as messages:
         trainer_of(raw).run()
@@ -74,7 +73,7 @@ def logged(run, key="loss"):
     return [record.get(key) for record in records]
 
 
-def train_between(raw, folder, last, start=None) -> list[float]:
+def train_between(raw, folder, last, start=None):
     """Losses from a checkpoint (or step 0) to step `last`, which is saved into `folder`."""
     from moepp_megatron.training.batches import rank_batches
     from moepp_megatron.training.checkpoint.files import Progress
@@ -95,7 +94,7 @@ def train_between(raw, folder, last, start=None) -> list[float]:
     return losses
 
 
-def continue_in_another_layout(ranks, folder, raw, first, second) -> Path:
+def continue_in_another_layout(ranks, folder, raw, first, second):
     """A checkpoint of two ranks in one layout; two in another continue as one process does."""
     (whole,) = ranks(1).run(train_between, raw(), folder / "whole", 3)
     begun = ranks(2).run(train_between, raw(parallel=first), folder / "half", 1)[0]

@@ -6,7 +6,7 @@ import pytest
 from rich.console import Console
 
 from moepp_megatron.data.prepare import PrepareSettings, prepare
-from tests.parallel.training_runs import STEPS, Run, assemble, train
+from tests.parallel.training_runs import STEPS, assemble, train
 
 
 @pytest.fixture(scope="session")
@@ -31,7 +31,7 @@ def trained(ranks):
         raw,
         steps=STEPS,
         prepare=None,
-    ) -> Run:
+    ):
         return assemble(ranks(size).run(train, raw, steps, prepare))
 
     return run
@@ -42,7 +42,7 @@ def alone(trained):
     """`alone(raw)`: the run of one process with these settings, made once; not to be changed."""
     runs = {}
 
-    def run(raw, prepare=None, steps=STEPS) -> Run:
+    def run(raw, prepare=None, steps=STEPS):
         key = json.dumps([raw, steps, prepare and prepare.__qualname__], sort_keys=True)
         if key not in runs:
             runs[key] = trained(1, raw, steps, prepare)

@@ -1,7 +1,6 @@
 """A MoE++ layer on expert-parallel ranks whose collectives are watched."""
 
 import contextlib
-from collections.abc import Iterator
 
 HIDDEN = 32
 
@@ -57,7 +56,7 @@ def force(layer, selected):
 
 
 @contextlib.contextmanager
-def watched_all_to_all(seen) -> Iterator[None]:
+def watched_all_to_all(seen):
     """Call `seen(work, output, input, send)` for each all-to-all; what it returns is the work."""
     import torch.distributed as dist
 
@@ -110,7 +109,7 @@ def sent_bytes(raw, draw, num_tokens):
     }
 
 
-def events(raw) -> list[str]:
+def events(raw):
     """What a layer with a shared expert starts, computes and waits for, in order."""
     import torch
     import torch.distributed as dist
@@ -151,7 +150,7 @@ def events(raw) -> list[str]:
 
 
 @contextlib.contextmanager
-def _watched_combine(layer, log) -> Iterator[None]:
+def _watched_combine(layer, log):
     """Note where a kernel combines, if it does, and whether zero-computation experts are in it."""
     if not layer.fuses_rows:
         yield

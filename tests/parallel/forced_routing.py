@@ -86,7 +86,7 @@ def _with_mask(function):
     return inner
 
 
-def _zero_experts(moepp) -> list[int]:
+def _zero_experts(moepp):
     return list(range(moepp.columns(ZERO).start, moepp.columns(ZERO).stop))
 
 
@@ -120,7 +120,7 @@ def _biased(last_step, bias):
     return biased
 
 
-def places_of_this_rank(length) -> list[int]:
+def places_of_this_rank(length):
     """Places in the sequence of this rank's tokens: context zigzag, then tensor-parallel parts."""
     from megatron.core import parallel_state
 

@@ -72,7 +72,7 @@ def guard_settings(folder, **sections):
 
 def run(
     raw,
-    faults: tuple[Fault, ...] = (),
+    faults=(),
     without=(),
     data="cycle",
     copies_every=10,
@@ -102,7 +102,7 @@ def run(
     return found
 
 
-def checksum_of(parameters) -> int:
+def checksum_of(parameters):
     """One number for the bits of all of them."""
     from moepp_megatron.training.resilience.supervisor import _checksum
 
@@ -112,7 +112,7 @@ def checksum_of(parameters) -> int:
     return total
 
 
-def _watch(trainer, found: Found, faults: tuple[Fault, ...]):
+def _watch(trainer, found, faults):
     """Plant the faults and write down what happens; both from outside of the guard."""
     from moepp_megatron.features.guard.part import RoutingGuardPart
     from moepp_megatron.training.part import Part, Rollback
@@ -140,7 +140,7 @@ def _watch(trainer, found: Found, faults: tuple[Fault, ...]):
         _note_routers(guard, trainer, found)
 
 
-def _note_decisions(guard, found: Found, kind):
+def _note_decisions(guard, found, kind):
     """Write down what the guard's part wants, rollbacks too."""
     original = guard.judge
 
@@ -160,7 +160,7 @@ def _note_decisions(guard, found: Found, kind):
     guard.judge = judge
 
 
-def _note_routers(guard, trainer, found: Found):
+def _note_routers(guard, trainer, found):
     """Write down this rank's routers as a step begins, with all that the guard has done."""
     from moepp_megatron.moe.layer import moepp_layers
 
@@ -174,7 +174,7 @@ def _note_routers(guard, trainer, found: Found):
     guard.begin_step = begin_step
 
 
-def plant(model, fault: Fault):
+def plant(model, fault):
     """Change this rank's weights; the same on ranks that hold the same."""
     import torch
 

@@ -114,7 +114,7 @@ class Cell:
     routing: str = ""
     seq_length: int = 16
 
-    def __str__(self) -> str:
+    def __str__(self):
         """The line that `parse_cells` reads."""
         names = {entry: word for word, entry in WORDS.items()}
         prefixes = {name: prefix for prefix, name in NUMBERS.items()}
@@ -128,27 +128,27 @@ class Cell:
         return " ".join(words)
 
     @property
-    def dp(self) -> int:
+    def dp(self):
         """Data-parallel ranks."""
         return self.ranks // (self.tp * self.pp * self.cp)
 
     @property
-    def num_layers(self) -> int:
+    def num_layers(self):
         """8 where 4 pipeline ranks hold two chunks each, else 4."""
         return 8 if self.pp == 4 and "interleaved" in self.stages else 4
 
     @property
-    def micro_batch_size(self) -> int:
+    def micro_batch_size(self):
         """Sequences of a micro-batch, so that `micro_batches` of them make the global batch."""
         return GLOBAL_BATCH // (self.dp * self.micro_batches)
 
 
-def parse_cells(text) -> list[Cell]:
+def parse_cells(text):
     """The cells of a table, one a line: ranks, then words of `WORDS` and `NUMBERS`."""
     return [_parse_cell(line.split()) for line in text.strip().splitlines()]
 
 
-def _parse_cell(words) -> Cell:
+def _parse_cell(words):
     values = {"ranks": int(words[0])}
     for word in words[1:]:
         prefix = word.rstrip("0123456789")
@@ -161,7 +161,7 @@ def _parse_cell(words) -> Cell:
     return Cell(**values)
 
 
-def run_settings(cell: Cell):
+def run_settings(cell):
     """The configuration of the cell."""
     model_and_moe = _shared_settings(cell)
     model_and_moe["moe"]["dispatcher"] = cell.dispatcher
@@ -182,13 +182,13 @@ def run_settings(cell: Cell):
     return settings(**model_and_moe, parallel=parallel, training=training)
 
 
-def reference_settings(cell: Cell):
+def reference_settings(cell):
     """The configuration of the one process that the cell is compared with."""
     size = cell.micro_batch_size * (cell.dp if cell.scope == "global" else 1)
     return settings(**_shared_settings(cell), training={"micro_batch_size": size})
 
 
-def _shared_settings(cell: Cell):
+def _shared_settings(cell):
     """What a cell and its reference have in common: model, MoE layers and number format."""
     model = {"num_layers": cell.num_layers, "seq_length": cell.seq_length}
     moe = {"gate_normalization": cell.gates, "balance_scope": cell.scope}

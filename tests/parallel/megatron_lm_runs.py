@@ -11,9 +11,8 @@ import importlib.util
 import os
 import shlex
 import sys
-from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 
 from tests.parallel.training_runs import (
     Run,
@@ -54,7 +53,7 @@ RUN_ARGUMENTS = (
 ARGUMENTS = f"{MODEL_ARGUMENTS} {RUN_ARGUMENTS}"
 
 
-def script() -> ModuleType:
+def script():
     """launch/pretrain_megatron_lm.py as a module."""
     spec = importlib.util.spec_from_file_location("pretrain_megatron_lm", SCRIPT)
     assert spec is not None, f"{SCRIPT} is no Python file"
@@ -72,7 +71,7 @@ def command_line(arguments, log):
     sys.argv = ["pretrain_megatron_lm.py", *words, "--tensorboard-dir", log]
 
 
-def scalars(log) -> dict[str, list[float]]:
+def scalars(log):
     """What Megatron's loop logged, by name, one value a step. Every rank must call."""
     import torch.distributed as dist
     from megatron.training import get_tensorboard_writer
@@ -132,7 +131,7 @@ def scores_in_megatron_lm(arguments, log, input_ids, way="config"):
 
 
 @contextlib.contextmanager
-def child_processes() -> Iterator[None]:
+def child_processes():
     """Let this test rank, a daemon, start processes; the writer's queue has one, ended here."""
     import multiprocessing
 
@@ -152,7 +151,7 @@ def child_processes() -> Iterator[None]:
             queue._manager.shutdown()
 
 
-def _pretrain(launch: ModuleType, way, observer):
+def _pretrain(launch, way, observer):
     from megatron.core.enums import ModelType
     from megatron.training import pretrain
     from megatron.training.argument_utils import (
@@ -238,7 +237,7 @@ def _config(arguments):
     return parse_config(settings(**{**SETTINGS, "parallel": _parallel(arguments)}))
 
 
-def _parallel(arguments) -> dict[str, int | bool]:
+def _parallel(arguments):
     """The layout among Megatron's arguments, in ours."""
     words = arguments.split()
     layout = {"sequence_parallel": "--sequence-parallel" in words}
@@ -251,7 +250,7 @@ def _parallel(arguments) -> dict[str, int | bool]:
     return layout
 
 
-def run_script(arguments, log) -> dict[str, list[float]]:
+def run_script(arguments, log):
     """What launch/pretrain_megatron_lm.py logs, run as it is."""
     command_line(arguments, log)
     try:

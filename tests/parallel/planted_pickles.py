@@ -35,11 +35,11 @@ def plant(checkpoint, name, exploded):
     _vouch(checkpoint, name)
 
 
-def stateful(index, exploded) -> bytes:
+def stateful(index, exploded):
     """An index that makes the file `exploded` when it is read for the second time in a process."""
     look_up = _text("torch.serialization") + _text("_get_layout") + b"\x93"
 
-    def found(key) -> bytes:
+    def found(key):
         return look_up + key + b"\x85R"
 
     seen = found(_text("torch.strided"))
@@ -64,12 +64,12 @@ def stateful(index, exploded) -> bytes:
     return index[:2] + replace + call + index[2:]
 
 
-def _text(value) -> bytes:
+def _text(value):
     content = value.encode()
     return b"X" + len(content).to_bytes(4, "little") + content
 
 
-def _plant_entry(checkpoint, path, bomb: Bomb):
+def _plant_entry(checkpoint, path, bomb):
     """Append a pickled object and let the common state's entry point to it."""
     import torch
 

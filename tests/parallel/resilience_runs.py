@@ -5,7 +5,6 @@
 
 import shutil
 import time
-from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from unittest import mock
@@ -30,11 +29,11 @@ class Fault:
 def run_trainer(
     raw,
     without=(),
-    faults: tuple[Fault, ...] = (),
+    faults=(),
     data=None,
     stop_after=None,
     corpus=None,
-) -> str | None:
+):
     """Train as `moepp train` does, on synthetic data."""
     import torch.distributed as dist
 
@@ -55,7 +54,7 @@ def run_trainer(
                 stack.enter_context(_INJECT[fault.kind](trainer, fault))
         if stop_after is not None:
 
-            def agreed(_) -> bool:
+            def agreed(_):
                 return bool(trainer.progress.consumed_samples == stop_after * BATCH)
 
             stack.enter_context(mock.patch.object(module.StopRequest, "agreed", agreed))
@@ -64,7 +63,7 @@ def run_trainer(
 
 
 @contextmanager
-def datasets(train, validation=None) -> Iterator[None]:
+def datasets(train, validation=None):
     """Trainers have these data, and no TensorBoard, at which no test looks."""
     from moepp_megatron.observe.sinks import VIEWS
     from moepp_megatron.training import trainer
@@ -78,7 +77,7 @@ def datasets(train, validation=None) -> Iterator[None]:
         yield
 
 
-def why_it_fails(*args, **named) -> str:
+def why_it_fails(*args, **named):
     """Message of the numerical guard that ends `run_trainer` on this rank."""
     from moepp_megatron.training.resilience.numerical_guard import NumericalFailureError
 
@@ -130,20 +129,20 @@ class Without:
         whole = len(dataset) // BATCH
         self._kept = [batch for batch in range(whole) if batch not in batches]
 
-    def __len__(self) -> int:
+    def __len__(self):
         return len(self._kept) * BATCH
 
     def __getitem__(self, index):
         return self._dataset[self._kept[index // BATCH] * BATCH + index % BATCH]
 
 
-def _is_on(trainer, fault: Fault) -> bool:
+def _is_on(trainer, fault):
     batch = trainer.progress.consumed_samples // BATCH
     return fault.batches is None or batch in fault.batches
 
 
 @contextmanager
-def _changed_loss(trainer, fault: Fault, factor) -> Iterator[None]:
+def _changed_loss(trainer, fault, factor):
     from moepp_megatron.training import step
 
     original = step.loss_function
@@ -160,7 +159,7 @@ def _changed_loss(trainer, fault: Fault, factor) -> Iterator[None]:
 
 
 @contextmanager
-def _bad_gradient(trainer, fault: Fault) -> Iterator[None]:
+def _bad_gradient(trainer, fault):
     config = trainer.model.chunks[0].config
     original = config.finalize_model_grads_func
 
@@ -176,7 +175,7 @@ def _bad_gradient(trainer, fault: Fault) -> Iterator[None]:
 
 
 @contextmanager
-def _changed_weights(trainer, fault: Fault, factor) -> Iterator[None]:
+def _changed_weights(trainer, fault, factor):
     import torch
 
     from moepp_megatron.training.part import Part
@@ -196,7 +195,7 @@ def _changed_weights(trainer, fault: Fault, factor) -> Iterator[None]:
 
 
 @contextmanager
-def _slow(trainer, fault: Fault) -> Iterator[None]:
+def _slow(trainer, fault):
     from moepp_megatron.training import step
 
     original = step.forward_step

@@ -39,7 +39,7 @@ class Run:
         if self.writer.is_written():
             self.writer.finish()
 
-    def save(self, wait=True) -> str | None:
+    def save(self, wait=True):
         """Save; returns why that failed."""
         self.writer.save(self.model, self.progress, {"note": self.progress.step})
         if wait:
@@ -47,5 +47,5 @@ class Run:
         return self.writer.error
 
 
-def names(folder) -> list[str]:
+def names(folder):
     return sorted(path.name for path in folder.iterdir())

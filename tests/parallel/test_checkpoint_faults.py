@@ -69,13 +69,13 @@ def full_disk(fault):
         setattr(owner, name, original)
 
 
-def save_with_faults(folder, faults: list[tuple[str, int]], is_async):
+def save_with_faults(folder, faults, is_async):
     """Of each fault: a good save, one with the fault on one rank, another good one."""
     run = Run(folder, async_save=is_async)
     return [save_with_fault(run, folder / fault, fault, bad_rank) for fault, bad_rank in faults]
 
 
-def save_with_fault(run: Run, folder, fault, bad_rank):
+def save_with_fault(run, folder, fault, bad_rank):
     import torch.distributed as dist
 
     run.begin_in(folder)

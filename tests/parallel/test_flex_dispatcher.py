@@ -56,7 +56,7 @@ def test_ranks_and_experts_without_tokens(ranks, alone, backend, prepare):
     compare(run, alone(short(moe=moe), prepare, steps=1), FP32)
 
 
-def metadata(routing_map: list[list[bool]], gates: list[list[float]]):
+def metadata(routing_map, gates):
     """Indices, weights, gradient of the sum of weights, for F = 4 experts on 2 ranks, K = 2."""
     from types import SimpleNamespace
 

@@ -6,7 +6,7 @@ from itertools import combinations, product
 
 import pytest
 
-from tests.parallel.layouts import ROUTINGS, Cell, parse_cells, reference_settings, run_settings
+from tests.parallel.layouts import ROUTINGS, parse_cells, reference_settings, run_settings
 from tests.parallel.matrix_cells import CORNERS, DEDUP, FAST, PAIRS
 from tests.parallel.training_runs import (
     STEPS,
@@ -50,10 +50,10 @@ def test_layout(cell, ranks, alone, record_property):
     check(cell, LONG, ranks, alone, record_property)
 
 
-def check(cell: Cell, steps, ranks, alone: Callable[..., Run], record_property: Callable):
+def check(cell, steps, ranks, alone: Callable[..., Run], record_property):
     """Train the cell and its reference; `--junitxml` holds the differences."""
 
-    def pair(cell: Cell) -> tuple[Run, Run]:
+    def pair(cell) -> tuple[Run, Run]:
         raw = learning(run_settings(cell), steps)
         routing = ROUTINGS[cell.routing]
         run = assemble(ranks(cell.ranks).run(train, raw, steps, routing))
@@ -88,7 +88,7 @@ def check_bf16(found: Difference, rounding: Difference):
     assert found.selections <= BF16_DISTANCES * rounding.selections, (found, rounding)
 
 
-def check_routing(cell: Cell, run: Run):
+def check_routing(cell, run):
     """The routing that a corner case is named after is the one that happened."""
     for metrics in run.routing:
         if cell.routing == "no FFN token":

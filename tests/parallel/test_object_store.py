@@ -26,13 +26,13 @@ def store(monkeypatch):
     made.stop()
 
 
-def in_store(environment: dict[str, str], function, *arguments):
+def in_store(environment, function, *arguments):
     """Call a function on a rank that finds the store."""
     with mock.patch.dict(os.environ, environment):
         return function(*arguments)
 
 
-def run_settings(folder, parallel: dict[str, int], **checkpoint):
+def run_settings(folder, parallel, **checkpoint):
     return settings(
         run={"dir": str(folder)},
         model={"num_layers": 2},
@@ -69,7 +69,7 @@ def test_the_same_training_goes_on(ranks, store, tmp_path):
         assert losses[0] == losses[1]
 
 
-def written_run(corpus, tmp_path, store: Store, **checkpoint):
+def written_run(corpus, tmp_path, store, **checkpoint):
     """A configuration of 6 steps on one rank, the run's folder, and its checkpoints' address."""
     address = f"s3://{store.bucket}/runs/one"
     raw = trainer_settings(

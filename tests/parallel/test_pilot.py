@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 
 from moepp_megatron.cli import main
-from moepp_megatron.runtime.launch import LaunchOptions
 from moepp_megatron.tools.experiments import runner
 from tests.parallel.training_runs import join
 
@@ -54,7 +53,7 @@ def test_pilot_from_runs_to_answer(ranks, corpus, tmp_path, monkeypatch, capsys)
     trained = []
     timed = []
 
-    def on_test_ranks(options: LaunchOptions, module, arguments):
+    def on_test_ranks(options, module, arguments):
         """The ranks that are there already, since a process takes seconds to start."""
         assert options.num_local_ranks == 1
         if arguments[0] == "bench":

@@ -85,7 +85,7 @@ def profile(
     folder,
     prepare=None,
     **sections,
-) -> Profile:
+):
     results = ranks(2).run(record, run_settings(folder, **sections), prepare)
     assert all(restored for _, restored in results)
     return analyse(folder)

@@ -48,7 +48,7 @@ def of_step(folder, step, samples=4):
     return folder / f"from_sample_{samples * (step - 1):08d}.npz"
 
 
-def run(ranks, size, routes, **sections) -> Run:
+def run(ranks, size, routes, **sections):
     return assemble(ranks(size).run(train, short(**sections, routes=routes), STEPS))
 
 

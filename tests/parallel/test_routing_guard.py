@@ -151,7 +151,7 @@ def test_putting_routers_back_keeps_the_loss(ranks, tmp_path):
     on = train(ranks, tmp_path / "on", 32, fault, routing_guard=watched, **common)
     off = train(ranks, tmp_path / "off", 32, fault, **common)
 
-    def excess(found: Found):
+    def excess(found):
         steps = range(23, 33)
         return sum(found.losses[step] - healthy.losses[step] for step in steps) / len(steps)
 

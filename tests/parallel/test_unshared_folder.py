@@ -1,7 +1,5 @@
 """Folders of a run that machines do not share are found before the model is built."""
 
-from pathlib import Path
-
 import pytest
 
 from moepp_megatron.config import parse_config
@@ -10,7 +8,7 @@ from moepp_megatron.training.run_folder import RunFolder
 from tests.parallel.training_runs import settings
 
 
-def refusal(runs, checkpoints: list[Path | str]):
+def refusal(runs, checkpoints):
     import torch.distributed as dist
 
     rank = dist.get_rank()

@@ -5,7 +5,6 @@ statistics), so a comparison covers what a user runs. `compare` holds one run ag
 """
 
 import math
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -224,7 +223,7 @@ def _made(kinds, config, layout, model, dataset):
     return run
 
 
-def watching(see: Callable[..., None], *summands):
+def watching(see, *summands):
     """Hooks of a step that only look at each micro-batch, and join its read."""
     from moepp_megatron.training.step import StepHooks
 
@@ -295,7 +294,7 @@ class Difference:
     selections: float
 
 
-def difference(run: Run, reference: Run) -> Difference:
+def difference(run, reference: Run):
     """Compare a run with the reference run, step by step and gradient by gradient."""
     assert run.gradients.keys() == reference.gradients.keys(), "other parameters have gradients"
     gradients = {
@@ -323,7 +322,7 @@ def difference(run: Run, reference: Run) -> Difference:
     )
 
 
-def compare(run: Run, reference: Run, relative) -> Difference:
+def compare(run, reference: Run, relative) -> Difference:
     """Fail unless every number of the run is that of the reference run up to `relative`."""
     found = difference(run, reference)
     largest = max(found.loss, found.grad_norm, found.gradient, found.balance_loss)
@@ -332,11 +331,11 @@ def compare(run: Run, reference: Run, relative) -> Difference:
     return found
 
 
-def _l2(arrays: Iterable[np.ndarray]) -> float:
+def _l2(arrays):
     return math.sqrt(sum(float(np.square(array, dtype=np.float64).sum()) for array in arrays))
 
 
-def _relative(values, expected) -> float:
+def _relative(values, expected):
     """Largest difference, relative to what is expected; 0 where both are 0."""
     wanted = np.abs(np.asarray(expected))
     apart = np.abs(np.subtract(values, expected))
@@ -345,7 +344,7 @@ def _relative(values, expected) -> float:
     return float(np.divide(apart, wanted, out=unwanted, where=wanted > 0).max())
 
 
-def _relative_to_largest(values, expected) -> float:
+def _relative_to_largest(values, expected):
     """As `_relative`, but to the largest expected element."""
     largest = float(np.abs(expected).max())
     return _relative([float(np.abs(values - expected).max()) + largest], [largest])
@@ -358,7 +357,7 @@ class SyntheticDataset:
         self._config = config
         self._length = steps * config.training.global_batch_size
 
-    def __len__(self) -> int:
+    def __len__(self):
         return self._length
 
     def __getitem__(self, index):

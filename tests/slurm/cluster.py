@@ -59,7 +59,7 @@ PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 _PROGRAMS = ("slurmctld", "slurmd", "sbatch", "srun", "scontrol", "scancel")
 
 
-def missing_programs() -> list[str]:
+def missing_programs():
     """The programs of Slurm that are not installed here."""
     return [name for name in _PROGRAMS if _program(name) is None]
 
@@ -107,7 +107,7 @@ class Cluster:
         """Everything that runs on a node dies; its daemon keeps running and reports nothing."""
         self._kill(self._on_node(node))
 
-    def _on_node(self, node) -> list[int]:
+    def _on_node(self, node):
         """What Slurm has started on a node: job steps and their processes."""
         doomed = []
         for process in psutil.process_iter(["environ"]):
@@ -152,7 +152,7 @@ class Cluster:
                 daemon.kill()
                 daemon.wait()
 
-    def run(self, program, *arguments, check=False) -> str:
+    def run(self, program, *arguments, check=False):
         """Output of one of Slurm's commands."""
         done = subprocess.run(
             [_program(program) or program, *arguments],
@@ -164,7 +164,7 @@ class Cluster:
         assert done.returncode == 0 or not check, f"{program}: {done.stderr}"
         return done.stdout
 
-    def job(self, job) -> dict[str, str]:
+    def job(self, job):
         """What the controller says about a job."""
         text = self.run("scontrol", "show", "job", "--oneliner", job, check=True)
         return dict(part.split("=", 1) for part in text.split() if "=" in part)
@@ -180,7 +180,7 @@ class Cluster:
             assert time.monotonic() < deadline, f"{nodes} are {states}, not {state}:\n{self.logs()}"
             time.sleep(0.2)
 
-    def logs(self) -> str:
+    def logs(self):
         """The ends of the daemons' logs."""
         return "\n".join(
             f"--- {path.name}\n" + "\n".join(path.read_text(errors="replace").splitlines()[-15:])
@@ -196,7 +196,7 @@ class Cluster:
                 command, env=self.environment, stdout=output, stderr=output
             )
 
-    def _is_step_of(self, process: psutil.Process, node) -> bool:
+    def _is_step_of(self, process, node):
         try:
             # Another cluster of this machine has nodes of the same names.
             log = str(self.folder.resolve() / f"slurmd.{node}.log")
@@ -205,6 +205,6 @@ class Cluster:
             return False
 
 
-def _program(name) -> str | None:
+def _program(name):
     path = os.environ.get("PATH", "") + os.pathsep + "/usr/sbin" + os.pathsep + "/sbin"
     return shutil.which(name, path=path)

@@ -15,7 +15,7 @@ from tests.slurm.jobs import STEPS, Jobs
 NASTY = 'it\'s "a" $(touch pwned) `touch pwned`; # & * %j \u00e9'
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]):
+def pytest_collection_modifyitems(items):
     missing = missing_programs()
     here = Path(__file__).parent
     for item in items:

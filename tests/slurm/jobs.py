@@ -1,9 +1,7 @@
 """Jobs of the tests: the tiny expert-parallel run of tests/faults, submitted by `moepp slurm`."""
 
 import os
-import subprocess
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -11,7 +9,6 @@ import psutil
 from tests.commands import MODULE, forked
 from tests.faults.harness import losses, write_config
 from tests.parallel.training_runs import merged
-from tests.slurm.cluster import Cluster
 
 # Enough to be disturbed thrice on the way; a tenth of a second each.
 STEPS = 60
@@ -25,33 +22,33 @@ _ASK_EVERY_S = 0.3
 class Job:
     """A submitted job."""
 
-    def __init__(self, cluster: Cluster, number, run):
+    def __init__(self, cluster, number, run):
         self.cluster, self.number, self.run = cluster, number, run
 
     @property
-    def state(self) -> str:
+    def state(self):
         return self.cluster.job(self.number)["JobState"]
 
     @property
-    def restarts(self) -> int:
+    def restarts(self):
         return int(self.cluster.job(self.number)["Restarts"])
 
     @property
-    def step(self) -> int:
+    def step(self):
         return max(losses(self.run), default=0)
 
     @property
-    def output(self) -> str:
+    def output(self):
         """What the job has printed so far."""
         files = sorted((self.run / "slurm").glob("*.out"))
         return "\n".join(path.read_text(errors="replace") for path in files)
 
-    def report(self) -> str:
+    def report(self):
         """For a failing test."""
         shown = self.cluster.run("scontrol", "show", "job", self.number)
         return f"{shown}\n{self.output[-6000:]}\n{self.cluster.logs()}"
 
-    def wait_until(self, happened: Callable[[], bool], what):
+    def wait_until(self, happened, what):
         deadline = time.monotonic() + _TIMEOUT_S
         while not happened():
             assert time.monotonic() < deadline, f"not {what}:\n{self.report()}"
@@ -63,7 +60,7 @@ class Job:
     def wait_for_step(self, step):
         asked = 0.0
 
-        def reached() -> bool:
+        def reached():
             nonlocal asked
             if self.step >= step:
                 return True
@@ -81,10 +78,10 @@ class Job:
     def wait_for_restart(self, count):
         self._ask_until(lambda: self.restarts >= count, f"restarted {count} times")
 
-    def _ask_until(self, answered: Callable[[], bool], what):
+    def _ask_until(self, answered, what):
         """As `wait_until`, for what the controller is asked for."""
 
-        def happened() -> bool:
+        def happened():
             if answered():
                 return True
             time.sleep(_ASK_EVERY_S)
@@ -124,12 +121,12 @@ class Job:
 class Jobs:
     """Writes configurations and submits them."""
 
-    def __init__(self, cluster: Cluster, data, folder, step_wait_s=60):
+    def __init__(self, cluster, data, folder, step_wait_s=60):
         self.cluster, self.data, self.folder = cluster, data, folder
         self._step_wait_s = step_wait_s
         self._submitted = []
 
-    def config(self, sections) -> Path:
+    def config(self, sections):
         """A configuration for two nodes with one CPU rank each; `sections` are merged into it."""
         path = self.folder / "run.yaml"
         slurm = {
@@ -145,7 +142,7 @@ class Jobs:
         return write_config(path, self.data, self.folder / "run", 2, sections=more)
 
     @property
-    def environment(self) -> dict[str, str]:
+    def environment(self):
         """Of whoever submits; jobs inherit it."""
         folders = (Path(__file__).parent / "preload", Path(__file__).parents[2])
         path = [*map(str, folders), os.environ.get("PYTHONPATH", "")]
@@ -157,7 +154,7 @@ class Jobs:
             "MOEPP_LOG_DIR": str(self.folder / "rank logs"),
         }
 
-    def moepp(self, *arguments) -> subprocess.CompletedProcess[str]:
+    def moepp(self, *arguments):
         """A `moepp` command in the folder of the jobs."""
         return forked(["-m", MODULE, *arguments], self.folder, self.environment)
 

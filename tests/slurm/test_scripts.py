@@ -14,7 +14,7 @@ import pytest
 
 from moepp_megatron.config.exit_codes import STOPPED
 from tests.faults.harness import losses
-from tests.slurm.jobs import STEPS, Job, Jobs
+from tests.slurm.jobs import STEPS, Job
 
 pytestmark = pytest.mark.timeout(2400)
 
@@ -23,14 +23,14 @@ ROOT = Path(__file__).resolve().parents[2]
 OPTIONS = ["--nodes=2", "--gpus-per-node=0", "--mem=1"]
 
 
-def output_folder(jobs: Jobs):
+def output_folder(jobs):
     """Where the job's run has its own."""
     folder = jobs.folder / "run/slurm"
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
 
-def environment(jobs: Jobs):
+def environment(jobs):
     """Of a user of an installation: `moepp` is a command, from the code under test."""
     moepp = jobs.folder / "moepp"
     moepp.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m moepp_megatron.cli.main "$@"\n')
@@ -44,7 +44,7 @@ def environment(jobs: Jobs):
     }
 
 
-def sbatch(jobs: Jobs, *arguments) -> Job:
+def sbatch(jobs, *arguments) -> Job:
     """Submit."""
     folder = output_folder(jobs)
     done = subprocess.run(

@@ -5,20 +5,19 @@ from types import SimpleNamespace
 import torch
 from megatron.core.fp8_utils import get_fp8_context
 
-from moepp_megatron.moe.layer import MoEPPLayer
 from moepp_megatron.moe.selection import Routing
 from tests.te_stand_in.models import config_of, model_of
 
 TOKENS, HIDDEN, FFN, TOPK = 32, 32, 4, 2
 
 
-def layer_of(recipe, dispatcher="alltoall", **sections) -> MoEPPLayer:
+def layer_of(recipe, dispatcher="alltoall", **sections):
     """The second layer of the tiny model; the same weights with any recipe."""
     config = config_of(recipe, **{**sections, "moe": {"dispatcher": dispatcher}})
     return model_of(config).decoder.layers[1].mlp
 
 
-def routing_to(counts, tokens=TOKENS, device=None) -> Routing:
+def routing_to(counts, tokens=TOKENS, device=None):
     """Routing with `counts[i]` tokens for FFN expert i, the others' selections for copies.
 
     A token has at most two FFN experts, so that each has its two selections.
@@ -44,7 +43,7 @@ def routing_to(counts, tokens=TOKENS, device=None) -> Routing:
     )
 
 
-def run(layer: MoEPPLayer, routing: Routing, hidden) -> SimpleNamespace:
+def run(layer, routing, hidden):
     """The layer's output for this routing, and the rows that came to its experts."""
     seen = SimpleNamespace()
 

@@ -4,9 +4,8 @@
 """
 
 import torch
-from torch import Tensor
 
-from moepp_megatron.config import Config, parse_config
+from moepp_megatron.config import parse_config
 from moepp_megatron.model.build import build_model
 
 RECIPES = {
@@ -17,7 +16,7 @@ RECIPES = {
 SEQUENCE, BATCH, VOCAB = 16, 2, 64
 
 
-def config_of(recipe, **sections) -> Config:
+def config_of(recipe, **sections):
     """Four layers of hidden size 32 with 4 FFN experts; FP8 where a recipe is given."""
     precision = {"dtype": "bf16"}
     if recipe is not None:
@@ -43,12 +42,12 @@ def config_of(recipe, **sections) -> Config:
     return parse_config(settings)
 
 
-def model_of(config: Config) -> torch.nn.Module:
+def model_of(config):
     (model,) = build_model(config)
     return model
 
 
-def losses(model, seed=3) -> Tensor:
+def losses(model, seed=3):
     """[b, s] losses of random tokens."""
     generator = torch.Generator().manual_seed(seed)
     device = next(model.parameters()).device

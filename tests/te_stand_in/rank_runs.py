@@ -12,12 +12,12 @@ from tests.parallel import dispatch_runs
 TOKENS = 48
 
 
-def uneven(rank, num_tokens, num_ffn, num_experts, topk) -> torch.Tensor:
+def uneven(rank, num_tokens, num_ffn, num_experts, topk):
     """Random selections, others on each rank."""
     return dispatch_runs.routing_map(rank, num_tokens, num_ffn, num_experts, topk)
 
 
-def starved(rank, num_tokens, num_ffn, num_experts, topk) -> torch.Tensor:
+def starved(rank, num_tokens, num_ffn, num_experts, topk):
     """Rank 0 sends to its own experts alone; rank 1 neither sends a token nor gets one."""
     selected = torch.zeros(num_tokens, num_experts, dtype=torch.bool)
     first = 0 if rank == 0 else num_ffn
@@ -56,7 +56,7 @@ def train_in_nodes(raw, steps):
     delayed = []
     original = TransformerEngineBaseModule.backward_dw
 
-    def counting(module: TransformerEngineBaseModule):
+    def counting(module):
         delayed.append(type(module).__name__)
         original(module)
 

@@ -25,7 +25,7 @@ _MODULES = (
 _NOT_CALLED = ("FP8GlobalStateManager", "Recipe", "Format", "checkpoint", "FusedSGD")
 
 
-def promised() -> dict[str, list[str]]:
+def promised():
     """`module:name` of every function, class and forward pass of the stand-in: its parameters."""
     found = {}
     for module in _MODULES:
@@ -42,18 +42,18 @@ def promised() -> dict[str, list[str]]:
     return found
 
 
-def _is_torch_module(thing) -> bool:
+def _is_torch_module(thing):
     import torch
 
     return inspect.isclass(thing) and issubclass(thing, torch.nn.Module)
 
 
-def parameters(function) -> list[str]:
+def parameters(function):
     """Names in order, without `self`."""
     return [name for name in inspect.signature(function).parameters if name != "self"]
 
 
-def actual(path) -> list[str]:
+def actual(path):
     """Parameters of what the installed Transformer Engine has under a name of `promised`.
 
     Raises:
@@ -66,7 +66,7 @@ def actual(path) -> list[str]:
     return parameters(thing)
 
 
-def fits(wanted, found) -> bool:
+def fits(wanted, found):
     """Whether every call that `wanted` takes is one that `found` takes with the same meaning."""
     place = [found.index(name) if name in found else -1 for name in wanted]
     return -1 not in place and place == sorted(place)

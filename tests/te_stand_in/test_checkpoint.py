@@ -56,7 +56,7 @@ def trained(monkeypatch):
     return build
 
 
-def step(model: TrainingModel):
+def step(model):
     (chunk,) = model.chunks
     loss = losses(chunk).sum()
     chunk.zero_grad_buffer()

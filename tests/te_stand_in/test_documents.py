@@ -14,7 +14,7 @@ from tests.te_stand_in.test_latent_attention import local_model
 DATA = {"reset_attention_mask": True}
 
 
-def losses(model, mask: torch.Tensor | None):
+def losses(model, mask):
     tokens = torch.randint(VOCAB, (BATCH, SEQUENCE + 1), generator=torch.manual_seed(3))
     positions = torch.arange(SEQUENCE).expand(BATCH, -1)
     padding = positions >= torch.tensor([[SEQUENCE], [SEQUENCE - 3]])

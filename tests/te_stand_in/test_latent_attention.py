@@ -7,7 +7,7 @@ import torch
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from transformer_engine.pytorch.record import CALLS
 
-from moepp_megatron.config import Config, ConfigError
+from moepp_megatron.config import ConfigError
 from moepp_megatron.model import build, megatron_config
 from moepp_megatron.model.initialize import sharded_tensors
 from tests.parallel.training_runs import LATENT_WIDTHS
@@ -39,7 +39,7 @@ def attention_of(model):
     }
 
 
-def local_model(config: Config, monkeypatch):
+def local_model(config, monkeypatch):
     """The model of megatron-core's own modules."""
     for module in (build, megatron_config):
         monkeypatch.setattr(module, "have_transformer_engine", lambda: False)

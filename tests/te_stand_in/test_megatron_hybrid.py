@@ -31,7 +31,7 @@ class Mixer(MegatronModule):
         return hidden_states + self.weight * hidden_states.cumsum(0) / tokens
 
 
-def hybrid(monkeypatch, pattern, **changes) -> HybridModel:
+def hybrid(monkeypatch, pattern, **changes):
     """The model that `hybrid_builder` of Megatron-LM builds with our spec."""
     args = SimpleNamespace(hybrid_layer_pattern=pattern)
     monkeypatch.setattr(megatron_lm, "get_args", lambda: args)

@@ -16,7 +16,7 @@ from moepp_megatron.training.checkpoint.optimizer import (
 from moepp_megatron.training.checkpoint.state import model_state
 from moepp_megatron.training.setup import TrainingModel, build_training_model
 from tests.parallel.test_matrix import check_bf16
-from tests.parallel.training_runs import EP2, PP2, TP2, Run, assemble, difference, settings
+from tests.parallel.training_runs import EP2, PP2, TP2, assemble, difference, settings
 from tests.te_stand_in.models import config_of
 from tests.te_stand_in.rank_runs import train_in_nodes
 from tests.te_stand_in.test_checkpoint import BF16_MOMENTS, REMAINDERS, save_and_load, step
@@ -31,7 +31,7 @@ def trained(steps, **sections) -> TrainingModel:
     return model
 
 
-def states(model: TrainingModel):
+def states(model):
     """What the optimizer keeps of each parameter."""
     names = {parameter: name for name, parameter in model.models[0].named_parameters()}
     sharded, found = model_state(model.models), {}
@@ -133,7 +133,7 @@ def test_a_run_goes_on_with_the_other_type(tmp_path, saved, loaded):
     assert step(second).isfinite()
 
 
-def run_of(ranks, world_size, **sections) -> Run:
+def run_of(ranks, world_size, **sections):
     results = ranks(world_size).run(train_in_nodes, settings(**sections), 5)
     return assemble([run for run, _ in results])
 

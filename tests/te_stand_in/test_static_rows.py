@@ -14,7 +14,7 @@ def built(static_rows) -> TrainingModel:
     return build_training_model(config_of(None, moe=moe, precision={"dtype": "fp32"}))
 
 
-def stepped(model: TrainingModel):
+def stepped(model):
     """Loss and gradients of a step in which layers with static rows use them."""
     for layer in moepp_layers(model.models[0]):
         layer.is_static = layer.moepp.static_rows is not None

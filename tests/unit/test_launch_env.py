@@ -174,7 +174,7 @@ def test_two_callers_at_once_install_once(machine):
     assert machine.installs == 1
 
 
-def made_with(machine: Machine):
+def made_with(machine):
     status, _, err = machine.source()
     assert status == 0, err
     return err.split("(", 1)[1].split(")", 1)[0]

@@ -3,7 +3,6 @@
 import ast
 import re
 from collections import Counter
-from collections.abc import Iterable
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -160,7 +159,7 @@ def test_class_names_are_used_once():
     assert len([name for name, uses in names.items() if uses > 1]) <= MAX_CLASS_NAMES_TWICE
 
 
-def _words(paths: Iterable[Path]):
+def _words(paths):
     return sum(len(path.read_text(encoding="utf-8").split()) for path in paths)
 
 

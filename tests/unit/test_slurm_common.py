@@ -320,7 +320,7 @@ def test_apptainer(node):
 PLAN = "n8_ep8_b16 8\\nn16_ep8_b16 16\\n"
 
 
-def scaling(node: Node, **environment):
+def scaling(node, **environment):
     """slurm/scaling.sbatch on the two nodes, 8 ranks each."""
     done = subprocess.run(
         ["bash", str(ROOT / "slurm/scaling.sbatch"), "/c d/run.yaml", "/o ut", "run.name=$(x)"],

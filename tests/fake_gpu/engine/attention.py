@@ -73,19 +73,17 @@ def fused_attn_bwd(
 
 
 @function
-def fused_rope_forward(input) -> torch.Tensor:
+def fused_rope_forward(input):
     return new(input.shape, input.dtype)
 
 
 @function
-def fused_rope_backward(output_grads) -> torch.Tensor:
+def fused_rope_backward(output_grads):
     return new(output_grads.shape, output_grads.dtype)
 
 
 @function
-def fused_qkv_rope_forward(
-    qkv_input, q_freqs, k_freqs, qkv_split_arg_list
-) -> tuple[torch.Tensor, ...]:
+def fused_qkv_rope_forward(qkv_input, q_freqs, k_freqs, qkv_split_arg_list):
     for freqs in (q_freqs, k_freqs):
         assert freqs.dtype == torch.float32, f"frequencies in {freqs.dtype}"
         assert tuple(freqs.shape[1:3]) == (1, 1), tuple(freqs.shape)
@@ -99,7 +97,7 @@ def fused_qkv_rope_forward(
 
 
 @function
-def fused_qkv_rope_backward(q_grad_out, k_grad_out, v_grad_out, qkv_split_arg_list) -> torch.Tensor:
+def fused_qkv_rope_backward(q_grad_out, k_grad_out, v_grad_out, qkv_split_arg_list):
     heads = sum(each.shape[2] for each in (q_grad_out, k_grad_out, v_grad_out))
     total = sum(qkv_split_arg_list)
     groups = heads * q_grad_out.shape[3] // total

@@ -4,7 +4,6 @@
 """
 
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from enum import IntEnum
 from typing import Any
@@ -50,7 +49,7 @@ class Parameter:
     named: bool = True
 
 
-def enums(source) -> dict[str, type[IntEnum]]:
+def enums(source):
     """Every enum of the extension whose unpacked source is given."""
     text = (source / _HELPER).read_text() + (source / _PYBIND).read_text()
     pattern = r'enum_<[^>]+>\(\s*\w+,\s*"(\w+)"(.*?);'
@@ -83,7 +82,7 @@ def functions(source) -> dict[str, list[Parameter]]:
     return found
 
 
-def _definitions(text) -> Iterator[tuple[str, str, str]]:
+def _definitions(text):
     """Name, C++ function and what follows, of each `m.def`."""
     for each in re.finditer(r"\bm\s*\.def\(", text):
         body = text[each.end() : _end(text, each.end())]
@@ -118,11 +117,11 @@ def _value(text):
     return float(number[1]) if "." in number[1] else int(number[1])
 
 
-def _without_comments(text) -> str:
+def _without_comments(text):
     return re.sub(r"//[^\n]*|/\*.*?\*/", "", text, flags=re.DOTALL)
 
 
-def _end(text, begin) -> int:
+def _end(text, begin):
     """Where the bracket closes that opened before `begin`."""
     depth = 1
     for place in range(begin, len(text)):
@@ -132,7 +131,7 @@ def _end(text, begin) -> int:
     raise AssertionError("a bracket is not closed")
 
 
-def _split(body) -> list[str]:
+def _split(body):
     """At commas outside of brackets and strings."""
     parts, depth, quoted = [""], 0, False
     for letter in body:
@@ -159,7 +158,7 @@ _KINDS = {
 }
 
 
-def takes(kind, value, enum_types: dict[str, type[IntEnum]]) -> bool:
+def takes(kind, value, enum_types):
     """Whether pybind turns a value into an argument of this C++ type."""
     kind = {"MaybeTensor": "optional<Tensor>"}.get(kind, kind)
     if kind.startswith("optional<"):

@@ -19,7 +19,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
 from tests.fake_gpu.engine import attention, router  # noqa: F401  their functions are in FUNCTIONS
-from tests.fake_gpu.engine.declarations import REQUIRED, Parameter, enums, functions, takes
+from tests.fake_gpu.engine.declarations import REQUIRED, enums, functions, takes
 from tests.fake_gpu.engine.functions import FUNCTIONS, HOST
 from tests.fake_gpu.record import RECORD, owner
 
@@ -102,7 +102,7 @@ class _Absent(ModuleType):
         return MagicMock()
 
 
-def _extension(source) -> ModuleType:
+def _extension(source):
     module = ModuleType(NAME)
     kinds = enums(source)
     vars(module).update(kinds)
@@ -116,7 +116,7 @@ def _extension(source) -> ModuleType:
     return module
 
 
-def _checked(name, parameters: list[Parameter], kinds: dict[str, type[IntEnum]]):
+def _checked(name, parameters, kinds: dict[str, type[IntEnum]]):
     function = FUNCTIONS.get(name)
     wanted = [] if function is None else list(inspect.signature(function).parameters.values())
     names = {parameter.name for parameter in parameters}
@@ -136,7 +136,7 @@ def _checked(name, parameters: list[Parameter], kinds: dict[str, type[IntEnum]])
     return call
 
 
-def _bound(name, parameters: list[Parameter], args, kwargs, kinds: dict[str, type[IntEnum]]):
+def _bound(name, parameters, args, kwargs, kinds: dict[str, type[IntEnum]]):
     """Arguments by name, as pybind finds them."""
     if len(args) > len(parameters):
         raise TypeError(f"{name}: {len(args)} arguments for {len(parameters)}")

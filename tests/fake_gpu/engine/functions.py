@@ -35,7 +35,7 @@ _on_host("device_supports_multicast", True)
 _on_host("get_stream_priority_range", (0, -5))
 
 
-def new(shape, dtype) -> torch.Tensor:
+def new(shape, dtype):
     """An empty tensor on the device."""
     return torch.empty(tuple(shape), dtype=dtype, device="cuda")
 
@@ -78,13 +78,13 @@ def te_general_grouped_gemm(
     transa,
     B,
     transb,
-    D: list[torch.Tensor] | None,
+    D,
     D_type,
     m_splits,
-    bias: list[torch.Tensor],
+    bias,
     single_output,
-    workspace: list[torch.Tensor],
-) -> list[torch.Tensor]:
+    workspace,
+):
     assert len(A) == len(B) == len(bias), (len(A), len(B), len(bias))
     assert D is not None or not single_output, "D should be allocated for a single output"
     assert len(workspace) == 4, "one workspace a stream"
@@ -154,7 +154,7 @@ def quantize(tensor, quantizer, output=None):
 
 
 @function
-def dequantize(input, otype) -> torch.Tensor:
+def dequantize(input, otype):
     return new(gemm.size(input), gemm.torch_dtype(otype))
 
 
@@ -171,7 +171,7 @@ def split_quantize(tensor, split_sections, quantizer_list):
 
 
 @function
-def multi_tensor_quantize(tensor_list: list[torch.Tensor], quantizer_list):
+def multi_tensor_quantize(tensor_list, quantizer_list):
     pairs = zip(tensor_list, quantizer_list, strict=True)
     return [_made(tensor.shape, tensor.dtype, each) for tensor, each in pairs]
 
@@ -212,12 +212,12 @@ def _empty_float8(quantizer, shape, dtype):
 
 
 @function
-def bulk_allocate(shapes, dtypes: list[torch.dtype]) -> list[torch.Tensor]:
+def bulk_allocate(shapes, dtypes):
     return [new(shape, dtype) for shape, dtype in zip(shapes, dtypes, strict=True)]
 
 
 @function
-def fp8_transpose(input, out: torch.Tensor | None) -> torch.Tensor:
+def fp8_transpose(input, out):
     shape = [input.shape[-1], input.shape[:-1].numel()]
     assert input.dtype == torch.uint8
     if out is None:
@@ -227,7 +227,7 @@ def fp8_transpose(input, out: torch.Tensor | None) -> torch.Tensor:
 
 
 @function
-def swap_first_dims(tensor, out: torch.Tensor | None) -> torch.Tensor:
+def swap_first_dims(tensor, out):
     first, second, *rest = tensor.shape
     return new([second, first, *rest], tensor.dtype) if out is None else out
 
@@ -261,7 +261,7 @@ def dswiglu(grad, fwd_input, quantizer):
     return _made(fwd_input.shape, fwd_input.dtype, quantizer)
 
 
-def _same_lengths(tensor_lists: list[list[torch.Tensor]]):
+def _same_lengths(tensor_lists):
     first, *others = tensor_lists
     for other in others:
         assert [each.numel() for each in other] == [each.numel() for each in first]
@@ -271,9 +271,7 @@ def _same_lengths(tensor_lists: list[list[torch.Tensor]]):
 
 
 @function
-def multi_tensor_l2norm(
-    tensor_lists: list[list[torch.Tensor]], per_tensor=None
-) -> tuple[torch.Tensor, torch.Tensor]:
+def multi_tensor_l2norm(tensor_lists, per_tensor=None):
     _same_lengths(tensor_lists)
     count = len(tensor_lists[0]) if per_tensor else 0
     return new([1], torch.float32), new([count], torch.float32)

@@ -18,22 +18,22 @@ _TORCH = {
 _MULTIPLE = 16
 
 
-def torch_dtype(dtype) -> torch.dtype:
+def torch_dtype(dtype):
     """Of the extension's enum."""
     return _TORCH[int(dtype)]
 
 
-def size(tensor) -> tuple[int, ...]:
+def size(tensor):
     """The shape of a tensor or of one of Transformer Engine's storages."""
     return tuple(tensor.shape if isinstance(tensor, torch.Tensor) else tensor.size())
 
 
-def is_quantized(tensor) -> bool:
+def is_quantized(tensor):
     """Whether it holds FP8."""
     return hasattr(tensor, "_quantizer")
 
 
-def output_dtype(a, wanted) -> torch.dtype:
+def output_dtype(a, wanted):
     """Of a product whose output is not given."""
     if wanted is not None:
         return torch_dtype(wanted)
@@ -41,7 +41,7 @@ def output_dtype(a, wanted) -> torch.dtype:
     return a.dtype  # type: ignore[no-any-return]
 
 
-def output_shape(a, trans_a, b, trans_b) -> list[int]:
+def output_shape(a, trans_a, b, trans_b):
     """The shape of a product, whose operands are checked (gemm.cpp, `getGemmOutputShape`)."""
     (a_rows, a_columns), (b_rows, b_columns) = _flat(a), _flat(b)
     depth = a_columns if trans_a else a_rows
@@ -60,7 +60,7 @@ def check_output(output, shape, dtype):
         assert dtype is None or output.dtype == torch_dtype(dtype), f"{output.dtype}, not {dtype}"
 
 
-def _flat(tensor) -> tuple[int, int]:
+def _flat(tensor):
     shape = size(tensor)
     return math.prod(shape[:-1]), shape[-1]
 

@@ -12,9 +12,7 @@ def _tokens_and_experts(tensor, topk):
 
 
 @function
-def fused_topk_with_score_function_fwd(
-    logits, topk, score_function, expert_bias
-) -> tuple[torch.Tensor, ...]:
+def fused_topk_with_score_function_fwd(logits, topk, score_function, expert_bias):
     _tokens_and_experts(logits, topk)
     assert score_function in ("softmax", "sigmoid", "sqrtsoftplus"), score_function
     if expert_bias is not None:
@@ -31,7 +29,7 @@ def fused_topk_with_score_function_bwd(grad_probs, grad_logits, topk):
 
 
 @function
-def fused_score_for_moe_aux_loss_fwd(logits, topk) -> tuple[torch.Tensor, ...]:
+def fused_score_for_moe_aux_loss_fwd(logits, topk):
     _tokens_and_experts(logits, topk)
     shape = logits.shape
     return new(shape, torch.float32), new(shape, torch.bool), new(shape, torch.float32)
@@ -44,7 +42,7 @@ def fused_score_for_moe_aux_loss_bwd(grad_scores, grad_logits, topk):
 
 
 @function
-def fused_moe_aux_loss_fwd(probs, total_num_tokens) -> tuple[torch.Tensor, ...]:
+def fused_moe_aux_loss_fwd(probs, total_num_tokens):
     if isinstance(total_num_tokens, torch.Tensor):
         assert total_num_tokens.is_cuda
         assert total_num_tokens.dtype == torch.int64
@@ -56,5 +54,5 @@ FUNCTIONS["fused_moe_aux_loss_fwd_graph_safe"] = fused_moe_aux_loss_fwd
 
 
 @function
-def fused_moe_aux_loss_bwd(num_rows, num_cols, grad_aux_loss) -> torch.Tensor:
+def fused_moe_aux_loss_bwd(num_rows, num_cols, grad_aux_loss):
     return new([num_rows, num_cols], grad_aux_loss.dtype)

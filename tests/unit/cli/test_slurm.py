@@ -12,7 +12,7 @@ import yaml
 from moepp_megatron.cli.slurm import slurm
 from moepp_megatron.cluster import slurm_script
 from moepp_megatron.cluster.slurm_script import SlurmJob
-from moepp_megatron.config import Config, ConfigError, load_config, parse_config
+from moepp_megatron.config import ConfigError, load_config, parse_config
 from tests.unit.data.letters import prepare_letters
 
 CONTENT = {
@@ -49,14 +49,14 @@ NASTY = [
 ]
 
 
-def config(**sections) -> Config:
+def config(**sections):
     content = {name: dict(section) for name, section in CONTENT.items()}
     for name, section in sections.items():
         content.setdefault(name, {}).update(section)
     return parse_config(content)
 
 
-def job(*, file="/c.yaml", overrides=(), folder="/shared/code", **sections) -> SlurmJob:
+def job(*, file="/c.yaml", overrides=(), folder="/shared/code", **sections):
     return SlurmJob(config(**sections), Path(file), overrides, Path(folder))
 
 

@@ -56,7 +56,7 @@ class Command:
         # Whatever the command sets is gone after the test.
         monkeypatch.setattr(os, "environ", dict(os.environ))
 
-    def _ranks(self, options: LaunchOptions, module, arguments):
+    def _ranks(self, options, module, arguments):
         self.starts.append(list(arguments))
         self.alike = options.alike
         # What a rank reads, and a run that it starts.

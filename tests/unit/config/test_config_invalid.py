@@ -18,7 +18,7 @@ from moepp_megatron.config.sections import declared
 Case = tuple[list[str], str, str]
 
 
-def read_cases(path) -> dict[str, list[Case]]:
+def read_cases(path):
     """The rows of each section: overrides, how the message begins, what else it holds."""
     names = {}
     cases = {}

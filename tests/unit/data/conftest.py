@@ -20,7 +20,7 @@ def make_texts(count):
     ]
 
 
-def write_arrow(path, table: pa.Table, new=pa.ipc.new_stream, **options):
+def write_arrow(path, table, new=pa.ipc.new_stream, **options):
     """An Arrow stream or file; `options` are those of `write_table`."""
     with new(str(path), table.schema) as writer:
         writer.write_table(table, **options)

@@ -1,7 +1,6 @@
 """Folders whose tokens say where they come from: each source's documents are of one letter."""
 
 import json
-from pathlib import Path
 
 import numpy as np
 from rich.console import Console
@@ -12,7 +11,7 @@ from moepp_megatron.data.prepare import PrepareSettings, prepare
 SETTINGS = PrepareSettings(vocab_size=257, workers=1)
 
 
-def write_letters(path, letter, documents=60, seed=1) -> Path:
+def write_letters(path, letter, documents=60, seed=1):
     """A JSONL file of documents that repeat a letter, each behind numbers of its own."""
     lengths = np.random.RandomState(seed).randint(1, 40, documents)
     texts = [f"{number * 7919}{letter * int(n)}{n}" for number, n in enumerate(lengths)]
@@ -21,7 +20,7 @@ def write_letters(path, letter, documents=60, seed=1) -> Path:
     return path
 
 
-def prepare_letters(folder, name, **letters) -> Path:
+def prepare_letters(folder, name, **letters):
     """A prepared folder `name` with a data source for each keyword."""
     given = [
         f"{source}={write_letters(folder / f'{name}-{source}.jsonl', letter)}"

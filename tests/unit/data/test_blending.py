@@ -10,7 +10,7 @@ import torch
 
 from moepp_megatron.config.blends import Blend, Folder
 from moepp_megatron.config.errors import ConfigError
-from moepp_megatron.data.blending import DrawnDataset, plan_draws
+from moepp_megatron.data.blending import plan_draws
 from moepp_megatron.data.datasets import build_datasets, build_validation_sets
 from moepp_megatron.data.document_sources import SOURCES, source_names
 from moepp_megatron.data.loader import batches
@@ -33,18 +33,18 @@ def folders(tmp_path_factory):
     }
 
 
-def blend(folders, first=0, **weights) -> Blend:
+def blend(folders, first=0, **weights):
     total = sum(weights.values())
     parts = [Folder(f"[{n}].path", folders[n], w / total) for n, w in weights.items()]
     return Blend(f"from {first}", first, tuple(parts))
 
 
-def open_blends(folders, cache, *blends: Blend, samples=(40, 0, 0)):
+def open_blends(folders, cache, *blends, samples=(40, 0, 0)):
     tokenizer = Tokenizer.load(folders["a"])
     return build_datasets(blends, tokenizer, LENGTH, SPLIT, 7, samples, cache_dir=cache)
 
 
-def places(dataset: DrawnDataset):
+def places(dataset):
     """Folder and sample of each sample."""
     found = [dataset.locate(index) for index in range(len(dataset))]
     return [(Path(each.dataset.path_prefix).parent.name, sample) for each, sample in found]

@@ -72,7 +72,7 @@ def write(path, records):
     return path
 
 
-def prepared(source, of_model, out, **changes) -> Prepared:
+def prepared(source, of_model, out, **changes):
     values = {"chat": True, "tokenizer": of_model, "sequence_length": LENGTH} | changes
     return prepare(source, out, PrepareSettings(**values), Console(quiet=True))
 

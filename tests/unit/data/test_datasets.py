@@ -27,7 +27,7 @@ def build(prepared, tokenizer, tmp_path):
     return build_with
 
 
-def unshuffled_text(dataset, tokenizer: Tokenizer):
+def unshuffled_text(dataset, tokenizer):
     """The text of all samples, put into the order in which they were cut from the documents."""
     order = sorted(range(len(dataset)), key=lambda i: int(dataset.shuffle_index[i]))
     return tokenizer.decode([int(token) for i in order for token in dataset[i]["tokens"]])

@@ -68,7 +68,7 @@ def draw(generator, length):
     return "".join(generator.choices(few, k=length))
 
 
-def pre_tokens(pre_tokenizer: pre_tokenizers.PreTokenizer, text):
+def pre_tokens(pre_tokenizer, text):
     return [token for token, _ in pre_tokenizer.pre_tokenize_str(text)]
 
 

@@ -30,7 +30,7 @@ FORCE = PrepareSettings(vocab_size=VOCAB_SIZE, workers=1, force=True)
 def make(corpus_file, console):
     """Prepares a folder."""
 
-    def prepared(out, settings: PrepareSettings = SMALL, source=corpus_file):
+    def prepared(out, settings=SMALL, source=corpus_file):
         return prepare([str(source)], out, settings, console)
 
     return prepared

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from moepp_megatron.config import Config, ConfigError, load_config
+from moepp_megatron.config import ConfigError, load_config
 from moepp_megatron.config.flops import forward_flops_per_token
 from moepp_megatron.config.parameters import count_parameters
 from moepp_megatron.data import same_tokenizer, verify
@@ -17,7 +17,7 @@ REPOSITORY = Path(__file__).parents[3]
 def check(monkeypatch):
     """The warnings for a configuration on data of a vocabulary."""
 
-    def warnings(config: Config, vocabulary):
+    def warnings(config, vocabulary):
         class Prepared:
             vocab_size = vocabulary
             documents = 1000
@@ -33,7 +33,7 @@ def check(monkeypatch):
     return warnings
 
 
-def config_of(name, *overrides) -> Config:
+def config_of(name, *overrides):
     return load_config(REPOSITORY / "configs" / name, ["data.path=anywhere", *overrides])
 
 

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from moepp_megatron.config import Config, ConfigError
+from moepp_megatron.config import ConfigError
 from moepp_megatron.config.blends import Folder
 from moepp_megatron.data.manifest import Manifest
 from moepp_megatron.data.same_tokenizer import (
@@ -40,7 +40,7 @@ def _rewritten(file, target):
     return target
 
 
-def _config(folder, tokenizer=None) -> Config:
+def _config(folder, tokenizer=None):
     return config_of(
         data={"path": str(folder), "tokenizer": None if tokenizer is None else str(tokenizer)}
     )

@@ -1,7 +1,6 @@
 """Tiny MoE++ layers and models for one process, their reference, and how to compare the two."""
 
 import dataclasses
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -9,14 +8,11 @@ import torch.nn.functional as F
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.spec_utils import build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
-from torch import Tensor
 
 from moepp_megatron.model.gpt import MoEPPGPTModel
 from moepp_megatron.model.initialize import initialize_weights
 from moepp_megatron.model.local_modules import fit_local_modules
 from moepp_megatron.moe.config import MoEPPConfig
-from moepp_megatron.moe.lane import MoEPPTransformerLayer
-from moepp_megatron.moe.layer import MoEPPLayer
 from moepp_megatron.moe.reference import ReferenceMoEPP
 from moepp_megatron.moe.spec import get_moepp_block_spec, get_moepp_layer_spec
 from moepp_megatron.moe.upstream_versions import TESTED_VERSION, version
@@ -37,7 +33,7 @@ DEFINED_SCORES = {
 }
 
 
-def of_kinds(experts: tuple[int, int, int, int], topk, **changes) -> MoEPPConfig:
+def of_kinds(experts, topk, **changes) -> MoEPPConfig:
     """Settings with so many FFN, zero, copy and constant experts."""
     ffn, zero, copy, constant = experts
     return MoEPPConfig(
@@ -50,7 +46,7 @@ def of_kinds(experts: tuple[int, int, int, int], topk, **changes) -> MoEPPConfig
     )
 
 
-def megatron_config(moepp: MoEPPConfig, **changes) -> TransformerConfig:
+def megatron_config(moepp, **changes):
     """megatron-core's settings around `moepp`, smallest sizes, everything else as in training."""
     settings = {
         "num_layers": 3,
@@ -85,9 +81,7 @@ def megatron_config(moepp: MoEPPConfig, **changes) -> TransformerConfig:
     return TransformerConfig(**(settings | changes))
 
 
-def build_transformer_layer(
-    moepp: MoEPPConfig, has_residual=True, layer_number=2, **changes
-) -> MoEPPTransformerLayer:
+def build_transformer_layer(moepp, has_residual=True, layer_number=2, **changes):
     config = megatron_config(moepp, **changes)
     spec = get_moepp_layer_spec(
         config,
@@ -100,13 +94,13 @@ def build_transformer_layer(
 
 
 def build_layer(
-    moepp: MoEPPConfig,
+    moepp,
     has_residual=True,
     dispatcher="alltoall",
     device=None,
     use_transformer_engine=False,
     **changes,
-) -> MoEPPLayer:
+):
     """The MoE++ layer alone, from its spec, with random weights; `dispatcher` as `moe.dispatcher`.
 
     The transformer layer around it is not built: attention is not under test and costs time.
@@ -134,7 +128,7 @@ def randomize(module, std=0.3):
         parameter.normal_(std=std)
 
 
-def build_model(moepp: MoEPPConfig, seed=7, rope_scaling=False, **changes) -> MoEPPGPTModel:
+def build_model(moepp, seed=7, rope_scaling=False, **changes):
     config = megatron_config(moepp, **changes)
     spec = get_moepp_block_spec(
         config, moepp, use_transformer_engine=False, adapt=fit_local_modules
@@ -152,7 +146,7 @@ def build_model(moepp: MoEPPConfig, seed=7, rope_scaling=False, **changes) -> Mo
     return model
 
 
-def token_losses(model, tokens, **masks) -> Tensor:
+def token_losses(model, tokens, **masks):
     """[b, s] cross entropy of `tokens` [b, s + 1]."""
     length = tokens.shape[1] - 1
     positions = torch.arange(length).expand(tokens.shape[0], -1)
@@ -160,7 +154,7 @@ def token_losses(model, tokens, **masks) -> Tensor:
     return model(ids, positions, None, labels=labels, **masks)
 
 
-def reference_of(layer: MoEPPLayer) -> ReferenceMoEPP:
+def reference_of(layer):
     """The reference with the layer's weights, in fp32, on its device."""
     reference = ReferenceMoEPP(
         layer.moepp, HIDDEN, FFN_HIDDEN, has_residual=layer.router.residual_weight is not None
@@ -171,24 +165,18 @@ def reference_of(layer: MoEPPLayer) -> ReferenceMoEPP:
     return reference.to(layer.router.weight.device)
 
 
-def parameter_pairs(
-    layer: MoEPPLayer, reference: ReferenceMoEPP
-) -> Iterator[tuple[str, Tensor, Tensor]]:
+def parameter_pairs(layer, reference):
     """(name, the layer's parameter, the reference's) for every parameter."""
     return _pairs(layer, reference, gradients=False)
 
 
-def gradient_pairs(
-    layer: MoEPPLayer, reference: ReferenceMoEPP
-) -> Iterator[tuple[str, Tensor, Tensor]]:
+def gradient_pairs(layer, reference):
     """(name, the layer's gradient, the reference's) for every parameter."""
     return _pairs(layer, reference, gradients=True)
 
 
-def _pairs(
-    layer: MoEPPLayer, reference: ReferenceMoEPP, gradients
-) -> Iterator[tuple[str, Tensor, Tensor]]:
-    def value(parameter) -> Tensor:
+def _pairs(layer, reference, gradients):
+    def value(parameter):
         if not gradients:
             return parameter
         assert parameter.grad is not None, "a parameter got no gradient"
@@ -213,7 +201,7 @@ def _pairs(
             yield f"experts.{index}.{part}", value(ours), value(theirs)[index]
 
 
-def _expert_weights(layer: MoEPPLayer, part) -> list[Tensor]:
+def _expert_weights(layer, part):
     """Of every expert: modules of their own, or Transformer Engine's grouped ones."""
     experts = layer.experts
     if hasattr(experts, "local_experts"):

@@ -4,11 +4,8 @@ Run as a module. On a GPU torch.compile has them; CPU ranks and the played GPU r
 The rows of experts change in every step, and with the first change the size becomes a variable.
 """
 
-from collections.abc import Callable
-
 import torch
 from megatron.core.fusions import fused_bias_dropout, fused_bias_swiglu, fused_cross_entropy
-from torch import Tensor
 from torch._dynamo.utils import counters
 
 ROWS = (96, 160, 1, 333, 2048)
@@ -16,7 +13,7 @@ ROWS = (96, 160, 1, 333, 2048)
 SHAPES = ((64, 2), (64, 2), (48, 1))
 
 
-def swiglu(rows) -> list[Tensor]:
+def swiglu(rows):
     """Outputs and gradients of the FFN experts' activation, times the gates."""
     projected = torch.randn(rows, 64, dtype=torch.bfloat16, requires_grad=True)
     gates = torch.rand(rows, 1, requires_grad=True)
@@ -25,7 +22,7 @@ def swiglu(rows) -> list[Tensor]:
     return [output, projected.grad, gates.grad]
 
 
-def bias_dropout_add(length, sequences) -> list[Tensor]:
+def bias_dropout_add(length, sequences):
     """The residual addition of attention and experts, and its gradients."""
     x, residual = torch.randn(2, length, sequences, 32).bfloat16().unbind()
     x.requires_grad_()
@@ -35,7 +32,7 @@ def bias_dropout_add(length, sequences) -> list[Tensor]:
     return [output, x.grad, residual.grad]
 
 
-def cross_entropy(length, sequences) -> list[Tensor]:
+def cross_entropy(length, sequences):
     """`precision.cross_entropy: native`, of one tensor rank."""
     logits = torch.randn(length, sequences, 128).bfloat16()
     labels = torch.randint(128, (length, sequences))
@@ -48,7 +45,7 @@ def cross_entropy(length, sequences) -> list[Tensor]:
     return [loss, grad]
 
 
-def report(function: Callable[..., list[Tensor]], sizes: tuple[tuple[int, ...], ...]):
+def report(function, sizes):
     """Print name, compilations of each compiled function, and the largest relative error."""
     counters.clear()
     torch._dynamo.reset()

@@ -58,7 +58,7 @@ def compile_kernel(name, constants, fp32=False, logits="*fp32", **options):
         print(name, *resources(code["cubin"]))
 
 
-def resources(cubin) -> tuple[int, int]:
+def resources(cubin):
     """Registers of a thread and bytes of its stack."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
@@ -70,7 +70,7 @@ def resources(cubin) -> tuple[int, int]:
     return int(found[1]), int(found[2])
 
 
-def kind(argument, constants, fp32) -> str:
+def kind(argument, constants, fp32):
     """Triton's name of an argument's type."""
     if argument in constants:
         return "constexpr"

@@ -11,15 +11,12 @@ import math
 import torch
 from torch import Tensor
 
-from moepp_megatron.config import Config
-from moepp_megatron.config.schema import LatentAttentionSection
-from moepp_megatron.moe.config import MoEPPConfig
 from moepp_megatron.moe.reference import ReferenceMoEPP
 
 Weights = dict[str, Tensor]
 
 
-def decoder_logits(config: Config, moepp: MoEPPConfig, weights: Weights, tokens_BS):
+def decoder_logits(config, moepp, weights, tokens_BS):
     """[B, S, vocabulary] logits and the sum of the layers' balance losses."""
     epsilon = config.model.norm_epsilon
     hidden_SBD = weights["embedding.word_embeddings.weight"][tokens_BS.t()]
@@ -39,15 +36,15 @@ def decoder_logits(config: Config, moepp: MoEPPConfig, weights: Weights, tokens_
     return (hidden_SBD @ weights["output_layer.weight"].t()).transpose(0, 1), sum(losses)
 
 
-def latent_attention(config: Config, own: Weights, x_SBD) -> Tensor:
+def latent_attention(config, own: Weights, x_SBD):
     """One layer's attention, output projection included."""
     latent, heads = config.model.latent_attention, config.model.num_attention_heads
     epsilon, P, R = config.model.norm_epsilon, latent.qk_head_dim, latent.qk_pos_emb_head_dim
 
-    def weight(name) -> Tensor:
+    def weight(name):
         return own[f"self_attention.{name}.weight"]
 
-    def normed(x, name) -> Tensor:
+    def normed(x, name):
         if not config.model.qk_layernorm:
             return x
         return rms_norm(x, weight(name), epsilon)
@@ -79,20 +76,20 @@ def latent_attention(config: Config, own: Weights, x_SBD) -> Tensor:
     return context_SBNV.flatten(2) @ weight("linear_proj").t()
 
 
-def rotated(x, angles) -> Tensor:
+def rotated(x, angles):
     """Channels 2 i and 2 i + 1 of [S, B, N, R] as one complex number, turned by [S, R / 2]."""
     turned = torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous())
     turned = turned * torch.polar(torch.ones_like(angles), angles)[:, None, None]
     return torch.view_as_real(turned).flatten(-2)
 
 
-def rotary_angles(latent: LatentAttentionSection, base, length) -> Tensor:
+def rotary_angles(latent, base, length):
     """[S, R / 2] angle of each position and pair of channels."""
     R = latent.qk_pos_emb_head_dim
     speeds = base ** (-torch.arange(0, R, 2) / R)
     if latent.rope_type == "yarn":
         # Channels of few turns in the old length slow down by the factor, those of many not.
-        def channel(turns) -> float:
+        def channel(turns):
             wanted = latent.original_max_position_embeddings / (turns * 2 * math.pi)
             return R * math.log(wanted) / (2 * math.log(base))
 
@@ -103,19 +100,19 @@ def rotary_angles(latent: LatentAttentionSection, base, length) -> Tensor:
     return torch.outer(torch.arange(length).float(), speeds)
 
 
-def yarn_growth(latent: LatentAttentionSection, mscale) -> float:
+def yarn_growth(latent, mscale):
     """0.1 m ln s + 1 under YaRN (arXiv 2309.00071, equation 22)."""
     if latent.rope_type == "rope":
         return 1.0
     return 0.1 * mscale * math.log(latent.rotary_scaling_factor) + 1.0
 
 
-def rms_norm(x, weight, epsilon) -> Tensor:
+def rms_norm(x, weight, epsilon):
     """Root mean square norm of the last axis."""
     return weight * x / torch.sqrt(x.square().mean(-1, keepdim=True) + epsilon)
 
 
-def moe_layer(config: Config, moepp: MoEPPConfig, own: Weights) -> ReferenceMoEPP:
+def moe_layer(config, moepp, own: Weights):
     """The reference layer, computing with the given tensors themselves."""
     is_first = "mlp.router.residual_weight" not in own
     layer = ReferenceMoEPP(
@@ -138,5 +135,5 @@ def moe_layer(config: Config, moepp: MoEPPConfig, own: Weights) -> ReferenceMoEP
     return layer
 
 
-def _expert(index, number) -> str:
+def _expert(index, number):
     return f"mlp.experts.local_experts.{index}.linear_fc{number}.weight"

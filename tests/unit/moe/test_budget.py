@@ -45,7 +45,7 @@ def test_start_at_all_ffn_experts_has_a_finite_tau():
     assert controller.taus(11) == pytest.approx([0.5])
 
 
-def simulate_tau(controller: BudgetController, offset, steps: range):
+def simulate_tau(controller, offset, steps):
     """Shares of a layer whose log odds follow tau with a delay, `offset` away from balance."""
     odds, shares = math.log(8 / 4), []
     for step in steps:
@@ -106,7 +106,7 @@ def test_layers_are_held_apart_or_together():
 class Plant:
     """One layer whose tokens' logits are drawn anew in every step and drift by `pull` a step."""
 
-    def __init__(self, config: MoEPPConfig, tokens, spread, pull=0.0):
+    def __init__(self, config, tokens, spread, pull=0.0):
         self.config, self.tokens, self.spread, self.pull = config, tokens, spread, pull
         self.generator = torch.Generator().manual_seed(7)
         self.preference = torch.randn(config.num_experts, generator=self.generator)
@@ -122,7 +122,7 @@ class Plant:
         assert selection.counts is not None
         return selection.counts, count_margins(logits, self.bias, self.config)[None]
 
-    def run(self, budget: Budget, steps):
+    def run(self, budget, steps):
         """FFN share of each step, in units of the target."""
         controller, shares = BudgetController(budget, self.config, 1), []
         for step in range(1, steps + 1):
@@ -134,7 +134,7 @@ class Plant:
         return shares
 
 
-def scattered(plant: Plant, share):
+def scattered(plant, share):
     """Standard deviation of a step's measured share, in units of the target."""
     return math.sqrt((1 - share) / share / (plant.tokens * plant.config.router_topk))
 
@@ -246,7 +246,7 @@ def test_restored_controller_goes_on_as_if_nothing_had_happened(name, measures):
     budget, plant = Budget(share=0.4, controller=name, gain=1.0), Plant(CONFIG, 500, 1.0)
     seen = [plant.step() for _ in range(8)]
 
-    def observe(controller: BudgetController, steps: range):
+    def observe(controller, steps):
         return [
             controller.observe(seen[step][0], step, seen[step][1] if measures else None)
             for step in steps

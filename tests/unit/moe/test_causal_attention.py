@@ -5,7 +5,6 @@ import torch
 from megatron.core.datasets.gpt_dataset import _get_ltor_masks_and_position_ids
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.enums import AttnMaskType
-from torch import Tensor
 
 from moepp_megatron.model import causal_attention
 from moepp_megatron.model.causal_attention import CausalAttention, suits_causal_attention
@@ -19,7 +18,7 @@ MOEPP = MoEPPConfig(num_ffn_experts=4)
 HEADS, WIDTH, BATCH = 6, 8, 2
 
 
-def attention(kind: type, groups, dtype, **arguments):
+def attention(kind, groups, dtype, **arguments):
     config = megatron_config(
         MOEPP,
         hidden_size=HEADS * WIDTH,
@@ -41,7 +40,7 @@ def leaves(tokens, groups, dtype):
     ]
 
 
-def outcome(module, inputs: list[Tensor], mask=None):
+def outcome(module, inputs, mask=None):
     """Output and gradients of queries, keys and values."""
     output = module(*inputs, mask)
     weight = torch.linspace(-1, 1, output.numel()).view(output.shape)

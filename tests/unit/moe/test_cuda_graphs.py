@@ -46,7 +46,7 @@ def batch(seed):
     return torch.randint(VOCAB, (2, SEQUENCE + 1), generator=generator)
 
 
-def prepared(moepp: MoEPPConfig, **changes):
+def prepared(moepp, **changes):
     model = build_model(moepp, **changes)
     torch.manual_seed(3)
     randomize(model)

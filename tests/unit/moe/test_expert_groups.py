@@ -29,7 +29,7 @@ SETTINGS = [
 ]
 
 
-def config_of(topk, groups, kept, changes) -> MoEPPConfig:
+def config_of(topk, groups, kept, changes):
     return of_kinds(
         (8, 2, 2, 1),
         topk,
@@ -39,12 +39,12 @@ def config_of(topk, groups, kept, changes) -> MoEPPConfig:
     )
 
 
-def bias_of(config: MoEPPConfig):
+def bias_of(config):
     """Large enough to change choices, different in every column."""
     return torch.linspace(-0.2, 0.3, config.num_experts) if config.selection_bias else None
 
 
-def tried_out(logits, bias, config: MoEPPConfig):
+def tried_out(logits, bias, config):
     """For each token the best K experts of all that the rule allows, found by trying all."""
     logits = logits.double()
     scores = DEFINED_SCORES[config.score_function](logits)

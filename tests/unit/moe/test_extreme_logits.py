@@ -18,7 +18,7 @@ GAPS = (0.0, 1.0, 20.0, 60.0, 82.0, 87.0, 95.0, 102.0, 104.0, 150.0, 200.0)
 TOLERANCE = 5e-5
 
 
-def edge_config(**changes) -> MoEPPConfig:
+def edge_config(**changes):
     return MoEPPConfig(**({"num_ffn_experts": 4, "router_topk": 3} | changes))
 
 
@@ -31,7 +31,7 @@ def gapped_logits(function):
     return logits
 
 
-def by_definition(logits, config: MoEPPConfig):
+def by_definition(logits, config):
     """Gates [T, E] and probabilities [T, E] by divisions, in fp64."""
     z = logits.double()
     scores = DEFINED_SCORES[config.score_function](z)
@@ -44,18 +44,18 @@ def by_definition(logits, config: MoEPPConfig):
     return gates, scores / scores.sum(dim=-1, keepdim=True)
 
 
-def by_layer(logits, config: MoEPPConfig):
+def by_layer(logits, config):
     chosen = selection.select(logits, None, config, logits.shape[0])
     assert chosen.score_sums is not None
     return chosen.gates, chosen.score_sums
 
 
-def by_reference(logits, config: MoEPPConfig):
+def by_reference(logits, config):
     gates, _, probabilities = select_experts(logits, config)
     return gates, probabilities
 
 
-def by_kernel(logits, config: MoEPPConfig):
+def by_kernel(logits, config):
     from moepp_megatron.moe.kernels.router import select
 
     # Each token a sequence of its own, so that sums are those of single tokens.
@@ -63,7 +63,7 @@ def by_kernel(logits, config: MoEPPConfig):
     return chosen.gates.cpu(), chosen.score_sums.cpu()
 
 
-def by_export(logits, config: MoEPPConfig):
+def by_export(logits, config):
     pytest.importorskip("transformers")
     from moepp_megatron.interop.hf_files.modeling_moepp import MoEPPGate
 

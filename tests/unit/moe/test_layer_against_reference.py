@@ -114,7 +114,7 @@ def test_every_pair_of_settings_meets():
         assert met == set(itertools.product(values_a, values_b)), (name_a, name_b)
 
 
-def moepp_of(case, **changes) -> MoEPPConfig:
+def moepp_of(case, **changes):
     zero, copy, constant = MIXTURES[case["mixture"]]
     settings = {
         "num_ffn_experts": 4,
@@ -140,7 +140,7 @@ def moepp_of(case, **changes) -> MoEPPConfig:
     return MoEPPConfig(**(settings | changes))
 
 
-def reference_losses(logits, moepp: MoEPPConfig, num_sequences, padded):
+def reference_losses(logits, moepp, num_sequences, padded):
     """L_b and the z-loss of [T, E] logits, T ordered [position, sequence], without padding."""
     logits = logits.view(-1, num_sequences, logits.shape[-1])
     valid = ~padded.view(-1, num_sequences)
@@ -155,12 +155,12 @@ def reference_losses(logits, moepp: MoEPPConfig, num_sequences, padded):
 
 
 def run_both(
-    layer: MoEPPLayer,
+    layer,
     hidden,
     previous,
     loss_scale=1.0,
     padding=None,
-) -> Run:
+):
     """Forward and backward of both on [s, b, D] and [s, b, E], with [b, s] `padding`."""
     reference = reference_of(layer)
     moepp = layer.moepp
@@ -196,7 +196,7 @@ def run_both(
     return run
 
 
-def inputs(moepp: MoEPPConfig, length=8, batch=3, device=None):
+def inputs(moepp, length=8, batch=3, device=None):
     hidden, previous = (torch.randn(length, batch, n) for n in (HIDDEN, moepp.num_experts))
     return hidden.to(device), previous.to(device)
 
@@ -253,7 +253,7 @@ def test_one_token(dispatcher, normalization):
     run_both(layer, *inputs(moepp, length=1, batch=1)).check()
 
 
-def forced(moepp: MoEPPConfig, favoured, **changes) -> tuple[MoEPPLayer, Tensor]:
+def forced(moepp, favoured, **changes) -> tuple[MoEPPLayer, Tensor]:
     """A layer and previous logits with which every token selects only `favoured` experts."""
     layer = build_layer(moepp, **changes)
     with torch.no_grad():

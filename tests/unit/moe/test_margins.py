@@ -19,14 +19,14 @@ CONFIGS = {
 }
 
 
-def drawn(config: MoEPPConfig, tokens=500):
+def drawn(config, tokens=500):
     """Logits and a bias."""
     generator = torch.Generator().manual_seed(5)
     logits = torch.randn(tokens, config.num_experts, generator=generator)
     return logits, 0.1 * torch.randn(config.num_experts, generator=generator)
 
 
-def selections(logits, bias, config: MoEPPConfig):
+def selections(logits, bias, config):
     """Of FFN experts."""
     return float(select(logits, bias, config, None).routing_map[:, : config.num_ffn_experts].sum())
 

@@ -35,7 +35,7 @@ DEPTHS, WEIGHT, BATCH = 2, 0.3, 3
 MOEPP = MoEPPConfig(num_ffn_experts=4, balance_coeff=0.0)
 
 
-def build(moepp: MoEPPConfig = MOEPP, depths=DEPTHS, **changes) -> MoEPPGPTModel:
+def build(moepp=MOEPP, depths=DEPTHS, **changes) -> MoEPPGPTModel:
     config = megatron_config(
         moepp, mtp_num_layers=depths, mtp_loss_scaling_factor=WEIGHT, **changes
     )
@@ -76,7 +76,7 @@ def padding_ahead(padding, places):
     return None if padding is None else F.pad(padding[:, places:], (0, places), value=True)
 
 
-def by_hand(model: MoEPPGPTModel, ids, labels, mask, padding=None):
+def by_hand(model, ids, labels, mask, padding=None):
     """Loss of each depth, 0 first, of the tokens together; the modules called one by one."""
     decoder, rope = model.decoder, model.rotary_pos_emb(SEQUENCE)
     for layer in [*decoder.layers, *(depth.mtp_model_layer for depth in model.mtp.layers)]:

@@ -7,7 +7,7 @@ import torch
 
 from moepp_megatron.experts import FFN_ONLY
 from moepp_megatron.moe.config import MoEPPConfig
-from moepp_megatron.moe.layer import MoEPPLayer, VanillaMoELayer
+from moepp_megatron.moe.layer import VanillaMoELayer
 from tests.unit.moe.builders import (
     HIDDEN,
     assert_close,
@@ -32,7 +32,7 @@ def mask():
     return padding
 
 
-def check_layer(layer: MoEPPLayer):
+def check_layer(layer):
     """Output, logits, every gradient and all counts are the reference's, whatever padding holds."""
     padding = mask()
     hidden, previous = inputs(layer.moepp, LENGTH, BATCH)

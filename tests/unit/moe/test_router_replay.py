@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 from megatron.core.transformer.moe.router_replay import RouterReplay, RouterReplayAction
-from torch import Tensor
 
 from moepp_megatron.moe.config import MoEPPConfig
 from moepp_megatron.moe.replay import checked_routes
@@ -60,7 +59,7 @@ def model_of(setting="plain", recompute="kept", seed=5):
     return model
 
 
-def train(model, routes: list[list[Tensor]] | None):
+def train(model, routes):
     """Losses, gradients and routes of two micro-batches, as loops of reinforcement learning run.
 
     All forward passes come before all backward passes, as where a pipeline fills.

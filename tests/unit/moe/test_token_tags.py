@@ -21,7 +21,7 @@ def tagged_model(recompute):
     return model
 
 
-def layers_of(model) -> list[MoEPPLayer]:
+def layers_of(model):
     return [module for module in model.modules() if isinstance(module, MoEPPLayer)]
 
 

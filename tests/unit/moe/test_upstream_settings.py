@@ -9,8 +9,7 @@ import torch
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.moe import moe_layer
-from megatron.core.transformer.moe.moe_layer import MoELayer
-from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
+from megatron.core.transformer.transformer_config import MLATransformerConfig
 
 from moepp_megatron.moe.config import MoEPPConfig
 from moepp_megatron.moe.dedup_dispatcher import DedupAlltoAllTokenDispatcher
@@ -48,7 +47,7 @@ WANTED = {
 }
 
 
-def config_with(**changes) -> TransformerConfig:
+def config_with(**changes):
     """Set afterwards: megatron-core's own checks demand GPUs or further settings for some."""
     config = megatron_config(MOEPP)
     for name, value in changes.items():
@@ -167,7 +166,7 @@ def test_megatrons_own_layer_keeps_its_settings():
 # ---- our dispatchers in megatron-core's own layer ------------------------------------------
 
 
-def megatrons_layer(monkeypatch, dispatcher: type, **changes) -> MoELayer:
+def megatrons_layer(monkeypatch, dispatcher, **changes):
     monkeypatch.setattr(moe_layer, "MoEAlltoAllTokenDispatcher", dispatcher)
     config = megatron_config(MOEPP, **changes)
     spec = get_gpt_layer_local_spec(num_experts=4, moe_grouped_gemm=False)

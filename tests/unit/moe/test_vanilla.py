@@ -64,7 +64,7 @@ def build(spec, config) -> MoELayer:
     return layer
 
 
-def forward_backward(layer: MoELayer, hidden, weight):
+def forward_backward(layer, hidden, weight):
     x = hidden.clone().requires_grad_()
     torch.manual_seed(3)
     output, bias = layer(x)

@@ -84,7 +84,7 @@ def test_records_that_are_removed_before_the_end_are_a_failure(make_record, run)
     sink.close()
 
 
-def alert(step) -> Alert:
+def alert(step):
     return Alert(
         step=step,
         time=1.0,

@@ -20,7 +20,7 @@ HIGH = CompleteRule("high", "loss", limit=1.0, is_above=True, clear=1.0)
 NAN = math.nan
 
 
-def course(rule: CompleteRule, values):
+def course(rule, values):
     """Step, layer and whether it begins, of every event."""
     judge = RuleJudge([rule], LAYERS)
     return [

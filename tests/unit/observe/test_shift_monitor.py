@@ -31,7 +31,7 @@ class Run:
         shares=SHARES,
         groups=GROUP_SHARES,
         logits=1.0,
-    ) -> Observed:
+    ):
         chance = self._chance
         noise = np.exp(chance.normal(0.0, 0.05, size=(len(LAYERS), EXPERTS)))
         experts = [chance.multinomial(2 * TOKENS, p / p.sum()) for p in shares * noise]

@@ -12,7 +12,6 @@ from moepp_megatron.features.telemetry.sampler import (
     NOTHING,
     CpuSource,
     GpuSource,
-    Sample,
     Sampler,
     Usage,
 )
@@ -45,7 +44,7 @@ def busy(index, **changes):
     )
 
 
-def gpu_source(library: FakeNvml, cards: list[dict], clock: Clock) -> GpuSource:
+def gpu_source(library: FakeNvml, cards, clock):
     return GpuSource([card["nvmlDeviceGetUUID"] for card in cards], Nvml(library), clock)
 
 
@@ -110,7 +109,7 @@ class Script:
         self.reported = []
         self.is_closed = False
 
-    def sample(self) -> list[Sample]:
+    def sample(self):
         if self.error is not None:
             raise self.error
         return [{"gpu_power_w": self.power, "gpu_temperature_c": 50.0 + self.power / 100}] * 2
@@ -181,7 +180,7 @@ def test_the_thread_samples_until_it_is_stopped():
         looks = 0
         enough = threading.Event()
 
-        def sample(self) -> list[Sample]:
+        def sample(self):
             self.looks += 1
             if self.looks == 3:
                 self.enough.set()
@@ -205,7 +204,7 @@ def test_cpu_source():
     assert CpuSource().energy_j() is None
 
 
-def reduced(*usages: Usage) -> Usage:
+def reduced(*usages) -> Usage:
     """What the all-reduces over ranks give."""
     sums = [sum(column) for column in zip(*(u.sums for u in usages), strict=True)]
     return Usage(sums, [max(column) for column in zip(*(u.highest for u in usages), strict=True)])

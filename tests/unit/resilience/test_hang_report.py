@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from moepp_megatron.training.resilience.hang_report import Heartbeat, HeartbeatFolder, hang_report
 
 
-def beat(rank, count=7, collective="all_reduce") -> Heartbeat:
+def beat(rank, count=7, collective="all_reduce"):
     return Heartbeat(
         rank=rank,
         host="elsewhere",
@@ -24,7 +24,7 @@ def beat(rank, count=7, collective="all_reduce") -> Heartbeat:
     )
 
 
-def report(beats: list[Heartbeat], silent=(), pending: Mapping[int, str] | None = None):
+def report(beats, silent=(), pending: Mapping[int, str] | None = None):
     found = {b.rank: b for b in beats}
     return hang_report(found, silent, 4, pending or {}).splitlines()
 

@@ -13,7 +13,7 @@ SHARES = torch.tensor([[0.3, 0.3, 0.2, 0.2], [0.1, 0.2, 0.3, 0.4]], dtype=torch.
 OTHER_SHARES = torch.tensor([[0.4, 0.2, 0.2, 0.2], [0.1, 0.2, 0.3, 0.4]], dtype=torch.float64)
 
 
-def batches(shares, losses, seed) -> list[BatchEvidence]:
+def batches(shares, losses, seed):
     """Batches of 4000 selections in each layer, drawn from the shares."""
     generator = torch.Generator().manual_seed(seed)
     found = []

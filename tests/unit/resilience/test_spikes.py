@@ -16,11 +16,11 @@ from moepp_megatron.training.step_sums import StepSums
 SETTINGS = ResilienceSection(guard_max_consecutive_skips=3)
 
 
-def _refuses(guard: NumericalGuard, loss):
+def _refuses(guard, loss):
     return guard.refuses(StepSums(loss, 1.0, loss, 1.0), torch.tensor([loss, 1.0]))
 
 
-def _told(guard: NumericalGuard, losses):
+def _told(guard, losses):
     """What is told of these batches, of those that are refused."""
     found = []
     for loss in losses:

@@ -13,7 +13,7 @@ from moepp_megatron.runtime.distributed import _gpu_of_rank
 from moepp_megatron.runtime.rank import RankEnvironment
 
 
-def node(ranks, shown: list[list[str]], monkeypatch) -> list[torch.device | str]:
+def node(ranks, shown, monkeypatch):
     """What each rank of a node gets, or why not; `shown` are the UUIDs that each rank sees."""
     seen = threading.local()
     monkeypatch.setattr(torch.cuda, "device_count", lambda: len(seen.uuids))

@@ -71,7 +71,7 @@ def test_every_module_that_patches_is_in_the_table():
     assert _users() == {patch.module for patch in PATCHES}
 
 
-def _foreign_assignments(tree: ast.AST):
+def _foreign_assignments(tree):
     """Attributes of imported things that are set, and functions that are set in any object."""
     nodes = list(ast.walk(tree))
     imported = {

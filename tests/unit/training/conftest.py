@@ -2,7 +2,7 @@
 
 import pytest
 
-from moepp_megatron.config import Config, parse_config
+from moepp_megatron.config import parse_config
 from moepp_megatron.training.checkpoint.files import (
     Progress,
     SavedRecord,
@@ -13,7 +13,7 @@ from moepp_megatron.training.checkpoint.files import (
 from tests.parallel.training_runs import settings
 
 
-def config_of(**sections) -> Config:
+def config_of(**sections):
     """A small configuration with some settings changed."""
     small = {"model": {"num_layers": 2}, "moe": {"num_ffn_experts": 4}}
     names = small | sections

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from moepp_megatron.config import Config, ConfigError
+from moepp_megatron.config import ConfigError
 from moepp_megatron.observe.status import StatusSink
 from moepp_megatron.runtime.atomic import create_atomic
 from moepp_megatron.training.checkpoint.find import find_checkpoint, list_checkpoints
@@ -31,14 +31,14 @@ def place(tmp_path):
 def of(tmp_path, place):
     """Gives the configuration of the run of a name, with checkpoints in `place`."""
 
-    def config(name, checkpoints=place) -> Config:
+    def config(name, checkpoints=place):
         checkpoint = {"dir": None if checkpoints is None else str(checkpoints)}
         return config_of(run={"dir": str(tmp_path / "runs" / name)}, checkpoint=checkpoint)
 
     return config
 
 
-def enter(config: Config, start: Start | None = None):
+def enter(config, start=None):
     """A run that writes its configuration and ends."""
     with RunFolder(config).claim(start or Start(), lambda line: None):
         folder = Path(config.run.dir)
@@ -62,7 +62,7 @@ def test_a_run_that_has_not_saved_yet_owns_its_folder(of, place, tmp_path, start
     assert [path.name for path in place.iterdir()] == ["owner"]
 
 
-def start_at_once(config: Config, barrier, answers):
+def start_at_once(config, barrier, answers):
     barrier.wait()
     try:
         with RunFolder(config).claim(Start()):
@@ -93,7 +93,7 @@ def test_without_locks_too(of, place, tmp_path, monkeypatch):
     """The other one is let in between the look and the mark."""
     look, others = ownership.OwnerMark.refuse_other, ["a"]
 
-    def look_early(mark: ownership.OwnerMark):
+    def look_early(mark):
         look(mark)
         if others:
             enter(of(others.pop()))

@@ -1,7 +1,6 @@
 """Random states of a rank, taken and given back."""
 
 import random
-from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -12,14 +11,14 @@ from moepp_megatron.training import rng
 from moepp_megatron.training.step import _StepState
 
 
-def _with_generators(tracker: CudaRNGStatesTracker) -> Callable[[], float]:
+def _with_generators(tracker):
     """Streams as with CUDA graphs: a graph knows a stream's generator and advances it."""
     stream = torch.Generator().manual_seed(1)
     tracker.states_["stream"] = stream
     return lambda: torch.rand((), generator=stream).item()
 
 
-def _with_tensors(tracker: CudaRNGStatesTracker) -> Callable[[], float]:
+def _with_tensors(tracker):
     """Streams otherwise: the tracker replaces a stream's state after each use."""
     tracker.states_["stream"] = torch.Generator().manual_seed(1).get_state()
 

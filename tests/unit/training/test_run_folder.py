@@ -7,14 +7,13 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import psutil
 import pytest
 
-from moepp_megatron.config import Config, ConfigError
+from moepp_megatron.config import ConfigError
 from moepp_megatron.file_names import RUN_FILES
 from moepp_megatron.observe.status import (
     RunStatus,
@@ -36,11 +35,11 @@ def run(tmp_path):
     return tmp_path / "runs/run"
 
 
-def config_in(run, **sections) -> Config:
+def config_in(run, **sections):
     return config_of(run={"dir": str(run)}, **sections)
 
 
-def enter(config: Config, start: Start | None = None):
+def enter(config, start=None):
     """Claim the folder and train there for no time; returns what was said."""
     said = []
     with RunFolder(config).claim(start or Start(), said.append):
@@ -48,7 +47,7 @@ def enter(config: Config, start: Start | None = None):
     return said
 
 
-def look_beside_leader(config: Config, start: Start):
+def look_beside_leader(config, start):
     RunFolder(config).check_without_claim(start)
 
 
@@ -60,7 +59,7 @@ def files(folder):
     }
 
 
-def make_run(run, write: Callable[..., Path] | None = None):
+def make_run(run, write=None):
     run.mkdir(parents=True, exist_ok=True)
     (run / "config.yaml").write_text(config_in(run).to_yaml())
     (run / "metrics.jsonl").write_text("records\n")
@@ -439,7 +438,7 @@ def test_a_full_disk_is_freed_of_half_written_checkpoints(run, write, monkeypatc
     leftover.mkdir()
     (leftover / "__0_0.distcp").write_bytes(b"half")
 
-    def full(folder, status: RunStatus):
+    def full(folder, status):
         if leftover.exists():
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         write_status(folder, status)
@@ -498,7 +497,7 @@ def test_read_only_folder(run):
 
 
 def test_a_full_disk_asks_for_room(run, monkeypatch):
-    def full(run_dir, status: RunStatus):
+    def full(run_dir, status):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(folder, "write_status", full)

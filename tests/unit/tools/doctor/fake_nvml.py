@@ -60,7 +60,7 @@ def answers(index=0, **changes):
     return healthy | changes
 
 
-def process(pid, memory) -> SimpleNamespace:
+def process(pid, memory):
     """A running process as nvidia-ml-py describes it."""
     return SimpleNamespace(pid=pid, usedGpuMemory=memory)
 
@@ -96,67 +96,67 @@ class FakeNvml:
     def nvmlShutdown(self):
         self.is_open = False
 
-    def nvmlDeviceGetCount(self) -> int:
+    def nvmlDeviceGetCount(self):
         return len(self._cards)
 
-    def nvmlSystemGetDriverVersion(self) -> str:
+    def nvmlSystemGetDriverVersion(self):
         return self._driver
 
-    def nvmlSystemGetCudaDriverVersion_v2(self) -> int:
+    def nvmlSystemGetCudaDriverVersion_v2(self):
         return self._cuda
 
-    def nvmlDeviceGetHandleByIndex(self, index) -> int:
+    def nvmlDeviceGetHandleByIndex(self, index):
         _answer(
             self._cards[index] | {"nvmlDeviceGetHandleByIndex": None} | self._cards[index],
             "nvmlDeviceGetHandleByIndex",
         )
         return index
 
-    def nvmlDeviceGetMigDeviceHandleByIndex(self, handle, part) -> tuple[int, int]:
+    def nvmlDeviceGetMigDeviceHandleByIndex(self, handle, part):
         if part >= len(self._cards[handle]["mig"]):
             raise pynvml.NVMLError_NotFound
         return handle, part
 
-    def nvmlDeviceGetUUID(self, handle: int | tuple[int, int]) -> str:
+    def nvmlDeviceGetUUID(self, handle):
         if isinstance(handle, tuple):
             return self._cards[handle[0]]["mig"][handle[1]]
         return _answer(self._cards[handle], "nvmlDeviceGetUUID")
 
-    def nvmlEventSetCreate(self) -> str:
+    def nvmlEventSetCreate(self):
         return "events"
 
     def nvmlDeviceRegisterEvents(self, handle, kinds, events):
         assert kinds == pynvml.nvmlEventTypeXidCriticalError
         self.watched.append(handle)
 
-    def nvmlEventSetWait_v2(self, events, timeout_ms) -> SimpleNamespace:
+    def nvmlEventSetWait_v2(self, events, timeout_ms):
         assert timeout_ms == 0, "telemetry must not wait"
         if not self.xids:
             raise pynvml.NVMLError_Timeout
         handle, xid = self.xids.pop(0)
         return SimpleNamespace(device=handle, eventData=xid)
 
-    def nvmlDeviceGetIndex(self, handle) -> int:
+    def nvmlDeviceGetIndex(self, handle):
         return handle
 
-    def nvmlDeviceGetTotalEccErrors(self, handle, kind, counter) -> int:
+    def nvmlDeviceGetTotalEccErrors(self, handle, kind, counter):
         corrected = kind == pynvml.NVML_MEMORY_ERROR_TYPE_CORRECTED
         return _answer(self._cards[handle], "corrected" if corrected else "uncorrected")
 
-    def nvmlDeviceGetNvLinkState(self, handle, link) -> int:
+    def nvmlDeviceGetNvLinkState(self, handle, link):
         links = self._cards[handle]["links"]
         if link >= len(links):
             raise pynvml.NVMLError_NotSupported
         return links[link]
 
-    def nvmlDeviceGetNvLinkErrorCounter(self, handle, link, counter) -> int:
+    def nvmlDeviceGetNvLinkErrorCounter(self, handle, link, counter):
         return self._cards[handle]["link_errors"].get((link, counter), 0)
 
-    def nvmlDeviceGetFieldValues(self, handle, fields) -> list[SimpleNamespace]:
+    def nvmlDeviceGetFieldValues(self, handle, fields):
         return [self._field_value(self._cards[handle], field) for field in fields]
 
     @staticmethod
-    def _field_value(card, field: int | tuple[int, int]) -> SimpleNamespace:
+    def _field_value(card, field):
         # nvidia-ml-py leaves the scope of a bare number 0, which is the first link.
         number, link = field if isinstance(field, tuple) else (field, 0)
         value = card["fields"].get(number)

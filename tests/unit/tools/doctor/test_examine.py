@@ -28,7 +28,7 @@ def _sound_node(monkeypatch):
     monkeypatch.setattr(folders, "_write_rate", lambda folder, num_bytes: 1e9)
 
 
-def examiner(*cards, **request) -> NodeExaminer:
+def examiner(*cards, **request):
     return NodeExaminer(Request(**request), Cards.read(FakeNvml(*cards)))
 
 

@@ -2,7 +2,6 @@
 
 import json
 import re
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,7 +9,6 @@ from typer.testing import CliRunner
 
 from moepp_megatron.cli.main import app
 from moepp_megatron.config import ConfigError, load_config, with_overrides
-from moepp_megatron.runtime.launch import LaunchOptions
 from moepp_megatron.tools.experiments.runner import RunFailed, claim, run_trial
 from moepp_megatron.tools.experiments.scaling.page import scale_records
 from moepp_megatron.tools.experiments.scaling.points import (
@@ -33,7 +31,7 @@ def scale(out, *arguments):
     return CliRunner().invoke(app, ["scale", str(QUICKSTART), "--out", str(out), *arguments])
 
 
-def both_steps(moepp_s, vanilla_s, tokens=4096) -> BothSteps:
+def both_steps(moepp_s, vanilla_s, tokens=4096):
     return BothSteps(
         phi=0.6,
         tokens=tokens,
@@ -140,7 +138,7 @@ def test_folder_of_another_test_is_refused(config, tmp_path):
     ],
 )
 def test_reason_of_a_failure_is_from_the_log(tmp_path, monkeypatch, log, reason):
-    def failing(options: LaunchOptions, module, arguments):
+    def failing(options, module, arguments):
         options.output.write_text(log)
         return 1
 
@@ -153,11 +151,11 @@ def test_reason_of_a_failure_is_from_the_log(tmp_path, monkeypatch, log, reason)
 class FakeRanks:
     """In place of torchrun: writes what the ranks would, or fails."""
 
-    def __init__(self, fails: Callable[[str], int | None]):
+    def __init__(self, fails):
         self.fails = fails
         self.started = []
 
-    def __call__(self, options: LaunchOptions, module, arguments):
+    def __call__(self, options, module, arguments):
         file = Path(arguments[-1])
         name = file.stem
         self.started.append(name)
@@ -177,7 +175,7 @@ class FakeRanks:
 def run(tmp_path, monkeypatch):
     """`run(fails)` calls `moepp scale`; returns the result and the points that were started."""
 
-    def call(fails: Callable[[str], int | None] = lambda name: None, *arguments):
+    def call(fails=lambda name: None, *arguments):
         ranks = FakeRanks(fails)
         monkeypatch.setattr("moepp_megatron.tools.experiments.runner.run_ranks", ranks)
         return scale(tmp_path, "--nproc", "1,2,4", *arguments), ranks.started

@@ -8,7 +8,7 @@ from moepp_megatron.data.tokenizer import train_tokenizer
 from moepp_megatron.experts import ExpertCounts
 from moepp_megatron.tools.inspection.findings import Trace
 from moepp_megatron.tools.inspection.request import InspectedModel, InspectRequest
-from moepp_megatron.tools.inspection.text import TokenizedText, tokenize
+from moepp_megatron.tools.inspection.text import tokenize
 
 SOURCE = '''import re
 
@@ -34,12 +34,12 @@ def text(tokenizer):
     return tokenize(tokenizer, SOURCE, "words.py", 10_000)
 
 
-def model(experts: ExpertCounts, layers) -> InspectedModel:
+def model(experts, layers):
     """A model by its experts and the numbers of its MoE layers."""
     return InspectedModel("invented, step 1", ("3 MoE layers",), experts, layers, 0.5, None)  # type: ignore[arg-type]
 
 
-def invented_trace(count, seed=1, layers=3, window=64) -> Trace:
+def invented_trace(count, seed=1, layers=3, window=64):
     """Random selections of two experts and random losses."""
     rng = np.random.default_rng(seed)
     selected = np.argsort(rng.random((layers, count, EXPERTS.num_experts)), axis=2)[:, :, :2]
@@ -49,7 +49,7 @@ def invented_trace(count, seed=1, layers=3, window=64) -> Trace:
     return Trace(model(EXPERTS, tuple(range(1, layers + 1))), selected, gates, losses)
 
 
-def request_of(text: TokenizedText, out, **changes) -> InspectRequest:
+def request_of(text, out, **changes):
     """A page of the text, without models of its own."""
     classes = token_classes(text.text, text.spans.tolist(), "python")
     values = {

@@ -14,7 +14,7 @@ from tests.unit.tools.inspection.conftest import invented_trace, model
 SELECTED = np.array([[[0, 1], [1, 4], [4, 3], [0, 1]], [[1, 0], [3, 2], [4, 2], [0, 3]]])
 
 
-def trace() -> Trace:
+def trace():
     return Trace(
         model(ExpertCounts(2, num_constant_experts=1), (1, 3)),
         SELECTED,

@@ -8,8 +8,7 @@ import pytest
 from moepp_megatron.config import Config, with_overrides
 from moepp_megatron.tools.planning.grid import Grid
 from moepp_megatron.tools.planning.imbalance import LEARNED
-from moepp_megatron.tools.planning.machine import Machine
-from moepp_megatron.tools.planning.plan import Planned, planned_of, ramp_stages
+from moepp_megatron.tools.planning.plan import planned_of, ramp_stages
 from moepp_megatron.tools.planning.step import step_time
 from moepp_megatron.tools.planning.workload import Workload
 from moepp_megatron.training.schedule import batch_stages
@@ -24,7 +23,7 @@ def ramped() -> Config:
     return with_overrides(configured(), [RAMP, "training.train_iters=1000"])
 
 
-def planned(config: Config, machine: Machine) -> Planned:
+def planned(config, machine):
     return planned_of(config, GRID, 0.0, True, machine, LEARNED)
 
 

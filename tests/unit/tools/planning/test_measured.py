@@ -21,7 +21,7 @@ from moepp_megatron.tools.planning.measured.compare import (
     pair_errors,
     published,
 )
-from moepp_megatron.tools.planning.measured.rows import Run, read_runs
+from moepp_megatron.tools.planning.measured.rows import read_runs
 from moepp_megatron.tools.planning.memory import GIB, memory_of
 from moepp_megatron.tools.planning.workload import NumberFormats
 
@@ -54,7 +54,7 @@ QWEN = "Qwen3-30B bf16, 16, EP16 HybridEP, no overlap, balance forced"
 LLAMA = "Llama-3 8B FP8 tensorwise, 8, FSDP, 5 of 32 layers recomputed"
 
 
-def runs_of(tmp_path, *entries) -> list[Run]:
+def runs_of(tmp_path, *entries):
     path = tmp_path / "rows.json"
     path.write_text(json.dumps(entries))
     return read_runs(path)

@@ -43,7 +43,7 @@ def warm_up_passes(pp, vpp, rank, count, is_combined):
     return 1 if is_combined and pp == 1 else warm_up
 
 
-def rank_nodes(pp, vpp, rank, count, is_combined) -> list[Node]:
+def rank_nodes(pp, vpp, rank, count, is_combined):
     """What a rank runs, in order."""
     from megatron.core.pipeline_parallel.schedules import get_schedule_table
 

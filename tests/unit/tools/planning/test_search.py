@@ -47,7 +47,7 @@ def configured(
     )
 
 
-def is_legal(config: Config, grid: Grid):
+def is_legal(config, grid):
     try:
         config_of(config, grid)
     except ConfigError:

@@ -6,11 +6,9 @@ import pytest
 
 from moepp_megatron.config import with_overrides
 from moepp_megatron.tools.planning.grid import FULL, Grid
-from moepp_megatron.tools.planning.layer_time import EXCHANGE, PassTime, layer_time
-from moepp_megatron.tools.planning.machine import Machine
+from moepp_megatron.tools.planning.layer_time import EXCHANGE, layer_time
 from moepp_megatron.tools.planning.parts import (
     Layer,
-    LayerPart,
     layer_parts,
     local_form,
     local_work,
@@ -25,12 +23,12 @@ ROWS = 8192.0
 EP4 = Grid(8, ep=4)
 
 
-def parts_of(load: Workload, grid: Grid, has_residual=True) -> dict[str, LayerPart]:
+def parts_of(load, grid, has_residual=True):
     layer = Layer(True, ROWS, has_residual)
     return {part.name: part for part in layer_parts(load, grid, layer)}
 
 
-def time_of(load: Workload, grid: Grid, machine: Machine) -> PassTime:
+def time_of(load, grid, machine):
     return layer_time(load, grid, machine, True, ROWS, 1.0)
 
 

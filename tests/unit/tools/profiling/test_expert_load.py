@@ -22,7 +22,7 @@ def routed(layer, to_ranks) -> Pass:
     )
 
 
-def trace(rank, ranks, *sent: tuple[int, list[int]], etp=1) -> RankTrace:
+def trace(rank, ranks, *sent, etp=1):
     """A rank's step 5; each of `sent` is a layer and its selections for the group's ranks."""
     passes = [routed(layer, to_ranks) for layer, to_ranks in sent]
     return RankTrace(

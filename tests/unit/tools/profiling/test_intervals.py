@@ -13,7 +13,7 @@ from moepp_megatron.tools.profiling.measures.exposure import (
 )
 
 
-def points(intervals: list[Interval]):
+def points(intervals):
     """Unit cells that the intervals cover; all ends are whole numbers."""
     return {cell for start, end in intervals for cell in range(int(start), int(end))}
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from moepp_megatron.tools.profiling.analysis import Profile, analyse
+from moepp_megatron.tools.profiling.analysis import analyse
 from moepp_megatron.tools.profiling.collective import Collective, Operation
 from moepp_megatron.tools.profiling.formats.c10d import _bytes_of_type, operation_of
 from moepp_megatron.tools.profiling.formats.kineto import _parse_kineto
@@ -20,7 +20,7 @@ def profile():
     return analyse(SAMPLE)
 
 
-def by_operation(profile: Profile, rank) -> dict[Operation, Collective]:
+def by_operation(profile, rank) -> dict[Operation, Collective]:
     return {one.operation: one for one in profile.traces[rank].collectives}
 
 

@@ -5,7 +5,6 @@ import gzip
 import json
 import os
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -135,7 +134,7 @@ def profile(folder):
     report_profile.print_profile(found, numbers)
 
 
-def each(good, write, read: Callable[[], object], turn):
+def each(good, write, read, turn):
     """Damage every field in a few ways; returns what ended otherwise than in one line."""
     failed = []
     paths = list(mutations(good))

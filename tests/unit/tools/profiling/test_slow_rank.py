@@ -12,7 +12,7 @@ SAMPLE = Path(__file__).parent / "samples/kineto_nccl"
 GROUP = (0, 1, 2, 3)
 
 
-def found(compute, rows, groups: list[tuple[int, ...]] | None = None):
+def found(compute, rows, groups=None):
     """Of ranks that compute this long and have these rows, in two equal steps."""
     traces = [
         RankTrace(rank, groups={"9": TracedGroup("9", of, "EXPERT_MODEL_PARALLEL_GROUP")})

@@ -101,7 +101,7 @@ def add_health(records, every=10):
         record |= _health(rng, layers, topk, record["loss"])
 
 
-def _health(rng: np.random.Generator, layers, topk, loss):
+def _health(rng, layers, topk, loss):
     level = {
         "gate_entropy": 1.9,
         "selection_margin": 0.05,

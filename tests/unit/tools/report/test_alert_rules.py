@@ -101,7 +101,7 @@ FINE = {
 }
 
 
-def _series(run, changes: dict[str, str]):
+def _series(run, changes):
     rows = []
     for name, values in (GOOD | changes).items():
         metric, _, labels = name.partition("{")

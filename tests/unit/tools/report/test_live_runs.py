@@ -35,7 +35,7 @@ def ask(address):
         return answer.read().decode()
 
 
-def numbers(text) -> Numbers:
+def numbers(text):
     return {
         (sample.name, sample.labels.pop("run")): sample.value
         for family in text_string_to_metric_families(text)

@@ -7,7 +7,6 @@ import pytest
 
 from moepp_megatron.observe.alerts import Alert
 from moepp_megatron.tools.report.alerts import MAX_ROWS, alert_blocks, watched
-from moepp_megatron.tools.report.blocks import Plot
 from moepp_megatron.tools.report.curves import _loss_plot
 from moepp_megatron.tools.report.drawing import plot_style
 from moepp_megatron.tools.report.expert_plots import expert_plots
@@ -32,12 +31,12 @@ TITLES = {
 }
 
 
-def plots_of(run) -> dict[str, Plot]:
+def plots_of(run):
     with plot_style():
         return {plot.title: plot for plot in health_plots(load_run(run))}
 
 
-def alert(step, **changes) -> Alert:
+def alert(step, **changes):
     fields = {
         "step": step,
         "time": 1.7e9 + step,
@@ -52,12 +51,12 @@ def alert(step, **changes) -> Alert:
     return Alert(**fields | changes)
 
 
-def with_alerts(run, *alerts: Alert):
+def with_alerts(run, *alerts):
     (run / "alerts.jsonl").write_text("".join(each.to_json_line() for each in alerts))
     return run
 
 
-def picture(plot: Plot):
+def picture(plot):
     assert plot.image is not None, plot.alt
     return base64.b64decode(plot.image.split(",", 1)[1]).decode()
 

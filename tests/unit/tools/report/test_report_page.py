@@ -50,7 +50,7 @@ class Reader(HTMLParser):
         return " ".join(" ".join(self.words).split())
 
 
-def read_page(run) -> Reader:
+def read_page(run):
     return Reader(build_report(run).read_text(encoding="ascii"))
 
 
@@ -181,7 +181,7 @@ def test_an_odd_run_has_a_page(make_run, request, name):
     if name not in RENDERED:
         request.getfixturevalue("unrendered")
 
-    def edit(records: list[dict]):
+    def edit(records):
         for record in records if change else []:
             change(record)
 

@@ -2,14 +2,14 @@
 
 from pathlib import Path
 
-from moepp_megatron.config import Config, parse_config
+from moepp_megatron.config import parse_config
 from moepp_megatron.observe.metrics import StepMetrics
-from moepp_megatron.tools.experiments.pilot.arms import Arm, PilotRun
+from moepp_megatron.tools.experiments.pilot.arms import PilotRun
 from moepp_megatron.tools.experiments.pilot.pilot import Pilot
 from tests.parallel.training_runs import settings
 
 
-def config_of(**moe) -> Config:
+def config_of(**moe):
     return parse_config(
         settings(
             run={"name": "tiny"},
@@ -43,7 +43,7 @@ def record(step, **values) -> StepMetrics:
     return StepMetrics.model_validate(content)
 
 
-def pilot_in(path, seeds, config: Config | None = None, steps=8) -> Pilot:
+def pilot_in(path, seeds, config=None, steps=8):
     """A pilot of one rank a run whose folder has been made."""
     config = config_of() if config is None else config
     pilot = Pilot(path, 1, config, steps, range(7, 7 + seeds), "moepp pilot")
@@ -51,11 +51,11 @@ def pilot_in(path, seeds, config: Config | None = None, steps=8) -> Pilot:
     return pilot
 
 
-def run_in(path, arm: Arm, seed=7, nproc=1) -> PilotRun:
+def run_in(path, arm, seed=7, nproc=1):
     return PilotRun.of(path, nproc, arm, seed)
 
 
-def write_run(config: Config, steps=None, loss=4.0, **values):
+def write_run(config, steps=None, loss=4.0, **values):
     """The folder that `moepp train` leaves behind; cut off after `steps`."""
     folder, last = config.run.dir, config.training.train_iters
     folder.mkdir(parents=True, exist_ok=True)

@@ -10,10 +10,9 @@ from pathlib import Path
 import pytest
 
 from moepp_megatron.config import load_config, with_overrides
-from moepp_megatron.runtime.launch import LaunchOptions
 from moepp_megatron.tools.experiments.pilot.arms import first_arms, session
 from moepp_megatron.tools.experiments.pilot.page import print_pilot, write_pilot_page
-from moepp_megatron.tools.experiments.pilot.pilot import PilotResult, result_of
+from moepp_megatron.tools.experiments.pilot.pilot import result_of
 from moepp_megatron.tools.experiments.runner import run_missing
 from moepp_megatron.tools.experiments.timed_step import BothSteps
 from tests.unit.tools.experiments.pilot.synthetic import config_of, pilot_in, run_in, write_run
@@ -33,7 +32,7 @@ KINDS = {
 }
 
 
-def result(path, seeds) -> PilotResult:
+def result(path, seeds):
     """The result of a pilot with this many seeds, run as far as it is not finished."""
     found = result_of(pilot_in(path, seeds).run(lambda title: None))
     assert found is not None
@@ -47,7 +46,7 @@ class Ranks:
         self.started = []
         self.step_s = STEP_S
 
-    def __call__(self, options: LaunchOptions, module, arguments):
+    def __call__(self, options, module, arguments):
         if arguments[0] == "bench":
             file = Path(arguments[arguments.index("--json") + 1])
             numbers = dict.fromkeys(BothSteps.model_fields, 1.0)

@@ -7,9 +7,8 @@ import pytest
 
 from moepp_megatron.config import ConfigError, load_config, with_overrides
 from moepp_megatron.config.exit_codes import STOPPED
-from moepp_megatron.runtime.launch import LaunchOptions
 from moepp_megatron.tools.experiments import runner
-from moepp_megatron.tools.experiments.pilot.arms import PilotRun, first_arms
+from moepp_megatron.tools.experiments.pilot.arms import first_arms
 from moepp_megatron.tools.experiments.runner import (
     Interrupted,
     RunFailed,
@@ -20,7 +19,7 @@ from moepp_megatron.tools.experiments.runner import (
 from tests.unit.tools.experiments.pilot.synthetic import config_of, pilot_in, run_in, write_run
 
 
-def runs_in(path, steps=8, seeds=(7, 8), nproc=1) -> list[PilotRun]:
+def runs_in(path, steps=8, seeds=(7, 8), nproc=1):
     arms = first_arms(config_of(), steps)
     return [run_in(path, arm, seed, nproc) for seed in seeds for arm in arms]
 
@@ -28,12 +27,12 @@ def runs_in(path, steps=8, seeds=(7, 8), nproc=1) -> list[PilotRun]:
 class Ranks:
     """Stands in for the ranks of these runs; notes which were started."""
 
-    def __init__(self, runs: list[PilotRun], status=0, after=0):
+    def __init__(self, runs, status=0, after=0):
         self.runs = {run.name: run for run in runs}
         self.started = []
         self.status, self.after = status, after
 
-    def __call__(self, options: LaunchOptions, module, arguments):
+    def __call__(self, options, module, arguments):
         file = Path(arguments[-1])
         assert file.exists(), "written before it is run"
         run = self.runs[file.stem]
@@ -49,7 +48,7 @@ class Ranks:
 def stand_in(monkeypatch):
     """Puts `Ranks` in place of those that would be started."""
 
-    def put(runs: list[PilotRun], status=0, after=0) -> Ranks:
+    def put(runs, status=0, after=0) -> Ranks:
         ranks = Ranks(runs, status, after)
         monkeypatch.setattr("moepp_megatron.tools.experiments.runner.run_ranks", ranks)
         return ranks
@@ -151,7 +150,7 @@ def test_a_diverged_run_has_no_loss_to_compare(tmp_path):
 def test_ranks_are_started_on_the_runs_own_file(tmp_path, monkeypatch):
     calls = []
 
-    def launched(options: LaunchOptions, module, arguments):
+    def launched(options, module, arguments):
         calls.append((options, module, arguments))
         write_run(run.config)
         return 0
