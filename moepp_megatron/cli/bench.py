@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from typer import Option
 
 from moepp_megatron.cli.echo import echo, warn
 from moepp_megatron.cli.options import ConfigArgument, JsonOption, NprocOption, OverridesArgument
@@ -35,17 +36,17 @@ _FUSED: dict[str, Fused] = {"auto": "auto", "true": True, "false": False}
 def layer(
     shapes: Annotated[
         str,
-        typer.Option(
+        Option(
             help="Measure the layers of these models of the paper: 0.6B, 1B, 2B, 7B.",
             metavar="NAME,...",
         ),
     ] = "0.6B,1B",
     taus: Annotated[
-        str, typer.Option(help="Measure with these values of moe.tau.", metavar="TAU,...")
+        str, Option(help="Measure with these values of moe.tau.", metavar="TAU,...")
     ] = "0.1,0.25,0.5,0.75,1.0",
     dtype: Annotated[
         str,
-        typer.Option(
+        Option(
             help="Compute in this dtype; with fp8, the experts' products are in FP8 and all else "
             "is in bf16.",
             metavar="fp32|bf16|fp8",
@@ -53,29 +54,29 @@ def layer(
     ] = "fp32",
     fp8_recipe: Annotated[
         str,
-        typer.Option(help="Scale in this way with fp8.", metavar="delayed|tensorwise|blockwise"),
+        Option(help="Scale in this way with fp8.", metavar="delayed|tensorwise|blockwise"),
     ] = "delayed",
     fused: Annotated[
         str,
-        typer.Option(
+        Option(
             help="Compute the MoE++ layer with Triton kernels or without.",
             metavar="auto|true|false",
         ),
     ] = "auto",
     constants: Annotated[
         int | None,
-        typer.Option(
+        Option(
             min=1, help="Use this many constant experts in place of the shape's own.", metavar="N"
         ),
     ] = None,
     tokens: Annotated[
-        int, typer.Option(min=1, help="Compute this many tokens per pass.", metavar="TOKENS")
+        int, Option(min=1, help="Compute this many tokens per pass.", metavar="TOKENS")
     ] = 4096,
     passes: Annotated[
-        str, typer.Option(help="Time these passes: forward, forward_backward.", metavar="PASS,...")
+        str, Option(help="Time these passes: forward, forward_backward.", metavar="PASS,...")
     ] = "forward,forward_backward",
     rounds: Annotated[
-        int, typer.Option(min=1, help="Run each layer this many times; the layers take turns.")
+        int, Option(min=1, help="Run each layer this many times; the layers take turns.")
     ] = 9,
     json_file: JsonOption = None,
 ) -> None:
@@ -152,7 +153,7 @@ def step(
     overrides: OverridesArgument = None,
     nproc: NprocOption = 1,
     rounds: Annotated[
-        int, typer.Option(min=1, help="Time this many steps per model; the models take turns.")
+        int, Option(min=1, help="Time this many steps per model; the models take turns.")
     ] = 9,
     json_file: JsonOption = None,
 ) -> None:

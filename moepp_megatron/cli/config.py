@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer import Argument, Option
 
 from moepp_megatron.cli.echo import echo, warn
 from moepp_megatron.cli.options import ConfigArgument, JsonOption, OverridesArgument
@@ -30,9 +31,7 @@ _WIDTH = 100
 def show(
     config: ConfigArgument,
     overrides: OverridesArgument = None,
-    changed: Annotated[
-        bool, typer.Option("--changed", help="Leave out what is at its default.")
-    ] = False,
+    changed: Annotated[bool, Option("--changed", help="Leave out what is at its default.")] = False,
     json_file: JsonOption = None,
 ) -> None:
     """Print the resolved configuration with the file that each value comes from.
@@ -64,7 +63,7 @@ def show(
 def keys(
     prefix: Annotated[
         str | None,
-        typer.Argument(
+        Argument(
             help="Print only the settings whose names begin with this, such as moe or moe.tau; if "
             "none does, those that contain it.",
             metavar="PREFIX",
@@ -113,18 +112,18 @@ def keys(
 def from_megatron(
     file: Annotated[
         Path,
-        typer.Argument(
+        Argument(
             help="Read this shell script, which calls pretrain_gpt.py, or YAML with its arguments.",
             metavar="FILE",
         ),
     ],
     variables: Annotated[
         list[str] | None,
-        typer.Argument(help="Give variables of FILE these values.", metavar="NAME=VALUE"),
+        Argument(help="Give variables of FILE these values.", metavar="NAME=VALUE"),
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option(
+        Option(
             help="Write the configuration to this file; by default, it is printed.",
             metavar="FILE.yaml",
         ),

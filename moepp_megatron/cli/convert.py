@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from typer import Argument, Option
 
 from moepp_megatron.cli.echo import echo, warn
 from moepp_megatron.layer_settings import LayerSettings
@@ -39,10 +40,10 @@ class _ExportLayout(StrEnum):
     vanilla = "vanilla"
 
 
-Source = Annotated[Path, typer.Argument(help="Convert the model in this folder.", metavar="SRC")]
+Source = Annotated[Path, Argument(help="Convert the model in this folder.", metavar="SRC")]
 OwnSource = Annotated[
     Path,
-    typer.Argument(
+    Argument(
         help="Convert the model in this folder, or in s3://bucket/prefix.",
         metavar="SRC",
         parser=place,
@@ -50,17 +51,15 @@ OwnSource = Annotated[
 ]
 Target = Annotated[
     Path,
-    typer.Argument(
-        help="Write the result to this folder, which must be new or empty.", metavar="DST"
-    ),
+    Argument(help="Write the result to this folder, which must be new or empty.", metavar="DST"),
 ]
 ChosenDtype = Annotated[
     _Dtype | None,
-    typer.Option(help="Convert all weights to this dtype; by default, each keeps its own."),
+    Option(help="Convert all weights to this dtype; by default, each keeps its own."),
 ]
 AllowPickle = Annotated[
     bool,
-    typer.Option(
+    Option(
         "--allow-pickle",
         help="Accept .bin files too, which are read as weights only; use it if you trust SRC.",
     ),
@@ -91,19 +90,19 @@ def mcore_to_hf(
     target: Target,
     layout: Annotated[
         _ExportLayout,
-        typer.Option(
+        Option(
             help="Write the model in this form. moepp has our class names and takes any model "
             "without latent attention; released is that of the released MoE++ models; zeda is "
             "ZEDA's Qwen3-MoE; vanilla is Mixtral, Qwen3-MoE or DeepSeek-MoE, for llama.cpp."
         ),
     ] = _ExportLayout.moepp,
     max_shard_gb: Annotated[
-        float, typer.Option(min=0.001, help="Write files of at most this many GB.", metavar="GB")
+        float, Option(min=0.001, help="Write files of at most this many GB.", metavar="GB")
     ] = 5.0,
     dtype: ChosenDtype = None,
     original: Annotated[
         Path | None,
-        typer.Option(
+        Option(
             help="Take context length, special tokens, chat template and settings of generation "
             "from this checkpoint, which was made from the model that SRC began as; by default, "
             "those of SRC.",
@@ -112,7 +111,7 @@ def mcore_to_hf(
     ] = None,
     license_id: Annotated[
         str,
-        typer.Option(
+        Option(
             "--license",
             help="Name this licence of the weights in the model card, such as apache-2.0.",
             metavar="NAME",
@@ -147,37 +146,35 @@ def upcycle(
     source: Source,
     target: Target,
     zero: Annotated[
-        int, typer.Option(min=0, help="Add this many zero experts.")
+        int, Option(min=0, help="Add this many zero experts.")
     ] = LayerSettings.num_zero_experts,
     copy: Annotated[
-        int, typer.Option(min=0, help="Add this many copy experts.")
+        int, Option(min=0, help="Add this many copy experts.")
     ] = LayerSettings.num_copy_experts,
     constant: Annotated[
-        int, typer.Option(min=0, help="Add this many constant experts.")
+        int, Option(min=0, help="Add this many constant experts.")
     ] = LayerSettings.num_constant_experts,
     gating_residual: Annotated[
-        bool, typer.Option(help="Add gating residuals, which are 0 at first, or none.")
+        bool, Option(help="Add gating residuals, which are 0 at first, or none.")
     ] = True,
     tau: Annotated[
-        float, typer.Option(min=0.001, help="Set moe.tau of the new model.", metavar="TAU")
+        float, Option(min=0.001, help="Set moe.tau of the new model.", metavar="TAU")
     ] = LayerSettings.tau,
-    experts: Annotated[
-        int, typer.Option(min=1, help="Give a dense model this many FFN experts.")
-    ] = 8,
+    experts: Annotated[int, Option(min=1, help="Give a dense model this many FFN experts.")] = 8,
     topk: Annotated[
-        int, typer.Option(min=1, help="Select this many experts per token of a dense model.")
+        int, Option(min=1, help="Select this many experts per token of a dense model.")
     ] = 2,
-    seed: Annotated[int, typer.Option(help="Initialize what is new with this seed.")] = 1234,
+    seed: Annotated[int, Option(help="Initialize what is new with this seed.")] = 1234,
     approximate: Annotated[
         bool,
-        typer.Option(
+        Option(
             "--approximate",
             help="Accept a model whose gates shrink a little too (norm_topk_prob false).",
         ),
     ] = False,
     zeda_router: Annotated[
         bool,
-        typer.Option(
+        Option(
             "--zeda-router",
             help="Give new experts router rows as ZEDA does, without a selection bias: tokens "
             "select them from the first step on, and the model computes something else.",
@@ -226,7 +223,7 @@ def upcycle(
 def megatron_lm(
     source: Annotated[
         Path,
-        typer.Argument(
+        Argument(
             help="Convert the newest checkpoint of this --save folder of Megatron-LM, or this one "
             "iter_* folder.",
             metavar="SRC",
@@ -235,13 +232,13 @@ def megatron_lm(
     target: Target,
     tokenizer: Annotated[
         Path | None,
-        typer.Option(
+        Option(
             help="Add this tokenizer.json, with which the run's data were made.", metavar="FILE"
         ),
     ] = None,
     moepp_args: Annotated[
         str | None,
-        typer.Option(
+        Option(
             help="Take the settings from the run's MOEPP_ARGS where the checkpoint has none.",
             metavar="TEXT",
         ),

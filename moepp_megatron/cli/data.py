@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from typer import Argument, Option
 
 from moepp_megatron.cli.echo import echo
 from moepp_megatron.cli.options import OverridesArgument
@@ -31,7 +32,7 @@ app = typer.Typer(
 def prepare(
     sources: Annotated[
         list[str],
-        typer.Argument(
+        Argument(
             metavar="SOURCE",
             help="Read these files: text, JSONL (.jsonl, .ndjson), also compressed as .gz or .zst, "
             "parquet, and folders of these. The word stdlib reads the library sources of the "
@@ -39,13 +40,13 @@ def prepare(
             "show apart from others.",
         ),
     ],
-    out: Annotated[Path, typer.Option(help="Write the dataset to this folder.", metavar="DIR")],
+    out: Annotated[Path, Option(help="Write the dataset to this folder.", metavar="DIR")],
     vocab_size: Annotated[
-        int | None, typer.Option(help="Train a tokenizer of this many tokens; by default, of 4096.")
+        int | None, Option(help="Train a tokenizer of this many tokens; by default, of 4096.")
     ] = None,
     tokenizer: Annotated[
         Path | None,
-        typer.Option(
+        Option(
             help="Use this tokenizer instead of training one: a tokenizer.json, a Hugging Face "
             "folder, a sentencepiece .model, or a file of tiktoken's ranks.",
             metavar="FILE|DIR",
@@ -53,7 +54,7 @@ def prepare(
     ] = None,
     eod_token: Annotated[
         str | None,
-        typer.Option(
+        Option(
             help="End documents with this token of --tokenizer; by default, with the first "
             "well-known name that it has.",
             metavar="TOKEN",
@@ -61,11 +62,11 @@ def prepare(
     ] = None,
     text_key: Annotated[
         str,
-        typer.Option(help="Take the text from this JSONL key or parquet column.", metavar="NAME"),
+        Option(help="Take the text from this JSONL key or parquet column.", metavar="NAME"),
     ] = "text",
     chat: Annotated[
         bool,
-        typer.Option(
+        Option(
             "--chat",
             help="Read conversations: JSONL or parquet with messages (role, content), ShareGPT's "
             "conversations (from, value) or Alpaca's instruction, input and output. Only answers "
@@ -74,7 +75,7 @@ def prepare(
     ] = False,
     seq_length: Annotated[
         int | None,
-        typer.Option(
+        Option(
             help="With --chat, put conversations into sequences of this many tokens, the model's "
             "model.seq_length; longer ones are left out and counted.",
             metavar="TOKENS",
@@ -82,7 +83,7 @@ def prepare(
     ] = None,
     template: Annotated[
         Path | None,
-        typer.Option(
+        Option(
             help="With --chat, render conversations by this Jinja file; by default, by the chat "
             "template that belongs to the tokenizer.",
             metavar="FILE",
@@ -90,16 +91,16 @@ def prepare(
     ] = None,
     workers: Annotated[
         int | None,
-        typer.Option(
+        Option(
             help="Use this many processes, which changes the time only; by default, one per core."
         ),
     ] = None,
     seed: Annotated[
         int,
-        typer.Option(help="Order the documents and draw the tokenizer's sample with this seed."),
+        Option(help="Order the documents and draw the tokenizer's sample with this seed."),
     ] = 1234,
     force: Annotated[
-        bool, typer.Option("--force", help="Replace a dataset that is already there.")
+        bool, Option("--force", help="Replace a dataset that is already there.")
     ] = False,
 ) -> None:
     """Write a dataset folder: indexed dataset, tokenizer, manifest.
@@ -177,7 +178,7 @@ def _print_summary(manifest: Manifest) -> None:
 def verify(
     folder: Annotated[
         Path,
-        typer.Argument(metavar="DIR", help="Check this folder, which moepp data prepare wrote."),
+        Argument(metavar="DIR", help="Check this folder, which moepp data prepare wrote."),
     ],
 ) -> None:
     """Check every byte of a prepared folder: sizes, hashes, index, and tokens in the vocabulary.
@@ -228,7 +229,7 @@ def _print_states(states: list[FileState]) -> None:
 def show(
     what: Annotated[
         Path,
-        typer.Argument(
+        Argument(
             metavar="DIR|CONFIG",
             help="Show this prepared folder, the PREFIX of a .bin and .idx, or what a run of this "
             "YAML configuration draws.",
@@ -236,14 +237,12 @@ def show(
     ],
     overrides: OverridesArgument = None,
     document: Annotated[
-        int, typer.Option(help="Print this document, counted from 0 in the shuffled order.", min=0)
+        int, Option(help="Print this document, counted from 0 in the shuffled order.", min=0)
     ] = 0,
-    tokens: Annotated[int, typer.Option(help="Print this many tokens of it at most.", min=0)] = 200,
+    tokens: Annotated[int, Option(help="Print this many tokens of it at most.", min=0)] = 200,
     tokenizer: Annotated[
         Path | None,
-        typer.Option(
-            help="Decode with this tokenizer; by default, with the folder's.", metavar="FILE"
-        ),
+        Option(help="Decode with this tokenizer; by default, with the folder's.", metavar="FILE"),
     ] = None,
 ) -> None:
     """Print counts of documents and tokens, a decoded sample, and the blend as it is drawn.

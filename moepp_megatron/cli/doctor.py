@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
+from typer import Argument, Option
 from typer.core import TyperCommand
 
 from moepp_megatron.cli.echo import echo
@@ -35,7 +35,7 @@ class Doctor(TyperCommand):
 def doctor(
     config: Annotated[
         Path | None,
-        typer.Argument(
+        Argument(
             help="Check what this YAML configuration needs, including its folders.",
             metavar="CONFIG",
         ),
@@ -43,7 +43,7 @@ def doctor(
     overrides: OverridesArgument = None,
     preflight: Annotated[
         bool,
-        typer.Option(
+        Option(
             "--preflight",
             help="Print only what is wrong, on stderr, and take busy or slow GPUs for errors. This "
             "is for a job that is about to start.",
@@ -51,7 +51,7 @@ def doctor(
     ] = False,
     json_file: Annotated[
         Path | None,
-        typer.Option(
+        Option(
             "--json",
             help="Write the results as JSON to this file, whose name ends with .json; - or no FILE "
             "prints the JSON and nothing else.",
@@ -60,18 +60,18 @@ def doctor(
     ] = None,
     hardware: Annotated[
         str | None,
-        typer.Option(
+        Option(
             help=f"Judge by this GPU: {GPU_NAMES}. By default, it is the GPU that is here.",
             metavar="NAME",
         ),
     ] = None,
     gpus: Annotated[
         int | None,
-        typer.Option(min=0, help="Require this many GPUs; by default, as many as Slurm gave."),
+        Option(min=0, help="Require this many GPUs; by default, as many as Slurm gave."),
     ] = None,
     nproc: Annotated[
         int,
-        typer.Option(
+        Option(
             min=1,
             help="Start this many ranks on this machine, which adds collectives and the slowest "
             "rank.",

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from typer import Option
 
 from moepp_megatron.cli.echo import echo
 from moepp_megatron.cli.options import CheckpointArgument, LayoutArgument, NprocOption
@@ -18,7 +19,7 @@ def generate(
     checkpoint: CheckpointArgument,
     prompt: Annotated[
         list[str],
-        typer.Option(
+        Option(
             help="Continue this text; give the option several times to continue several texts side "
             "by side.",
             metavar="TEXT",
@@ -28,7 +29,7 @@ def generate(
     nproc: NprocOption = 1,
     chat: Annotated[
         bool,
-        typer.Option(
+        Option(
             "--chat",
             help="Take the text as a message of a user and continue with the answer, by the chat "
             "template that belongs to the checkpoint's tokenizer.",
@@ -36,7 +37,7 @@ def generate(
     ] = False,
     max_new_tokens: Annotated[
         int | None,
-        typer.Option(
+        Option(
             min=1,
             help="Generate at most this many tokens.",
             metavar="TOKENS",
@@ -45,13 +46,11 @@ def generate(
     ] = None,
     temperature: Annotated[
         float,
-        typer.Option(
-            min=0.0, help="Sample at this temperature; 0 always takes the likeliest token."
-        ),
+        Option(min=0.0, help="Sample at this temperature; 0 always takes the likeliest token."),
     ] = 0.8,
     top_p: Annotated[
         float,
-        typer.Option(
+        Option(
             min=0.0,
             max=1.0,
             help="Sample among the likeliest tokens that have this much probability together.",
@@ -60,7 +59,7 @@ def generate(
     seed: Annotated[
         int,
         # The generators' seeds are 64 bits wide, and one is counted up for each prompt.
-        typer.Option(
+        Option(
             min=0,
             max=2**62,
             help="Sample with this seed, which gives the same text in every layout.",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import typer
+from typer import Option
 
 from moepp_megatron.cli.echo import echo
 from moepp_megatron.cli.options import CheckpointArgument, JsonOption, LayoutArgument, NprocOption
@@ -17,21 +17,21 @@ if TYPE_CHECKING:
 
 def inspect(
     checkpoint: CheckpointArgument,
-    text: Annotated[Path, typer.Option(help="Read this UTF-8 text.", metavar="FILE")],
+    text: Annotated[Path, Option(help="Read this UTF-8 text.", metavar="FILE")],
     overrides: LayoutArgument = None,
-    out: Annotated[
-        Path, typer.Option(help="Write the page to this file.", metavar="FILE.html")
-    ] = Path("inspect.html"),
+    out: Annotated[Path, Option(help="Write the page to this file.", metavar="FILE.html")] = Path(
+        "inspect.html"
+    ),
     json: JsonOption = None,
     language: Annotated[
         Literal["auto", "text", "python"],
-        typer.Option(
+        Option(
             help="Choose python for a text with keywords and identifiers; auto decides by its name."
         ),
     ] = "auto",
     max_tokens: Annotated[
         int,
-        typer.Option(min=2, max=200_000, help="Read at most this many tokens.", metavar="TOKENS"),
+        Option(min=2, max=200_000, help="Read at most this many tokens.", metavar="TOKENS"),
     ] = 16_384,
     nproc: NprocOption = 1,
 ) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-import typer
+from typer import Argument, Option
 
 from moepp_megatron.cli.echo import echo
 from moepp_megatron.config import ConfigError
@@ -14,24 +14,22 @@ from moepp_megatron.config import ConfigError
 def monitor(
     run: Annotated[
         list[Path],
-        typer.Argument(
+        Argument(
             help="Show this run; with --prometheus, serve several, or all in these folders.",
             metavar="RUN",
         ),
     ],
     interval: Annotated[
         float,
-        typer.Option(min=0.1, max=3600.0, help="Show new numbers this often.", metavar="SECONDS"),
+        Option(min=0.1, max=3600.0, help="Show new numbers this often.", metavar="SECONDS"),
     ] = 2.0,
     once: Annotated[
         bool,
-        typer.Option(
-            "--once", help="Print the numbers once and stop, as is done without a terminal."
-        ),
+        Option("--once", help="Print the numbers once and stop, as is done without a terminal."),
     ] = False,
     prometheus: Annotated[
         int | None,
-        typer.Option(
+        Option(
             min=1,
             max=65535,
             help="Serve the newest records on this port of --bind until stopped.",
@@ -39,7 +37,7 @@ def monitor(
         ),
     ] = None,
     bind: Annotated[
-        str, typer.Option(help="Let --prometheus listen on this address.", metavar="ADDRESS")
+        str, Option(help="Let --prometheus listen on this address.", metavar="ADDRESS")
     ] = "127.0.0.1",
 ) -> None:
     """Show a run: whether it is alive, the newest numbers, alerts.

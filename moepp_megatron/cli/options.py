@@ -5,26 +5,24 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-import typer
+from typer import Argument, Option
 
 from moepp_megatron.runtime.object_store import place
 
 GPU_NAMES = "a name in configs/hardware, or a YAML file"
 """Values of --gpu and --hardware, for help."""
 
-ConfigArgument = Annotated[
-    Path, typer.Argument(help="Read this YAML configuration.", metavar="CONFIG")
-]
+ConfigArgument = Annotated[Path, Argument(help="Read this YAML configuration.", metavar="CONFIG")]
 OverridesArgument = Annotated[
     list[str] | None,
-    typer.Argument(
+    Argument(
         help="Change these settings, such as moe.tau=0.5; moepp config keys lists all of them.",
         metavar="section.key=value",
     ),
 ]
 CheckpointArgument = Annotated[
     Path,
-    typer.Argument(
+    Argument(
         help="Load this checkpoint, or the newest one of this run; also from s3://bucket/prefix.",
         metavar="CHECKPOINT",
         parser=place,
@@ -32,7 +30,7 @@ CheckpointArgument = Annotated[
 ]
 LayoutArgument = Annotated[
     list[str] | None,
-    typer.Argument(
+    Argument(
         help="Use this layout, such as parallel.expert_model_parallel_size=2; by default, that of "
         "a single rank.",
         metavar="parallel.key=value",
@@ -40,24 +38,24 @@ LayoutArgument = Annotated[
 ]
 NprocOption = Annotated[
     int,
-    typer.Option(
+    Option(
         min=1, help="Start this many ranks on this machine; leave it out under torchrun or srun."
     ),
 ]
 JsonOption = Annotated[
     Path | None,
-    typer.Option(
+    Option(
         "--json",
         help="Write the results as JSON to this file; - prints the JSON and nothing else.",
         metavar="FILE.json",
     ),
 ]
 GpuOption = Annotated[
-    str, typer.Option("--gpu", help=f"Estimate for this kind of GPU: {GPU_NAMES}.", metavar="NAME")
+    str, Option("--gpu", help=f"Estimate for this kind of GPU: {GPU_NAMES}.", metavar="NAME")
 ]
 PriceOption = Annotated[
     float | None,
-    typer.Option(
+    Option(
         "--price",
         help="Compute the cost from this price per GPU and hour; by default, from that of the "
         "hardware file, if it has one.",
@@ -66,7 +64,7 @@ PriceOption = Annotated[
 ]
 TokensOption = Annotated[
     float | None,
-    typer.Option(
+    Option(
         "--tokens",
         help="Estimate time and cost of training on this many tokens; by default, on those of all "
         "configured steps.",
@@ -75,13 +73,11 @@ TokensOption = Annotated[
 ]
 NnodesOption = Annotated[
     int,
-    typer.Option(
-        "--nnodes", min=1, help="Use this many machines; run the same command on each of them."
-    ),
+    Option("--nnodes", min=1, help="Use this many machines; run the same command on each of them."),
 ]
 NodeRankOption = Annotated[
     int | None,
-    typer.Option(
+    Option(
         "--node-rank",
         min=0,
         help="Give this machine this number, counted from 0; by default, torchrun numbers them.",
@@ -89,7 +85,7 @@ NodeRankOption = Annotated[
 ]
 RdzvEndpointOption = Annotated[
     str | None,
-    typer.Option(
+    Option(
         "--rdzv-endpoint",
         help="Meet the other machines at this address, which is that of machine 0.",
         metavar="HOST[:PORT]",
@@ -97,7 +93,7 @@ RdzvEndpointOption = Annotated[
 ]
 RdzvIdOption = Annotated[
     str,
-    typer.Option(
+    Option(
         "--rdzv-id",
         help="Give this start of the run a name, the same on all machines.",
         metavar="NAME",

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from typer import Option
 
 from moepp_megatron.cli.echo import echo, warn
 from moepp_megatron.cli.options import ConfigArgument, OverridesArgument
@@ -24,23 +25,19 @@ def pilot(
     config: ConfigArgument,
     out: Annotated[
         Path,
-        typer.Option(
-            help="Write the pilot to this folder; a second call continues it.", metavar="DIR"
-        ),
+        Option(help="Write the pilot to this folder; a second call continues it.", metavar="DIR"),
     ],
     overrides: OverridesArgument = None,
-    nproc: Annotated[
-        int, typer.Option(min=1, help="Start this many ranks per run on this machine.")
-    ] = 1,
+    nproc: Annotated[int, Option(min=1, help="Start this many ranks per run on this machine.")] = 1,
     steps: Annotated[
         int | None,
-        typer.Option(
+        Option(
             min=1, help="Train every model for this many steps; by default, training.train_iters."
         ),
     ] = None,
     seeds: Annotated[
         int,
-        typer.Option(
+        Option(
             min=1,
             max=100,
             help="Train with this many seeds, from training.seed on. The pilot decides after every "
@@ -49,7 +46,7 @@ def pilot(
     ] = 5,
     collect: Annotated[
         bool,
-        typer.Option(
+        Option(
             "--collect",
             help="Run nothing: write the configuration of every run, print the commands of what is "
             "missing, and write the results of what is there. This is for runs that are started "

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from typer import Argument, Option
 
 from moepp_megatron.cli.echo import echo
 from moepp_megatron.cli.options import (
@@ -31,40 +32,38 @@ def plan(
     context: typer.Context,
     config: Annotated[
         Path | None,
-        typer.Argument(
+        Argument(
             help="Read this YAML configuration; leave it out with --measured.", metavar="CONFIG"
         ),
     ] = None,
     overrides: OverridesArgument = None,
-    gpus: Annotated[int, typer.Option(min=1, help="Plan for this many GPUs.")] = 8,
+    gpus: Annotated[int, Option(min=1, help="Plan for this many GPUs.")] = 8,
     gpu: GpuOption = "h100_sxm",
     taus: Annotated[
         str,
-        typer.Option(
-            help="Also estimate the model with these values of moe.tau.", metavar="TAU,..."
-        ),
+        Option(help="Also estimate the model with these values of moe.tau.", metavar="TAU,..."),
     ] = "0.25,0.5,1.0",
     price: PriceOption = None,
     tokens: TokensOption = None,
     routing: Annotated[
         Path | None,
-        typer.Option(
+        Option(
             help="Assume that routing is as uneven as in this run, or in this metrics.jsonl.",
             metavar="RUN",
         ),
     ] = None,
-    top: Annotated[int, typer.Option(min=1, max=50, help="Show this many layouts.")] = 5,
+    top: Annotated[int, Option(min=1, max=50, help="Show this many layouts.")] = 5,
     json_file: JsonOption = None,
     out: Annotated[
         Path | None,
-        typer.Option(
+        Option(
             help="Write the best layout to this file, a configuration whose base is CONFIG.",
             metavar="FILE.yaml",
         ),
     ] = None,
     measured: Annotated[
         list[Path] | None,
-        typer.Option(
+        Option(
             help="Compare the estimates with the measured runs that these files list.",
             metavar="FILE",
         ),

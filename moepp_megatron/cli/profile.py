@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-import typer
+from typer import Argument, Option
 
 from moepp_megatron.cli.options import JsonOption
 
@@ -13,7 +13,7 @@ from moepp_megatron.cli.options import JsonOption
 def profile(
     run: Annotated[
         Path,
-        typer.Argument(
+        Argument(
             help="Analyse this run, which needs training.profile_steps, or a folder of torch "
             "profiler traces.",
             metavar="RUN",
@@ -21,7 +21,7 @@ def profile(
     ],
     step: Annotated[
         int | None,
-        typer.Option(
+        Option(
             help="Analyse this recorded step; by default, all of them and their mean.",
             metavar="STEP",
         ),

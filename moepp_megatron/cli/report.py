@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Annotated
 
-import typer
+from typer import Argument, Option
 
 from moepp_megatron.cli.echo import echo
 
@@ -11,13 +11,13 @@ from moepp_megatron.cli.echo import echo
 def report(
     run: Annotated[
         list[Path],
-        typer.Argument(
+        Argument(
             help="Write the page of this run, or one page that compares these runs.", metavar="RUN"
         ),
     ],
     out: Annotated[
         Path | None,
-        typer.Option(
+        Option(
             help="Write the page to this file. By default one run's page is RUN/report.html, and "
             "that of several runs is comparison.html.",
             metavar="FILE.html",

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from typer import Option
 
 from moepp_megatron.cli.echo import echo, warn
 from moepp_megatron.cli.options import (
@@ -30,20 +31,18 @@ def scale(
     config: ConfigArgument,
     out: Annotated[
         Path,
-        typer.Option(
-            help="Write the test to this folder; a second call continues it.", metavar="DIR"
-        ),
+        Option(help="Write the test to this folder; a second call continues it.", metavar="DIR"),
     ],
     overrides: OverridesArgument = None,
     nproc: Annotated[
         str,
-        typer.Option(
+        Option(
             help="Measure on these numbers of ranks, counted over all machines.", metavar="N,..."
         ),
     ] = "1,2,4",
     mode: Annotated[
         str,
-        typer.Option(
+        Option(
             help="Measure these kinds of scaling: strong, where the global batch stays, and weak, "
             "where it grows with the ranks.",
             metavar="MODE,...",
@@ -51,7 +50,7 @@ def scale(
     ] = "strong,weak",
     layout: Annotated[
         list[str] | None,
-        typer.Option(
+        Option(
             help="Use these degrees of parallelism, such as ep=2,tp=1 (tp, pp, cp, ep, etp; the "
             "others are as in CONFIG), or auto, the default: the largest expert parallelism that "
             "divides experts and ranks. Give the option several times to compare several.",
@@ -59,22 +58,22 @@ def scale(
         ),
     ] = None,
     rounds: Annotated[
-        int, typer.Option(min=1, help="Time this many steps per model; the models take turns.")
+        int, Option(min=1, help="Time this many steps per model; the models take turns.")
     ] = 20,
     plan: Annotated[
         bool,
-        typer.Option(
+        Option(
             "--plan",
             help="Print the points that are still to be measured, a name and a number of ranks per "
             "line, and stop. This and what follows is for batch scripts.",
         ),
     ] = False,
     point: Annotated[
-        str | None, typer.Option(help="Measure only the point of this name.", metavar="NAME")
+        str | None, Option(help="Measure only the point of this name.", metavar="NAME")
     ] = None,
     collect: Annotated[
         bool,
-        typer.Option(
+        Option(
             "--collect",
             help="Measure nothing; write scale.json and scaling.html of the points that are there.",
         ),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import typer
+from typer import Option
 
 from moepp_megatron.cli.echo import echo
 from moepp_megatron.cli.options import CheckpointArgument, LayoutArgument, NprocOption
@@ -20,26 +20,24 @@ def score(
     overrides: LayoutArgument = None,
     tokens: Annotated[
         Path | None,
-        typer.Option(
-            help="Score the tokens input_ids [b, s] of this NPZ file.", metavar="FILE.npz"
-        ),
+        Option(help="Score the tokens input_ids [b, s] of this NPZ file.", metavar="FILE.npz"),
     ] = None,
     text: Annotated[
         Path | None,
-        typer.Option(
+        Option(
             help="Score this UTF-8 text instead, and print its loss and perplexity.", metavar="FILE"
         ),
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option(
+        Option(
             help="Write the log-probabilities to this NPZ file; --tokens needs it.",
             metavar="FILE.npz",
         ),
     ] = None,
     nproc: NprocOption = 1,
     logits: Annotated[
-        bool, typer.Option("--logits", help="Also write the logits [b, s, vocab].")
+        bool, Option("--logits", help="Also write the logits [b, s, vocab].")
     ] = False,
 ) -> None:
     """Write token_logprobs [b, s-1] of given tokens, or print the perplexity of a text.

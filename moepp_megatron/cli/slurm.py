@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from typer import Option
 
 from moepp_megatron.cli.echo import echo, warn
 from moepp_megatron.cli.options import ConfigArgument, OverridesArgument
@@ -16,10 +17,10 @@ def slurm(
     config: ConfigArgument,
     overrides: OverridesArgument = None,
     nodes: Annotated[
-        int | None, typer.Option(min=1, help="Ask for this many nodes; by default, slurm.nodes.")
+        int | None, Option(min=1, help="Ask for this many nodes; by default, slurm.nodes.")
     ] = None,
     submit: Annotated[
-        bool, typer.Option("--submit", help="Submit the job instead of printing its script.")
+        bool, Option("--submit", help="Submit the job instead of printing its script.")
     ] = False,
 ) -> None:
     """Print, or submit, the Slurm job that trains the model of CONFIG.

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from typer import Option
 
 from moepp_megatron.cli.echo import echo, warn
 from moepp_megatron.cli.options import (
@@ -34,7 +35,7 @@ def train(
     nproc: NprocOption = 1,
     max_restarts: Annotated[
         int,
-        typer.Option(
+        Option(
             min=0,
             help="Restart all ranks up to this many times after one has died; they continue from "
             "the newest checkpoint.",
@@ -42,7 +43,7 @@ def train(
     ] = 0,
     resume: Annotated[
         bool,
-        typer.Option(
+        Option(
             "--resume",
             help="Continue from this run's newest checkpoint; if it has none, start as "
             "checkpoint.load says.",
@@ -50,7 +51,7 @@ def train(
     ] = False,
     overwrite: Annotated[
         bool,
-        typer.Option(
+        Option(
             "--overwrite",
             help="Start from scratch where run.dir holds a run, which is moved to a folder next "
             "to it, named by date and time. Nothing is deleted.",
@@ -58,7 +59,7 @@ def train(
     ] = False,
     log_dir: Annotated[
         Path | None,
-        typer.Option(
+        Option(
             help="Also write the output of each rank of this machine to a file in this folder.",
             metavar="DIR",
         ),
@@ -69,7 +70,7 @@ def train(
     rdzv_id: RdzvIdOption = "moepp",
     restart_timeout: Annotated[
         int | None,
-        typer.Option(
+        Option(
             min=1,
             help="Wait this long for the other machines after a failure (120 by default), then end "
             "with exit status 71.",
@@ -78,21 +79,21 @@ def train(
     ] = None,
     ignore_memory: Annotated[
         bool,
-        typer.Option(
+        Option(
             "--ignore-memory",
             help="Start even if the estimate of its memory does not fit the GPU here.",
         ),
     ] = False,
     dry_run: Annotated[
         bool,
-        typer.Option(
+        Option(
             "--dry-run",
             help="Check the configuration, print the rank grid, parameters and memory, and stop.",
         ),
     ] = False,
     gpu: Annotated[
         str | None,
-        typer.Option(
+        Option(
             help=f"With --dry-run, compare the memory with that of this GPU: {GPU_NAMES}; cpu is "
             "this machine's CPU. By default, it is telemetry.hardware, the GPU here, or an H100 "
             "where precision.dtype is bf16.",
@@ -101,7 +102,7 @@ def train(
     ] = None,
     build_rank: Annotated[
         int | None,
-        typer.Option(
+        Option(
             min=0,
             help="With --dry-run, build this rank here, without its peers or its memory, and "
             "compare groups, layers, parameters and memory with what is printed.",

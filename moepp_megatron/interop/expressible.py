@@ -1,14 +1,16 @@
-"""Limits of a format, as rows of settings that it lacks."""
+"""A format of exports, and its limits, as rows of settings that it lacks."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
+from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any
 
 from moepp_megatron.config import Config
 from moepp_megatron.config.errors import Problem, show
 from moepp_megatron.experts import LOCAL_KINDS, ExpertKind
+from moepp_megatron.interop.tensor_rules import TensorRule
 from moepp_megatron.layer_settings import DECLARED, EXPORTED, EXTENSIONS
 
 # A setting by its dotted name, the values that the format has, and why.
@@ -25,6 +27,18 @@ PLAIN: tuple[Row, ...] = (
     ("model.qkv_bias", (False,), "queries, keys and values have no biases there"),
     ("model.qk_layernorm_scope", ("head",), "each head is normalised by itself there"),
 )
+
+
+@dataclass(frozen=True)
+class Format:
+    """One layout of an exported folder: its `config.json`, tensors and warnings of its readers."""
+
+    fields: Callable[[Config], dict[str, Any]]
+    rules: Callable[[Config], Iterator[TensorRule]]
+    classes: tuple[str, str] | None = None
+    dtype_field: str = "torch_dtype"
+    keeps_unused: bool = False
+    warnings: Callable[[Config], Iterator[str]] = lambda config: iter(())
 
 
 def unknown_there(kinds: Collection[ExpertKind]) -> tuple[Row, ...]:

@@ -14,8 +14,9 @@ from typing import Any
 from moepp_megatron.config import Config, ConfigError, parse_config
 from moepp_megatron.config.errors import raise_problems
 from moepp_megatron.experts import FFN_ONLY, KINDS
-from moepp_megatron.interop.expressible import Row, refusals
+from moepp_megatron.interop.expressible import Format, Row, refusals
 from moepp_megatron.interop.hf_decoder import decoder_section, require
+from moepp_megatron.interop.moepp_rules import moepp_rules
 from moepp_megatron.layer_settings import DECLARED, EXPORTED, EXTENSIONS
 
 _RELEASED_TYPE = "MoE++"
@@ -159,7 +160,7 @@ def refuse_uncomputed(config: Config) -> None:
     raise_problems(refusals(config, rows, "an export", remedy))
 
 
-def own_hf_config(config: Config) -> dict[str, Any]:
+def _own_fields(config: Config) -> dict[str, Any]:
     """`config.json` of our own format, without `architectures` and `auto_map`."""
     moe = config.moe
     fields = {key: getattr(moe, key) for key in EXPORTED}
@@ -189,7 +190,7 @@ def own_hf_config(config: Config) -> dict[str, Any]:
     }
 
 
-def released_hf_config(config: Config) -> dict[str, Any]:
+def _released_fields(config: Config) -> dict[str, Any]:
     """`config.json` of the released format; ConfigError if the format cannot express the model."""
     remedy = "use --layout moepp, which has no such limit"
     raise_problems(refusals(config, _released_rows(config), "--layout released", remedy))
@@ -208,7 +209,7 @@ def released_hf_config(config: Config) -> dict[str, Any]:
     }
 
 
-def released_warnings(config: Config) -> Iterator[str]:
+def _released_warnings(config: Config) -> Iterator[str]:
     """Warnings about how the released code treats a model that its format can express."""
     interval = _interval(config)
     if interval is not None and interval > 1:
@@ -285,3 +286,13 @@ def _interval(config: Config) -> int | None:
     interval = pattern.index(True) + 1
     expected = [(layer + 1) % interval == 0 for layer in range(len(pattern))]
     return interval if pattern == expected else None
+
+
+OWN = Format(_own_fields, moepp_rules, ("MoEPPConfig", "MoEPPForCausalLM"), dtype_field="dtype")
+RELEASED = Format(
+    _released_fields,
+    moepp_rules,
+    ("MoeConfig", "MoeForCausalLM"),
+    keeps_unused=True,
+    warnings=_released_warnings,
+)

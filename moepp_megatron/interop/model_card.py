@@ -17,7 +17,7 @@ from moepp_megatron.file_names import (
     TOKENIZER_FILE,
 )
 from moepp_megatron.interop.hf_source import read_json
-from moepp_megatron.observe.metrics import MetricsError, StepMetrics, read_metrics
+from moepp_megatron.observe.metrics import MetricsError, read_metrics
 from moepp_megatron.training.checkpoint.files import Progress, read_record
 
 UNKNOWN_LICENSE = "unknown"
@@ -60,42 +60,22 @@ def model_card(folder: Path, export: Path, config: Config, command: str, license
     """
     hf = read_json(export / MODEL_CONFIG_FILE)
     model_type, dtype = hf["model_type"], hf.get("dtype") or hf["torch_dtype"]
-    is_trained = _progress(folder) is not None
+    progress = _progress(folder)
     settings = f"the settings in `{TRAINING_CONFIG_FILE}`"
     made = f"Converted, not trained, by moepp_megatron with {settings}"
-    if is_trained:
+    if progress is not None:
         made = f"Trained by moepp_megatron with {settings} (`moepp train {TRAINING_CONFIG_FILE}`)"
-    name = " ".join((config.run.name or folder.name).split())
-    return "\n".join(
-        [
-            "---",
-            f"license: {license_id}",
-            "library_name: transformers",
-            "pipeline_tag: text-generation",
-            "tags:",
-            "- moe",
-            "- moe++",
-            "---",
-            "",
-            f"# {name}",
-            "",
-            "".join(_experts(config, model_type)),
-            "",
-            "| | |",
-            "|---|---|",
-            *(f"| {key} | {value} |" for key, value in _facts(folder, config, dtype)),
-            "",
-            *_loading(model_type, export),
-            "",
-            "## How it was made",
-            "",
-            f"{made}, and exported with:",
-            "",
-            "```bash",
-            command,
-            "```",
-            "",
-        ]
+    return _CARD.format(
+        license=license_id,
+        name=" ".join((config.run.name or folder.name).split()),
+        experts="".join(_experts(config, model_type)),
+        facts="\n".join(
+            f"| {key} | {value} |" for key, value in _facts(folder, config, dtype, progress)
+        ),
+        reader=_READERS[model_type],
+        loading=_loading(model_type, export),
+        made=made,
+        command=command,
     )
 
 
@@ -110,7 +90,9 @@ def _experts(config: Config, model_type: str) -> Iterator[str]:
         yield " In this folder zero experts are FFN experts of zeros, which cost what those do."
 
 
-def _facts(folder: Path, config: Config, dtype: str) -> Iterator[tuple[str, str]]:
+def _facts(
+    folder: Path, config: Config, dtype: str, progress: Progress | None
+) -> Iterator[tuple[str, str]]:
     model, moe, counts = config.model, config.moe, count_parameters(config)
     moe_layers = sum(moe.moe_layer_pattern(model.num_layers))
     yield "layers", f"{model.num_layers}, {moe_layers} of them MoE layers"
@@ -123,15 +105,9 @@ def _facts(folder: Path, config: Config, dtype: str) -> Iterator[tuple[str, str]
     yield "parameters", f"{counts.total:,}, of which a token meets {counts.active:,} on average"
     yield "tau", f"{moe.tau:g}"
     yield "phi (FFN share of selections under perfect balance)", f"{moe.ffn_share:.3f}"
-    progress, record = _progress(folder), _record(folder)
-    if record is not None and record.ffn_fraction is not None:
-        yield f"FFN share measured at step {record.step:,}", f"{record.ffn_fraction:.3f}"
     if progress is not None:
         yield "trained on", f"{progress.tokens:,} tokens in {progress.step:,} steps"
-    if record is not None and record.loss is not None:
-        yield f"training loss at step {record.step:,}", f"{record.loss:.4f} nats per token"
-    if record is not None and record.valid_loss is not None:
-        yield f"validation loss at step {record.step:,}", f"{record.valid_loss:.4f} nats per token"
+        yield from _measured(folder, progress.step)
     yield "sequence length", f"{model.seq_length:,} tokens"
     yield "weights", dtype
 
@@ -144,54 +120,90 @@ def _progress(folder: Path) -> Progress | None:
     return None if record is None else record.progress
 
 
-def _record(folder: Path) -> StepMetrics | None:
-    """The run's last record up to the checkpoint's step; None where the run is not around it."""
-    progress = _progress(folder)
-    if progress is None:
-        return None
+def _measured(folder: Path, step: int) -> Iterator[tuple[str, str]]:
+    """The run's last record up to the checkpoint's step; nothing where the run is not around it."""
     try:
         records = read_metrics(folder.parent.parent / METRICS_FILE)
     except MetricsError:
-        return None
-    earlier = records[records.steps <= progress.step]
-    return earlier[-1] if earlier else None
+        return
+    if earlier := records[records.steps <= step]:
+        record = earlier[-1]
+        for what, value, form in (
+            ("FFN share measured", record.ffn_fraction, "{:.3f}"),
+            ("training loss", record.loss, _NATS),
+            ("validation loss", record.valid_loss, _NATS),
+        ):
+            if value is not None:
+                yield f"{what} at step {record.step:,}", form.format(value)
 
 
-def _loading(model_type: str, export: Path) -> Iterator[str]:
+def _loading(model_type: str, export: Path) -> str:
     reader = _READERS[model_type]
+    if reader is _LLAMA_CPP:
+        return ""
     has_code = reader is _OWN_FILES
     with_code, without = (f", trust_remote_code={has}" if has_code else "" for has in (True, False))
-    has_tokenizer = (export / TOKENIZER_FILE).is_file()
-    config = read_tokenizer_config(export)
-    is_chat = (export / CHAT_TEMPLATE_FILE).is_file() or config.get("chat_template") is not None
-    yield "## Use"
-    yield ""
-    yield f"It needs {reader}."
-    if reader is _LLAMA_CPP:
-        return
-    yield ""
-    yield "```python"
-    yield "from transformers import AutoModelForCausalLM, AutoTokenizer"
-    yield ""
-    yield f'model = AutoModelForCausalLM.from_pretrained("FOLDER"{with_code})'
-    if has_tokenizer:
-        yield f'tokenizer = AutoTokenizer.from_pretrained("FOLDER"{without})'
-    if has_tokenizer and is_chat:
-        yield 'messages = [{"role": "user", "content": "Hello"}]'
-        yield "inputs = tokenizer.apply_chat_template("
-        yield '    messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"'
-        yield ")"
-        yield "output = model.generate(**inputs, max_new_tokens=64)"
-        yield 'print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :]))'
-    yield "```"
-    if has_code:
-        yield ""
-        yield (
-            "vLLM serves it with `--model-impl transformers --trust-remote-code`, or, where "
-            "moepp_megatron is installed, without these."
-        )
-        yield ""
-        yield (
-            "For fine-tuning, `output_router_logits=True` adds the balance loss (times "
-            "`router_aux_loss_coef`) to the loss; without it routers may leave their balance."
-        )
+    text = _MODEL.format(with_code)
+    if (export / TOKENIZER_FILE).is_file():
+        text += _TOKENIZER.format(without)
+        template = read_tokenizer_config(export).get("chat_template")
+        if template is not None or (export / CHAT_TEMPLATE_FILE).is_file():
+            text += _CHAT
+    return f"\n{text}```\n{_OF_CODE if has_code else ''}"
+
+
+_NATS = "{:.4f} nats per token"
+_CARD = """\
+---
+license: {license}
+library_name: transformers
+pipeline_tag: text-generation
+tags:
+- moe
+- moe++
+---
+
+# {name}
+
+{experts}
+
+| | |
+|---|---|
+{facts}
+
+## Use
+
+It needs {reader}.
+{loading}
+## How it was made
+
+{made}, and exported with:
+
+```bash
+{command}
+```
+"""
+_MODEL = """\
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("FOLDER"{})
+"""
+_TOKENIZER = """\
+tokenizer = AutoTokenizer.from_pretrained("FOLDER"{})
+"""
+_CHAT = """\
+messages = [{"role": "user", "content": "Hello"}]
+inputs = tokenizer.apply_chat_template(
+    messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"
+)
+output = model.generate(**inputs, max_new_tokens=64)
+print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :]))
+"""
+_OF_CODE = """
+vLLM serves it with `--model-impl transformers --trust-remote-code`, or, where moepp_megatron is \
+installed, without these.
+
+For fine-tuning, `output_router_logits=True` adds the balance loss (times `router_aux_loss_coef`) \
+to the loss; without it routers may leave their balance.
+"""

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -28,12 +27,7 @@ from moepp_megatron.file_names import (
 from moepp_megatron.interop.checkpoint_tensors import TensorReader
 from moepp_megatron.interop.convert import free_folder
 from moepp_megatron.interop.expressible import Row, refusals
-from moepp_megatron.interop.hf_config import (
-    own_hf_config,
-    refuse_uncomputed,
-    released_hf_config,
-    released_warnings,
-)
+from moepp_megatron.interop.hf_config import OWN, RELEASED, refuse_uncomputed
 from moepp_megatron.interop.hf_source import read_json
 from moepp_megatron.interop.model_card import (
     TRAINING_CONFIG_FILE,
@@ -41,12 +35,11 @@ from moepp_megatron.interop.model_card import (
     check_license,
     model_card,
 )
-from moepp_megatron.interop.moepp_rules import moepp_rules
 from moepp_megatron.interop.safetensors_file import write_tensors
 from moepp_megatron.interop.tensor_rules import UNUSED_PREFIX, TensorRule
 from moepp_megatron.interop.to_mcore import TORCH_DTYPES, copy_companions
-from moepp_megatron.interop.vanilla import vanilla_hf_config, vanilla_rules, vanilla_warnings
-from moepp_megatron.interop.zeda import zeda_hf_config, zeda_rules, zeda_warnings
+from moepp_megatron.interop.vanilla import VANILLA
+from moepp_megatron.interop.zeda import ZEDA
 from moepp_megatron.runtime.atomic import partial_folder, publish
 from moepp_megatron.runtime.terminal import Console
 from moepp_megatron.training.checkpoint.find import find_checkpoint, newest_again
@@ -60,34 +53,7 @@ _NOT_LATENT: tuple[Row, ...] = (("model.latent_attention", (None,), "no layout h
 _LATENT_REMEDY = "score and generate from the checkpoint itself"
 
 
-@dataclass(frozen=True)
-class _Format:
-    """One layout of an exported folder: its `config.json`, tensors and warnings of its readers."""
-
-    fields: Callable[[Config], dict[str, Any]]
-    rules: Callable[[Config], Iterator[TensorRule]]
-    classes: tuple[str, str] | None = None
-    dtype_field: str = "torch_dtype"
-    keeps_unused: bool = False
-    warnings: Callable[[Config], Iterator[str]] = lambda config: iter(())
-
-
-_FORMATS = {
-    "moepp": _Format(
-        own_hf_config, moepp_rules, ("MoEPPConfig", "MoEPPForCausalLM"), dtype_field="dtype"
-    ),
-    "released": _Format(
-        released_hf_config,
-        moepp_rules,
-        ("MoeConfig", "MoeForCausalLM"),
-        keeps_unused=True,
-        warnings=released_warnings,
-    ),
-    "vanilla": _Format(
-        vanilla_hf_config, vanilla_rules, keeps_unused=True, warnings=vanilla_warnings
-    ),
-    "zeda": _Format(zeda_hf_config, zeda_rules, warnings=zeda_warnings),
-}
+_FORMATS = {"moepp": OWN, "released": RELEASED, "vanilla": VANILLA, "zeda": ZEDA}
 
 
 @newest_again

@@ -28,7 +28,7 @@ from moepp_megatron.interop.hf_config import config_from_hf
 from moepp_megatron.interop.hf_source import HFSource
 from moepp_megatron.interop.moepp_rules import moepp_rules
 from moepp_megatron.interop.tensor_rules import TensorRule, linear_modules
-from moepp_megatron.interop.zeda import is_zeda, zeda_config, zeda_rules
+from moepp_megatron.interop.zeda import ZEDA, is_zeda, zeda_config
 from moepp_megatron.runtime.atomic import partial_folder, publish
 from moepp_megatron.runtime.terminal import Console
 
@@ -73,7 +73,7 @@ def read_format(
     hf: Mapping[str, Any], name: str, dtype: str | None = None
 ) -> tuple[Config, list[TensorRule]]:
     """Our configuration of a MoE++ model's `config.json`, and its tensors; ConfigError if none."""
-    read, rules = (zeda_config, zeda_rules) if is_zeda(hf) else (config_from_hf, moepp_rules)
+    read, rules = (zeda_config, ZEDA.rules) if is_zeda(hf) else (config_from_hf, moepp_rules)
     config = read(hf, name, dtype)
     return config, list(rules(config))
 

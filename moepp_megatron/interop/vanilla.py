@@ -16,7 +16,7 @@ from typing import Any
 from moepp_megatron.config import Config
 from moepp_megatron.config.errors import raise_problems
 from moepp_megatron.experts import ZERO
-from moepp_megatron.interop.expressible import PLAIN, Row, refusals, unknown_there
+from moepp_megatron.interop.expressible import PLAIN, Format, Row, refusals, unknown_there
 from moepp_megatron.interop.hf_config import plain_fields
 from moepp_megatron.interop.tensor_rules import TensorRule, same
 from moepp_megatron.interop.upcycle_sources import model_rules, source_kind, zero_expert_rules
@@ -35,7 +35,7 @@ _KINDS = {
 _SHARED = "mlp.shared_experts"
 
 
-def vanilla_hf_config(config: Config) -> dict[str, Any]:
+def _fields(config: Config) -> dict[str, Any]:
     """`config.json` of a vanilla MoE; ConfigError names each reason why none can express it."""
     remedy = "use --layout moepp (docs/how_to/llama_cpp.md: what it would take)"
     rows = (*unknown_there((ZERO,)), *PLAIN, *_own_rules(config))
@@ -53,7 +53,7 @@ def vanilla_hf_config(config: Config) -> dict[str, Any]:
     }
 
 
-def vanilla_rules(config: Config) -> Iterator[TensorRule]:
+def _rules(config: Config) -> Iterator[TensorRule]:
     """Every tensor by the names of DeepSeek-MoE, Mixtral or Qwen3-MoE."""
     moe, width = config.moe, config.model.hidden_size
     source = source_kind({"model_type": "mixtral" if _kind(config) is _MIXTRAL else "qwen3_moe"})
@@ -70,7 +70,7 @@ def vanilla_rules(config: Config) -> Iterator[TensorRule]:
     return model_rules(source, config, router)
 
 
-def vanilla_warnings(config: Config) -> Iterator[str]:
+def _warnings(config: Config) -> Iterator[str]:
     """Warnings about costs of the format."""
     zeros = config.moe.num_zero_experts
     if zeros:
@@ -107,3 +107,6 @@ def _own_rules(config: Config) -> Iterator[Row]:
     yield "model.kv_channels", (None, width), "heads divide the hidden size there"
     whole = max((moe.shared_expert_ffn_hidden_size or 0) // inner, 1) * inner
     yield "moe.shared_expert_ffn_hidden_size", (None, whole), "shared experts are counted there"
+
+
+VANILLA = Format(_fields, _rules, keeps_unused=True, warnings=_warnings)

@@ -13,7 +13,7 @@ from typing import Any
 from moepp_megatron.config import Config, ConfigError
 from moepp_megatron.config.errors import raise_problems, show
 from moepp_megatron.experts import CONSTANT, COPY, LOCAL_KINDS, ZERO
-from moepp_megatron.interop.expressible import PLAIN, Row, refusals, unknown_there
+from moepp_megatron.interop.expressible import PLAIN, Format, Row, refusals, unknown_there
 from moepp_megatron.interop.hf_config import assemble, plain_fields
 from moepp_megatron.interop.hf_decoder import require
 from moepp_megatron.interop.moepp_rules import constant_rules
@@ -31,7 +31,7 @@ _RULES: tuple[Row, ...] = (
 )
 
 
-def zeda_hf_config(config: Config) -> dict[str, Any]:
+def _fields(config: Config) -> dict[str, Any]:
     """ZEDA's `config.json`; ConfigError names each reason why the format cannot express it."""
     raise_problems(refusals(config, _RULES, "--layout zeda", "use --layout moepp"))
     moe = config.moe
@@ -72,7 +72,7 @@ def zeda_config(hf: Mapping[str, Any], name: str, dtype: str | None = None) -> C
     return assemble(kind.model(hf), moe, hf, name, dtype)
 
 
-def zeda_rules(config: Config) -> Iterator[TensorRule]:
+def _rules(config: Config) -> Iterator[TensorRule]:
     """Every tensor by the names of Qwen3-MoE; gates have rows for all experts."""
     moe, kind = config.moe, _kind()
 
@@ -84,7 +84,7 @@ def zeda_rules(config: Config) -> Iterator[TensorRule]:
     return model_rules(kind, config, router)
 
 
-def zeda_warnings(config: Config) -> Iterator[str]:
+def _warnings(config: Config) -> Iterator[str]:
     """Warnings about what readers of the format do otherwise."""
     kinds = [kind for kind in _KINDS if config.moe.count(kind)]
     if kinds not in ([], [COPY], [ZERO]):
@@ -124,3 +124,6 @@ def _counts(hf: Mapping[str, Any]) -> dict[str, int]:
         )
     by_name = dict(zip(types, numbers, strict=True))
     return {kind.setting: by_name.get(kind.name, 0) for kind in LOCAL_KINDS}
+
+
+ZEDA = Format(_fields, _rules, warnings=_warnings)

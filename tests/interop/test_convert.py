@@ -309,12 +309,12 @@ def test_a_taken_folder_is_left_alone(tmp_path):
 )
 def test_released_layout_refuses_what_it_cannot_say(moe, named):
     from moepp_megatron.config import parse_config
-    from moepp_megatron.interop.hf_config import released_hf_config
+    from moepp_megatron.interop.hf_config import RELEASED
 
     released = {"num_ffn_experts": 4, "gate_normalization": "nonzero"}
-    released_hf_config(parse_config(settings(moe=released)))
+    RELEASED.fields(parse_config(settings(moe=released)))
     with pytest.raises(ConfigError, match=named):
-        released_hf_config(parse_config(settings(moe=released | moe)))
+        RELEASED.fields(parse_config(settings(moe=released | moe)))
 
 
 def start_training_from(folder, dtype):

@@ -150,8 +150,8 @@ def test_the_example_says_how_it_is_called():
     ],
 )
 def test_what_a_vanilla_moe_cannot_say_is_refused(model, moe, named):
-    from moepp_megatron.interop.vanilla import vanilla_hf_config
+    from moepp_megatron.interop.vanilla import VANILLA
 
-    vanilla_hf_config(parse_config(settings(moe=MOE)))
+    VANILLA.fields(parse_config(settings(moe=MOE)))
     with pytest.raises(ConfigError, match=named):
-        vanilla_hf_config(parse_config(settings(model=model, moe=MOE | moe)))
+        VANILLA.fields(parse_config(settings(model=model, moe=MOE | moe)))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from moepp_megatron.config import ConfigError, parse_config
-from moepp_megatron.interop.zeda import zeda_config, zeda_hf_config, zeda_warnings
+from moepp_megatron.interop.zeda import ZEDA, zeda_config
 from tests.interop.checkpoints import convert_and_score, hf_to_mcore, load_tensors, mcore_to_hf
 from tests.interop.models import settings
 from tests.interop.test_export import LOGITS, TOKENS, save_and_compute
@@ -123,7 +123,7 @@ def test_both_ways(ranks, plain, tmp_path, case):
 
 def test_a_model_of_the_published_class_comes_in(ranks, plain, tmp_path):
     (tmp_path / "config").mkdir()
-    fields = zeda_hf_config(parse_config(settings(**CASES["Qwen3, all kinds, a dense layer"])))
+    fields = ZEDA.fields(parse_config(settings(**CASES["Qwen3, all kinds, a dense layer"])))
     (tmp_path / "config/config.json").write_text(json.dumps(fields))
     theirs = plain(save_with_reader, tmp_path / "config", tmp_path / "theirs", TOKENS)
     folders = (tmp_path / "theirs", tmp_path / "ours")
@@ -132,7 +132,7 @@ def test_a_model_of_the_published_class_comes_in(ranks, plain, tmp_path):
 
 
 def test_published_configuration_comes_back():
-    written = zeda_hf_config(zeda_config(PUBLISHED, "theirs"))
+    written = ZEDA.fields(zeda_config(PUBLISHED, "theirs"))
     # ZEDA's recipe leaves the base model's type.
     known = PUBLISHED.keys() - {"model_type"}
     assert {key: written.get(key) for key in known} == {key: PUBLISHED[key] for key in known}
@@ -149,10 +149,10 @@ def test_published_configuration_comes_back():
     ],
 )
 def test_what_zeda_cannot_say_is_refused(section, change, named):
-    zeda_hf_config(parse_config(settings(**QWEN)))
+    ZEDA.fields(parse_config(settings(**QWEN)))
     changed = QWEN | {section: QWEN[section] | change}
     with pytest.raises(ConfigError, match=named):
-        zeda_hf_config(parse_config(settings(**changed)))
+        ZEDA.fields(parse_config(settings(**changed)))
 
 
 @pytest.mark.parametrize(
@@ -169,15 +169,15 @@ def test_what_zeda_cannot_say_is_refused(section, change, named):
     ],
 )
 def test_what_cannot_come_in_is_refused(change, named):
-    fields = zeda_hf_config(parse_config(settings(**QWEN)))
+    fields = ZEDA.fields(parse_config(settings(**QWEN)))
     zeda_config(fields, "theirs")
     with pytest.raises(ConfigError, match=named):
         zeda_config(fields | change, "theirs")
 
 
 def test_readers_that_differ_are_named():
-    assert not list(zeda_warnings(parse_config(settings(**QWEN))))
-    kinds, dense = zeda_warnings(
+    assert not list(ZEDA.warnings(parse_config(settings(**QWEN))))
+    kinds, dense = ZEDA.warnings(
         parse_config(settings(**QWEN | {"moe": QWEN["moe"] | MIXED | {"layer_freq": [1, 0]}}))
     )
     assert "num_constant_experts (2), moe.num_copy_experts (1), moe.num_zero" in kinds

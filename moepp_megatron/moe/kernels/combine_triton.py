@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language import constexpr
 
 
 @triton.jit
-def product(a, b, WIDEN: tl.constexpr):  # type: ignore[no-untyped-def]
+def product(a, b, WIDEN: constexpr):  # type: ignore[no-untyped-def]
     """A b from fp32 or bf16 factors, as exact as fp32 products and sums.
 
     WIDEN is for Triton's interpreter, which cannot multiply bf16 numbers.
@@ -29,7 +30,7 @@ def product(a, b, WIDEN: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _product_of_like(a, b, WIDEN: tl.constexpr):  # type: ignore[no-untyped-def]
+def _product_of_like(a, b, WIDEN: constexpr):  # type: ignore[no-untyped-def]
     if WIDEN or a.dtype != tl.bfloat16 or b.dtype != tl.bfloat16:
         a, b = a.to(tl.float32), b.to(tl.float32)
     # Without "ieee", fp32 factors would be cut to the 11 bits of TF32.
@@ -38,7 +39,7 @@ def _product_of_like(a, b, WIDEN: tl.constexpr):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _shares(  # type: ignore[no-untyped-def]
-    mixing_ptr, token, is_token, scale, CONSTANTS: tl.constexpr, BLOCK_C: tl.constexpr
+    mixing_ptr, token, is_token, scale, CONSTANTS: constexpr, BLOCK_C: constexpr
 ):
     """[tokens, BLOCK_C] kept and replaced parts of the input: a softmax; 1 and 0 elsewhere."""
     constant = tl.arange(0, BLOCK_C)
@@ -61,11 +62,11 @@ def _local_weights(  # type: ignore[no-untyped-def]
     token,
     is_token,
     scale,
-    NUM_EXPERTS: tl.constexpr,
-    FIRST: tl.constexpr,
-    CONSTANTS: tl.constexpr,
-    COPIES: tl.constexpr,
-    BLOCK_C: tl.constexpr,
+    NUM_EXPERTS: constexpr,
+    FIRST: constexpr,
+    CONSTANTS: constexpr,
+    COPIES: constexpr,
+    BLOCK_C: constexpr,
 ):
     """The tokens' s, their A, and which of them selected a copy or constant expert."""
     expert = tl.arange(0, BLOCK_C)
@@ -78,17 +79,17 @@ def _local_weights(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _place(num_tokens, HIDDEN: tl.constexpr, CHUNK: tl.constexpr, BLOCK_D: tl.constexpr):  # type: ignore[no-untyped-def]
+def _place(num_tokens, HIDDEN: constexpr, CHUNK: constexpr, BLOCK_D: constexpr):  # type: ignore[no-untyped-def]
     """This program's chunk of tokens and its part of the columns: numbers, and the columns."""
     # Neighbouring programs share tokens, so whole rows are read at about the same time.
-    parts: tl.constexpr = (HIDDEN + BLOCK_D - 1) // BLOCK_D
+    parts: constexpr = (HIDDEN + BLOCK_D - 1) // BLOCK_D
     part = tl.program_id(0) % parts
     return (tl.program_id(0) // parts).to(tl.int64), part, part * BLOCK_D + tl.arange(0, BLOCK_D)
 
 
 @triton.jit
 def _constants(  # type: ignore[no-untyped-def]
-    v_ptr, column, HIDDEN: tl.constexpr, CONSTANTS: tl.constexpr, BLOCK_C: tl.constexpr
+    v_ptr, column, HIDDEN: constexpr, CONSTANTS: constexpr, BLOCK_C: constexpr
 ):
     """[BLOCK_C, BLOCK_D] of V."""
     constant = tl.arange(0, BLOCK_C)
@@ -109,17 +110,17 @@ def moepp_combine_forward(  # type: ignore[no-untyped-def]
     output_ptr,
     num_tokens,
     scale,
-    HIDDEN: tl.constexpr,
-    SLOTS: tl.constexpr,
-    NUM_EXPERTS: tl.constexpr,
-    FIRST: tl.constexpr,
-    CONSTANTS: tl.constexpr,
-    COPIES: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    CHUNK: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    WIDEN: tl.constexpr,
+    HIDDEN: constexpr,
+    SLOTS: constexpr,
+    NUM_EXPERTS: constexpr,
+    FIRST: constexpr,
+    CONSTANTS: constexpr,
+    COPIES: constexpr,
+    BLOCK_C: constexpr,
+    CHUNK: constexpr,
+    BLOCK_T: constexpr,
+    BLOCK_D: constexpr,
+    WIDEN: constexpr,
 ):
     """Rows, zero-computation experts and addend of the chunk's tokens, added up."""
     chunk, _, column = _place(num_tokens, HIDDEN, CHUNK, BLOCK_D)
@@ -172,17 +173,17 @@ def moepp_combine_backward(  # type: ignore[no-untyped-def]
     vectors_ptr,
     num_tokens,
     scale,
-    HIDDEN: tl.constexpr,
-    SLOTS: tl.constexpr,
-    NUM_EXPERTS: tl.constexpr,
-    FIRST: tl.constexpr,
-    CONSTANTS: tl.constexpr,
-    COPIES: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    CHUNK: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    WIDEN: tl.constexpr,
+    HIDDEN: constexpr,
+    SLOTS: constexpr,
+    NUM_EXPERTS: constexpr,
+    FIRST: constexpr,
+    CONSTANTS: constexpr,
+    COPIES: constexpr,
+    BLOCK_C: constexpr,
+    CHUNK: constexpr,
+    BLOCK_T: constexpr,
+    BLOCK_D: constexpr,
+    WIDEN: constexpr,
 ):
     """Gradients of rows and x; this program's part of those of s and A, and of V."""
     chunk, part, column = _place(num_tokens, HIDDEN, CHUNK, BLOCK_D)
@@ -239,13 +240,13 @@ def moepp_combine_backward_of_weights(  # type: ignore[no-untyped-def]
     grad_mixing_ptr,
     num_tokens,
     scale,
-    NUM_EXPERTS: tl.constexpr,
-    FIRST: tl.constexpr,
-    CONSTANTS: tl.constexpr,
-    COPIES: tl.constexpr,
-    PARTS: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_C: tl.constexpr,
+    NUM_EXPERTS: constexpr,
+    FIRST: constexpr,
+    CONSTANTS: constexpr,
+    COPIES: constexpr,
+    PARTS: constexpr,
+    BLOCK_T: constexpr,
+    BLOCK_C: constexpr,
 ):
     """Gradients of gates and mixing logits from those of s and A, which come in parts."""
     token = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)

@@ -25,13 +25,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from triton.language import constexpr
 
 # Columns of a step of a program, and its warps: 16 bytes a load, four loads of 2-byte logits a
 # thread in flight.
 _BLOCK, _WARPS = 8192, 8
 
 # The lowest fp32 number: an infinite one would give NaN where a block holds nothing else.
-_LOWEST = tl.constexpr(-3.4028234663852886e38)
+_LOWEST = constexpr(-3.4028234663852886e38)
 
 
 def cross_entropy(logits: Tensor, labels: Tensor, group: dist.ProcessGroup | None) -> Tensor:
@@ -101,7 +102,7 @@ class _CrossEntropy(torch.autograd.Function):
 
 @triton.jit
 def _moepp_reduce_logits(  # type: ignore[no-untyped-def]
-    logits_ptr, labels_ptr, stats_ptr, num_tokens, columns, BLOCK: tl.constexpr
+    logits_ptr, labels_ptr, stats_ptr, num_tokens, columns, BLOCK: constexpr
 ):
     token = tl.program_id(0).to(tl.int64)
     row = logits_ptr + token * columns
@@ -123,7 +124,7 @@ def _moepp_reduce_logits(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _moepp_write_loss_gradient(  # type: ignore[no-untyped-def]
-    logits_ptr, labels_ptr, largest_ptr, sum_ptr, grad_ptr, columns, BLOCK: tl.constexpr
+    logits_ptr, labels_ptr, largest_ptr, sum_ptr, grad_ptr, columns, BLOCK: constexpr
 ):
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)

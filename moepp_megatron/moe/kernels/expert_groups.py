@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language import constexpr
 
 
 @triton.jit
 def in_best_groups(  # type: ignore[no-untyped-def]
     affinities,
     column,
-    NUM_FFN: tl.constexpr,
-    GROUPS: tl.constexpr,
-    KEPT: tl.constexpr,
-    RANKED: tl.constexpr,
-    BLOCK_E: tl.constexpr,
+    NUM_FFN: constexpr,
+    GROUPS: constexpr,
+    KEPT: constexpr,
+    RANKED: constexpr,
+    BLOCK_E: constexpr,
 ):
     """The columns that a tile's tokens may select.
 

@@ -25,6 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from triton.language import constexpr
 
 from moepp_megatron.experts import ZERO
 from moepp_megatron.moe.config import MoEPPConfig
@@ -46,7 +47,7 @@ _TILE = 512
 _PROGRAMS = 512
 
 # Below every key: experts that are selected already, and columns that are no experts.
-_LOWEST = tl.constexpr(-(2**62))
+_LOWEST = constexpr(-(2**62))
 
 
 def select(
@@ -180,9 +181,9 @@ def _tile(  # type: ignore[no-untyped-def]
     tile,
     positions,
     sequences,
-    NUM_EXPERTS: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_E: tl.constexpr,
+    NUM_EXPERTS: constexpr,
+    BLOCK_T: constexpr,
+    BLOCK_E: constexpr,
 ):
     """A tile's offsets in [T, E], masks of what exists and of what routes, and columns."""
     position = tile * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -206,18 +207,18 @@ def _moepp_select_forward(  # type: ignore[no-untyped-def]
     positions,
     sequences,
     scale,
-    NUM_EXPERTS: tl.constexpr,
-    TOPK: tl.constexpr,
-    SCORE: tl.constexpr,
-    NORMALIZED: tl.constexpr,
-    END: tl.constexpr,
-    TILES: tl.constexpr,
-    NUM_FFN: tl.constexpr,
-    GROUPS: tl.constexpr,
-    KEPT: tl.constexpr,
-    RANKED: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_E: tl.constexpr,
+    NUM_EXPERTS: constexpr,
+    TOPK: constexpr,
+    SCORE: constexpr,
+    NORMALIZED: constexpr,
+    END: constexpr,
+    TILES: constexpr,
+    NUM_FFN: constexpr,
+    GROUPS: constexpr,
+    KEPT: constexpr,
+    RANKED: constexpr,
+    BLOCK_T: constexpr,
+    BLOCK_E: constexpr,
 ):
     column = tl.arange(0, BLOCK_E)
     counts = tl.zeros([BLOCK_E], tl.float32)
@@ -265,18 +266,18 @@ def _route(  # type: ignore[no-untyped-def]
     positions,
     sequences,
     scale,
-    NUM_EXPERTS: tl.constexpr,
-    TOPK: tl.constexpr,
-    SCORE: tl.constexpr,
-    NORMALIZED: tl.constexpr,
-    END: tl.constexpr,
-    COUNTED: tl.constexpr,
-    NUM_FFN: tl.constexpr,
-    GROUPS: tl.constexpr,
-    KEPT: tl.constexpr,
-    RANKED: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_E: tl.constexpr,
+    NUM_EXPERTS: constexpr,
+    TOPK: constexpr,
+    SCORE: constexpr,
+    NORMALIZED: constexpr,
+    END: constexpr,
+    COUNTED: constexpr,
+    NUM_FFN: constexpr,
+    GROUPS: constexpr,
+    KEPT: constexpr,
+    RANKED: constexpr,
+    BLOCK_T: constexpr,
+    BLOCK_E: constexpr,
 ):
     """Write a tile's gates and map; returns what it chose, and the scores that count in sums."""
     at, exists, routes, column = _tile(
@@ -338,12 +339,12 @@ def _moepp_select_backward(  # type: ignore[no-untyped-def]
     positions,
     sequences,
     scale,
-    NUM_EXPERTS: tl.constexpr,
-    SCORE: tl.constexpr,
-    NORMALIZED: tl.constexpr,
-    END: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_E: tl.constexpr,
+    NUM_EXPERTS: constexpr,
+    SCORE: constexpr,
+    NORMALIZED: constexpr,
+    END: constexpr,
+    BLOCK_T: constexpr,
+    BLOCK_E: constexpr,
 ):
     at, exists, routes, column = _tile(
         padded_ptr, tl.program_id(0), positions, sequences, NUM_EXPERTS, BLOCK_T, BLOCK_E

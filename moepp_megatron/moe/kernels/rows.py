@@ -14,6 +14,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language import constexpr
 
 # Entries of a tile, 16 a thread (32 do not fit into registers), and most tokens of it.
 _TILE, _MOST_TOKENS = 2048, 128
@@ -57,10 +58,10 @@ def _selected(  # type: ignore[no-untyped-def]
     num_tokens,
     stride,
     tile,
-    COLUMNS: tl.constexpr,
-    TILES: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_M: tl.constexpr,
+    COLUMNS: constexpr,
+    TILES: constexpr,
+    BLOCK_T: constexpr,
+    BLOCK_M: constexpr,
 ):
     """[BLOCK_T, BLOCK_M] int32, 1 where the tile's tokens have a row, and their numbers."""
     token = (tl.program_id(0).to(tl.int64) * TILES + tile) * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -76,10 +77,10 @@ def _moepp_count_rows(  # type: ignore[no-untyped-def]
     counts_ptr,
     num_tokens,
     stride,
-    COLUMNS: tl.constexpr,
-    TILES: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_M: tl.constexpr,
+    COLUMNS: constexpr,
+    TILES: constexpr,
+    BLOCK_T: constexpr,
+    BLOCK_M: constexpr,
 ):
     column = tl.arange(0, BLOCK_M)
     total = tl.zeros([BLOCK_M], tl.int32)
@@ -97,13 +98,13 @@ def _moepp_number_rows(  # type: ignore[no-untyped-def]
     num_tokens,
     stride,
     programs,
-    COLUMNS: tl.constexpr,
-    SLOTS: tl.constexpr,
-    TILES: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-    BLOCK_P: tl.constexpr,
+    COLUMNS: constexpr,
+    SLOTS: constexpr,
+    TILES: constexpr,
+    BLOCK_T: constexpr,
+    BLOCK_M: constexpr,
+    BLOCK_S: constexpr,
+    BLOCK_P: constexpr,
 ):
     column = tl.arange(0, BLOCK_M)
     # Rows of each column: all, and those of tokens before this program's.

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language import constexpr
 
 SCORES = ("softmax", "sigmoid", "sqrtsoftplus")
 
 
 @triton.jit
 def scores_of(  # type: ignore[no-untyped-def]
-    logits, column, NUM_EXPERTS: tl.constexpr, SCORE: tl.constexpr
+    logits, column, NUM_EXPERTS: constexpr, SCORE: constexpr
 ):
     """Scores of the tile's experts, 0 in the other columns."""
     is_expert = (column < NUM_EXPERTS)[None, :]
@@ -39,7 +40,7 @@ def _softplus(x):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def log_scores(logits, SCORE: tl.constexpr):  # type: ignore[no-untyped-def]
+def log_scores(logits, SCORE: constexpr):  # type: ignore[no-untyped-def]
     """Logarithms of the scores; those of a softmax up to a constant for each token."""
     if SCORE == "softmax":
         logs = logits
@@ -53,7 +54,7 @@ def log_scores(logits, SCORE: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def slope_of_logs(logits, SCORE: tl.constexpr):  # type: ignore[no-untyped-def]
+def slope_of_logs(logits, SCORE: constexpr):  # type: ignore[no-untyped-def]
     """The derivative of `log_scores` of one logit; that of a softmax is 1."""
     if SCORE == "sigmoid":
         slope = _sigmoid(-logits)

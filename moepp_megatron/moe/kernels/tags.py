@@ -14,6 +14,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language import constexpr
 
 from moepp_megatron.moe.token_tags import SOURCE, TagCounts
 
@@ -56,14 +57,14 @@ def _moepp_count_tags(  # type: ignore[no-untyped-def]
     groups_ptr,
     sources_ptr,
     num_tokens,
-    GROUPS: tl.constexpr,
-    SOURCES: tl.constexpr,
-    SOURCE_BIT: tl.constexpr,
-    NUM_EXPERTS: tl.constexpr,
-    NUM_FFN: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-    BLOCK_TAGS: tl.constexpr,
+    GROUPS: constexpr,
+    SOURCES: constexpr,
+    SOURCE_BIT: constexpr,
+    NUM_EXPERTS: constexpr,
+    NUM_FFN: constexpr,
+    BLOCK_T: constexpr,
+    BLOCK_E: constexpr,
+    BLOCK_TAGS: constexpr,
 ):
     token = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     counts = token < num_tokens
@@ -95,9 +96,9 @@ def _add_up(  # type: ignore[no-untyped-def]
     counts_ptr,
     number_of_token,
     values,
-    WIDTH: tl.constexpr,
-    NUMBERS: tl.constexpr,
-    BLOCK_TAGS: tl.constexpr,
+    WIDTH: constexpr,
+    NUMBERS: constexpr,
+    BLOCK_TAGS: constexpr,
 ):
     """Add the values [BLOCK_T] of each number's tokens to its counter, `WIDTH` apart."""
     for first in range(0, NUMBERS, BLOCK_TAGS):

@@ -9,9 +9,9 @@ from megatron.core.transformer.moe.moe_utils import topk_routing_with_score_func
 
 from moepp_megatron.config import Config, ConfigError, load_config
 from moepp_megatron.experts import FFN_ONLY
-from moepp_megatron.interop.hf_config import refuse_uncomputed, released_hf_config
-from moepp_megatron.interop.vanilla import vanilla_hf_config
-from moepp_megatron.interop.zeda import zeda_hf_config
+from moepp_megatron.interop.hf_config import RELEASED, refuse_uncomputed
+from moepp_megatron.interop.vanilla import VANILLA
+from moepp_megatron.interop.zeda import ZEDA
 from moepp_megatron.layer_settings import DECLARED
 from moepp_megatron.moe.config import MoEPPConfig
 from moepp_megatron.moe.margins import count_margins
@@ -144,7 +144,7 @@ def test_a_score_that_is_not_listed_is_refused(compiled):  # noqa: F811
 
 @pytest.mark.parametrize(
     "export",
-    [refuse_uncomputed, released_hf_config, zeda_hf_config, vanilla_hf_config],
+    [refuse_uncomputed, RELEASED.fields, ZEDA.fields, VANILLA.fields],
 )
 def test_no_export_has_a_score_that_it_does_not_list(export):
     with pytest.raises(ConfigError, match=r"moe.score_function \('fake'\) must be 'softmax"):
