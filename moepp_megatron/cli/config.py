@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import textwrap
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -42,18 +42,21 @@ def show(
         moepp config show configs/quickstart.yaml moe.tau=0.5 --changed
         moepp config show configs/models/moepp_7b_16_4.yaml --json resolved.json
     """
-    from moepp_megatron.config.load import config_with_origins
+    from moepp_megatron.config.load import DEFAULT, config_with_origins, nested
 
-    content = config_with_origins(config, overrides or [])
+    values = config_with_origins(config, overrides or [])
     if changed:
-        content = _without_defaults(content)
+        values = [value for value in values if value[2] != DEFAULT]
     if json_file is not None:
         from moepp_megatron.runtime.atomic import write_result
 
-        write_result(json_file, json.dumps(_described(content), indent=2).encode() + b"\n")
+        content = nested(
+            (names, {"value": value, "origin": origin}) for names, value, origin in values
+        )
+        write_result(json_file, json.dumps(content, indent=2).encode() + b"\n")
         echo(f"configuration {json_file}")
         return
-    lines = list(_yaml_lines(content))
+    lines = list(_yaml_lines(values))
     width = min(max((len(line) for line, _ in lines), default=0), 60)
     for line, origin in lines:
         echo(line if origin is None else f"{line:<{width}}  # {origin}")
@@ -163,39 +166,19 @@ def _paragraph(text: str) -> str:
     )
 
 
-def _without_defaults(content: Mapping[str, Any]) -> dict[str, Any]:
-    from moepp_megatron.config.load import DEFAULT
-
-    kept: dict[str, Any] = {}
-    for name, value in content.items():
-        if isinstance(value, Mapping):
-            inner = _without_defaults(value)
-            if inner:
-                kept[name] = inner
-        elif value[1] != DEFAULT:
-            kept[name] = value
-    return kept
-
-
-def _described(content: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        name: _described(value)
-        if isinstance(value, Mapping)
-        else {"value": value[0], "origin": value[1]}
-        for name, value in content.items()
-    }
-
-
-def _yaml_lines(content: Mapping[str, Any], indent: int = 0) -> Iterator[tuple[str, str | None]]:
+def _yaml_lines(
+    values: Iterable[tuple[tuple[str, ...], Any, str]],
+) -> Iterator[tuple[str, str | None]]:
     """Each line of the YAML, with the origin of its value or None for a section's name."""
     import yaml
 
-    for name, value in content.items():
-        if isinstance(value, Mapping):
-            yield f"{' ' * indent}{name}:", None
-            yield from _yaml_lines(value, indent + 2)
-            continue
-        plain, origin = value
+    above: list[str] = []
+    for (*sections, name), value, origin in values:
+        for depth, section in enumerate(sections):
+            if above[: depth + 1] != sections[: depth + 1]:
+                yield f"{'  ' * depth}{section}:", None
+        above = sections
         # A value in one line, a list of sections too; a scalar ends with YAML's end of document.
-        text = yaml.safe_dump(plain, default_flow_style=True, width=float("inf"))
-        yield f"{' ' * indent}{name}: {text.strip().removesuffix('...').strip()}", origin
+        text = yaml.safe_dump(value, default_flow_style=True, width=float("inf"))
+        text = text.strip().removesuffix("...").strip()
+        yield f"{'  ' * len(sections)}{name}: {text}", origin

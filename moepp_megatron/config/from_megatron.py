@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 
 from moepp_megatron.config.errors import ConfigError
-from moepp_megatron.config.load import parse_config
+from moepp_megatron.config.load import nested, parse_config
 from moepp_megatron.config.megatron_file import Arguments, read_arguments
 from moepp_megatron.config.megatron_flags import (
     ABSENT,
@@ -99,12 +99,12 @@ class _Translator:
         self._take_model()
         self._check_rest()
         self._settings["run.dir"] = f"runs/{path.stem}"
-        content = _nested(self._settings)
+        content = _sections(self._settings)
         problems = _problems(content)
         if "model.vocab_size" not in self._settings:
             # The tokenizer's, which hides no other rule; Megatron rounds it up like this.
             stand_in = 128 * self._whole("tensor-model-parallel-size", 1)
-            problems += _problems(_nested(self._settings | {"model.vocab_size": stand_in}))
+            problems += _problems(_sections(self._settings | {"model.vocab_size": stand_in}))
         self._notes += [f"not accepted as it is: {line}" for line in dict.fromkeys(problems)]
         return _Translation(content, tuple(self._notes))
 
@@ -389,17 +389,10 @@ def _layer_freq(text: str) -> Any:
         ) from None
 
 
-def _nested(settings: Mapping[str, Any]) -> dict[str, Any]:
+def _sections(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Sections from dotted names, in the order of the schema."""
     order = [f"{path}.{key}" for path, model in all_sections() for key in model.model_fields]
-    content: dict[str, Any] = {}
-    for key in sorted(settings, key=order.index):
-        *sections, name = key.split(".")
-        place = content
-        for section in sections:
-            place = place.setdefault(section, {})
-        place[name] = settings[key]
-    return content
+    return nested((key.split("."), settings[key]) for key in sorted(settings, key=order.index))
 
 
 _HEAD = """\

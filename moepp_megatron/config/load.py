@@ -8,7 +8,8 @@ from __future__ import annotations
 import datetime
 import os
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import reduce
 from pathlib import Path
 from typing import Any, get_args
 
@@ -36,10 +37,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     Raises:
         ConfigError: If anything is wrong; one line per problem. No other error is raised.
     """
-    content: Content = {}
-    for _, layer in config_layers(path, overrides):
-        content = _merge(content, layer)
-    return parse_config(content)
+    layers = (layer for _, layer in config_layers(path, overrides))
+    return parse_config(reduce(_merge, layers, {}))
 
 
 def config_layers(path: str | Path, overrides: Sequence[str] = ()) -> list[tuple[str, Content]]:
@@ -109,10 +108,7 @@ def overriding_sections(overrides: Sequence[str]) -> Content:
     Raises:
         ConfigError: If an override cannot be read.
     """
-    content: Content = {}
-    for override in overrides:
-        content = _merge(content, _overriding(override))
-    return content
+    return reduce(_merge, map(_overriding, overrides), {})
 
 
 def parse_override(override: str) -> tuple[str, str, Any]:
@@ -134,7 +130,7 @@ def parse_override(override: str) -> tuple[str, str, Any]:
             f"override {override!r} must have the form section.key=value; "
             "write for example moe.tau=0.5"
         )
-    refuse_unknown_keys(_nested(section, key, None), f"override {override!r}")
+    refuse_unknown_keys(nested([(name.strip().split("."), None)]), f"override {override!r}")
     if not text.strip():
         # An unset shell variable would otherwise quietly become null.
         raise ConfigError(
@@ -207,7 +203,8 @@ def _overriding(override: str) -> Content:
     model = section_models().get(name.strip())
     if equals and model is not None and model.shorthand:
         return as_current({name.strip(): parse_yaml(text, f"override {override!r}")})
-    return _nested(*parse_override(override))
+    section, key, value = parse_override(override)
+    return nested([([section, *key.split(".")], value)])
 
 
 def from_dotted(settings: Mapping[str, Any]) -> Content:
@@ -223,16 +220,19 @@ def from_dotted(settings: Mapping[str, Any]) -> Content:
             raise ConfigError(
                 f"setting {name!r} must have the form section.key; write for example moe.tau"
             )
-        content = _merge(content, _nested(section, key, value))
+        content = _merge(content, nested([(name.split("."), value)]))
     return content
 
 
-def _nested(section: str, key: str, value: Any) -> Content:
-    """The content that sets one key, whose dots lead into sections inside `section`."""
-    first, *inner = key.split(".")
-    for name in reversed(inner):
-        value = {name: value}
-    return {section: {first: value}}
+def nested(values: Iterable[tuple[Sequence[str], Any]]) -> Content:
+    """The sections that hold values, each given with its names from the section inwards."""
+    content: Content = {}
+    for (*sections, name), value in values:
+        place = content
+        for section in sections:
+            place = place.setdefault(section, {})
+        place[name] = value
+    return content
 
 
 def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
@@ -259,42 +259,31 @@ def _without_empty(model: type[Section], keys: Mapping[str, Any] | None) -> dict
 DEFAULT = "default"
 
 
-def config_with_origins(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+def config_with_origins(
+    path: str | Path, overrides: Sequence[str] = ()
+) -> list[tuple[tuple[str, ...], Any, str]]:
     """The resolved configuration, each value with its origin.
 
     Returns:
-        Sections as in the file; each setting is a pair of its resolved value, as JSON has it, and
+        Of each setting its names from the section inwards, its resolved value, as JSON has it, and
         its origin: a file's path, `command line` or `default`. A list is one value.
 
     Raises:
         ConfigError: If anything is wrong with the configuration.
     """
-    config = load_config(path, overrides)
+    values = load_config(path, overrides).model_dump(mode="json")
     origins: dict[tuple[str, ...], str] = {}
     for origin, content in config_layers(path, overrides):
-        origins |= dict.fromkeys((names for names, _ in leaves(content)), origin)
-    return _paired(config.model_dump(mode="json"), origins, ())
+        origins |= dict.fromkeys((names for names, _ in _leaves(content)), origin)
+    return [(names, value, origins.get(names, DEFAULT)) for names, value in _leaves(values)]
 
 
-def leaves(
+def _leaves(
     content: Mapping[str, Any], above: tuple[str, ...] = ()
 ) -> Iterator[tuple[tuple[str, ...], Any]]:
     """All values in a mapping of mappings, each with its names from the outside in."""
     for name, value in content.items():
         if isinstance(value, Mapping) and value:
-            yield from leaves(value, (*above, name))
+            yield from _leaves(value, (*above, name))
         else:
             yield (*above, name), value
-
-
-def _paired(
-    content: Mapping[str, Any], origins: Mapping[tuple[str, ...], str], above: tuple[str, ...]
-) -> dict[str, Any]:
-    paired: dict[str, Any] = {}
-    for name, value in content.items():
-        here = (*above, name)
-        if isinstance(value, Mapping) and value:
-            paired[name] = _paired(value, origins, here)
-        else:
-            paired[name] = (value, origins.get(here, DEFAULT))
-    return paired
