@@ -45,12 +45,12 @@ class _Ours:
     Attributes:
         field: The name in MoEPPConfig.
         unset: Values that count as not set.
-        meaning: The values that agree with MoEPPConfig.
+        meaning: The value that agrees with that of MoEPPConfig.
     """
 
     field: str
-    unset: tuple[Any, ...]
-    meaning: Callable[[MoEPPConfig], tuple[Any, ...]]
+    unset: tuple[Any, ...] = ()
+    meaning: Callable[[Any], Any] = lambda value: value
 
 
 HONOURED = frozenset(
@@ -97,43 +97,32 @@ HONOURED = frozenset(
     }
 )
 
-OURS: dict[str, _Ours] = {
-    "num_moe_experts": _Ours("num_ffn_experts", (), lambda moepp: (moepp.num_ffn_experts,)),
-    "moe_router_topk": _Ours("router_topk", (), lambda moepp: (moepp.router_topk,)),
-    "moe_aux_loss_coeff": _Ours("balance_coeff", (0.0,), lambda moepp: (moepp.balance_coeff,)),
+OURS = {
+    "num_moe_experts": _Ours("num_ffn_experts"),
+    "moe_router_topk": _Ours("router_topk"),
+    "moe_aux_loss_coeff": _Ours("balance_coeff", (0.0,)),
     # "none" only switches megatron-core's own loss off.
     "moe_router_load_balancing_type": _Ours(
-        "balance_scope",
-        ("aux_loss", "none"),
-        lambda moepp: (BALANCE_TYPES[moepp.balance_scope],),
+        "balance_scope", ("aux_loss", "none"), lambda scope: BALANCE_TYPES[scope]
     ),
-    "moe_router_score_function": _Ours(
-        "score_function", ("softmax",), lambda moepp: (moepp.score_function,)
-    ),
+    "moe_router_score_function": _Ours("score_function", ("softmax",)),
     # True: megatron-core moves the bias after every batch.
-    "moe_router_enable_expert_bias": _Ours(
-        "selection_bias", (False,), lambda moepp: (moepp.selection_bias,)
-    ),
+    "moe_router_enable_expert_bias": _Ours("selection_bias", (False,)),
     # True: the gates are the scores before the selection. megatron-core demands it for one expert
     # per token.
     "moe_router_pre_softmax": _Ours(
-        "gate_normalization",
-        (False,),
-        lambda moepp: (moepp.gate_normalization == "none",),
+        "gate_normalization", (False,), lambda normalization: normalization == "none"
     ),
-    "moe_router_num_groups": _Ours("num_groups", (None,), lambda moepp: (moepp.num_groups,)),
-    "moe_router_group_topk": _Ours("group_topk", (None,), lambda moepp: (moepp.group_topk,)),
-    "moe_router_topk_scaling_factor": _Ours(
-        "gate_scale", (None,), lambda moepp: (moepp.gate_scale,)
-    ),
+    "moe_router_num_groups": _Ours("num_groups", (None,)),
+    "moe_router_group_topk": _Ours("group_topk", (None,)),
+    "moe_router_topk_scaling_factor": _Ours("gate_scale", (None,)),
 }
 
-_SPEC = "the MoE++ layer spec does not pass it on"
 _FORCED = "the MoE++ router selects by its logits"
-_HOST_SIZES = "its rows per expert are counted in every step"
 _NCCLEP = "its backend, ncclep, is refused"
+_SPEC = "the MoE++ layer spec does not pass it on"
 
-REFUSED: dict[str, _Refused] = {
+REFUSED = {
     "moe_latent_size": _Refused((None,), "zero-computation experts take the whole vector"),
     "moe_expert_capacity_factor": _Refused(
         (None,), "it knows one kind of expert", "MoEPPConfig.capacity_factor"
@@ -142,9 +131,9 @@ REFUSED: dict[str, _Refused] = {
         ("probs",), "the selections with the largest gates stay within the capacities"
     ),
     "moe_token_dropping": _Refused((False,), "megatron-core does not support it either"),
-    "moe_pad_expert_input_to_capacity": _Refused((False,), "it counts K selections a token"),
-    "moe_pad_experts_for_cuda_graph_inference": _Refused(
-        (False,), "it counts K selections a token"
+    **dict.fromkeys(
+        ("moe_pad_expert_input_to_capacity", "moe_pad_experts_for_cuda_graph_inference"),
+        _Refused((False,), "it counts K selections a token"),
     ),
     "moe_expert_rank_capacity_factor": _Refused((None,), "its overflow is not counted here"),
     "moe_shared_expert_overlap": _Refused(
@@ -152,8 +141,10 @@ REFUSED: dict[str, _Refused] = {
         "no step of its dispatchers runs shared experts, which the MoE++ layer runs during the "
         "all-to-all anyway",
     ),
-    "mlp_chunks_for_training": _Refused((1,), "a chunk would be routed without its router logits"),
-    "mlp_chunks_for_prefill": _Refused((1,), "a chunk would be routed without its router logits"),
+    **dict.fromkeys(
+        ("mlp_chunks_for_training", "mlp_chunks_for_prefill"),
+        _Refused((1,), "a chunk would be routed without its router logits"),
+    ),
     "overlap_dispatch_backward_with_experts_wgrad": _Refused(
         (False,), "it waits for the all-to-all where the MoE++ dispatcher only starts it"
     ),
@@ -175,22 +166,31 @@ REFUSED: dict[str, _Refused] = {
     "moe_router_fusion": _Refused(
         (False,), "the fused kernel knows one kind of expert", "MoEPPConfig.fused"
     ),
-    "moe_paged_stash": _Refused((False,), _HOST_SIZES),
-    "moe_use_grouped_tensor": _Refused((False,), _HOST_SIZES),
-    "moe_dispatch_fwd_dtype": _Refused(("bf16",), _NCCLEP),
-    "moe_combine_bwd_dtype": _Refused(("bf16",), _NCCLEP),
-    "moe_ncclep_static_shape": _Refused((False,), _NCCLEP),
-    "moe_ncclep_zero_copy": _Refused((False,), _NCCLEP),
+    **dict.fromkeys(
+        ("moe_paged_stash", "moe_use_grouped_tensor"),
+        _Refused((False,), "its rows per expert are counted in every step"),
+    ),
+    **dict.fromkeys(
+        ("moe_dispatch_fwd_dtype", "moe_combine_bwd_dtype"), _Refused(("bf16",), _NCCLEP)
+    ),
+    **dict.fromkeys(
+        ("moe_ncclep_static_shape", "moe_ncclep_zero_copy"), _Refused((False,), _NCCLEP)
+    ),
     "transformer_impl": _Refused(
         ("transformer_engine", "local"), "megatron-core's inference layers have their own router"
     ),
     "experimental_attention_variant": _Refused((None,), _SPEC),
-    "heterogeneous_block_specs": _Refused((False,), _SPEC),
-    "mla_down_proj_fusion": _Refused((False,), _SPEC),
-    "qk_l2_norm": _Refused((False,), _SPEC),
-    "use_kitchen": _Refused((False,), _SPEC),
-    "use_kitchen_attention": _Refused((False,), _SPEC),
-    "use_te_activation_func": _Refused((False,), _SPEC),
+    **dict.fromkeys(
+        (
+            "heterogeneous_block_specs",
+            "mla_down_proj_fusion",
+            "qk_l2_norm",
+            "use_kitchen",
+            "use_kitchen_attention",
+            "use_te_activation_func",
+        ),
+        _Refused((False,), _SPEC),
+    ),
     "enable_mhc_connections": _Refused((False,), "the MoE++ layer has one residual stream"),
     "mtp_hsm": _Refused((False,), "the layers of further tokens are this package's"),
     "mtp_use_repeated_layer": _Refused(
@@ -201,7 +201,7 @@ REFUSED: dict[str, _Refused] = {
     ),
 }
 
-IDLE: dict[str, str] = {
+IDLE = {
     "moe_router_quantile_balancing_ema": "moe_router_load_balancing_type",
     "moe_paged_stash_page_size": "moe_paged_stash",
     "moe_paged_stash_buffer_size_factor_cuda": "moe_paged_stash",
@@ -231,17 +231,17 @@ def refuse_ignored(config: Any, moepp: MoEPPConfig) -> None:
                 "docs/upgrading.md"
             )
     for name, ours in OURS.items():
-        value, meaning = getattr(config, name), ours.meaning(moepp)
-        if value in ours.unset or value in meaning:
+        value, expected = getattr(config, name), getattr(moepp, ours.field)
+        meaning = ours.meaning(expected)
+        if value in (*ours.unset, meaning):
             continue
         if name == "moe_aux_loss_coeff" and config.moe_router_load_balancing_type == "none":
             continue  # The coefficient of no loss.
-        expected = getattr(moepp, ours.field)
         counts = "; num_moe_experts counts FFN experts only" if name == "num_moe_experts" else ""
         default = f" or be left at {ours.unset[0]}" if ours.unset else ""
         raise ValueError(
             f"TransformerConfig.{name} ({value}) must equal the MoEPPConfig's value "
-            f"({ours.field} {expected}){default}{counts}; use {_alternatives(meaning)}, or change "
+            f"({ours.field} {expected}){default}{counts}; use {meaning}, or change "
             f"MoEPPConfig.{ours.field}"
         )
 
@@ -275,7 +275,3 @@ def refuse_setting(config: Any, name: str, user: str = "the MoE++ layer") -> Non
         f"TransformerConfig.{name} ({value}) is not supported by {user}, because "
         f"{rule.reason}; use {rule.allowed[0]}{instead}"
     )
-
-
-def _alternatives(meaning: tuple[Any, ...]) -> str:
-    return " or ".join(str(value) for value in meaning)
