@@ -11,6 +11,8 @@ device and in every run.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,8 +20,28 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+_Move = Callable[[Tensor], Tensor]
 
-class Copies:
+
+class _Rows(ABC):
+    """Rows that are spread and added up again."""
+
+    def spread(self, rows: Tensor) -> Tensor:
+        """Copy [N, ...] rows to [C, ...]."""
+        return _Moved.apply(rows, self._spread, self._add_up)
+
+    def add_up(self, copies: Tensor) -> Tensor:
+        """Sum [C, ...] copies to [N, ...] rows; a row without copies is 0."""
+        return _Moved.apply(copies, self._add_up, self._spread)
+
+    @abstractmethod
+    def _spread(self, rows: Tensor) -> Tensor: ...
+
+    @abstractmethod
+    def _add_up(self, copies: Tensor) -> Tensor: ...
+
+
+class Copies(_Rows):
     """A copy of a row for every true column of its entry in the map `wanted` [N, M].
 
     `count` are its C true entries, known on the host so that a GPU need not be waited for. `row`
@@ -33,14 +55,6 @@ class Copies:
         lengths = wanted.sum(dim=1)
         self._first = lengths.cumsum(dim=0) - lengths
 
-    def spread(self, rows: Tensor) -> Tensor:
-        """Copy [N, D] rows to [C, D]."""
-        return _Spread.apply(rows, self)
-
-    def add_up(self, copies: Tensor) -> Tensor:
-        """Sum [C, D] copies to [N, D] rows, accumulated in fp32; a row without copies is 0."""
-        return _AddUp.apply(copies, self)
-
     def in_order_of_columns(self, values: Tensor) -> Tensor:
         """Reorder [C] values from (row, column) order to that of the copies."""
         return torch.empty_like(values).index_copy(0, self._of_rows, values)
@@ -53,7 +67,7 @@ class Copies:
         return F.embedding_bag(self._of_rows, copies, self._first, mode="sum")
 
 
-class Places:
+class Places(_Rows):
     """[R] rows of a buffer, each with the row of [N, ...] values that it holds.
 
     `source` [R] int64 is N for a row that holds nothing: its content is arbitrary and goes nowhere.
@@ -63,23 +77,15 @@ class Places:
     def __init__(self, source: Tensor, num_values: int) -> None:
         self._source, self._num_values = source, num_values
 
-    def spread(self, values: Tensor) -> Tensor:
-        """Copy [N, ...] values to the buffer [R, ...]."""
-        return _Spread.apply(values, self)
+    def _spread(self, rows: Tensor) -> Tensor:
+        return rows.index_select(0, self._source.clamp(max=self._num_values - 1))
 
-    def add_up(self, buffer: Tensor) -> Tensor:
-        """Sum the buffer [R, ...] to [N, ...] values; a value without rows is 0."""
-        return _AddUp.apply(buffer, self)
-
-    def _spread(self, values: Tensor) -> Tensor:
-        return values.index_select(0, self._source.clamp(max=self._num_values - 1))
-
-    def _add_up(self, buffer: Tensor) -> Tensor:
-        sums = buffer.new_zeros(self._num_values + 1, *buffer.shape[1:])
-        return sums.index_add_(0, self._source, buffer)[:-1]
+    def _add_up(self, copies: Tensor) -> Tensor:
+        sums = copies.new_zeros(self._num_values + 1, *copies.shape[1:])
+        return sums.index_add_(0, self._source, copies)[:-1]
 
 
-class Permutation:
+class Permutation(_Rows):
     """A new order of rows: row r of the result is row `order[r]`, [R] int64."""
 
     def __init__(self, order: Tensor) -> None:
@@ -88,19 +94,11 @@ class Permutation:
             0, order, torch.arange(len(order), device=order.device)
         )
 
-    def spread(self, rows: Tensor) -> Tensor:
-        """Reorder the rows."""
-        return _Spread.apply(rows, self)
-
-    def add_up(self, rows: Tensor) -> Tensor:
-        """Put reordered rows back."""
-        return _AddUp.apply(rows, self)
-
     def _spread(self, rows: Tensor) -> Tensor:
         return rows.index_select(0, self._order)
 
-    def _add_up(self, rows: Tensor) -> Tensor:
-        return rows.index_select(0, self._inverse)
+    def _add_up(self, copies: Tensor) -> Tensor:
+        return copies.index_select(0, self._inverse)
 
 
 def rows_of_tokens(routing_map: Tensor, slots: int, numbers: Tensor | None = None) -> Tensor:
@@ -120,25 +118,13 @@ def rows_of_tokens(routing_map: Tensor, slots: int, numbers: Tensor | None = Non
     return table.scatter_(1, slot, numbers)[:, :slots].contiguous()
 
 
-class _Spread(torch.autograd.Function):
+class _Moved(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, copies: Copies | Places | Permutation) -> Tensor:
-        ctx.copies = copies
-        return copies._spread(rows)
+    def forward(ctx: Any, rows: Tensor, there: _Move, back: _Move) -> Tensor:
+        ctx.back = back
+        return there(rows)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return ctx.copies._add_up(grad.contiguous()), None
-
-
-class _AddUp(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, copies: Copies | Places | Permutation) -> Tensor:
-        ctx.copies = copies
-        return copies._add_up(rows)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return ctx.copies._spread(grad), None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.back(grad.contiguous()), None, None
