@@ -274,16 +274,16 @@ def config_with_origins(
     values = load_config(path, overrides).model_dump(mode="json")
     origins: dict[tuple[str, ...], str] = {}
     for origin, content in config_layers(path, overrides):
-        origins |= dict.fromkeys((names for names, _ in _leaves(content)), origin)
-    return [(names, value, origins.get(names, DEFAULT)) for names, value in _leaves(values)]
+        origins |= dict.fromkeys((names for names, _ in leaves(content)), origin)
+    return [(names, value, origins.get(names, DEFAULT)) for names, value in leaves(values)]
 
 
-def _leaves(
+def leaves(
     content: Mapping[str, Any], above: tuple[str, ...] = ()
 ) -> Iterator[tuple[tuple[str, ...], Any]]:
     """All values in a mapping of mappings, each with its names from the outside in."""
     for name, value in content.items():
         if isinstance(value, Mapping) and value:
-            yield from _leaves(value, (*above, name))
+            yield from leaves(value, (*above, name))
         else:
             yield (*above, name), value

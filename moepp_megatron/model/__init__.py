@@ -4,11 +4,9 @@ all_heads_norm.py    RMSNorm of the queries, or of the keys, of all heads of a t
 attention.py         causal attention under context parallelism, latent attention: for local modules
 build.py             builds this rank's model chunks
 causal_attention.py  causal attention on a GPU without Transformer Engine, for local modules
-cross_entropy.py     the model's loss: Triton kernels, or megatron-core's cross entropy
 document_attention.py  attention that stays within documents: masks, packed sequences
-fp8_weights.py       weights that exist only in FP8, used as if they were plain tensors
 gpt.py               a GPT model with MoE++ layers on megatron-core's HybridModel
-initialize.py        weights that do not depend on the layout
+initialize.py        weights that do not depend on the layout, those in FP8 too
 local_modules.py     megatron-core's local modules, made fit for all layouts
 megatron_config.py   translates the user's configuration into megatron-core's and the MoE++ layer's
 multi_token_loss.py  the loss of multi-token prediction

@@ -9,12 +9,10 @@ Shape suffixes: S sequence, B batch, N heads of this rank, C channels of a head.
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import torch
 from megatron.core import parallel_state
-from megatron.core.transformer.torch_norm import LayerNormBuilder
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.distributed import ProcessGroup
@@ -56,11 +54,6 @@ class AllHeadsRMSNorm(torch.nn.Module):
         count = self.weight.numel() * self.copies
         normed: Tensor = _Normalise.apply(x_SBNC, weight_NC, self.eps, count, self.group)
         return normed
-
-
-def all_heads_norms(heads: int, groups: int) -> tuple[LayerNormBuilder, LayerNormBuilder]:
-    """Builders of the norms of queries and of keys; the numbers of heads are over all ranks."""
-    return partial(AllHeadsRMSNorm, num_heads=heads), partial(AllHeadsRMSNorm, num_heads=groups)
 
 
 class _Normalise(torch.autograd.Function):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from moepp_megatron.config import Config, UnfitError
 from moepp_megatron.config.stages import virtual_stages
-from moepp_megatron.model.all_heads_norm import all_heads_norms
+from moepp_megatron.model.all_heads_norm import AllHeadsRMSNorm
 from moepp_megatron.model.document_attention import packed_attention
 from moepp_megatron.model.gpt import MoEPPGPTModel
 from moepp_megatron.model.initialize import initialize_weights
@@ -80,7 +81,11 @@ def _backend(config: Config) -> dict[str, Any]:
         if config.model.qk_layernorm_scope != "all_heads":
             return spec
         # No back end has these norms, but they work with the modules of each.
-        queries, keys = all_heads_norms(config.model.num_attention_heads, config.model.query_groups)
-        return with_attention(spec, q_layernorm=queries, k_layernorm=keys)
+        norm, model = partial(partial, AllHeadsRMSNorm), config.model
+        return with_attention(
+            spec,
+            q_layernorm=norm(num_heads=model.num_attention_heads),
+            k_layernorm=norm(num_heads=model.query_groups),
+        )
 
     return {"use_transformer_engine": has_transformer_engine, "adapt": adapt}

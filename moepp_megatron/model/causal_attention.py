@@ -18,25 +18,25 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 
-def suits_causal_attention(config: TransformerConfig) -> bool:
-    """True if `CausalAttention` can replace `DotProductAttention` on this GPU."""
-    return (
-        torch.cuda.is_available()
-        and config.context_parallel_size == 1
-        and config.attention_dropout == 0.0
-        and config.window_size is None
-        and config.softmax_type == "vanilla"
-        and not config.qk_clip
-        and not config.apply_query_key_layer_scaling
-    )
-
-
 class CausalAttention(MegatronModule):
     """Core attention of a layer whose sequences are whole on this rank.
 
     `softmax_scale` is 1 / sqrt(d) where None. Unused are groups, dropout and the widths of heads,
     which the tensors have. ValueError if the mask is not causal.
     """
+
+    @staticmethod
+    def suits(config: TransformerConfig) -> bool:
+        """True if this class can replace `DotProductAttention` on this GPU."""
+        return (
+            torch.cuda.is_available()
+            and config.context_parallel_size == 1
+            and config.attention_dropout == 0.0
+            and config.window_size is None
+            and config.softmax_type == "vanilla"
+            and not config.qk_clip
+            and not config.apply_query_key_layer_scaling
+        )
 
     def __init__(
         self,

@@ -14,7 +14,6 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from moepp_megatron.model.cross_entropy import WithCrossEntropy
 from moepp_megatron.model.multi_token_loss import MultiTokenLoss
 from moepp_megatron.moe.config import MoEPPConfig
 from moepp_megatron.moe.lane import lane_columns, unpack
@@ -24,11 +23,13 @@ from moepp_megatron.moe.token_tags import TokenTags
 from moepp_megatron.moe.zero_computation import share_constants
 
 
-class MoEPPGPTModel(WithCrossEntropy, HybridModel):
+class MoEPPGPTModel(HybridModel):
     """A pipeline stage (or the whole) of a GPT model with MoE++ layers.
 
     `MoEPPStack` has its layers and hands on the lane. megatron-core's combined schedule calls
-    `_preprocess` and `_postprocess`. `token_tags` computes the tags that routers get.
+    `_preprocess` and `_postprocess`. `token_tags` computes the tags that routers get. With
+    `fuses_cross_entropy` the loss is `moe.kernels.cross_entropy`, else megatron-core's as
+    `TransformerConfig.cross_entropy_loss_fusion` says.
 
     Raises:
         ValueError: If layers on several stages are to share their constants, or HybridModel lacks
@@ -36,6 +37,7 @@ class MoEPPGPTModel(WithCrossEntropy, HybridModel):
     """
 
     token_tags: TokenTags | None = None
+    fuses_cross_entropy = False
 
     def __init__(
         self,
@@ -243,6 +245,22 @@ class MoEPPGPTModel(WithCrossEntropy, HybridModel):
             self.config,
             self.pg_collection.cp,
         )
+
+    def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
+        """[b, s] fp32 cross entropy of each token.
+
+        Args:
+            labels: [b, s] int64; the loss of an id that is not in the vocabulary is to be masked.
+            logits: [s, b, V / tp] this rank's columns. The backward pass of the fused kernels
+                writes the gradient over them.
+        """
+        if not self.fuses_cross_entropy:
+            loss: Tensor = super().compute_language_model_loss(labels, logits)
+            return loss
+        from moepp_megatron.moe.kernels.cross_entropy import cross_entropy
+
+        labels = labels.transpose(0, 1).contiguous()
+        return cross_entropy(logits, labels, self.tp_group).transpose(0, 1).contiguous()
 
     def _losses_of(self, hidden_states: Tensor, labels: Tensor) -> Tensor:
         """[b, s] cross entropy of labels [b, s] from hidden states [s, b, D]."""

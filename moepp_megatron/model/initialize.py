@@ -10,15 +10,20 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from megatron.core.fp8_utils import (
+    copy_tensor_to_quantized_param,
+    dequantize_fp8_tensor,
+    is_float8tensor,
+)
 from megatron.core.models.common.language_module.language_module import LanguageModule
 from torch import Tensor
 
-from moepp_megatron.model.fp8_weights import fp8_weights_as_plain
 from moepp_megatron.moe.zero_computation import ZeroComputationExperts
 
 # Weights that write into the residual stream; their scale shrinks with depth (GPT-2, section 2.3).
@@ -36,7 +41,7 @@ def initialize_weights(chunks: Iterable[LanguageModule], seed: int) -> None:
         config = chunk.config
         # A layer writes twice into the residual stream, in attention and in the FFN.
         branches = 2 * config.num_layers
-        with fp8_weights_as_plain(chunk):
+        with _fp8_weights_as_plain(chunk):
             parameters = {p.untyped_storage().data_ptr() for p in chunk.parameters()}
             for entry in nested_values(chunk.sharded_state_dict()):
                 for tensor in sharded_tensors(entry):
@@ -79,3 +84,43 @@ def _global_shard(tensor: ShardedTensor, seed: int) -> Tensor:
     for axis, (offset, length) in enumerate(zip(offsets, tensor.local_shape, strict=True)):
         weight = weight.narrow(axis, offset, length)
     return weight
+
+
+@contextmanager
+def _fp8_weights_as_plain(model: torch.nn.Module) -> Iterator[None]:
+    """Make every FP8 weight in the block a plain, writable parameter of its dtype.
+
+    A part of an FP8 weight cannot be written by itself, because the values of a block, or of the
+    whole tensor, share a scale: a half of a gated FFN's weight is such a part, and so is what a
+    checkpoint calls a tensor. At the end each weight is quantised once, and the value that
+    Transformer Engine keeps for the optimizer's fp32 copy is replaced too
+    (`get_high_precision_init_val`): otherwise the first step would bring back the old weight.
+    """
+    exchanged = []
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if is_float8tensor(parameter):
+                plain = torch.nn.Parameter(
+                    torch.zeros(parameter.shape, dtype=parameter.dtype, device=parameter.device)
+                )
+                module._parameters[name] = plain
+                exchanged.append((module, name, parameter, plain))
+    try:
+        yield
+    finally:
+        for module, name, parameter, plain in exchanged:
+            module._parameters[name] = parameter
+            _write(parameter, plain.detach())
+
+
+def plain_value(tensor: Tensor) -> Tensor:
+    """The values of a weight, in FP8 or not, as a plain tensor of its dtype."""
+    return dequantize_fp8_tensor(tensor) if is_float8tensor(tensor) else tensor
+
+
+@torch.no_grad()
+def _write(parameter: torch.nn.Parameter, value: Tensor) -> None:
+    copy_tensor_to_quantized_param(parameter, value)
+    kept = getattr(parameter, "get_high_precision_init_val", lambda: None)()
+    if kept is not None:
+        kept.copy_(value)

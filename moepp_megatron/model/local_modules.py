@@ -10,7 +10,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from moepp_megatron.model.attention import ContextParallelAttention, with_local_latent_attention
-from moepp_megatron.model.causal_attention import CausalAttention, suits_causal_attention
+from moepp_megatron.model.causal_attention import CausalAttention
 from moepp_megatron.moe.adapter import with_attention, with_submodules
 from moepp_megatron.runtime.optional import fused_rms_norm
 
@@ -46,7 +46,7 @@ def fit_local_modules(config: TransformerConfig, spec: ModuleSpec, is_moe: bool)
         spec, keys = with_local_latent_attention(spec, is_moe), "kv_layernorm"
     if config.context_parallel_size > 1:
         spec = with_attention(spec, core_attention=ContextParallelAttention)
-    elif suits_causal_attention(config):
+    elif CausalAttention.suits(config):
         spec = with_attention(spec, core_attention=CausalAttention)
     if config.normalization != "RMSNorm":
         return spec

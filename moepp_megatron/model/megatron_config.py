@@ -232,7 +232,7 @@ def kernel_fields(config: Config) -> dict[str, object]:
         # The rotation of latent attention is another kernel, which has not been tested.
         "apply_rope_fusion": fused and config.model.latent_attention is None,
         "persist_layer_norm": False,
-        # The other two kinds: `moepp_megatron.model.cross_entropy`.
+        # The other two kinds: `moepp_megatron.model.gpt`.
         "cross_entropy_loss_fusion": config.precision.cross_entropy == "native",
     }
 

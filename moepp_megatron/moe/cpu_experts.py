@@ -20,23 +20,23 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 
-def suits(config: TransformerConfig) -> bool:
-    """True if `CPUExperts` computes the same as `SequentialMLP` for this configuration."""
-    return (
-        config.gated_linear_unit
-        and config.activation_func is F.silu
-        and config.activation_func_clamp_value is None
-        and config.glu_linear_offset == 0.0
-        and not config.add_bias_linear
-        and not config.moe_apply_probs_on_input
-        and config.fp8 is None
-        and config.fp4 is None
-        and not config.delay_wgrad_compute
-    )
-
-
 class CPUExperts(SequentialMLP):
     """megatron-core's `SequentialMLP` of SwiGLU experts, computed by one autograd function."""
+
+    @staticmethod
+    def suits(config: TransformerConfig) -> bool:
+        """True if this class computes the same as `SequentialMLP` for this configuration."""
+        return (
+            config.gated_linear_unit
+            and config.activation_func is F.silu
+            and config.activation_func_clamp_value is None
+            and config.glu_linear_offset == 0.0
+            and not config.add_bias_linear
+            and not config.moe_apply_probs_on_input
+            and config.fp8 is None
+            and config.fp4 is None
+            and not config.delay_wgrad_compute
+        )
 
     def forward(
         self,

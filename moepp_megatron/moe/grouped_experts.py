@@ -26,7 +26,6 @@ from moepp_megatron.moe.cpu_experts import (
     CPUExperts,
     activation_grads,
     gathered,
-    suits,
     swiglu,
     weighted,
 )
@@ -35,17 +34,21 @@ from moepp_megatron.moe.cpu_experts import (
 _ALIGNMENT = 8
 
 
-def suits_grouped(config: TransformerConfig) -> bool:
-    """True if `GroupedExperts` can replace `SequentialMLP`: bf16 on Hopper or newer."""
-    if not (suits(config) and torch.cuda.is_available() and config.params_dtype == torch.bfloat16):
-        return False
-    width = config.moe_ffn_hidden_size // config.expert_tensor_parallel_size
-    is_aligned = config.hidden_size % _ALIGNMENT == 0 and width % _ALIGNMENT == 0
-    return is_aligned and torch.cuda.get_device_capability() >= (9, 0)
-
-
 class GroupedExperts(CPUExperts):
     """megatron-core's `SequentialMLP` of SwiGLU experts, in one product over all of them."""
+
+    @staticmethod
+    def suits(config: TransformerConfig) -> bool:
+        """True if this class can replace `SequentialMLP`: bf16 on Hopper or newer."""
+        if not (
+            CPUExperts.suits(config)
+            and torch.cuda.is_available()
+            and config.params_dtype == torch.bfloat16
+        ):
+            return False
+        width = config.moe_ffn_hidden_size // config.expert_tensor_parallel_size
+        is_aligned = config.hidden_size % _ALIGNMENT == 0 and width % _ALIGNMENT == 0
+        return is_aligned and torch.cuda.get_device_capability() >= (9, 0)
 
     def compute(
         self, tokens: Tensor, gates: Tensor, tokens_per_expert: Tensor, weights: Sequence[Tensor]
@@ -56,6 +59,18 @@ class GroupedExperts(CPUExperts):
 
 class EngineExperts(TEGroupedMLP):
     """megatron-core's `TEGroupedMLP` of SwiGLU experts, multiplied without Transformer Engine."""
+
+    @staticmethod
+    def suits(config: TransformerConfig) -> bool:
+        """True if this class computes the same as `TEGroupedMLP`."""
+        fits = (GroupedExperts if torch.cuda.is_available() else CPUExperts).suits(config)
+        return (
+            fits
+            and not config.moe_single_grouped_weight
+            and not config.use_transformer_engine_op_fuser
+            and not {"expert_fc1", "moe_act"} & {*(config.offload_modules or ())}
+            and config.moe_mlp_glu_interleave_size is None
+        )
 
     def forward(
         self,
@@ -72,18 +87,6 @@ class EngineExperts(TEGroupedMLP):
         ]
         tokens, gates = permuted_local_hidden_states, permuted_probs
         return _outputs(tokens, gates, tokens_per_expert, weights), None
-
-
-def suits_engine(config: TransformerConfig) -> bool:
-    """True if `EngineExperts` computes the same as `TEGroupedMLP`."""
-    fits = suits_grouped(config) if torch.cuda.is_available() else suits(config)
-    return (
-        fits
-        and not config.moe_single_grouped_weight
-        and not config.use_transformer_engine_op_fuser
-        and not {"expert_fc1", "moe_act"} & {*(config.offload_modules or ())}
-        and config.moe_mlp_glu_interleave_size is None
-    )
 
 
 def _outputs(

@@ -25,12 +25,10 @@ from megatron.core.transformer.transformer_layer import MlpBuilder, get_transfor
 
 from moepp_megatron.moe.adapter import LayerAdapter, with_submodules
 from moepp_megatron.moe.config import MoEPPConfig
-from moepp_megatron.moe.cpu_experts import CPUExperts, suits
+from moepp_megatron.moe.cpu_experts import CPUExperts
 from moepp_megatron.moe.grouped_experts import (
     EngineExperts,
     GroupedExperts,
-    suits_engine,
-    suits_grouped,
 )
 from moepp_megatron.moe.lane import MoEPPTransformerLayer
 from moepp_megatron.moe.layer import MoEPPLayer, VanillaMoELayer, VanillaRouter
@@ -174,16 +172,16 @@ def _experts(
     With static rows also in place of Transformer Engine's, which read their sizes on the host.
     """
     kind = getattr(upstream, "func", None)
-    ours: type[torch.nn.Module]
+    ours: type[CPUExperts] | type[EngineExperts]
     if kind is TEGroupedMLP and moepp is not None and moepp.static_rows is not None:
-        ours, is_fit = EngineExperts, suits_engine(config)
+        ours = EngineExperts
     elif kind is not SequentialMLP:
         return upstream
-    elif torch.cuda.is_available():
-        ours, is_fit = GroupedExperts, suits_grouped(config)
     else:
-        ours, is_fit = CPUExperts, suits(config)
-    return partial(ours, *upstream.args, **upstream.keywords) if is_fit else upstream
+        ours = GroupedExperts if torch.cuda.is_available() else CPUExperts
+    if not ours.suits(config):
+        return upstream
+    return partial(ours, *upstream.args, **upstream.keywords)
 
 
 def _base_layer_spec(

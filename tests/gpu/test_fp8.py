@@ -17,7 +17,7 @@ import pytest
 import torch
 from megatron.core.fp8_utils import get_fp8_context
 
-from moepp_megatron.model.fp8_weights import plain_value
+from moepp_megatron.model.initialize import plain_value
 from tests.gpu.test_layer import relative_l2
 from tests.te_stand_in.experts import FFN, layer_of, routing_to, run
 from tests.te_stand_in.models import RECIPES, config_of, losses, model_of

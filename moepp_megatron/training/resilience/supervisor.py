@@ -14,7 +14,7 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from moepp_megatron.config import Config
-from moepp_megatron.model.fp8_weights import plain_value
+from moepp_megatron.model.initialize import plain_value
 from moepp_megatron.training.resilience.stragglers import StragglerDetector
 from moepp_megatron.training.resilience.watchdog import FIRST_STEP, STEP, Activity, Watchdog
 from moepp_megatron.training.setup import TrainingModel

@@ -7,7 +7,7 @@ from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.enums import AttnMaskType
 
 from moepp_megatron.model import causal_attention
-from moepp_megatron.model.causal_attention import CausalAttention, suits_causal_attention
+from moepp_megatron.model.causal_attention import CausalAttention
 from moepp_megatron.model.document_attention import dense_mask, document_ends, document_numbers
 from moepp_megatron.model.local_modules import fit_local_modules
 from moepp_megatron.moe.config import MoEPPConfig
@@ -177,9 +177,9 @@ def test_what_it_would_not_honour_is_refused():
 )
 def test_where_it_is_used(monkeypatch, changes, fits):
     config = megatron_config(MOEPP, **changes)
-    assert not suits_causal_attention(config), "no GPU here"
+    assert not CausalAttention.suits(config), "no GPU here"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert suits_causal_attention(config) == fits
+    assert CausalAttention.suits(config) == fits
     spec = get_moepp_layer_spec(
         config, MOEPP, use_transformer_engine=False, adapt=fit_local_modules
     )

@@ -9,8 +9,8 @@ from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
 
 from moepp_megatron.moe import cpu_experts
 from moepp_megatron.moe.config import MoEPPConfig
-from moepp_megatron.moe.cpu_experts import CPUExperts, suits
-from moepp_megatron.moe.grouped_experts import GroupedExperts, suits_grouped
+from moepp_megatron.moe.cpu_experts import CPUExperts
+from moepp_megatron.moe.grouped_experts import GroupedExperts
 from moepp_megatron.moe.spec import get_moepp_layer_spec
 from tests.unit.moe.builders import FFN_HIDDEN, HIDDEN, megatron_config
 
@@ -124,10 +124,10 @@ def test_grouped_products_keep_no_copy_of_the_weights():
 def test_where_experts_are_grouped(monkeypatch, changes, capability, fits):
     bf16 = {"params_dtype": torch.bfloat16, "bf16": True}
     config = megatron_config(MOEPP, **(bf16 | changes))
-    assert not suits_grouped(config), "no GPU here"
+    assert not GroupedExperts.suits(config), "no GPU here"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
-    assert suits_grouped(config) == fits
+    assert GroupedExperts.suits(config) == fits
     spec = get_moepp_layer_spec(config, MOEPP, use_transformer_engine=False)
     found = spec.submodules.mlp.keywords["submodules"].experts.func
     assert found is (GroupedExperts if fits else SequentialMLP)
@@ -140,6 +140,6 @@ def test_where_experts_are_grouped(monkeypatch, changes, capability, fits):
 )
 def test_other_experts_stay_with_megatron_core(changes):
     config = megatron_config(MOEPP, **changes)
-    assert not suits(config)
+    assert not CPUExperts.suits(config)
     spec = get_moepp_layer_spec(config, MOEPP, use_transformer_engine=False)
     assert spec.submodules.mlp.keywords["submodules"].experts.func is SequentialMLP
