@@ -24,6 +24,21 @@ from moepp_megatron.runtime.optional import (
 _HYBRIDEP_CHUNK = 64
 
 
+# Settings that megatron-core has under the same name; those of `moe` begin with moe_ there.
+_SAME = {
+    "model": "num_layers hidden_size ffn_hidden_size num_attention_heads qk_layernorm "
+    "init_method_std",
+    "training": "recompute_granularity recompute_method recompute_num_layers",
+    "parallel": "tensor_model_parallel_size pipeline_model_parallel_size "
+    "pipeline_model_parallel_layout expert_model_parallel_size context_parallel_size "
+    "overlap_moe_expert_parallel_comm delay_wgrad_compute",
+    "moe": "router_topk layer_freq z_loss_coeff input_jitter_eps shared_expert_gate",
+}
+_FP8 = (
+    "fp8 fp8_param fp8_margin fp8_amax_history_len fp8_amax_compute_algo first_last_layers_bf16 "
+    "num_layers_at_start_in_bf16 num_layers_at_end_in_bf16"
+)
+
 # The types that settings name.
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -61,12 +76,12 @@ def transformer_fields(config: Config) -> dict[str, Any]:
     model, training = config.model, config.training
     dtype = params_dtype(config)
     return dict(
-        num_layers=model.num_layers,
-        hidden_size=model.hidden_size,
-        ffn_hidden_size=model.ffn_hidden_size,
-        num_attention_heads=model.num_attention_heads,
+        **{
+            "moe_" * (section == "moe") + name: getattr(getattr(config, section), name)
+            for section, names in _SAME.items()
+            for name in names.split()
+        },
         num_query_groups=model.query_groups,
-        qk_layernorm=model.qk_layernorm,
         normalization="RMSNorm",
         layernorm_epsilon=model.norm_epsilon,
         add_bias_linear=False,
@@ -75,7 +90,6 @@ def transformer_fields(config: Config) -> dict[str, Any]:
         activation_func=F.silu,
         hidden_dropout=0.0,
         attention_dropout=0.0,
-        init_method_std=model.init_method_std,
         # FP8 weights are quantised as they are built. Uninitialised memory would put its largest
         # value into the history of delayed scaling, to stay for as many steps as the history has.
         perform_initialization=config.precision.fp8_param,
@@ -85,9 +99,6 @@ def transformer_fields(config: Config) -> dict[str, Any]:
         # Gradients are sums over tokens, divided once by the tokens of the global batch: the token
         # mean in every layout, however tokens are spread over micro-batches and ranks.
         calculate_per_token_loss=True,
-        recompute_granularity=training.recompute_granularity,
-        recompute_method=training.recompute_method,
-        recompute_num_layers=training.recompute_num_layers,
         recompute_modules=list(training.recompute_modules)
         if training.recompute_granularity == "selective"
         else None,
@@ -108,13 +119,8 @@ def _parallel_fields(config: Config) -> dict[str, object]:
     parallel = config.parallel
     num_chunks = virtual_stages(config)
     return {
-        "tensor_model_parallel_size": parallel.tensor_model_parallel_size,
-        "pipeline_model_parallel_size": parallel.pipeline_model_parallel_size,
         "virtual_pipeline_model_parallel_size": num_chunks if num_chunks > 1 else None,
-        "pipeline_model_parallel_layout": parallel.pipeline_model_parallel_layout,
-        "expert_model_parallel_size": parallel.expert_model_parallel_size,
         "expert_tensor_parallel_size": parallel.expert_tensor_size,
-        "context_parallel_size": parallel.context_parallel_size,
         "sequence_parallel": parallel.uses_sequence_parallel,
         # The interleaved schedule exchanges activations and gradients with the same two neighbours
         # at once; as one batch they could not be distinguished if both neighbours are one rank.
@@ -123,8 +129,6 @@ def _parallel_fields(config: Config) -> dict[str, object]:
         # The host would wait for the whole device after every message, for versions of torch long
         # gone; the message's own stream is waited for anyway.
         "batch_p2p_sync": False,
-        "overlap_moe_expert_parallel_comm": parallel.overlap_moe_expert_parallel_comm,
-        "delay_wgrad_compute": parallel.delay_wgrad_compute,
     }
 
 
@@ -147,9 +151,7 @@ def _moe_fields(config: Config) -> dict[str, object]:
     moe = config.moe
     fields: dict[str, object] = {
         "num_moe_experts": moe.num_ffn_experts,
-        "moe_router_topk": moe.router_topk,
         "moe_ffn_hidden_size": config.expert_ffn_hidden_size,
-        "moe_layer_freq": moe.layer_freq,
         # megatron-core knows no deduplicated all-to-all; the MoE++ layer builds it.
         "moe_token_dispatcher_type": moe.dispatcher.removesuffix("_dedup"),
         **_flex_fields(config),
@@ -158,11 +160,8 @@ def _moe_fields(config: Config) -> dict[str, object]:
         # With it megatron-core moves the routers' biases after every step.
         "moe_router_enable_expert_bias": moe.bias_update_rate > 0,
         "moe_router_bias_update_rate": moe.bias_update_rate,
-        "moe_z_loss_coeff": moe.z_loss_coeff,
         **config.transformer_fields(),
-        "moe_input_jitter_eps": moe.input_jitter_eps,
         "moe_shared_expert_intermediate_size": moe.shared_expert_ffn_hidden_size,
-        "moe_shared_expert_gate": moe.shared_expert_gate,
         # With the global scope megatron-core resets the routers' counts after every step. The loss
         # itself is ours, so its coefficient stays 0 here.
         "moe_router_load_balancing_type": "global_aux_loss"
@@ -222,11 +221,9 @@ def kernel_fields(config: Config) -> dict[str, object]:
     fused = have_transformer_engine()
     return {
         "use_cpu_initialization": not torch.cuda.is_available(),
-        "moe_grouped_gemm": fused,
-        "moe_permute_fusion": fused,
+        **dict.fromkeys(("moe_grouped_gemm", "moe_permute_fusion", "masked_softmax_fusion"), fused),
         # Only of Transformer Engine's layers: `moepp_megatron.training.setup`.
         "gradient_accumulation_fusion": have_fused_weight_gradient(),
-        "masked_softmax_fusion": fused,
         "bias_dropout_fusion": fused,
         "bias_activation_fusion": fused,
         # The rotation of latent attention is another kernel, which has not been tested.
@@ -242,14 +239,5 @@ def _fp8_fields(config: Config) -> dict[str, object]:
     precision = config.precision
     if precision.recipe is None:
         return {}
-    return {
-        "fp8": precision.fp8,
-        "fp8_recipe": Fp8Recipe[precision.recipe],
-        "fp8_param": precision.fp8_param,
-        "fp8_margin": precision.fp8_margin,
-        "fp8_amax_history_len": precision.fp8_amax_history_len,
-        "fp8_amax_compute_algo": precision.fp8_amax_compute_algo,
-        "first_last_layers_bf16": precision.first_last_layers_bf16,
-        "num_layers_at_start_in_bf16": precision.num_layers_at_start_in_bf16,
-        "num_layers_at_end_in_bf16": precision.num_layers_at_end_in_bf16,
-    }
+    fields = {name: getattr(precision, name) for name in _FP8.split()}
+    return fields | {"fp8_recipe": Fp8Recipe[precision.recipe]}

@@ -48,8 +48,25 @@ class VanillaRouter(TopKRouter):
         super()._apply_expert_bias(routing_map, mask)
 
 
-class VanillaMoELayer(MoELayer):
-    """megatron-core's MoE layer, bit for bit, with the `statistics` that a MoE++ run writes."""
+class _CountedLayer(MoELayer):
+    """megatron-core's MoE layer with the `statistics` that a run writes."""
+
+    statistics: RoutingStatistics
+
+    def dispatch(self, hidden_states: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
+        """Dispatch as megatron-core does and count the bytes."""
+        dispatched = super().dispatch(hidden_states, probs)
+        self.count_bytes(hidden_states)
+        return dispatched
+
+    def count_bytes(self, hidden_states: Tensor) -> None:
+        """Count the bytes of the pass that is dispatched."""
+        if RoutingStatistics.is_counting(self.training):
+            self.statistics.a2a_bytes += bytes_sent(self.token_dispatcher, hidden_states)
+
+
+class VanillaMoELayer(_CountedLayer):
+    """megatron-core's MoE layer, bit for bit, with counts of its selections."""
 
     def __init__(self, config: TransformerConfig, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
@@ -75,15 +92,8 @@ class VanillaMoELayer(MoELayer):
         self.statistics.add_selection(counted.sum(dim=0), num_tokens)
         return probs, routing_map
 
-    def dispatch(self, hidden_states: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
-        """Dispatch as megatron-core does and count the bytes."""
-        dispatched = super().dispatch(hidden_states, probs)
-        if RoutingStatistics.is_counting(self.training):
-            self.statistics.a2a_bytes += bytes_sent(self.token_dispatcher, hidden_states)
-        return dispatched
 
-
-class MoEPPLayer(MoELayer):
+class MoEPPLayer(_CountedLayer):
     """One MoE++ layer.
 
     Args:
@@ -126,6 +136,7 @@ class MoEPPLayer(MoELayer):
             pg_collection = get_default_pg_collection()
         super().__init__(config, submodules, layer_number, pg_collection, is_mtp_layer, name)
         self.moepp = moepp
+        self.statistics = self.router.statistics
         self.token_dispatcher = build_dispatcher(
             self.num_local_experts,
             self.local_expert_indices,
@@ -164,11 +175,6 @@ class MoEPPLayer(MoELayer):
     def fuses_rows(self) -> bool:
         """True if a kernel also sums FFN experts' rows, which not every dispatcher allows."""
         return self.fuses and isinstance(self.token_dispatcher, RowDispatcher)
-
-    @property
-    def statistics(self) -> RoutingStatistics:
-        """Routing counters since the last reset."""
-        return self.router.statistics
 
     def forward(
         self,
@@ -274,7 +280,7 @@ class MoEPPLayer(MoELayer):
         counts: bool = True,
     ) -> Tensor:
         """[s, b, D] output of all experts; `counts` bytes that travel."""
-        dispatch = self.dispatch if counts else super().dispatch
+        dispatch = self.dispatch if counts else super(_CountedLayer, self).dispatch
         dispatched, probs = dispatch(*self.ffn_input(hidden_states, routing))
         # While tokens travel to their experts and back: what needs no token to move.
         shared_output = self.shared_output(hidden_states, padding)
@@ -314,17 +320,6 @@ class MoEPPLayer(MoELayer):
         if self.moepp.expert_input_scale != 1.0:
             hidden_states = hidden_states * self.moepp.expert_input_scale
         return self.preprocess(hidden_states, gates, routing_map)
-
-    def dispatch(self, hidden_states: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
-        """Dispatch as megatron-core does and count the bytes."""
-        dispatched = super().dispatch(hidden_states, probs)
-        self.count_bytes(hidden_states)
-        return dispatched
-
-    def count_bytes(self, hidden_states: Tensor) -> None:
-        """Count the bytes of the pass that is dispatched."""
-        if RoutingStatistics.is_counting(self.training):
-            self.statistics.a2a_bytes += bytes_sent(self.token_dispatcher, hidden_states)
 
     def shared_output(self, hidden_states: Tensor, padding: Tensor | None) -> Tensor | None:
         """[s, b, D] output of the shared experts, 0 for padding [s, b]; None if there are none."""
