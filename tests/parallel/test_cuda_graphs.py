@@ -43,6 +43,7 @@ def train_with_experts(raw, steps, replays):
     initialize_rng_tracker()
     built = []
     with pytest.MonkeyPatch.context() as patch, cpu_graphs():
+        patch.setattr(GroupedExperts, "suits", spec.CPUExperts.suits)
         patch.setattr(spec, "CPUExperts", GroupedExperts)
         result = train(raw, steps, built.extend)
         graphs = [graph for model in built for graph in graphs_of(model)]

@@ -130,6 +130,7 @@ def test_replayed_graphs_train_like_the_model(parts, case):
 @pytest.mark.parametrize("parts", [["moe_router"], ["attn", "moe_router"]], ids="+".join)
 def test_experts_with_static_rows_are_captured(monkeypatch, parts, case):
     """And no graph is replayed in a step without static rows, before or after the capture."""
+    monkeypatch.setattr(GroupedExperts, "suits", specs.CPUExperts.suits)
     monkeypatch.setattr(specs, "CPUExperts", GroupedExperts)
     moepp = replace(CASES[case], static_rows=1.2)
     changes = {"moe_shared_expert_intermediate_size": 24, "moe_layer_freq": [1, 0, 1]}

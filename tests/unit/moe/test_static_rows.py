@@ -132,6 +132,7 @@ def test_forward_and_backward_are_one_graph_for_every_routing(monkeypatch):
 
     Not by `torch.compile`, which cannot trace megatron-core's `MoEAuxLossAutoScaler.backward`.
     """
+    monkeypatch.setattr(GroupedExperts, "suits", spec.CPUExperts.suits)
     monkeypatch.setattr(spec, "CPUExperts", GroupedExperts)
     MoEAuxLossAutoScaler.set_loss_scale(torch.tensor(1.0))
     trace = partial(make_fx, tracing_mode="fake", _allow_non_fake_inputs=True)
