@@ -31,8 +31,6 @@ class Thresholds(Section):
     """Time of the slowest rank over the ranks' median from which it is a finding"""
     power_limit_fraction: Annotated[float, Unit("1", gt=0.0, le=1.0)] = 0.95
     """Least share of the rated power that the power cap may allow"""
-    temperature_margin_c: Annotated[float, Unit("degrees Celsius", ge=0.0)] = 5.0
-    """Distance from the slowdown temperature from which a GPU is too warm"""
     foreign_memory_gib: Annotated[float, Unit("GiB", ge=0.0)] = 1.0
     """GPU memory of other processes from which a GPU is taken"""
     shared_memory_gib: Annotated[float, Unit("GiB", ge=0.0)] = 1.0
@@ -41,8 +39,6 @@ class Thresholds(Section):
     """Least soft limit of open files; each rank holds a socket a peer and channel"""
     disk_write_mb_s: Annotated[float, Unit("MB/s", ge=0.0)] = 100.0
     """Least write speed of the run and checkpoint folders"""
-    clock_skew_s: Annotated[float, Unit("s", gt=0.0)] = 1.0
-    """Largest difference between the clocks of two nodes; logs cannot be put in order beyond it"""
 
 
 class Hardware(Section):

@@ -82,12 +82,10 @@ def _field_number(value: Any, library: Any) -> float:
 
 @dataclass(frozen=True)
 class _NvLink:
-    """One NVLink link: whether it is up, and its errors since the driver was loaded."""
+    """One NVLink link: whether it is up, and its recoveries since the driver was loaded."""
 
     index: int
     active: bool
-    crc_errors: int | None = None
-    replays: int | None = None
     recoveries: int | None = None
 
 
@@ -109,16 +107,15 @@ class Driver:
 
 @dataclass(frozen=True)
 class _RemappedRows:
-    """Rows of device memory replaced by spare ones (Ampere and newer)."""
+    """Whether rows of device memory wait to be replaced by spare ones, or could not be."""
 
-    uncorrectable: int
     pending: bool
     failed: bool
 
 
 @dataclass(frozen=True)
 class GPUState:
-    """State of one GPU at one time. Clocks in MHz, power in W, temperatures in degrees Celsius.
+    """State of one GPU at one time; power in W.
 
     Attributes:
         index: NVML's number.
@@ -127,8 +124,6 @@ class GPUState:
         faults: Errors that queries ended with, such as "GPU is lost", each once.
         recovery_action: The driver's demand (0 none, 1 reset, 2 reboot, ...).
         ecc_uncorrected: Uncorrectable errors since the driver was loaded.
-        retired_pages: Pages taken out of use (before Ampere).
-        retirement_pending: Whether pages wait for a restart to be retired.
         throttle_reasons: Bit mask `nvmlClocksEventReason...`.
         pcie_generation: Present generation of the link; falls when a GPU is idle.
         pcie_max_generation: Highest generation that GPU and slot support.
@@ -142,17 +137,10 @@ class GPUState:
     recovery_action: int | None = None
     ecc_enabled: bool | None = None
     ecc_uncorrected: int | None = None
-    retired_pages: int | None = None
-    retirement_pending: bool | None = None
     rows: _RemappedRows | None = None
     throttle_reasons: int | None = None
-    sm_clock: int | None = None
-    max_sm_clock: int | None = None
-    power: float | None = None
     power_limit: float | None = None
     default_power_limit: float | None = None
-    temperature: int | None = None
-    slowdown_temperature: int | None = None
     pcie_generation: int | None = None
     pcie_max_generation: int | None = None
     pcie_width: int | None = None
@@ -186,17 +174,14 @@ def milli(value: int) -> float:
 
 
 def _rows(rows: tuple[int, int, int, int]) -> _RemappedRows:
-    _, uncorrectable, pending, failed = rows
-    return _RemappedRows(uncorrectable, bool(pending), bool(failed))
+    _, _, pending, failed = rows
+    return _RemappedRows(bool(pending), bool(failed))
 
 
 def _processes(processes: Sequence[Any]) -> tuple[_GpuProcess, ...]:
     return tuple(_GpuProcess(int(each.pid), each.usedGpuMemory) for each in processes)
 
 
-_TEMPERATURE = (int, "nvmlDeviceGetTemperature", "NVML_TEMPERATURE_GPU")
-_SM_CLOCK = (int, "nvmlDeviceGetClockInfo", "NVML_CLOCK_SM")
-_POWER = (milli, "nvmlDeviceGetPowerUsage")
 _STATE: dict[str, _Query] = {
     "name": (str, "nvmlDeviceGetName"),
     "uuid": (str, "nvmlDeviceGetUUID"),
@@ -210,34 +195,20 @@ _STATE: dict[str, _Query] = {
         "NVML_MEMORY_ERROR_TYPE_UNCORRECTED",
         "NVML_VOLATILE_ECC",
     ),
-    "retirement_pending": (bool, "nvmlDeviceGetRetiredPagesPendingStatus"),
-    "sm_clock": _SM_CLOCK,
-    "max_sm_clock": (int, "nvmlDeviceGetMaxClockInfo", "NVML_CLOCK_SM"),
-    "power": _POWER,
     "power_limit": (milli, "nvmlDeviceGetEnforcedPowerLimit"),
     "default_power_limit": (milli, "nvmlDeviceGetPowerManagementDefaultLimit"),
-    "temperature": _TEMPERATURE,
-    "slowdown_temperature": (
-        int,
-        "nvmlDeviceGetTemperatureThreshold",
-        "NVML_TEMPERATURE_THRESHOLD_SLOWDOWN",
-    ),
     # NVML_PSTATE_0.
     "busy_power_state": (lambda state: state == 0, "nvmlDeviceGetPerformanceState"),
     "pcie_generation": (int, "nvmlDeviceGetCurrPcieLinkGeneration"),
     "pcie_max_generation": (int, "nvmlDeviceGetMaxPcieLinkGeneration"),
     "pcie_width": (int, "nvmlDeviceGetCurrPcieLinkWidth"),
 }
-_PAGES: dict[str, _Query] = {
-    cause: (len, "nvmlDeviceGetRetiredPages", f"NVML_PAGE_RETIREMENT_CAUSE_{cause}")
-    for cause in ("MULTIPLE_SINGLE_BIT_ECC_ERRORS", "DOUBLE_BIT_ECC_ERROR")
-}
 SAMPLE: dict[str, _Query] = {
-    "power": _POWER,
+    "power": (milli, "nvmlDeviceGetPowerUsage"),
     "utilization": (lambda rates: rates.gpu / 100.0, "nvmlDeviceGetUtilizationRates"),
     "memory_used": (lambda memory: int(memory.used), "nvmlDeviceGetMemoryInfo"),
-    "temperature": _TEMPERATURE,
-    "sm_clock": _SM_CLOCK,
+    "temperature": (int, "nvmlDeviceGetTemperature", "NVML_TEMPERATURE_GPU"),
+    "sm_clock": (int, "nvmlDeviceGetClockInfo", "NVML_CLOCK_SM"),
     **{
         f"pcie_{way}": (
             lambda kilobytes: kilobytes * 1024.0,
@@ -253,8 +224,6 @@ def read_state(library: Library, handle: Any, index: int) -> GPUState:
     """Everything about GPU `index`, with the errors of the queries."""
     faults: list[str] = []
     found = library.answers(handle, _STATE, faults)
-    if pages := library.answers(handle, _PAGES, faults):
-        found["retired_pages"] = sum(pages.values())
     found["links"] = _links(library, handle, faults)
     (action,) = library.fields(handle, library.module.NVML_FI_DEV_GET_GPU_RECOVERY_ACTION)
     return GPUState(index, faults=tuple(faults), recovery_action=action, **found)
@@ -262,21 +231,14 @@ def read_state(library: Library, handle: Any, index: int) -> GPUState:
 
 def _links(library: Library, handle: Any, faults: list[str]) -> tuple[_NvLink, ...]:
     links = []
-    counters = [f"NVML_NVLINK_ERROR_DL_{name}" for name in ("CRC_FLIT", "REPLAY", "RECOVERY")]
     for index in range(library.module.NVML_NVLINK_MAX_LINKS):
         state = library.ask("nvmlDeviceGetNvLinkState", handle, index, faults=faults)
         if state is None:
             # Links are numbered without gaps, so that the first unknown one ends them.
             break
-        errors = [
-            library.ask(
-                "nvmlDeviceGetNvLinkErrorCounter",
-                handle,
-                index,
-                getattr(library.module, counter),
-                faults=faults,
-            )
-            for counter in counters
-        ]
-        links.append(_NvLink(index, bool(state), *errors))
+        counter = library.module.NVML_NVLINK_ERROR_DL_RECOVERY
+        recoveries = library.ask(
+            "nvmlDeviceGetNvLinkErrorCounter", handle, index, counter, faults=faults
+        )
+        links.append(_NvLink(index, bool(state), recoveries))
     return tuple(links)

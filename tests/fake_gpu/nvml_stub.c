@@ -59,13 +59,11 @@ Return nvmlDeviceGetRemappedRows(Device d, unsigned *ok, unsigned *bad, unsigned
 }
 Return nvmlDeviceGetCurrentClocksEventReasons(Device d, ull *why) { *why = 1; return SUCCESS; }
 Return nvmlDeviceGetClockInfo(Device d, unsigned clock, unsigned *mhz) { return number(mhz, 340 + clock); }
-Return nvmlDeviceGetMaxClockInfo(Device d, unsigned clock, unsigned *mhz) { return number(mhz, 1979 + clock); }
 Return nvmlDeviceGetPowerUsage(Device d, unsigned *mw) { return number(mw, 69432); }
 Return nvmlDeviceGetEnforcedPowerLimit(Device d, unsigned *mw) { return number(mw, 700000); }
 Return nvmlDeviceGetPowerManagementDefaultLimit(Device d, unsigned *mw) { return number(mw, 650000); }
 Return nvmlDeviceGetTotalEnergyConsumption(Device d, ull *mj) { *mj = 5000000000000ULL; return SUCCESS; }
 Return nvmlDeviceGetTemperature(Device d, unsigned sensor, unsigned *c) { return number(c, 31 + sensor); }
-Return nvmlDeviceGetTemperatureThreshold(Device d, unsigned which, unsigned *c) { return number(c, 86 + which); }
 Return nvmlDeviceGetPerformanceState(Device d, unsigned *state) { return number(state, 0); }
 Return nvmlDeviceGetCurrPcieLinkGeneration(Device d, unsigned *v) { return number(v, 4); }
 Return nvmlDeviceGetMaxPcieLinkGeneration(Device d, unsigned *v) { return number(v, 5); }

@@ -53,15 +53,7 @@ def test_a_card(read):
     card = read["card"]
     links = card.pop("links")
     assert len(links) == 18
-    assert links[17] == {
-        "index": 17,
-        "active": True,
-        "crc_errors": 172,
-        "replays": 170,
-        "recoveries": 171,
-    }
-    # Not answered by this card, which remaps rows.
-    assert (card.pop("retired_pages"), card.pop("retirement_pending")) == (None, None)
+    assert links[17] == {"index": 17, "active": True, "recoveries": 171}
     assert card == {
         "index": 0,
         "name": "NVIDIA H100 80GB HBM3",
@@ -70,15 +62,10 @@ def test_a_card(read):
         "recovery_action": 2,
         "ecc_enabled": True,
         "ecc_uncorrected": 0,
-        "rows": {"uncorrectable": 1, "pending": False, "failed": False},
+        "rows": {"pending": False, "failed": False},
         "throttle_reasons": 1,
-        "sm_clock": 341,
-        "max_sm_clock": 1980,
-        "power": pytest.approx(69.432),
         "power_limit": 700.0,
         "default_power_limit": 650.0,
-        "temperature": 31,
-        "slowdown_temperature": 87,
         "pcie_generation": 4,
         "pcie_max_generation": 5,
         "pcie_width": 16,

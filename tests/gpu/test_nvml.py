@@ -45,7 +45,6 @@ def test_driver_and_card(nvml, card, uuid):
     if card.type == "cuda":
         assert found.name == torch.cuda.get_device_name(card)
     assert found.power_limit > 10
-    assert 0 <= found.sm_clock <= found.max_sm_clock
 
 
 def test_a_sample_is_in_the_units_it_says(nvml, uuid):

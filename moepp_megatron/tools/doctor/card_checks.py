@@ -89,38 +89,22 @@ def _ecc_errors(card: GPUState, judge: Judge) -> _Sign:
 
 
 def _memory_rows(card: GPUState, judge: Judge) -> _Sign:
-    """Remapped rows (Ampere and newer) and retired pages (before)."""
-    rows = card.rows
-    if rows is not None and rows.failed:
+    """Rows of memory that could not be replaced by spare ones, or not yet."""
+    if card.rows is None or not (card.rows.failed or card.rows.pending):
+        return None
+    if card.rows.failed:
         return (
             Severity.ERROR,
             "a row could not be remapped",
             "spare rows must be left",
             "return the GPU",
         )
-    if (rows is not None and rows.pending) or card.retirement_pending:
-        what = "a remapped row" if rows is not None and rows.pending else "a retired page"
-        return (
-            Severity.ERROR,
-            f"{what} waits for a reset",
-            "broken memory is still in use until then",
-            "reset the GPU (nvidia-smi -r) or reboot the node",
-        )
-    if rows is not None and rows.uncorrectable:
-        return (
-            Severity.NOTE,
-            f"{rows.uncorrectable} rows remapped after uncorrectable errors",
-            "",
-            "works; watch whether the number grows",
-        )
-    if card.retired_pages:
-        return (
-            Severity.NOTE,
-            f"{card.retired_pages} retired pages",
-            "",
-            "works; the GPU is returned at 60 pages",
-        )
-    return None
+    return (
+        Severity.ERROR,
+        "a remapped row waits for a reset",
+        "broken memory is still in use until then",
+        "reset the GPU (nvidia-smi -r) or reboot the node",
+    )
 
 
 def _throttling(card: GPUState, judge: Judge) -> _Sign:
@@ -145,25 +129,6 @@ def _throttling(card: GPUState, judge: Judge) -> _Sign:
     return None
 
 
-def _clocks(card: GPUState, judge: Judge) -> _Sign:
-    """Checks the clock under load; an idle GPU, whose clock is low to save power, is not judged."""
-    if not _is_loaded(card) or card.sm_clock is None or not card.max_sm_clock:
-        return None
-    if _throttling(card, judge) is not None:
-        # The cause is named already.
-        return None
-    share = card.sm_clock / card.max_sm_clock
-    # Under the power limit a large matrix product runs at 0.65 to 0.9 of the highest clock.
-    if share >= 0.5:
-        return None
-    return (
-        judge.unfit_now,
-        f"{card.sm_clock} MHz under load",
-        f"should be at least half of {card.max_sm_clock} MHz",
-        "look at GPU throttling and GPU power cap; nvidia-smi -rgc lifts a clock set by hand",
-    )
-
-
 def _is_loaded(card: GPUState) -> bool:
     """True if the GPU was computing when it was read: in P0 and not marked idle."""
     idle = card.throttle_reasons is not None and bool(card.throttle_reasons & 0x1)
@@ -183,21 +148,6 @@ def _power_cap(card: GPUState, judge: Judge) -> _Sign:
         f"capped at {card.power_limit:.0f} W",
         f"rated {rated_watts:.0f} W",
         f"nvidia-smi -i {card.index} -pl {rated_watts:.0f}, unless the cap is meant",
-    )
-
-
-def _temperature(card: GPUState, judge: Judge) -> _Sign:
-    """Finds a GPU near the temperature at which it slows down."""
-    if card.temperature is None or card.slowdown_temperature is None:
-        return None
-    margin = card.slowdown_temperature - card.temperature
-    if margin > judge.thresholds.temperature_margin_c:
-        return None
-    return (
-        Severity.ERROR if margin <= 0 else Severity.WARNING,
-        f"{card.temperature} C",
-        f"slows down at {card.slowdown_temperature} C",
-        "check fans, coolant and inlet temperature of the node",
     )
 
 
@@ -264,22 +214,15 @@ def _nvlink_state(card: GPUState, judge: Judge) -> _Sign:
 
 
 def _nvlink_errors(card: GPUState, judge: Judge) -> _Sign:
-    """Finds errors of active links: recoveries stop traffic, replays and CRC errors slow it."""
-    recoveries = sum(link.recoveries or 0 for link in card.links)
-    repeats = sum((link.replays or 0) + (link.crc_errors or 0) for link in card.links)
-    if not recoveries and not repeats:
+    """Links that had to recover, which stops their traffic."""
+    bad = [f"{link.index} ({link.recoveries})" for link in card.links if link.recoveries]
+    if not bad:
         return None
-    bad = [
-        str(link.index) for link in card.links if link.recoveries or link.replays or link.crc_errors
-    ]
     return (
-        Severity.WARNING if recoveries else Severity.NOTE,
-        f"links {', '.join(bad)}: {recoveries} recoveries, "
-        f"{repeats} replays and CRC errors since the driver was loaded",
-        "recoveries should be 0" if recoveries else "",
-        "reset the GPU to clear the counters; if they grow again, return the node"
-        if recoveries
-        else "few are harmless; watch whether they grow",
+        Severity.WARNING,
+        f"recoveries of links {', '.join(bad)} since the driver was loaded",
+        "should be 0",
+        "reset the GPU to clear the counters; if they grow again, return the node",
     )
 
 
@@ -290,11 +233,6 @@ def _below(value: int | None, rated: int | None) -> bool:
 def _listed(show: Callable[[GPUState], str | None], absent: str = "not reported") -> _Healthy:
     """List what differs between the GPUs; `absent` where no GPU has it."""
     return lambda cards: ", ".join(sorted(set(filter(None, map(show, cards))))) or absent
-
-
-def _hottest(cards: Sequence[GPUState]) -> str:
-    known = [card.temperature for card in cards if card.temperature is not None]
-    return f"at most {max(known)} C" if known else "not reported"
 
 
 def _power_limit(card: GPUState) -> str | None:
@@ -327,9 +265,7 @@ _CARD_CHECKS = {
     "ECC errors": _CardCheck(_ecc_errors, _ecc_state),
     "GPU memory rows": _CardCheck(_memory_rows),
     "GPU throttling": _CardCheck(_throttling),
-    "GPU clocks": _CardCheck(_clocks, lambda cards: "as it should be"),
     "GPU power cap": _CardCheck(_power_cap, _listed(_power_limit)),
-    "GPU temperature": _CardCheck(_temperature, _hottest),
     "GPU processes": _CardCheck(_processes),
     "PCIe": _CardCheck(_pcie, _listed(_pcie_link)),
     "NVLink": _CardCheck(_nvlink_state, _listed(_links_up, "no NVLink")),

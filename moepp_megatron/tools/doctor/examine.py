@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import psutil
@@ -16,7 +15,13 @@ import torch
 import torch.distributed as dist
 
 from moepp_megatron.config import Config
-from moepp_megatron.config.hardware import Hardware, find_hardware, known_hardware, load_hardware
+from moepp_megatron.config.hardware import (
+    Hardware,
+    Thresholds,
+    find_hardware,
+    known_hardware,
+    load_hardware,
+)
 from moepp_megatron.runtime import distributed
 from moepp_megatron.runtime.nvml import Driver, GPUState, Nvml, NvmlUnavailableError
 from moepp_megatron.runtime.optional import flex_backend
@@ -25,7 +30,7 @@ from moepp_megatron.tools.doctor import card_checks, folders, gpu_checks, packag
 from moepp_megatron.tools.doctor.finding import Finding, Judge
 
 # What only a GPU at work shows.
-_UNDER_LOAD = ("GPU throttling", "GPU clocks", "PCIe")
+_UNDER_LOAD = ("GPU throttling", "PCIe")
 
 
 @dataclass(frozen=True)
@@ -80,7 +85,7 @@ class NodeExaminer:
         self.hardware = _hardware(request, cards)
         self.judge = Judge(
             self.hardware,
-            gpu_checks.thresholds_of(self.hardware),
+            Thresholds() if self.hardware is None else self.hardware.thresholds,
             request.preflight,
             own_pids | {os.getpid()},
         )
@@ -121,13 +126,10 @@ class NodeExaminer:
         thresholds, num_cards = self.judge.thresholds, len(self.cards.cards)
         ports = system.read_ports()
         rate = self.hardware.network_gbit_s_per_gpu if self.hardware is not None else None
-        ibgda = system.check_ibgda(system.driver_parameters(), ports) if flex_backend() else None
         return [
-            *([ibgda] if ibgda is not None else []),
             system.check_shared_memory(system.shared_memory_bytes(), thresholds, num_cards > 0),
             *system.check_limits(system.Limits.read(), thresholds, bool(ports)),
             *system.check_ports(ports, num_cards, rate),
-            system.check_clock(system.clock_synchronized()),
         ]
 
     def _folders(self) -> list[Finding]:
@@ -159,7 +161,6 @@ class _RankReport:
 
     node: str
     speed: speed.DeviceSpeed
-    clock_offset: float
     findings: list[Finding]
     loaded: list[GPUState]
 
@@ -197,7 +198,7 @@ def _examine_started(
     examiner = NodeExaminer(request, cards, _siblings()) if rank.local_rank == 0 else None
     mine = examiner.node_findings() if examiner is not None else []
     findings = [finding.on(node) for finding in mine]
-    report = _RankReport(node, device_speed, speed.clock_offset(), findings, loaded)
+    report = _RankReport(node, device_speed, findings, loaded)
     collectives = speed.measure_collectives(device)
     if flex_backend("deepep") is not None and rank.world_size > 1:
         from megatron.core.transformer.moe.fused_a2a import fused_combine, fused_dispatch
@@ -237,11 +238,6 @@ def _together(
         expected = speed.expected_seconds(collective, *sizes, *rates)
         bad = examiner.judge.unfit_now
         findings.append(speed.check_collective(collective, expected, thresholds, bad))
-    if len(nodes) > 1:
-        offsets = {
-            node: median(r.clock_offset for r in reports if r.node == node) for node in nodes
-        }
-        findings.append(system.check_clock_skew(offsets, thresholds))
     return _once(findings)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from moepp_megatron.config.hardware import Hardware, Thresholds
+from moepp_megatron.config.hardware import Hardware
 from moepp_megatron.runtime.gpu_state import Driver, GPUState
 from moepp_megatron.tools.doctor.finding import Finding, Severity, error, judged, note, warning
 
@@ -114,8 +114,3 @@ def no_cards(reason: str, expected: int | None) -> Finding:
     if not expected:
         return note("GPU count", f"no GPU: {reason}; GPU checks skipped")
     return check_count([], expected)
-
-
-def thresholds_of(hardware: Hardware | None) -> Thresholds:
-    """The thresholds in use: those of the described GPU, or the general ones."""
-    return hardware.thresholds if hardware is not None else Thresholds()

@@ -23,9 +23,6 @@ from moepp_megatron.runtime.rank_environment import with_rank_variables
 from moepp_megatron.tools.doctor.finding import Finding, Severity, error, judged, note, warning
 from moepp_megatron.tools.doctor.gpu_checks import TorchCuda
 
-# https://github.com/deepseek-ai/DeepEP/issues/707
-_NVSHMEM_THAT_HANGS = (3, 5, 19)
-
 
 def check_packages(config: Config | None) -> list[Finding]:
     """Check which packages are installed and used; one that `config` needs must be."""
@@ -35,8 +32,6 @@ def check_packages(config: Config | None) -> list[Finding]:
     findings = [_python(), _torch(), _check_megatron(megatron), _nccl(), _extra()]
     on_gpu = torch_cuda().available
     findings += [_check_backend(backend, on_gpu) for backend in backends]
-    nvshmem = version_of("nvidia-nvshmem-cu13") or version_of("nvidia-nvshmem-cu12")
-    findings.append(_check_nvshmem(version_of("deep_ep"), nvshmem))
     findings += [_check_compiler(), _check_caches()] if have_triton() else []
     loss = "auto" if config is None else config.precision.cross_entropy
     if megatron is not None:
@@ -82,21 +77,6 @@ def _check_backend(backend: Backend, on_gpu: bool = False) -> Finding:
     judged, rule = (warning, "steps on a GPU are slower without") if is_missed else (note, "")
     remedy = backend.remedy if backend.version is None else "needs a GPU"
     return judged(backend.name, f"{state}; instead {backend.fallback}", rule, remedy)
-
-
-def _check_nvshmem(deep_ep: str | None, nvshmem: str | None) -> Finding | None:
-    """Check that DeepEP works between nodes with NVSHMEM's wheel; None where one is missing."""
-    if deep_ep is None or nvshmem is None:
-        return None
-    version = tuple(int(part) for part in nvshmem.split(".")[:3])
-    return judged(
-        not deep_ep.startswith("1.") or version < _NVSHMEM_THAT_HANGS,
-        "NVSHMEM",
-        f"{nvshmem}, with DeepEP {deep_ep}",
-        "DeepEP 1 times out between nodes with NVSHMEM 3.5.19 and newer",
-        "install DeepEP 2, or build it with nvidia-nvshmem-cu13==3.4.5; one node is not affected",
-        Severity.WARNING,
-    )
 
 
 def _extra() -> Finding:

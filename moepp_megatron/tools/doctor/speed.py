@@ -145,22 +145,6 @@ def expected_seconds(
     return max(within, part * (num_ranks - ranks_per_node) / network_bytes_s)
 
 
-def clock_offset() -> float:
-    """This rank's clock less rank 0's, seconds; every rank must call.
-
-    Read after a barrier, several times; the median leaves out barriers that a rank left late.
-    """
-    offsets = []
-    for _ in range(_REPEATS):
-        dist.barrier()
-        now = torch.tensor([time.time()], dtype=torch.float64)
-        on_device = now.to(_communication_device())
-        theirs = on_device.clone()
-        dist.broadcast(theirs, src=0)
-        offsets.append(now.item() - theirs.item())
-    return median(offsets)
-
-
 def check_matmul(
     speeds: Sequence[DeviceSpeed], hardware: Hardware | None, thresholds: Thresholds, bad: Severity
 ) -> list[Finding]:
@@ -229,12 +213,6 @@ def check_collective(
         "transport that NCCL chose",
         bad,
     )
-
-
-def _communication_device() -> torch.device:
-    if dist.get_backend() == "nccl":
-        return torch.device("cuda", torch.cuda.current_device())
-    return torch.device("cpu")
 
 
 def _products(left: torch.Tensor, right: torch.Tensor, count: int) -> None:

@@ -1,21 +1,14 @@
-"""Checks of the node around the GPUs: shared memory, limits, clock, network ports."""
+"""Checks of the node around the GPUs: shared memory, limits, network ports."""
 
 from __future__ import annotations
 
 import resource
 import shutil
-import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
 from moepp_megatron.config.hardware import Thresholds
 from moepp_megatron.tools.doctor.finding import Finding, Severity, judged, note, warning
-
-# What /proc/driver/nvidia/params says where GPUs may drive a network adapter, and its option.
-_IBGDA = {
-    "EnableStreamMemOPs: 1": "NVreg_EnableStreamMemOPs=1",
-    "PeerMappingOverride=1": 'NVreg_RegistryDwords="PeerMappingOverride=1;"',
-}
 
 
 @dataclass(frozen=True)
@@ -70,11 +63,6 @@ def read_ports(root: Path = Path("/sys/class/infiniband")) -> list[NetworkPort]:
     return ports
 
 
-def driver_parameters(file: Path = Path("/proc/driver/nvidia/params")) -> str:
-    """Parameters of NVIDIA's kernel module; empty without it."""
-    return _read(file)
-
-
 def shared_memory_bytes(folder: Path = Path("/dev/shm")) -> int | None:
     """Size of the shared-memory file system; None where there is none."""
     try:
@@ -122,21 +110,6 @@ def check_limits(limits: Limits, thresholds: Thresholds, has_rdma: bool) -> list
     return [open_files, locked_memory] if has_rdma else [open_files]
 
 
-def check_ibgda(driver: str, ports: list[NetworkPort]) -> Finding | None:
-    """Check that GPUs may drive RDMA ports, by the driver's parameters; None without either."""
-    if not driver or not ports:
-        return None
-    lacks = [option for sign, option in _IBGDA.items() if sign not in driver]
-    return judged(
-        not lacks,
-        "IBGDA",
-        "the driver does not allow it" if lacks else "the driver allows it",
-        "DeepEP and HybridEP need it between nodes",
-        f"add to /etc/modprobe.d/nvidia.conf: options nvidia {' '.join(lacks)}; then reboot",
-        Severity.WARNING,
-    )
-
-
 def check_ports(
     ports: list[NetworkPort], num_cards: int, rate_per_gpu: float | None
 ) -> list[Finding]:
@@ -170,44 +143,6 @@ def check_ports(
     elif not findings:
         findings.append(Finding("network ports", observation))
     return findings
-
-
-def clock_synchronized() -> bool | None:
-    """True if systemd reports the clock synchronized to a time server; None if unknown."""
-    command = ["timedatectl", "show", "--property=NTPSynchronized", "--value"]
-    try:
-        answer = subprocess.run(command, capture_output=True, text=True, timeout=5, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return {"yes": True, "no": False}.get(answer.stdout.strip())
-
-
-def check_clock(synchronized: bool | None) -> Finding:
-    """Check the clock of a single node."""
-    if synchronized is None:
-        return note("clock", "unknown whether it follows a time server")
-    return judged(
-        synchronized,
-        "clock",
-        f"{'follows' if synchronized else 'does not follow'} a time server",
-        "logs of several nodes cannot be put in order",
-        "start chronyd or systemd-timesyncd",
-        Severity.WARNING,
-    )
-
-
-def check_clock_skew(offsets: dict[str, float], thresholds: Thresholds) -> Finding:
-    """Check the clocks of several nodes, given as seconds ahead of the first's."""
-    ahead, behind = max(offsets, key=offsets.__getitem__), min(offsets, key=offsets.__getitem__)
-    skew = offsets[ahead] - offsets[behind]
-    return judged(
-        skew <= thresholds.clock_skew_s,
-        "clock skew",
-        f"{skew:.3f} s between {behind} and {ahead}",
-        f"should be at most {thresholds.clock_skew_s:g} s",
-        f"start chronyd or systemd-timesyncd on {ahead} and {behind}",
-        Severity.WARNING,
-    )
 
 
 def _limit(value: int) -> int | None:

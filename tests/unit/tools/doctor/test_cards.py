@@ -28,8 +28,6 @@ def complaints(*cards, preflight=False) -> list[Finding]:
 
 BUSY = {
     "nvmlDeviceGetCurrentClocksEventReasons": pynvml.nvmlClocksEventReasonSwPowerCap,
-    "nvmlDeviceGetClockInfo": 1410,
-    "nvmlDeviceGetTemperature": 64,
 }
 
 
@@ -38,7 +36,7 @@ def test_healthy_cards_have_one_ok_finding_a_check(state):
     cards = [answers(index, **state) for index in range(8)]
     findings = card_checks.check_cards(Cards.read(FakeNvml(*cards)).cards, judge(preflight=True))
     assert {finding.severity for finding in findings} == {Severity.OK}
-    assert len({finding.check for finding in findings}) == len(findings) == 12
+    assert len({finding.check for finding in findings}) == len(findings) == 10
     assert "18 links up" in next(f.found for f in findings if f.check == "NVLink")
 
 
@@ -47,7 +45,7 @@ REASONS = "nvmlDeviceGetCurrentClocksEventReasons"
 RECOVERY = pynvml.NVML_FI_DEV_GET_GPU_RECOVERY_ACTION
 SICKNESSES = {
     "lost while asked": (
-        {"nvmlDeviceGetClockInfo": pynvml.NVMLError_GpuIsLost()},
+        {"nvmlDeviceGetEccMode": pynvml.NVMLError_GpuIsLost()},
         ("GPU faults", ERROR, "GPU is lost", "Xid"),
     ),
     "no handle": (
@@ -74,26 +72,6 @@ SICKNESSES = {
         {"nvmlDeviceGetRemappedRows": (0, 1, 1, 0)},
         ("GPU memory rows", ERROR, "remapped row waits for a reset", "nvidia-smi -r"),
     ),
-    "rows remapped": (
-        {"nvmlDeviceGetRemappedRows": (0, 2, 0, 0)},
-        ("GPU memory rows", NOTE, "2 rows remapped", "watch"),
-    ),
-    "page retirement pending": (
-        {
-            "nvmlDeviceGetRemappedRows": pynvml.NVMLError_NotSupported(),
-            "nvmlDeviceGetRetiredPages": [4096],
-            "nvmlDeviceGetRetiredPagesPendingStatus": 1,
-        },
-        ("GPU memory rows", ERROR, "retired page waits for a reset", "nvidia-smi -r"),
-    ),
-    "pages retired": (
-        {
-            "nvmlDeviceGetRemappedRows": pynvml.NVMLError_NotSupported(),
-            "nvmlDeviceGetRetiredPages": [4096],
-            "nvmlDeviceGetRetiredPagesPendingStatus": 0,
-        },
-        ("GPU memory rows", NOTE, "2 retired pages", "60 pages"),
-    ),
     "hot hardware": (
         {REASONS: pynvml.nvmlClocksEventReasonHwThermalSlowdown},
         ("GPU throttling", ERROR, "hardware thermal slowdown", "cooling"),
@@ -110,16 +88,10 @@ SICKNESSES = {
         {REASONS: pynvml.nvmlClocksEventReasonApplicationsClocksSetting | 1},
         ("GPU throttling", WARNING, "clocks set by hand", "-rgc"),
     ),
-    "slow under load": (
-        BUSY | {"nvmlDeviceGetClockInfo": 900},
-        ("GPU clocks", WARNING, "900 MHz under load", "-rgc"),
-    ),
     "power cap": (
         {"nvmlDeviceGetEnforcedPowerLimit": 450_000},
         ("GPU power cap", WARNING, "capped at 450 W", "-pl 700"),
     ),
-    "warm": ({"nvmlDeviceGetTemperature": 83}, ("GPU temperature", WARNING, "83 C", "fans")),
-    "too hot": ({"nvmlDeviceGetTemperature": 88}, ("GPU temperature", ERROR, "88 C", "fans")),
     "taken": (
         {"nvmlDeviceGetComputeRunningProcesses": [process(OTHER_PID, 2 * GIB)]},
         ("GPU processes", WARNING, "42 hold 2.0 GiB", "end them"),
@@ -144,11 +116,7 @@ SICKNESSES = {
     "NVLink missing": ({"links": [1] * 12}, ("NVLink", ERROR, "12 links", "fabricmanager")),
     "NVLink recoveries": (
         {"link_errors": {(3, pynvml.NVML_NVLINK_ERROR_DL_RECOVERY): 4}},
-        ("NVLink errors", WARNING, "links 3: 4 recoveries", "reset the GPU"),
-    ),
-    "NVLink replays": (
-        {"link_errors": {(7, pynvml.NVML_NVLINK_ERROR_DL_REPLAY): 2}},
-        ("NVLink errors", NOTE, "links 7: 0 recoveries, 2 replays", "watch"),
+        ("NVLink errors", WARNING, "links 3 (4)", "reset the GPU"),
     ),
 }
 
@@ -164,7 +132,7 @@ def test_a_sick_card_yields_exactly_its_finding(name):
     assert remedy in complaint.remedy
 
 
-@pytest.mark.parametrize("name", ["slow under load", "taken", "narrow PCIe"])
+@pytest.mark.parametrize("name", ["taken", "narrow PCIe"])
 def test_what_spoils_a_run_keeps_a_job_from_starting(name):
     changes, _ = SICKNESSES[name]
     (complaint,) = complaints(answers(0, **changes), preflight=True)
@@ -176,11 +144,11 @@ def test_what_spoils_a_run_keeps_a_job_from_starting(name):
     [
         {"nvmlDeviceGetComputeRunningProcesses": [process(OWN_PID, 8 * GIB)]},
         {"nvmlDeviceGetComputeRunningProcesses": [process(OTHER_PID, GIB // 2)]},
-        # An idle card lowers link and clock to save power.
-        {"nvmlDeviceGetCurrPcieLinkGeneration": 1, "nvmlDeviceGetClockInfo": 210},
-        {"nvmlDeviceGetPerformanceState": 8, REASONS: 0, "nvmlDeviceGetClockInfo": 210},
+        # An idle card lowers its link to save power.
+        {"nvmlDeviceGetCurrPcieLinkGeneration": 1},
+        {"nvmlDeviceGetPerformanceState": 8, REASONS: 0, "nvmlDeviceGetCurrPcieLinkGeneration": 1},
         {"nvmlDeviceGetRemappedRows": (3, 0, 0, 0)},
-        {"nvmlDeviceGetTemperature": pynvml.NVMLError_NotSupported()},
+        {"nvmlDeviceGetRemappedRows": pynvml.NVMLError_NotSupported()},
         {"nvmlDeviceGetEnforcedPowerLimit": pynvml.NVMLError_NoPermission()},
         {"fields": {}},
         {"links": []},

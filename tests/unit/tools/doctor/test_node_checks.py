@@ -1,4 +1,4 @@
-"""Limits, folders, network, clocks, packages and speeds: numbers in, findings out."""
+"""Limits, folders, network, packages and speeds: numbers in, findings out."""
 
 import tomllib
 from pathlib import Path
@@ -73,20 +73,6 @@ def test_ports_are_read_from_sysfs(tmp_path):
     assert system.read_ports(tmp_path / "none") == []
 
 
-def test_what_deep_ep_needs_between_nodes():
-    params = 'EnableStreamMemOPs: 1\nRegistryDwords: "PeerMappingOverride=1;"'
-    ports = [NetworkPort("mlx5_0/1", "ACTIVE", 400.0, "InfiniBand")]
-    assert system.check_ibgda(params, []) is system.check_ibgda("", ports) is None
-    assert system.check_ibgda(params, ports).severity == OK
-    lacking = system.check_ibgda("EnableStreamMemOPs: 0", ports)
-    assert lacking.severity == WARNING
-    assert "NVreg_EnableStreamMemOPs=1 NVreg_RegistryDwords=" in lacking.remedy
-    versions = [("1.2.1", "3.4.5"), ("1.2.1+local", "3.5.19"), ("2.0.0", "3.7.2"), ("1.0", "3.7.2")]
-    found = [packages._check_nvshmem(*pair).severity for pair in versions]
-    assert found == [OK, WARNING, OK, WARNING]
-    assert packages._check_nvshmem(None, "3.7.2") is packages._check_nvshmem("1.2", None) is None
-
-
 @pytest.mark.parametrize(
     ("sent_back", "problem"),
     [(0.0, None), (1.0, "changed"), (RuntimeError("late\nx"), "late")],
@@ -103,18 +89,6 @@ def test_a_dispatch_comes_back(monkeypatch, sent_back, problem):
     finding = speed.check_dispatch(dispatch, combine, torch.device("cpu"))
     assert finding.severity == (OK if problem is None else ERROR)
     assert problem is None or finding.found.endswith(problem)
-
-
-def test_clocks():
-    assert [system.check_clock(state).severity for state in (True, False, None)] == [
-        OK,
-        WARNING,
-        NOTE,
-    ]
-    close = {"a": 0.0, "b": 0.25, "c": -0.5}
-    assert system.check_clock_skew(close, THRESHOLDS).severity == OK
-    far = system.check_clock_skew({"a": 0.0, "b": 2.5, "c": -0.5}, THRESHOLDS)
-    assert (far.severity, far.found) == (WARNING, "3.000 s between c and b")
 
 
 @pytest.mark.parametrize(
