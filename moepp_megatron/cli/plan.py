@@ -45,13 +45,6 @@ def plan(
     ] = "0.25,0.5,1.0",
     price: PriceOption = None,
     tokens: TokensOption = None,
-    routing: Annotated[
-        Path | None,
-        Option(
-            help="Assume that routing is as uneven as in this run, or in this metrics.jsonl.",
-            metavar="RUN",
-        ),
-    ] = None,
     top: Annotated[int, Option(min=1, max=50, help="Show this many layouts.")] = 5,
     json_file: JsonOption = None,
     out: Annotated[
@@ -99,7 +92,7 @@ def plan(
     from moepp_megatron.tools.planning.plan import plan as search
     from moepp_megatron.tools.report import plan as report
 
-    result = search(settings, gpus=gpus, gpu=gpu, taus=tau_values, routing=routing, top=top)
+    result = search(settings, gpus=gpus, gpu=gpu, taus=tau_values, top=top)
     tokens = tokens or planned_samples(settings) * settings.model.seq_length
     price = price or result.machine.hardware.price_per_hour
     report.print_plan(result, tokens, price)

@@ -300,7 +300,6 @@ def test_the_planner_counts_the_teacher(ranks, teachers):
 def test_what_is_refused(teachers, tmp_path):
     from moepp_megatron.config.hardware import load_hardware
     from moepp_megatron.features.distillation.teacher import TeacherModel
-    from moepp_megatron.tools.planning.imbalance import FORCED_BALANCE
     from moepp_megatron.tools.planning.machine import machine_of
     from moepp_megatron.tools.planning.plan import make_plan
 
@@ -320,10 +319,7 @@ def test_what_is_refused(teachers, tmp_path):
     refused("top_k", distillation={**teacher, "top_k": 65})
     with pytest.raises(ConfigError, match="must be null for a plan"):
         make_plan(
-            parse_config(settings(distillation=teacher)),
-            8,
-            machine_of(load_hardware("h100_sxm")),
-            FORCED_BALANCE,
+            parse_config(settings(distillation=teacher)), 8, machine_of(load_hardware("h100_sxm"))
         )
     (tmp_path / "config.json").write_text("{}")
     refused("moepp convert upcycle", distillation={"teacher": str(tmp_path)})

@@ -25,8 +25,6 @@ from moepp_megatron.tools.planning.workload import Workload
 RECOMPUTE, TENSOR, CONTEXT = "recomputation", "tensor parallel", "context parallel"
 EXCHANGE, METADATA = "expert exchange", "sizes of the exchange"
 HOST = "waiting for the host"
-# Those that are communication.
-NETWORK = (TENSOR, CONTEXT, EXCHANGE, METADATA)
 
 
 @dataclass(frozen=True)
@@ -43,16 +41,6 @@ class PassTime:
     def total(self) -> float:
         """Forward and backward, seconds."""
         return self.forward + self.backward
-
-    @property
-    def recompute(self) -> float:
-        """Part of the total: computation that the backward pass repeats."""
-        return self.seconds.get(RECOMPUTE, 0.0)
-
-    @property
-    def network(self) -> float:
-        """Part of the total: communication that nothing hides."""
-        return sum(self.seconds.get(name, 0.0) for name in NETWORK)
 
 
 def sum_passes(parts: Sequence[tuple[PassTime, float]]) -> PassTime:

@@ -9,7 +9,7 @@ from functools import cache
 from moepp_megatron.config.stages import Stages
 from moepp_megatron.tools.planning import memory, pipeline, step
 from moepp_megatron.tools.planning.grid import Dispatcher, Grid, States, layer_key
-from moepp_megatron.tools.planning.imbalance import AssumedRouting, Load
+from moepp_megatron.tools.planning.imbalance import Load
 from moepp_megatron.tools.planning.layer_time import layer_time
 from moepp_megatron.tools.planning.machine import Machine
 from moepp_megatron.tools.planning.workload import NumberFormats, Workload
@@ -22,11 +22,10 @@ class LayoutCosts:
         self,
         load: Workload,
         machine: Machine,
-        routing: AssumedRouting,
         dispatchers: Sequence[Dispatcher] = (),
         states: Mapping[States, NumberFormats] | None = None,
     ) -> None:
-        self._load, self._machine, self._routing = load, machine, routing
+        self._load, self._machine = load, machine
         self._dispatchers = dispatchers
         numbers = states or {(): load.numbers}
         by_name = {None: load} | {name: load.with_dispatcher(name) for name in dispatchers}
@@ -49,16 +48,16 @@ class LayoutCosts:
         held = memory.fullest_rank(load, grid, stages, self._fullness(grid).p99)
         return held.total + self._machine.reached.reserved_gib * memory.GIB
 
-    def cost(self, grid: Grid) -> step.Cost:
+    def seconds(self, grid: Grid) -> float:
         """Time of a step."""
         load, skew = self._loads[self._dispatcher(grid), grid.states], self._fullness(grid).mean
-        return step.critical_path(load, grid, self._machine, skew, self._stages(grid)).cost()
+        return step.critical_path(load, grid, self._machine, skew, self._stages(grid)).seconds
 
     def _stages(self, grid: Grid) -> Stages:
         return pipeline.even_stages(self._load.layers, grid.pp, grid.vpp)
 
     def _fullness(self, grid: Grid) -> Load:
-        return step.expert_load(self._load, grid, self._routing)
+        return step.expert_load(self._load, grid)
 
     def _dispatcher(self, grid: Grid) -> Dispatcher | None:
         return self._fastest_of(layer_key(grid)) if self._dispatchers else None

@@ -1,10 +1,9 @@
-"""The plan: the best layouts of MoE++ and of its vanilla baseline, and why the others lose."""
+"""The plan: the best layouts of MoE++ and of its vanilla baseline."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import astuple, dataclass, replace
-from math import ceil
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,7 +13,6 @@ from moepp_megatron.config.hardware import load_hardware
 from moepp_megatron.config.sections import used
 from moepp_megatron.config.vanilla import vanilla, without_budget
 from moepp_megatron.tools.planning.grid import Grid
-from moepp_megatron.tools.planning.imbalance import LEARNED, AssumedRouting, recorded_routing
 from moepp_megatron.tools.planning.machine import Machine, machine_of
 from moepp_megatron.tools.planning.memory import GIB
 from moepp_megatron.tools.planning.overlay import config_of, settings_of
@@ -26,28 +24,6 @@ from moepp_megatron.tools.planning.workload import Workload
 _FIRST, _TRIED = 100, 50
 # Layouts are ties within this of the fastest: ratios of published runs come out no better.
 TIE = 0.03
-
-
-@dataclass(frozen=True)
-class _RampStage:
-    """Steps of one batch size that is not yet the whole one."""
-
-    tokens: int  # tokens that they read
-    tokens_per_s: float  # speed of all GPUs
-
-
-def ramp_stages(
-    config: Config, load: Workload, grid: Grid, machine: Machine, routing: AssumedRouting
-) -> Iterator[_RampStage]:
-    """The stages before the whole batch, in order; none without a ramp."""
-    ramp, read = config.training.batch_ramp or [], 0
-    for (_, size), (until, _) in zip(ramp, ramp[1:], strict=False):
-        per_step = size * load.seq
-        steps = max(ceil((until - read) / per_step), 0)
-        if steps:
-            read += steps * per_step
-            step = step_time(replace(load, batch=size), grid, machine, routing)
-            yield _RampStage(steps * per_step, per_step / step.total)
 
 
 @dataclass(frozen=True)
@@ -67,20 +43,14 @@ class Planned:
     mfu: float  # their share of the rated rate
     # Step of this model in the fastest layout of the vanilla one, seconds; None where it has none.
     shared_step_s: float | None = None
-    ramp: tuple[_RampStage, ...] = ()  # smaller steps at the beginning of a run
 
     def run_seconds(self, tokens: float) -> float:
-        """Time of the steps that read this many tokens from a run's beginning, seconds."""
-        seconds = 0.0
-        for stage in self.ramp:
-            read = min(tokens, stage.tokens)
-            seconds += read / stage.tokens_per_s
-            tokens -= read
-        return seconds + tokens / (self.tokens_per_s_per_gpu * self.grid.world)
+        """Time of the steps that read this many tokens, seconds."""
+        return tokens / (self.tokens_per_s_per_gpu * self.grid.world)
 
     def record(self, layers: int) -> dict[str, Any]:
         """A dictionary for JSON; the contract's keys come first."""
-        settings, load = settings_of(self.grid, layers), astuple(self.step.load)
+        settings = settings_of(self.grid, layers)
         return {
             "layout": {key: value for keys in settings.values() for key, value in keys.items()},
             "kind": self.kind,
@@ -96,16 +66,14 @@ class Planned:
             "shared_layout_step_time_s": self.shared_step_s,
             "seconds": dict(self.step.seconds),
             "hidden_seconds": dict(self.step.hidden),
-            "rank_load": dict(zip(("mean", "p50", "p90", "p99"), load, strict=True)),
+            "rank_load": asdict(self.step.load),
         }
 
 
-def planned_of(
-    config: Config, grid: Grid, held: float, fits: bool, machine: Machine, routing: AssumedRouting
-) -> Planned:
+def planned_of(config: Config, grid: Grid, held: float, fits: bool, machine: Machine) -> Planned:
     """A layout with its numbers."""
     load = Workload.from_config(config)
-    step = step_time(load, grid, machine, routing)
+    step = step_time(load, grid, machine)
     rate = load.batch * load.seq / step.total / grid.world
     tflops = rate * training_flops_per_token(config, config.moe.ffn_share) / 1e12
     peak = machine.hardware.peak_tflops(config.precision.dtype, config.precision.fp8)
@@ -122,7 +90,6 @@ def planned_of(
         tokens_per_s_per_gpu=rate,
         tflops_per_gpu=tflops,
         mfu=tflops / peak,
-        ramp=tuple(ramp_stages(config, load, grid, machine, routing)),
     )
 
 
@@ -133,7 +100,6 @@ class Plan:
     config: Config  # the planned configuration
     world: int  # GPUs
     machine: Machine  # the kind of GPU
-    routing: AssumedRouting  # unevenness of the routing
     # The configured model: the plan, which is the simplest of those within `TIE` of the fastest,
     # then others by time; layouts that do not fit only if none does.
     layouts: list[Planned]
@@ -154,7 +120,6 @@ def plan(
     gpus: int = 8,
     gpu: str = "h100_sxm",
     taus: Sequence[float] = (0.25, 0.5, 1.0),
-    routing: str | Path | None = None,
     top: int = 5,
 ) -> Plan:
     """Search every legal layout of a model on a number of GPUs, as `moepp plan` does.
@@ -167,61 +132,55 @@ def plan(
         gpus: GPUs.
         gpu: Their kind: a name in configs/hardware, or a YAML file.
         taus: Further weights of zero-computation experts.
-        routing: A run, or its metrics.jsonl, whose routing was as uneven as this one's will be.
         top: Layouts to keep.
 
     Returns:
         Layouts, best first, with seconds per step and bytes per GPU (`Planned`), and baselines.
 
     Raises:
-        ConfigError: A configuration, GPU or run cannot be read, the GPU lacks its format, no layout
+        ConfigError: A configuration or GPU cannot be read, the GPU lacks its format, no layout
             is legal, or there is a teacher, whose time and memory this does not count.
     """
     if not isinstance(config, Config):
         config = load_config(config, overrides)
     elif overrides:
         config = with_overrides(config, overrides)
-    machine, moe = machine_of(load_hardware(gpu)), config.moe
-    evenness = LEARNED
-    if routing is not None:
-        evenness = recorded_routing(Path(routing), moe.num_ffn_experts, moe.router_topk)
-    return make_plan(config, gpus, machine, evenness, taus, top)
+    return make_plan(config, gpus, machine_of(load_hardware(gpu)), taus, top)
 
 
 def make_plan(
     config: Config,
     world: int,
     machine: Machine,
-    routing: AssumedRouting,
     taus: Sequence[float] = (),
     top: int = 5,
 ) -> Plan:
     """Search all layouts of a checked configuration; errors as `plan`."""
     _check(config, machine)
-    search = search_layouts(config, world, machine, routing)
+    search = search_layouts(config, world, machine)
     if search.legal == 0:
         raise ConfigError(
             f"--gpus ({world}) must allow a legal layout of this model and of "
             f"training.global_batch_size ({config.training.global_batch_size}); use a number of "
             "GPUs that divides the batch, such as a power of two"
         )
-    layouts = _accepted(config, search, machine, routing, top, prefers_simple=True)
-    first = _accepted(config, search, machine, routing, 1)
+    layouts = _accepted(config, search, machine, top, prefers_simple=True)
+    first = _accepted(config, search, machine, 1)
     fastest = first[0] if first and first[0].fits else None
     baselines = []
     if not config.moe.is_vanilla:
         plain = vanilla(config)
-        vanilla_search = search_layouts(plain, world, machine, routing)
-        baselines += _accepted(plain, vanilla_search, machine, routing, top=1)
+        vanilla_search = search_layouts(plain, world, machine)
+        baselines += _accepted(plain, vanilla_search, machine, top=1)
         shared = baselines[0].grid if baselines else None
         if fastest is not None:
-            fastest = _in_both(fastest, config, shared, machine, routing)
+            fastest = _in_both(fastest, config, shared, machine)
         for tau in taus:
             if tau != config.moe.tau:
                 changed = with_overrides(without_budget(config), [f"moe.tau={tau}"])
-                again = _best_again(changed, search, world, machine, routing)
-                baselines += [_in_both(one, changed, shared, machine, routing) for one in again]
-    return Plan(config, world, machine, routing, layouts, fastest, baselines, search)
+                again = _best_again(changed, search, world, machine)
+                baselines += [_in_both(one, changed, shared, machine) for one in again]
+    return Plan(config, world, machine, layouts, fastest, baselines, search)
 
 
 def _check(config: Config, machine: Machine) -> None:
@@ -245,13 +204,12 @@ def _accepted(
     config: Config,
     search: Search,
     machine: Machine,
-    routing: AssumedRouting,
     top: int,
     prefers_simple: bool = False,
 ) -> list[Planned]:
     """The best layouts that the configuration's rules accept as well."""
     accepted: list[Planned] = []
-    candidates = [(grid, held, True) for _, grid, _, held in search.best]
+    candidates = [(grid, held, True) for _, grid, held in search.best]
     if prefers_simple:
         candidates = [*_simplest(config, search), *candidates]
     candidates += [(grid, held, False) for held, grid in search.misses]
@@ -260,7 +218,7 @@ def _accepted(
             break
         is_new = all(_degrees(grid) != _degrees(planned.grid) for planned in accepted)
         if is_new and (changed := _in_layout(config, grid)) is not None:
-            accepted.append(planned_of(changed, grid, held, fits, machine, routing))
+            accepted.append(planned_of(changed, grid, held, fits, machine))
     return accepted
 
 
@@ -268,7 +226,7 @@ def _simplest(config: Config, search: Search) -> Iterator[tuple[Grid, float, boo
     """Layouts within `TIE` of the fastest, the simplest first; equals by time."""
     ties = [entry for entry in search.best if entry[0] <= search.best[0][0] * (1.0 + TIE)]
     # Sorting keeps the order of equals.
-    for _, grid, _, held in sorted(ties, key=lambda tie: complexity(tie[1], config))[:_TRIED]:
+    for _, grid, held in sorted(ties, key=lambda tie: complexity(tie[1], config))[:_TRIED]:
         if _in_layout(config, grid) is not None:
             yield grid, held, True
             return
@@ -282,13 +240,11 @@ def _in_layout(config: Config, grid: Grid) -> Config | None:
         return None
 
 
-def _in_both(
-    planned: Planned, config: Config, grid: Grid | None, machine: Machine, routing: AssumedRouting
-) -> Planned:
+def _in_both(planned: Planned, config: Config, grid: Grid | None, machine: Machine) -> Planned:
     """The model in its layout, with its step in the vanilla model's, whose rows are more."""
     if grid is None or (changed := _in_layout(config, grid)) is None:
         return planned
-    step = step_time(Workload.from_config(changed), grid, machine, routing)
+    step = step_time(Workload.from_config(changed), grid, machine)
     return replace(planned, shared_step_s=step.total)
 
 
@@ -302,20 +258,17 @@ def _degrees(grid: Grid) -> tuple[int, ...]:
     return (grid.tp, grid.cp, grid.pp, grid.ep, grid.etp)
 
 
-def _best_again(
-    config: Config, search: Search, world: int, machine: Machine, routing: AssumedRouting
-) -> list[Planned]:
+def _best_again(config: Config, search: Search, world: int, machine: Machine) -> list[Planned]:
     """The best layout of the same model with another tau, among the first of `search`."""
     # tau changes how many rows experts compute, not what is legal and little of what fits: the best
     # layout is among the first hundred.
-    costs = Space.of(config, world, machine.per_node).costs(machine, routing)
+    costs = Space.of(config, world, machine.per_node).costs(machine)
     again = Search()
-    for _, grid, _, _ in search.best[:_FIRST]:
+    for _, grid, _ in search.best[:_FIRST]:
         held = costs.memory(grid)
         if held <= machine.usable_bytes:
-            cost = costs.cost(grid)
-            again.best.append((cost.total, costs.named(grid), cost, held))
+            again.best.append((costs.seconds(grid), costs.named(grid), held))
         else:
             again.misses.append((held, costs.named(grid)))
     again.best.sort(key=lambda entry: entry[0])
-    return _accepted(config, again, machine, routing, top=1)
+    return _accepted(config, again, machine, top=1)

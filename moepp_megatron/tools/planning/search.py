@@ -16,11 +16,9 @@ from itertools import product
 from moepp_megatron.config import Config, ConfigError
 from moepp_megatron.config.schema.moe import HIDDEN_ALIGNMENT
 from moepp_megatron.tools.planning.grid import FULL, Dispatcher, Grid, Recompute, States
-from moepp_megatron.tools.planning.imbalance import AssumedRouting
 from moepp_megatron.tools.planning.layout_costs import LayoutCosts
 from moepp_megatron.tools.planning.machine import Machine
 from moepp_megatron.tools.planning.overlay import with_states
-from moepp_megatron.tools.planning.step import Cost
 from moepp_megatron.tools.planning.workload import LatentAttention, NumberFormats, Workload
 
 # arXiv 2603.07685, section 9.1: below this, context parallelism costs more than it gives.
@@ -44,7 +42,6 @@ _NEAREST_MISSES = 5
 # Layouts that rules beyond the degrees of parallelism may still refuse, or that only differ in
 # micro-batch, chunks and recomputation.
 _KEPT = 5_000
-_LOSSES = ("work", "recompute", "network", "bubble", "end")
 # What the combined schedule of forward and backward cannot repeat (rules/expert_overlap.py).
 _NOT_WITH_OVERLAP = {"layernorm", "moe", "full"}
 
@@ -82,9 +79,9 @@ class Space:
             states=_states(config),
         )
 
-    def costs(self, machine: Machine, routing: AssumedRouting) -> LayoutCosts:
+    def costs(self, machine: Machine) -> LayoutCosts:
         """Costs of these layouts."""
-        return LayoutCosts(self.load, machine, routing, self.dispatchers, self.states)
+        return LayoutCosts(self.load, machine, self.dispatchers, self.states)
 
     def grids(self) -> Iterator[Grid]:
         """All layouts, each once."""
@@ -226,42 +223,37 @@ def _divisors(number: int) -> Sequence[int]:
 class Search:
     """Result of the search over all layouts of one model."""
 
-    # (seconds, layout, cost, bytes), fastest first; (bytes, layout) of the nearest misses.
-    best: list[tuple[float, Grid, Cost, float]] = field(default_factory=list)
+    # (seconds, layout, bytes), fastest first; (bytes, layout) of the nearest misses.
+    best: list[tuple[float, Grid, float]] = field(default_factory=list)
     misses: list[tuple[float, Grid]] = field(default_factory=list)
     legal: int = 0  # number of legal layouts
-    over: list[float] = field(default_factory=list)  # bytes by which others are too large
-    spared: int = 0  # layouts that recompute or keep fewer bits without need: not costed
-    # Layouts that lose most by each of `_LOSSES`, and the median of that over the best step.
-    lost: dict[str, int] = field(default_factory=dict)
-    gaps: dict[str, float] = field(default_factory=dict)
+    too_large: int = 0  # of them, those that do not fit
 
 
-def search_layouts(config: Config, world: int, machine: Machine, routing: AssumedRouting) -> Search:
+def search_layouts(config: Config, world: int, machine: Machine) -> Search:
     """Cost and memory of every legal layout."""
     space = Space.of(config, world, machine.per_node)
-    costs = space.costs(machine, routing)
+    costs = space.costs(machine)
     search = Search()
-    fitting: list[tuple[float, int, Grid, Cost, float]] = []
+    fitting: list[tuple[float, int, Grid, float]] = []
     missing: list[tuple[float, int, Grid]] = []
     # What fits without states in bf16, or with fewer, and without recomputation.
     roomy: set[tuple[bool, Recompute]] = set()
-    for number, grid in enumerate(space.grids()):
+    for number, grid in enumerate(space.grids(), start=1):
+        search.legal = number
         if not (grid.states or grid.recompute or grid.expert_overlap):
             # The first of the choices within the same degrees.
             roomy.clear()
         elif not roomy.isdisjoint((grid.expert_overlap, done) for done in {(), grid.recompute}):
-            search.spared += 1
+            # It repeats computation, or keeps fewer bits, without need.
             continue
         held = costs.memory(grid)
         if held > machine.usable_bytes:
             missing.append((held, number, grid))
             continue
         roomy.add((grid.expert_overlap, grid.recompute))
-        cost = costs.cost(grid)
-        fitting.append((cost.total, number, grid, cost, held))
-    search.legal = len(fitting) + len(missing) + search.spared
-    search.over = [held - machine.usable_bytes for held, *_ in missing]
+        fitting.append((costs.seconds(grid), number, grid, held))
+    search.too_large = len(missing)
     search.misses = [
         (held, costs.named(grid)) for held, _, grid in heapq.nsmallest(_NEAREST_MISSES, missing)
     ]
@@ -269,22 +261,5 @@ def search_layouts(config: Config, world: int, machine: Machine, routing: Assume
     chosen, exact = fitting, [entry for entry in fitting if not entry[2].states]
     if exact and fitting[0][0] > exact[0][0] * (1.0 - _LEAST_GAIN):
         chosen = exact
-    search.best = [
-        (total, costs.named(grid), cost, held) for total, _, grid, cost, held in chosen[:_KEPT]
-    ]
-    if fitting:
-        _count_losses(search, chosen[0][3], [cost for *_, cost, _ in fitting])
+    search.best = [(seconds, costs.named(grid), held) for seconds, _, grid, held in chosen[:_KEPT]]
     return search
-
-
-def _count_losses(search: Search, best: Cost, found: Sequence[Cost]) -> None:
-    """Count by which cost each layout loses most, against the best."""
-    gaps: dict[str, list[float]] = {name: [] for name in _LOSSES}
-    for cost in found:
-        if cost.total > best.total:
-            excess = {name: getattr(cost, name) - getattr(best, name) for name in _LOSSES}
-            gaps[max(excess, key=lambda name: excess[name])].append(cost.total / best.total - 1)
-    for name, values in gaps.items():
-        if values:
-            search.lost[name] = len(values)
-            search.gaps[name] = sorted(values)[len(values) // 2]

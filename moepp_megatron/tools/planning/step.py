@@ -9,7 +9,7 @@ from functools import lru_cache
 from moepp_megatron.config.stages import Stages
 from moepp_megatron.tools.planning import pipeline
 from moepp_megatron.tools.planning.grid import Grid, layer_key
-from moepp_megatron.tools.planning.imbalance import AssumedRouting, Load, rank_load
+from moepp_megatron.tools.planning.imbalance import Load, rank_load
 from moepp_megatron.tools.planning.layer_time import (
     PassTime,
     edge_time,
@@ -96,26 +96,10 @@ class StepTime:
     exchange_bytes: float  # bytes of hidden vectors that all ranks' dispatchers send, forward
 
 
-def expert_load(load: Workload, grid: Grid, routing: AssumedRouting) -> Load:
+def expert_load(load: Workload, grid: Grid) -> Load:
     """Load of the fullest rank of an expert-parallel group."""
     selections = round(grid.tokens(load.seq) * grid.ep * load.experts.ffn_per_token)
-    return rank_load(routing, load.experts.num_ffn_experts, grid.ep, selections)
-
-
-@dataclass(frozen=True, slots=True)
-class Cost:
-    """A step in five sums, seconds."""
-
-    work: float  # computation that every layout does
-    recompute: float  # computation repeated in the backward pass
-    network: float  # exposed communication of layers and stages
-    bubble: float  # idle time of the pipeline
-    end: float  # exposed data-parallel communication and the optimizer
-
-    @property
-    def total(self) -> float:
-        """The step, seconds."""
-        return self.work + self.recompute + self.network + self.bubble + self.end
+    return rank_load(load.evenness, load.experts.num_ffn_experts, grid.ep, selections)
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,19 +114,12 @@ class _CriticalPath:
     end: _StepEnd
     data: float  # seconds of the end's communication that nothing hides
 
-    def cost(self) -> Cost:
-        """The step in five sums."""
+    @property
+    def seconds(self) -> float:
+        """Time of the step."""
         apart, together = self.passes
-        recompute = apart * self.alone.recompute + together * self.paired.recompute
-        network = apart * self.alone.network + together * self.paired.network
         busy = apart * self.alone.total + together * self.paired.total
-        return Cost(
-            work=busy - recompute - network,
-            recompute=recompute,
-            network=network + self.sending,
-            bubble=self.bubble,
-            end=self.data + self.end.optimizer,
-        )
+        return busy + self.sending + self.bubble + self.data + self.end.optimizer
 
 
 def critical_path(
@@ -189,12 +166,11 @@ def step_time(
     load: Workload,
     grid: Grid,
     machine: Machine,
-    routing: AssumedRouting,
     stages: Stages | None = None,
 ) -> StepTime:
     """Time of one training step in a legal layout; stages are as even as they divide, or these."""
     stages = stages or pipeline.even_stages(load.layers, grid.pp, grid.vpp)
-    fullness = expert_load(load, grid, routing)
+    fullness = expert_load(load, grid)
     path = critical_path(load, grid, machine, fullness.mean, stages)
     work = sum_passes([(path.alone, path.passes[0]), (path.paired, path.passes[1])])
     seconds, hidden = dict(work.seconds), dict(work.hidden)

@@ -8,6 +8,7 @@ from typing import Literal
 from moepp_megatron.config import Config
 from moepp_megatron.experts import ExpertLayout
 from moepp_megatron.tools.planning.grid import Dispatcher
+from moepp_megatron.tools.planning.imbalance import LEARNED
 
 
 @dataclass(frozen=True)
@@ -271,6 +272,8 @@ class Workload:
     # Tensor-parallel gathers and reduce-scatters run chunk by chunk during their products
     # (Transformer Engine's user buffers).
     tensor_overlap: bool = False
+    # Of routing, as in `imbalance.py`; None where it is forced to balance.
+    evenness: float | None = LEARNED
 
     @classmethod
     def from_config(cls, config: Config) -> Workload:

@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from statistics import median
 
 from rich.table import Table
 
 from moepp_megatron.runtime.atomic import write_result
-from moepp_megatron.tools.planning.measured.compare import Range, error_range, published
+from moepp_megatron.tools.planning.measured.compare import Range, error_range
 from moepp_megatron.tools.planning.memory import GIB, fullest_rows
 from moepp_megatron.tools.planning.plan import Plan, Planned
 from moepp_megatron.tools.planning.traffic import placement, rows_with_room
@@ -34,48 +33,32 @@ _PARTS = {
     "data parallel, optimizer": ("data parallel", "optimizer"),
 }
 
-_PUBLISHED = 2  # runs that are named
-_WHY = {
-    "work": "slower computation: smaller or repeated products, or products during an exchange",
-    "recompute": "recomputation that the best does without",
-    "network": "exposed communication (experts, tensor, context, stages)",
-    "bubble": "pipeline bubble",
-    "end": "data-parallel exchange or optimizer that nothing hides",
-}
-
 
 def print_plan(plan: Plan, tokens: float, price: float | None) -> None:
-    """Print the best layouts, why the others lose, and a comparison of the models."""
-    load = plan.layouts[0].step.load if plan.layouts else None
+    """Print the best layouts, and a comparison of the models."""
     hardware = plan.machine.hardware
     print_uncut(
         f"{plan.search.legal:,} legal layouts on {plan.world:,} {hardware.name}, "
-        f"{plan.search.legal - len(plan.search.over):,} of them fit "
+        f"{plan.search.legal - plan.search.too_large:,} of them fit "
         f"{plan.machine.usable_bytes / GIB:.1f} GiB"
     )
     print_uncut(_layouts(plan))
     for number, planned in enumerate(plan.layouts, start=1):
         print_uncut(f"{number}  {_explain(plan, planned)}")
-    print_uncut("")
-    for line in _losses(plan):
-        print_uncut(line)
     if plan.best is None:
         return
+    print_uncut("")
     errors = error_range(plan.config, plan.machine)
     print_uncut(_models_table(plan, tokens, price, errors))
-    if load is not None and load.mean > 1:
+    load = plan.best.step.load
+    if load.mean > 1:
         print_uncut(
-            f"fullest rank over mean, in a layer: {load.mean:.2f} on average (half of the layers "
-            f"below {load.median:.2f}, nine in ten below {load.p90:.2f}); times hold the average"
+            f"fullest rank over mean, in a layer: {load.mean:.2f} on average, which times hold, "
+            f"above {load.p99:.2f} in one of 100, which memory holds"
         )
     for line in _static_rows(plan, plan.best):
         print_uncut(line)
     print_uncut(_how_well(errors))
-    for run in published(plan.config, plan.machine, plan.world)[:_PUBLISHED]:
-        print_uncut(
-            f"published, vanilla: {run.tokens_per_s_per_gpu:,.0f} tok/s/GPU on {run.row.gpus:,} "
-            f"{run.hardware.name}: {run.row.name} ({run.row.source})"
-        )
 
 
 def _layouts(plan: Plan) -> Table:
@@ -131,24 +114,6 @@ def _explain(plan: Plan, planned: Planned) -> str:
     name = max(ours, key=lambda key: ours[key] - theirs[key])
     more = (ours[name] - theirs[name]) / best.step.total
     return f"+{slower:.1%} ({name} +{more:.1%}); {text}"
-
-
-def _losses(plan: Plan) -> list[str]:
-    search = plan.search
-    lines = []
-    if search.over:
-        lines.append(
-            f"memory: {len(search.over):,} layouts do not fit, half of them by more than "
-            f"{median(search.over) / GIB:,.1f} GiB"
-        )
-    if search.spared:
-        lines.append(f"{search.spared:,} repeat computation, or keep fewer bits, without need")
-    for name, count in sorted(search.lost.items(), key=lambda item: -item[1]):
-        lines.append(
-            f"{count:,} lose most by {_WHY[name]}: half of them take over "
-            f"{search.gaps[name]:.0%} longer"
-        )
-    return lines
 
 
 def _parts(seconds: Mapping[str, float]) -> dict[str, float]:

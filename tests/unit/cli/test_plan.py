@@ -132,7 +132,6 @@ def test_a_ramp_of_the_batch_trains_on_less(plan, tmp_path):
         (["--taus", "0"], "--taus (0) must be a number > 0"),
         (["--price", "-1"], "--price (-1) must be a number above 0"),
         (["--tokens", "inf"], "--tokens (inf) must be a number above 0"),
-        (["--routing", "nowhere"], "--routing (nowhere) must be a run"),
         (["moe.tau=-1"], "moe.tau"),
         (["precision.fp8=hybrid", "--gpu", "a100"], "precision.fp8 (hybrid) must be a format"),
     ],

@@ -6,7 +6,6 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from math import log2
 from pathlib import Path
 from statistics import median
 
@@ -17,7 +16,6 @@ from moepp_megatron.tools.planning.machine import Machine, machine_of
 from moepp_megatron.tools.planning.measured.rows import Run, read_runs
 from moepp_megatron.tools.planning.memory import GIB, fullest_rank
 from moepp_megatron.tools.planning.step import StepTime, step_time
-from moepp_megatron.tools.planning.workload import Workload
 
 
 @dataclass(frozen=True)
@@ -53,7 +51,7 @@ class Comparison:
 def compare(run: Run, machine: Machine | None = None) -> Comparison:
     """The model's answer for a run, on its hardware file's machine or this one."""
     machine = machine or machine_of(run.hardware)
-    step = step_time(run.load, run.grid, machine, run.routing, run.stages)
+    step = step_time(run.load, run.grid, machine, run.stages)
     # Over all layers a rank receives about as much as any other.
     held = fullest_rank(run.load, run.grid, run.stages).total
     tokens = run.load.batch * run.load.seq
@@ -157,29 +155,6 @@ def error_range(config: Config, machine: Machine) -> Range | None:
 @lru_cache(maxsize=1)
 def _errors_by_family() -> dict[str, FamilyErrors]:
     return family_errors(held_out(), scopes=("in", "near")) if HELD_OUT.is_file() else {}
-
-
-def published(config: Config, machine: Machine, world: int) -> list[Run]:
-    """Published vanilla runs of a model's shape and format on this kind of GPU.
-
-    The nearest in number of GPUs, and of these the fastest, come first.
-    """
-    shape = _shape(Workload.from_config(config))
-    files = [file for file in (SET_NUMBERS, HELD_OUT) if file.is_file()]
-    runs = [
-        run
-        for file in files
-        for run in read_runs(file)
-        if run.hardware.name == machine.hardware.name and _shape(run.load) == shape
-    ]
-    away = {run.row.name: abs(log2(run.row.gpus / world)) for run in runs}
-    return sorted(runs, key=lambda run: (away[run.row.name], -(run.tokens_per_s_per_gpu or 0.0)))
-
-
-def _shape(load: Workload) -> tuple[object, ...]:
-    experts = load.experts
-    chosen = (experts.num_ffn_experts, experts.router_topk, experts.ffn_size, experts.shared_size)
-    return (load.is_moe, load.hidden, load.attention, load.numbers.fp8, *chosen)
 
 
 def held_out() -> list[Comparison]:

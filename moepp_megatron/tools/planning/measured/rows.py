@@ -24,7 +24,7 @@ from moepp_megatron.config.schema import Config
 from moepp_megatron.config.stages import Stages, expand_pipeline_layout, stages_of
 from moepp_megatron.config.yaml_file import parse_yaml
 from moepp_megatron.tools.planning.grid import Grid
-from moepp_megatron.tools.planning.imbalance import FORCED_BALANCE, AssumedRouting, early
+from moepp_megatron.tools.planning.imbalance import early
 from moepp_megatron.tools.planning.pipeline import even_stages
 from moepp_megatron.tools.planning.workload import LatentAttention, Workload
 
@@ -105,7 +105,6 @@ class Run:
     load: Workload
     grid: Grid
     stages: Stages  # layers by pipeline rank and chunk
-    routing: AssumedRouting  # how uneven its routing is taken to be
     unused: tuple[str, ...] = ()  # keys of the row and of its `beyond` that are not known
 
     @property
@@ -187,9 +186,9 @@ def _run_of(row: MeasuredRow, source: str = "a row") -> Run:
     hardware = load_hardware(row.hardware)
     hardware = with_changes(hardware, row.hardware_overrides, place)
     stages = _stages(row, config, grid, place)
-    routing = early(load.experts.num_ffn_experts) if row.routing == "learned" else FORCED_BALANCE
+    learned = early(load.experts.num_ffn_experts) if row.routing == "learned" else None
     unused = sorted(row.model_extra or {}) + sorted(set(row.beyond) - set(Beyond.model_fields))
-    return Run(row, config, hardware, load, grid, stages, routing, tuple(unused))
+    return Run(row, config, hardware, replace(load, evenness=learned), grid, stages, tuple(unused))
 
 
 def _with_facts(load: Workload, beyond: Beyond) -> Workload:

@@ -13,7 +13,6 @@ from moepp_megatron.config.flops import forward_flops_per_token
 from moepp_megatron.config.hardware import load_hardware
 from moepp_megatron.tools.planning.activations import kept_bytes, output_bytes
 from moepp_megatron.tools.planning.grid import FULL, Grid
-from moepp_megatron.tools.planning.imbalance import FORCED_BALANCE, LEARNED
 from moepp_megatron.tools.planning.layer_time import HOST, METADATA, PassTime, layer_time
 from moepp_megatron.tools.planning.layout_costs import LayoutCosts
 from moepp_megatron.tools.planning.machine import Efficiencies, Machine, machine_of
@@ -27,7 +26,7 @@ from moepp_megatron.tools.planning.pipeline import (
     stage_sizes,
 )
 from moepp_megatron.tools.planning.rates import Product, linear_work, product_seconds
-from moepp_megatron.tools.planning.step import BUBBLE, step_time
+from moepp_megatron.tools.planning.step import step_time
 from moepp_megatron.tools.planning.traffic import (
     Placement,
     exchanged_bytes,
@@ -215,12 +214,11 @@ def test_a_fused_loss_needs_the_logits_alone():
 
 
 @pytest.mark.parametrize("overlap", [False, True])
-def test_costs_are_the_step_in_five_sums_and_the_fullest_rank(h100, overlap):
+def test_costs_are_those_of_the_step_and_of_the_fullest_rank(h100, overlap):
     load = replace(LOAD, is_moe=(False, False, *(True,) * 6), extra_layers=2)
-    costs, grid = LayoutCosts(load, h100, LEARNED), Grid(64, 2, 1, 4, 2, 8, expert_overlap=overlap)
-    cost, step = costs.cost(grid), step_time(load, grid, h100, LEARNED)
-    assert cost.total == pytest.approx(step.total, rel=1e-9)
-    assert cost.bubble == step.seconds[BUBBLE]
+    costs, grid = LayoutCosts(load, h100), Grid(64, 2, 1, 4, 2, 8, expert_overlap=overlap)
+    step = step_time(load, grid, h100)
+    assert costs.seconds(grid) == pytest.approx(step.total, rel=1e-9)
     held = fullest_rank(load, grid, even_stages(load.layers, 4, 2), step.load.p99).total
     assert costs.memory(grid) == held + h100.reached.reserved_gib * 2**30
 
@@ -421,10 +419,10 @@ def test_groups_bound_the_nodes_of_a_token():
 def test_a_block_of_layers_is_recomputed(h100):
     full = Grid(8, recompute=FULL)
     some = [replace(full, recomputed_layers=count) for count in (0, 2, 4, 8)]
-    times = [step_time(LOAD, grid, h100, FORCED_BALANCE).total for grid in some]
+    times = [step_time(LOAD, grid, h100).total for grid in some]
     assert times == sorted(times)
-    assert times[-1] == step_time(LOAD, full, h100, FORCED_BALANCE).total
-    assert times[0] == step_time(LOAD, Grid(8), h100, FORCED_BALANCE).total
+    assert times[-1] == step_time(LOAD, full, h100).total
+    assert times[0] == step_time(LOAD, Grid(8), h100).total
     # Even shares of the layers, beside what else a step does.
     assert times[2] - times[1] == pytest.approx((times[-1] - times[0]) / 4, rel=0.01)
     held = [fullest_rank(LOAD, grid, even_stages(8, 1, 1)).activations for grid in some]

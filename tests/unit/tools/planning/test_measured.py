@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from moepp_megatron.config import ConfigError, load_config
+from moepp_megatron.config import ConfigError
 from moepp_megatron.config.hardware import load_hardware
 from moepp_megatron.config.stages import stages_of
 from moepp_megatron.tools.planning.machine import machine_of
@@ -19,7 +19,6 @@ from moepp_megatron.tools.planning.measured.compare import (
     family_errors,
     held_out,
     pair_errors,
-    published,
 )
 from moepp_megatron.tools.planning.measured.rows import read_runs
 from moepp_megatron.tools.planning.memory import GIB, memory_of
@@ -85,15 +84,6 @@ def test_the_range_of_a_plan_is_that_of_its_family():
     # There are only dense runs of A100s: MoE models on H100 say more.
     assert (ampere.family, ampere.is_own) == ("bf16 MoE", False)
     assert of_hopper.is_own
-
-
-def test_published_runs_of_a_shape_are_found():
-    config = load_config(HELD_OUT.parents[1] / "models/qwen3_30b_a3b_32.yaml")
-    names = [run.row.name for run in published(config, machine_of(load_hardware("h100_sxm")), 8)]
-    assert names[0] == "Qwen3-30B bf16, 8, EP8 DeepEP, FSDP, all recomputed"
-    assert len(names) > 1
-    assert all(name.startswith("Qwen3-30B bf16") for name in names)
-    assert not published(config, machine_of(load_hardware("a100_sxm")), 8)
 
 
 def test_units_of_speed_are_the_same_run(tmp_path):
