@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from moepp_megatron.tools.profiling.analysis import Profile, analyse
-from moepp_megatron.tools.profiling.collective import Operation
 from moepp_megatron.tools.profiling.document import document
 from moepp_megatron.tools.profiling.measures.purpose import Place, place_of
+from moepp_megatron.tools.profiling.trace import Operation
 from tests.parallel import forced_routing
 from tests.parallel.training_runs import (
     EP2,
@@ -147,9 +147,6 @@ def test_bytes_equal_the_routing_in_every_layer_direction_and_pass(recorded, nam
         assert all(one.measured == one.deduplicated for one in moved)
         # Top-2 of four experts per rank: some tokens must have had both on the other one.
         assert sum(one.measured for one in moved) < sum(one.ffn_only for one in moved)
-    if name == "vanilla":
-        # No selection is left out, whatever the load.
-        assert sum(one.even_load for one in moved) == sum(one.vanilla for one in moved)
 
 
 def test_formula_with_an_even_load(ranks, tmp_path):
@@ -198,9 +195,6 @@ def test_every_call_is_placed_and_matched(recorded):
         assert time.compute_us + time.exposed_us <= time.step_us + 1e-3  # Rounding of a sum.
     purposes = {one.name.purpose for one in found.classes}
     assert {"dispatch", "combine", "gradient reduce", "parameter gather"} <= purposes
-    parts = {(span.name, span.kind) for span in found.traces[0].parts}
-    for part in ("router", "dispatch", "experts", "zero_computation", "combine", "attention"):
-        assert {(f"layer2/{part}", "forward"), (f"layer2/{part}", "backward")} <= parts
 
 
 def test_pipeline_and_tensor_parallel(ranks, tmp_path):

@@ -1,6 +1,5 @@
 """Where the communication time of a run goes.
 
-collective.py        one collective operation, whatever recorded it
 trace.py             what one rank recorded, and what its process groups are for
 load.py              what all ranks recorded, on one clock
 formats/             traces of torch's profiler

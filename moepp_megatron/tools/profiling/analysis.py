@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import fmean
 
 from moepp_megatron.tools.profiling.load import load_profile
-from moepp_megatron.tools.profiling.measures.classes import CallClass, Links, call_classes
+from moepp_megatron.tools.profiling.measures.classes import CallClass, call_classes
 from moepp_megatron.tools.profiling.measures.expected_bytes import (
     ExpectedLayerBytes,
     layer_bytes,
@@ -129,7 +129,7 @@ def analyse(folder: Path, step: int | None = None) -> Profile:
         traces=traces,
         steps=steps,
         times=times,
-        classes=call_classes(traces, steps, late, Links(traces)),
+        classes=call_classes(traces, steps, late),
         layers={number: layer_bytes(traces, number) for number in steps},
         load=load,
         slow=slow_rank(traces, times, load),

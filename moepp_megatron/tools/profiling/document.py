@@ -44,7 +44,7 @@ def document(profile: Profile) -> dict[str, Any]:
 
 def _rank_steps(profile: Profile) -> list[dict[str, Any]]:
     rows = profile.load.rows if profile.load is not None else {}
-    parts = ("step", "compute", "communication", "exposed", "idle")
+    parts = ("step", "compute", "communication", "exposed")
     return [
         {
             "step": step,
@@ -59,14 +59,14 @@ def _rank_steps(profile: Profile) -> list[dict[str, Any]]:
 
 
 def _class(row: CallClass, count: int) -> dict[str, Any]:
-    rates = ("algorithm_gb_s", "bus_gb_s", "peak_gb_s", "peak_share")
+    rates = ("bus_gb_s", "peak_gb_s", "peak_share")
     return {
         "purpose": row.name.purpose,
         "operation": row.name.operation.value,
         "group": row.name.group,
         "pass": row.name.phase,
         "group_size": row.group_size,
-        "link": row.link.name,
+        "link": row.link,
         "calls": row.calls / count,
         "bytes": row.size / count,
         "bytes_per_call": row.size / row.calls,
@@ -74,13 +74,12 @@ def _class(row: CallClass, count: int) -> dict[str, Any]:
         "wait_ms": row.wait_us / 1e3 / count if row.matched else None,
         "transfer_ms": row.transfer_us / 1e3 / count if row.matched else None,
         "exposed_ms": row.exposed_us / 1e3 / count,
-        "overlapped_share": max(0.0, 1.0 - row.exposed_us / row.time_us) if row.time_us else None,
         **{rate: getattr(row, rate) for rate in rates},
     }
 
 
 def _layers(profile: Profile) -> list[dict[str, Any]]:
-    sizes = ("measured", "expected", "ffn_only", "deduplicated", "even_load", "vanilla", "side")
+    sizes = ("measured", "expected", "ffn_only", "deduplicated", "vanilla", "side")
     return [
         {
             "step": step,

@@ -84,7 +84,5 @@ def _on_one_clock(traces: list[RankTrace]) -> list[RankTrace]:
 
 def _first(trace: RankTrace) -> float:
     """Start of the first recorded event."""
-    starts = [span.start_us for span in trace.steps.values()]
-    for found in (trace.collectives, trace.kernels, trace.host_work):
-        starts += [timed.start_us for timed in found[:1]]
-    return min(starts, default=0.0)
+    timed = [*trace.steps.values(), *trace.collectives[:1], *trace.kernels[:1]]
+    return min((each.start_us for each in timed), default=0.0)

@@ -1,14 +1,19 @@
-"""The recording of one rank, for any backend."""
+"""The recording of one rank, for any backend: its collectives, kernels, parts and routing.
+
+Sizes of collectives follow nccl-tests (doc/PERFORMANCE.md): `size` is the bytes of the larger of
+the two buffers of a rank.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-from typing import Annotated, Literal
+from enum import StrEnum
+from typing import Annotated, Literal, NamedTuple
 
 from pydantic import BaseModel, Field
 
 from moepp_megatron.config import ConfigError
-from moepp_megatron.tools.profiling.collective import Collective
 
 # megatron/core/parallel_state.py 0.19.2, `group_desc`; from the longest name to the shortest.
 _MEANINGS = (
@@ -38,6 +43,73 @@ class ProfileError(ConfigError):
     """A folder or file that cannot be read as a profile: one line with a remedy."""
 
 
+class Operation(StrEnum):
+    """Kind of collective."""
+
+    ALL_TO_ALL = "all_to_all"
+    ALL_REDUCE = "all_reduce"
+    ALL_GATHER = "all_gather"
+    REDUCE_SCATTER = "reduce_scatter"
+    REDUCE = "reduce"
+    BROADCAST = "broadcast"
+    GATHER = "gather"
+    SCATTER = "scatter"
+    SEND = "send"
+    RECEIVE = "receive"
+    BARRIER = "barrier"
+    OTHER = "other"
+
+
+POINT_TO_POINT = frozenset({Operation.SEND, Operation.RECEIVE})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Collective:
+    """One call on one rank.
+
+    Attributes:
+        operation: What it does.
+        rank: Global rank that recorded it.
+        group: Name of the process group in its backend; "" where unknown.
+        description: What the group is for (torch's `group_desc`); "" where unknown.
+        group_ranks: Global ranks of the group, in order; empty where unknown.
+        group_size: Ranks in the group; 0 where unknown.
+        size: Bytes, by nccl-tests' convention; None where unknown.
+        sent: Bytes to each rank of the group, in its order; None where unknown.
+        received: Bytes from each rank of the group.
+        sequence: Number of the call in its group, by which it is found on other ranks; None where
+            unknown.
+        start_us: When the transfer (on a host backend, the call) began, in microseconds, by the
+            clock of this rank's file.
+        end_us: When it had finished.
+        pair: Ranks of the group that a send or receive goes from and to, within which `sequence`
+            then counts; None for what all ranks do.
+        row_bytes: Bytes of a row, the unit in which an all-to-all is split; None where unknown.
+        scopes: Names of the profiler ranges it lies in, outermost first.
+    """
+
+    operation: Operation
+    rank: int
+    group: str = ""
+    description: str = ""
+    group_ranks: tuple[int, ...] = ()
+    group_size: int = 0
+    size: int | None = None
+    sent: tuple[int, ...] | None = None
+    received: tuple[int, ...] | None = None
+    sequence: int | None = None
+    start_us: float = 0.0
+    end_us: float = 0.0
+    pair: tuple[int, int] | None = None
+    row_bytes: int | None = None
+    scopes: tuple[str, ...] = ()
+
+    @property
+    def duration_us(self) -> float:
+        """Microseconds from start to end, waiting for late ranks included."""
+        return self.end_us - self.start_us
+
+
 @dataclass(frozen=True)
 class TracedGroup:
     """A process group as one rank sees it: name in the backend, global ranks, `group_desc`."""
@@ -53,26 +125,11 @@ class TracedGroup:
         return next(known, self.description or "unknown")
 
 
-@dataclass(frozen=True)
-class Span:
-    """An interval of work.
+class Span(NamedTuple):
+    """Start and end of something, in microseconds by the clock of the trace."""
 
-    Attributes:
-        name: Its name.
-        start_us: Start by the clock of the trace.
-        end_us: End by the same clock.
-        kind: forward, recompute, backward for parts of the model; "" otherwise.
-    """
-
-    name: str
     start_us: float
     end_us: float
-    kind: str = ""
-
-    @property
-    def interval(self) -> tuple[float, float]:
-        """Start and end."""
-        return self.start_us, self.end_us
 
 
 _Count = Annotated[int, Field(ge=0, le=10**18)]
@@ -87,7 +144,6 @@ class Pass(BaseModel):
         dispatcher: Class of the dispatcher.
         tokens: Tokens of this rank.
         topk: Selections of a token.
-        selections: Those of FFN experts.
         row_bytes: Bytes of a hidden vector.
         ranks: Ranks of the expert-parallel group.
         own: This rank's number in it.
@@ -100,7 +156,6 @@ class Pass(BaseModel):
     dispatcher: str
     tokens: _Count
     topk: _Count
-    selections: _Count
     row_bytes: _Count
     ranks: int = Field(ge=1, le=10**18)
     own: _Count
@@ -143,14 +198,11 @@ class RankTrace:
     Attributes:
         rank: Global rank.
         backend: nccl or gloo; "" where unknown.
-        on_gpu: Whether it has GPU kernels: then they are the work, else the training thread's
-            operations are.
+        on_gpu: Whether it has GPU kernels.
         groups: Process groups of this rank by name.
         collectives: Collectives in order of their start.
-        parts: Parts of the model and of the step, and backward passes of them.
         steps: Recorded steps by number.
         kernels: GPU kernels that do not communicate.
-        host_work: The training thread's operations, without a GPU.
         waits: Spans in which the training thread waits for a collective, without a GPU.
         base_ns: Nanoseconds to add to times to get Unix time.
         about: What the recorder wrote next to the trace.
@@ -161,10 +213,8 @@ class RankTrace:
     on_gpu: bool = False
     groups: dict[str, TracedGroup] = field(default_factory=dict)
     collectives: list[Collective] = field(default_factory=list)
-    parts: list[Span] = field(default_factory=list)
     steps: dict[int, Span] = field(default_factory=dict)
     kernels: list[Span] = field(default_factory=list)
-    host_work: list[Span] = field(default_factory=list)
     waits: list[Span] = field(default_factory=list)
     base_ns: int = 0
     about: About = field(default_factory=About)
@@ -175,18 +225,18 @@ class RankTrace:
 
     def shifted(self, us: float) -> RankTrace:
         """The same recording with `us` microseconds added to its times."""
+
+        def moved(spans: Iterable[Span]) -> list[Span]:
+            return [Span(start + us, end + us) for start, end in spans]
+
         return replace(
             self,
-            collectives=_shifted(self.collectives, us),
-            parts=_shifted(self.parts, us),
-            steps={n: _shifted([span], us)[0] for n, span in self.steps.items()},
-            kernels=_shifted(self.kernels, us),
-            host_work=_shifted(self.host_work, us),
-            waits=_shifted(self.waits, us),
+            collectives=[
+                replace(call, start_us=call.start_us + us, end_us=call.end_us + us)
+                for call in self.collectives
+            ],
+            steps=dict(zip(self.steps, moved(self.steps.values()), strict=True)),
+            kernels=moved(self.kernels),
+            waits=moved(self.waits),
             base_ns=self.base_ns - round(us * 1000),
         )
-
-
-def _shifted[Timed: (Span, Collective)](timed: list[Timed], us: float) -> list[Timed]:
-    """The same with `us` microseconds added to starts and ends."""
-    return [replace(item, start_us=item.start_us + us, end_us=item.end_us + us) for item in timed]

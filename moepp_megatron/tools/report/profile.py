@@ -178,7 +178,6 @@ _COLLECTIVE: _Cells = {
     "time": lambda one: _ms(one["time_ms"]),
     "waiting": lambda one: _ms(one["wait_ms"]),
     "exposed": lambda one: _ms(one["exposed_ms"]),
-    "algbw": lambda one: _rate(one["algorithm_gb_s"]),
     "busbw": lambda one: _rate(one["bus_gb_s"]),
     "of peak": lambda one: _NO if one["peak_share"] is None else percent(one["peak_share"]),
 }
@@ -189,7 +188,6 @@ _LAYER: _Cells = {
     "measured": _mean_size("measured_bytes"),
     "formula": _formula,
     "deduplicated": _mean_size("deduplicated_bytes"),
-    "even load": _mean_size("even_load_bytes"),
     "vanilla": _mean_size("vanilla_bytes"),
     "side": _mean_size("side_bytes"),
 }

@@ -1,4 +1,4 @@
-"""Readers of traces, for `profiling.trace` and `profiling.collective`.
+"""Readers of traces, for `profiling.trace`.
 
 records.py           the checked reader of all of them: bounds, fields, errors
 kineto.py            traces of torch's profiler

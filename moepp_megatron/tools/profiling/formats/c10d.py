@@ -11,13 +11,13 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from moepp_megatron.tools.profiling.collective import Operation
 from moepp_megatron.tools.profiling.formats.records import (
     LARGEST,
     MOST_RANKS,
     optional,
     whole_list,
 )
+from moepp_megatron.tools.profiling.trace import Operation
 
 # c10::ScalarType in NCCL's events, C++ type names in those of the CPU.
 _BYTES = {

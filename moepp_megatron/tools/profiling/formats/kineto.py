@@ -19,7 +19,6 @@ from collections import defaultdict, deque
 from pathlib import Path
 from typing import Any
 
-from moepp_megatron.tools.profiling.collective import Collective, Operation
 from moepp_megatron.tools.profiling.formats.c10d import (
     Sizes,
     operation_of,
@@ -39,7 +38,13 @@ from moepp_megatron.tools.profiling.formats.records import (
     read_document,
     whole_list,
 )
-from moepp_megatron.tools.profiling.trace import ProfileError, RankTrace, Span, TracedGroup
+from moepp_megatron.tools.profiling.trace import (
+    Collective,
+    Operation,
+    ProfileError,
+    RankTrace,
+    TracedGroup,
+)
 
 _GPU_WORK = ("kernel", "gpu_memcpy", "gpu_memset")
 _HOST_CALL = "record_param_comms"
@@ -85,7 +90,6 @@ def _parse_kineto(content: dict[str, Any], place: str = "trace") -> RankTrace:
         backend=field(about, "backend", str, where, ""),
         on_gpu=on_gpu,
         groups=groups,
-        parts=swept.parts,
         steps=swept.steps,
         waits=[] if on_gpu else swept.waits,
         base_ns=field(content, "baseTimeNanoseconds", int, place, 0),
@@ -93,10 +97,9 @@ def _parse_kineto(content: dict[str, Any], place: str = "trace") -> RankTrace:
     reader = _Reader(rank, groups, swept)
     if on_gpu:
         trace.collectives = reader.of_nccl(kernels, calls)
-        trace.kernels = [event.span() for event in kernels if not _is_nccl(event)]
+        trace.kernels = [event.span for event in kernels if not _is_nccl(event)]
     else:
         trace.collectives = reader.of_gloo(calls, spans)
-        trace.host_work = _host_work(spans, swept)
     trace.collectives.sort(key=lambda call: call.start_us)
     return trace
 
@@ -112,17 +115,6 @@ def _is_call(event: TraceEvent, on_gpu: bool) -> bool:
 
 def _is_nccl(event: TraceEvent) -> bool:
     return event.name.startswith(("ncclDevKernel", "ncclKernel", "ncclSymDevKernel"))
-
-
-def _host_work(spans: list[TraceEvent], swept: Swept) -> list[Span]:
-    """Outermost operations of the training thread that do not communicate."""
-    work, end = [], float("-inf")
-    mine = [span for span in spans if span.category == "cpu_op" and span.thread == swept.thread]
-    for event in sorted(mine, key=lambda span: (span.start, -span.duration)):
-        if not event.name.startswith(("autograd::engine", "c10d::")) and event.start >= end:
-            end = event.end
-            work.append(event.span())
-    return work
 
 
 class _Reader:

@@ -49,9 +49,10 @@ class TraceEvent:
         """When it ended."""
         return self.start + self.duration
 
-    def span(self, name: str = "", kind: str = "") -> Span:
-        """The event as a span."""
-        return Span(name or self.name, self.start, self.end, kind)
+    @property
+    def span(self) -> Span:
+        """The time that it takes."""
+        return Span(self.start, self.end)
 
 
 def read_events(events: list[Any], place: str) -> tuple[list[TraceEvent], dict[Key, Key]]:
@@ -117,17 +118,13 @@ class Swept:
 
     Attributes:
         around: Surroundings of each event of interest.
-        parts: Ranges of the program and backward passes of parts.
         waits: Spans in which the thread waits for a collective.
         steps: Recorded steps.
-        thread: The thread that trains.
     """
 
     around: dict[Key, Around] = field(default_factory=dict)
-    parts: list[Span] = field(default_factory=list)
     waits: list[Span] = field(default_factory=list)
     steps: dict[int, Span] = field(default_factory=dict)
-    thread: str | None = None
 
 
 def sweep(events: list[TraceEvent], links: dict[Key, Key], wanted: Iterable[TraceEvent]) -> Swept:
@@ -147,7 +144,6 @@ def sweep(events: list[TraceEvent], links: dict[Key, Key], wanted: Iterable[Trac
         swept = Swept()
         for of_thread in threads.values():
             _Pass(swept, links, parts, keys).run(of_thread)
-    swept.parts.sort(key=lambda part: part.start_us)
     return swept
 
 
@@ -167,16 +163,12 @@ class _Pass:
         self._swept, self._links, self._parts, self._keys = swept, links, parts, keys
         self._operations = set(links.values())
         self._open: list[_Open] = []
-        self._backward: Span | None = None
-        self._pass: Span | None = None
 
     def run(self, events: list[TraceEvent]) -> None:
         for event in events:
             while self._open and self._open[-1].end <= event.start:
                 self._open.pop()
             self._enter(event)
-        self._close_backward()
-        self._close_pass()
 
     def _enter(self, event: TraceEvent) -> None:
         at, scope, call, is_node = event.key, None, None, False
@@ -186,10 +178,8 @@ class _Pass:
             part = self._parts.get(self._links[at])
             if part is not None:
                 scope = f"{part.split(':')[0]}:backward"
-                self._extend_backward(event, scope)
         elif event.name.startswith(_NODE):
             is_node = True
-            self._extend_pass(event)
         if at in self._operations and (part := self._innermost_part()) is not None:
             self._parts[at] = part
         if at in self._keys:
@@ -206,48 +196,14 @@ class _Pass:
             pair = (int(found[2]), int(found[3])) if found[2] else None
             return None, _Call(found[1], pair, int(found[4]))
         if name == "wait":
-            self._swept.waits.append(event.span("wait"))
+            self._swept.waits.append(event.span)
             return None, None
         if found := _STEP.fullmatch(name):
-            self._swept.steps[int(found[1])] = event.span(name)
-            self._swept.thread = event.thread
+            self._swept.steps[int(found[1])] = event.span
             return None, None
-        is_part = _MODEL_PART.fullmatch(name) is not None
-        recomputed = is_part and self._in_node()
-        if not self._in_node():
-            self._close_pass()
-        kind = ("recompute" if recomputed else "forward") if is_part else ""
-        self._swept.parts.append(event.span(name, kind))
+        recomputed = _MODEL_PART.fullmatch(name) and any(span.is_node for span in self._open)
         return (f"{name}:recompute" if recomputed else name), None
-
-    def _in_node(self) -> bool:
-        return any(span.is_node for span in self._open)
 
     def _innermost_part(self) -> str | None:
         scopes = (span.scope for span in reversed(self._open))
         return next((scope for scope in scopes if scope is not None and "/" in scope), None)
-
-    def _extend_pass(self, event: TraceEvent) -> None:
-        """Outermost nodes that follow each other are one backward pass."""
-        if not self._in_node():
-            start = event.start if self._pass is None else self._pass.start_us
-            self._pass = Span("backward", start, event.end)
-
-    def _close_pass(self) -> None:
-        if self._pass is not None:
-            self._swept.parts.append(self._pass)
-            self._pass = None
-
-    def _extend_backward(self, event: TraceEvent, scope: str) -> None:
-        """Derivatives of one part that follow each other are one span."""
-        name, start = scope.split(":")[0], event.start
-        if self._backward is not None and self._backward.name == name:
-            start = self._backward.start_us
-        else:
-            self._close_backward()
-        self._backward = Span(name, start, event.end, "backward")
-
-    def _close_backward(self) -> None:
-        if self._backward is not None:
-            self._swept.parts.append(self._backward)
-            self._backward = None

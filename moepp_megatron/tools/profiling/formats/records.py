@@ -86,7 +86,7 @@ def field[Value](
 
     Args:
         record: The record; a mapping unless the file is damaged.
-        name: Name of the field; dots lead into records within it (`header.rank`).
+        name: Name of the field.
         kind: int, float (takes whole numbers too), str, list or dict.
         place: Where the record is, for the error.
         default: What to return where the field is absent; None: an absent field is an error.
@@ -95,13 +95,11 @@ def field[Value](
     Raises:
         ProfileError: The field is absent, of another kind, or no sound number.
     """
-    value = record
-    for part in name.split("."):
-        if not isinstance(value, dict) or value.get(part) is None:
-            if default is not None:
-                return default
-            raise ProfileError(f"{place}: field {name!r} is missing; record it again")
-        value = value[part]
+    value = record.get(name) if isinstance(record, dict) else None
+    if value is None:
+        if default is not None:
+            return default
+        raise ProfileError(f"{place}: field {name!r} is missing; record it again")
     if not _fits(value, kind, least):
         bound = f" of at least {least:g}" if kind in (int, float) and least > -LARGEST else ""
         raise ProfileError(

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from moepp_megatron.config.hardware import Hardware, find_hardware
-from moepp_megatron.tools.profiling.collective import Collective, Operation
 from moepp_megatron.tools.profiling.measures.exposure import (
     Interval,
     computing,
@@ -18,46 +17,22 @@ from moepp_megatron.tools.profiling.measures.exposure import (
 )
 from moepp_megatron.tools.profiling.measures.lateness import CallKey, Lateness
 from moepp_megatron.tools.profiling.measures.purpose import PURPOSES, place_of, purpose_of
-from moepp_megatron.tools.profiling.trace import RankTrace
+from moepp_megatron.tools.profiling.trace import Collective, Operation, RankTrace
 
 
-@dataclass(frozen=True)
-class _Link:
-    """A kind of link, and its rated GB/s (1e9) of one direction of a GPU; None where unknown."""
-
-    name: str
-    peak_gb_s: float | None = None
-
-
-def _link_peaks(hardware: Hardware | None) -> dict[str, float | None]:
-    """Rated GB/s of a GPU in one direction, by `nvlink` and `network`; None where unknown."""
-    both = hardware.nvlink_gb_s if hardware else None
-    bits = hardware.network_gbit_s_per_gpu if hardware else None
+def _link_of(
+    call: Collective, nodes: list[str], hardware: Hardware | None, on_gpu: bool
+) -> tuple[str, float | None]:
+    """The slowest link that a group's messages take; its rated GB/s in one direction or None."""
+    places = {nodes[rank] if rank < len(nodes) else None for rank in call.group_ranks}
+    if not places or None in places:
+        return "unknown", None
+    if len(places) > 1:
+        bits = hardware and hardware.network_gbit_s_per_gpu
+        return "network", bits / 8 if bits else None
     # NVLink is rated with both directions added; nccl-tests' bus bandwidth is that of one.
-    return {"nvlink": both / 2 if both else None, "network": bits / 8 if bits else None}
-
-
-class Links:
-    """Link of each call, by the nodes and the GPU that the traces name."""
-
-    def __init__(self, traces: list[RankTrace]) -> None:
-        self._on_gpu = any(trace.on_gpu for trace in traces)
-        self._nodes = traces[0].about.nodes
-        self.hardware = find_hardware(traces[0].about.device) if self._on_gpu else None
-
-    def of(self, call: Collective) -> _Link:
-        """The slowest link that the group's messages must take."""
-        nodes = {
-            self._nodes[rank] if rank < len(self._nodes) else None for rank in call.group_ranks
-        }
-        if not nodes or None in nodes:
-            return _Link("unknown")
-        if not self._on_gpu:
-            return _Link("this machine" if len(nodes) == 1 else "network")
-        peaks = _link_peaks(self.hardware)
-        if len(nodes) == 1:
-            return _Link("NVLink", peaks["nvlink"])
-        return _Link("network", peaks["network"])
+    both = hardware and hardware.nvlink_gb_s
+    return "NVLink" if on_gpu else "this machine", both / 2 if both else None
 
 
 # The larger buffer holds a part for each rank, of which a rank's own does not travel.
@@ -88,6 +63,7 @@ class CallClass:
     Attributes:
         name: Their kind.
         link: The link that they use.
+        peak_gb_s: Its rated bandwidth, GB/s; None where unknown.
         calls: Number of calls, each counted on every rank.
         group_size: Ranks of the group, as of the last call; 0 if unknown.
         size: Bytes by nccl-tests' convention; calls without a size count 0.
@@ -99,7 +75,8 @@ class CallClass:
     """
 
     name: _ClassName
-    link: _Link
+    link: str
+    peak_gb_s: float | None
     calls: int = 0
     group_size: int = 0
     size: int = 0
@@ -115,19 +92,10 @@ class CallClass:
         return self.time_us - self.wait_us
 
     @property
-    def algorithm_gb_s(self) -> float | None:
-        """Size over transfer time, GB/s (1e9 bytes)."""
-        return _rate_gb_s(self.size, self.transfer_us)
-
-    @property
     def bus_gb_s(self) -> float | None:
         """Bus bandwidth over transfer time, GB/s."""
-        return _rate_gb_s(self.bus_bytes, self.transfer_us)
-
-    @property
-    def peak_gb_s(self) -> float | None:
-        """Rated bandwidth of the link, GB/s."""
-        return self.link.peak_gb_s
+        known = self.bus_bytes and self.transfer_us > 0
+        return self.bus_bytes / self.transfer_us / 1e3 if known else None
 
     @property
     def peak_share(self) -> float | None:
@@ -147,11 +115,6 @@ class CallClass:
             self.bus_bytes += call.size * _bus_factor(call.operation, max(call.group_size, 1))
 
 
-def _rate_gb_s(size: float | None, us: float) -> float | None:
-    """GB/s (1e9 bytes); None where either is unknown or 0."""
-    return size / us / 1e3 if size and us > 0 else None
-
-
 def _bus_factor(operation: Operation, ranks: int) -> float:
     """Bus over algorithm bandwidth in a group of `ranks` (nccl-tests, doc/PERFORMANCE.md)."""
     if operation is Operation.ALL_REDUCE:
@@ -163,19 +126,22 @@ def call_classes(
     traces: list[RankTrace],
     steps: list[int],
     late: Mapping[CallKey, Lateness],
-    links: Links,
 ) -> list[CallClass]:
     """All calls within the steps by kind, the most exposed first."""
     classes: dict[_ClassName, CallClass] = {}
+    about, on_gpu = traces[0].about, any(trace.on_gpu for trace in traces)
+    hardware = find_hardware(about.device) if on_gpu else None
     for trace in traces:
         for span in [trace.steps[step] for step in steps if step in trace.steps]:
-            compute = computing(trace, span.interval)
+            compute = computing(trace, span)
             intervals: dict[_ClassName, list[Interval]] = defaultdict(list)
             for place, call in enumerate(trace.collectives):
                 if span.start_us <= call.start_us < span.end_us:
                     name = _class_name(trace, call)
-                    own = classes.setdefault(name, CallClass(name, links.of(call)))
-                    own.add(call, late.get((trace.rank, place)))
+                    if name not in classes:
+                        link = _link_of(call, about.nodes, hardware, on_gpu)
+                        classes[name] = CallClass(name, *link)
+                    classes[name].add(call, late.get((trace.rank, place)))
                     intervals[name].append((call.start_us, min(call.end_us, span.end_us)))
             for name, parts in intervals.items():
                 classes[name].exposed_us += length(subtract(union(parts), compute))

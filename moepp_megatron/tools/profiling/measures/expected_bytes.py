@@ -14,9 +14,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from moepp_megatron.tools.profiling.collective import Collective, Operation
 from moepp_megatron.tools.profiling.measures.purpose import Place, place_of
-from moepp_megatron.tools.profiling.trace import Pass, RankTrace
+from moepp_megatron.tools.profiling.trace import Collective, Operation, Pass, RankTrace
 
 _PHASES, _PARTS = ("forward", "recompute", "backward"), ("dispatch", "combine")
 
@@ -33,8 +32,7 @@ class ExpectedLayerBytes:
             recorder has not counted it, or its dispatcher is not an all-to-all.
         ffn_only: Bytes when sent once per selection (the FFN-only formula with this step's counts).
         deduplicated: Bytes when sent once per token and rank: the minimum.
-        even_load: The FFN-only formula with an even load of experts.
-        vanilla: The formula with phi = 1: every selection goes to an FFN expert.
+        vanilla: The formula with phi = 1 and an even load: every selection goes to an FFN expert.
     """
 
     place: Place
@@ -43,7 +41,6 @@ class ExpectedLayerBytes:
     expected: int | None = None
     ffn_only: int = 0
     deduplicated: int = 0
-    even_load: float = 0.0
     vanilla: float = 0.0
 
     @property
@@ -69,8 +66,6 @@ class ExpectedLayerBytes:
         )
         self.ffn_only += plain
         self.deduplicated += copies
-        # T K phi is the number of FFN selections.
-        self.even_load += counted.selections * row * share
         self.vanilla += counted.tokens * counted.topk * row * share
         for kind, required in (("dedup", copies), ("allto", plain)):
             if kind in counted.dispatcher.lower():

@@ -2,7 +2,7 @@
 
 On a GPU a step computes while a kernel runs that is not NCCL's: communication outside of these is
 exposed. On a CPU the training thread computes unless it waits for a collective, which the recorder
-marks; in a trace of another program, it computes while one of its operations runs.
+marks.
 """
 
 from __future__ import annotations
@@ -73,11 +73,6 @@ class MeasuredStepTime:
     exposed_us: float
 
     @property
-    def idle_us(self) -> float:
-        """Time in which the rank neither computed nor communicated."""
-        return max(0.0, self.step_us - self.compute_us - self.exposed_us)
-
-    @property
     def exposed_share(self) -> float:
         """Exposed communication as a share of the step."""
         return self.exposed_us / self.step_us if self.step_us > 0 else 0.0
@@ -85,21 +80,18 @@ class MeasuredStepTime:
 
 def computing(trace: RankTrace, within: Interval) -> list[Interval]:
     """The intervals in which this rank computes."""
-    whole = [within]
-    if trace.waits and not trace.on_gpu:
-        return subtract(whole, union(span.interval for span in trace.waits))
-    work = trace.kernels if trace.on_gpu else trace.host_work
-    return _intersect(union(span.interval for span in work), whole)
+    if trace.on_gpu:
+        return _intersect(union(trace.kernels), [within])
+    return subtract([within], union(trace.waits))
 
 
-def step_time(trace: RankTrace, step: Span) -> MeasuredStepTime:
+def step_time(trace: RankTrace, within: Span) -> MeasuredStepTime:
     """The times of a step of this rank."""
-    within = step.interval
     compute = computing(trace, within)
     busy = union((call.start_us, call.end_us) for call in trace.collectives)
     communication = _intersect(busy, [within])
     return MeasuredStepTime(
-        step_us=within[1] - within[0],
+        step_us=within.end_us - within.start_us,
         compute_us=length(compute),
         communication_us=length(communication),
         exposed_us=length(subtract(communication, compute)),

@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from moepp_megatron.tools.profiling.collective import Collective, Operation
+from moepp_megatron.tools.profiling.trace import Collective, Operation
 
 # Rank and place in its list of collectives.
 CallKey = tuple[int, int]

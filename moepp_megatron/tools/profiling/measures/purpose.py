@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
-from moepp_megatron.tools.profiling.collective import POINT_TO_POINT, Collective, Operation
+from moepp_megatron.tools.profiling.trace import POINT_TO_POINT, Collective, Operation
 
 _PART = re.compile(r"layer(\d{1,9})/(\w+)(?::(\w+))?")
 _DATA_MEANINGS = ("data", "expert data", "tensor and data")

@@ -13,7 +13,6 @@ def routed(layer, to_ranks) -> Pass:
         dispatcher="AlltoAll",
         tokens=0,
         topk=2,
-        selections=0,
         row_bytes=4,
         ranks=2,
         own=0,

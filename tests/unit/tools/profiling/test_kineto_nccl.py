@@ -4,13 +4,15 @@ from pathlib import Path
 
 import pytest
 
+from moepp_megatron.config.hardware import load_hardware
 from moepp_megatron.tools.profiling.analysis import analyse
-from moepp_megatron.tools.profiling.collective import Collective, Operation
 from moepp_megatron.tools.profiling.formats.c10d import _bytes_of_type, operation_of
 from moepp_megatron.tools.profiling.formats.kineto import _parse_kineto
 from moepp_megatron.tools.profiling.formats.records import whole_list
 from moepp_megatron.tools.profiling.load import load_profile
+from moepp_megatron.tools.profiling.measures.classes import _link_of
 from moepp_megatron.tools.profiling.measures.purpose import Place, place_of
+from moepp_megatron.tools.profiling.trace import Collective, Operation
 
 SAMPLE = Path(__file__).parent / "samples/kineto_nccl"
 
@@ -68,7 +70,7 @@ def test_purposes_and_peaks(profile):
     found = {one.name.purpose: one for one in profile.classes}
     assert set(found) == {"dispatch", "gradient reduce", "parameter gather"}
     reduce = found["gradient reduce"]
-    assert reduce.link.name == "NVLink"
+    assert reduce.link == "NVLink"
     # H100: 900 GB/s in both directions together.
     assert reduce.peak_gb_s == pytest.approx(450.0)
     assert reduce.peak_share == pytest.approx(41.94304 / 450.0)
@@ -79,21 +81,15 @@ def test_bytes_and_routing(profile):
     (dispatch,) = [one for one in profile.layers[7] if one.place == Place(1, "dispatch", "forward")]
     assert dispatch.measured == dispatch.expected == (5 + 2) * 2048
     assert dispatch.deduplicated == (4 + 2) * 2048
-    # T K phi D b (EP - 1) / EP with 16 FFN selections of 32.
-    assert dispatch.even_load == 16 * 2 * 0.5 * 2048 / 2
+    # T K D b (EP - 1) / EP.
     assert dispatch.vanilla == 16 * 2 * 2048 / 2
 
 
 def test_network_between_nodes():
-    traces = load_profile(SAMPLE)
-    for trace in traces:
-        trace.about.nodes = ["node-a", "node-b"]
-    from moepp_megatron.tools.profiling.measures.classes import Links, _Link
-
-    call = traces[0].collectives[0]
-    assert Links(traces).of(call) == _Link("network", 50.0)  # 400 Gbit/s a card.
-    traces[0].about.nodes = ["node-a"]
-    assert Links(traces).of(call) == _Link("unknown")
+    call, h100 = load_profile(SAMPLE)[0].collectives[0], load_hardware("h100_sxm")
+    # 400 Gbit/s a card.
+    assert _link_of(call, ["node-a", "node-b"], h100, True) == ("network", 50.0)
+    assert _link_of(call, ["node-a"], h100, True) == ("unknown", None)
 
 
 def kernel(**args):

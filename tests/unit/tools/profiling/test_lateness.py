@@ -4,9 +4,9 @@ from dataclasses import replace
 
 import pytest
 
-from moepp_megatron.tools.profiling.collective import Collective, Operation
 from moepp_megatron.tools.profiling.measures.lateness import Lateness, lateness
 from moepp_megatron.tools.profiling.measures.purpose import purpose_of
+from moepp_megatron.tools.profiling.trace import Collective, Operation
 
 
 def call(rank, start, end, **changes) -> Collective:
