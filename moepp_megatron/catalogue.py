@@ -74,7 +74,6 @@ class Metric:
             what its router wants, "measured" in each MoE
             layer and steps with router health, "whole" of the model, read by the guard itself.
         healthy: Its range, layer by layer, in a healthy run of the quickstart model.
-        wrong: When something is wrong: in words, or a default rule of the routing guard.
         drawn: Its own plot in the report.
         panel: Title and legend of its own panel at Grafana.
     """
@@ -86,7 +85,6 @@ class Metric:
     labels: Labels = ""
     guard: Literal["", "counted", "measured", "whole"] = ""
     healthy: str = ""
-    wrong: str = ""
     drawn: Drawn | None = None
     panel: tuple[str, str] | None = None
 
@@ -209,7 +207,6 @@ class Record(BaseModel):
             "moepp_ffn_ratio",
             guard="counted",
             healthy="0.52 to 0.65",
-            wrong="few_ffn_experts",
         ),
     ]
     ffn_per_token: Annotated[
@@ -242,7 +239,6 @@ class Record(BaseModel):
             "moepp_max_ffn_load_ratio",
             guard="counted",
             healthy="1.20 to 2.22",
-            wrong="above 3 to 4 for long",
             panel=("Busiest FFN expert over the mean", "load"),
             drawn=Drawn("Busiest FFN expert", "load / mean load", 3, level=("even", 1.0)),
         ),
@@ -518,7 +514,6 @@ class Record(BaseModel):
             "share",
             "router",
             "moepp_static_fill",
-            wrong="above 1 in more than 1 of 1,000 steps",
         ),
     ] = None
     repeated_steps: Annotated[
@@ -774,7 +769,6 @@ IN_LAYERS = {
         labels="layer",
         guard="counted",
         healthy="0.22 to 0.83",
-        wrong="0 for long: an expert without tokens",
         drawn=Drawn("Idlest FFN expert", "load / mean load", 6, level=("even", 1.0)),
     ),
     "max_expert_share": Metric("largest share of any expert", "share", guard="counted"),
@@ -783,7 +777,6 @@ IN_LAYERS = {
         "nats",
         guard="measured",
         healthy="1.23 to 2.33",
-        wrong="near log E, or near 0",
         panel=("Entropy of the gates, nats", "layer {{layer}}"),
         drawn=Drawn(
             "Entropy of the gates",
@@ -798,7 +791,6 @@ IN_LAYERS = {
         "selection",
         guard="measured",
         healthy="0.02 to 0.07",
-        wrong="near 0 for long: rounding decides",
         panel=("Margin of the selection", "layer {{layer}}"),
         drawn=Drawn("Selection margin", "score", 1),
     ),
@@ -806,7 +798,6 @@ IN_LAYERS = {
         "variance of the router's logits over tokens and experts, residual included",
         guard="measured",
         healthy="0.42 to 2.08",
-        wrong="logit_explosion",
         panel=("Variance of the logits", "layer {{layer}}"),
         drawn=Drawn(
             "Variance of the router logits",
@@ -822,7 +813,6 @@ IN_LAYERS = {
         "norm of the residual's part of the logits over that of the layer's own",
         guard="measured",
         healthy="0.14 to 0.30",
-        wrong="above 1",
         panel=("Residual over the router's own logits", "layer {{layer}}"),
         drawn=Drawn(
             "Gating residual",
@@ -836,13 +826,11 @@ IN_LAYERS = {
         "absolute cosine of two experts' rows of the router, mean over pairs",
         guard="measured",
         healthy="0.06 to 0.07",
-        wrong="near 1",
     ),
     "row_cosine_max": Metric(
         "absolute cosine of the two most alike experts' rows of the router",
         guard="measured",
         healthy="0.17 to 0.24",
-        wrong="near 1",
         panel=("Likeness of the router's rows, cosine", "layer {{layer}}"),
         drawn=Drawn(
             "Likeness of the router's rows",
@@ -856,7 +844,6 @@ IN_LAYERS = {
         "gradient of the balance loss (and z-loss) at the logits over that of the rest",
         guard="measured",
         healthy="0.006 to 0.015",
-        wrong="above 1",
         drawn=Drawn(
             "Balance loss against language model",
             "gradient / gradient",
@@ -871,7 +858,6 @@ IN_LAYERS = {
         "share",
         guard="measured",
         healthy="0.05 to 0.62",
-        wrong="near 0 or 1",
         drawn=Drawn(
             "Constant experts: share of the input replaced",
             "share",
@@ -884,7 +870,6 @@ IN_LAYERS = {
         "norm of the constant experts' vectors",
         guard="measured",
         healthy="0.69 to 0.73",
-        wrong="growing without end",
         drawn=Drawn("Constant experts: norm", "norm", 8),
     ),
 }

@@ -4,10 +4,9 @@ from collections.abc import Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
-from pydantic import ValidationError
 
 from moepp_megatron.observe.alerts import Alert, Severity
-from moepp_megatron.tools.report import formatting, healthy
+from moepp_megatron.tools.report import formatting
 from moepp_megatron.tools.report.blocks import Block, Cell, Table, Text, number
 from moepp_megatron.tools.report.drawing import MUTED, VERMILION
 from moepp_megatron.tools.report.run_data import RunData
@@ -24,7 +23,7 @@ _HEAD = ("Rule", "Step", "Severity", "Found", "Condition", "Action")
 
 
 def alert_blocks(run: RunData) -> list[Block]:
-    """The page's section on alerts: how many, a table of the newest, what was watched."""
+    """The page's section on alerts: how many, and a table of the newest."""
     alerts = run.alerts
     if not alerts:
         blocks: list[Block] = [Text(["This run raised no alert."], "nothing")]
@@ -37,24 +36,9 @@ def alert_blocks(run: RunData) -> list[Block]:
             sentence += f" The table has the newest {MAX_ROWS}."
         rows = [_row(alert) for alert in alerts[-MAX_ROWS:]]
         blocks = [Text([sentence], "note"), Table(_HEAD, rows)]
-    note = watched(run)
-    return [*blocks, Text([note], "note")] if note else blocks
-
-
-def watched(run: RunData) -> str:
-    """Say what was watched; empty where nothing was, or another version did."""
-    if healthy.GUARD is None:
-        return ""
-    try:
-        section = healthy.GUARD.model_validate(run.config.routing_guard)
-    except ValidationError:
-        return ""
-    if section.enabled is False or run.config.is_vanilla:
-        return "The routing guard was off."
-    merged = section.merged_rules().values()
-    rules = ", ".join(rule.name for rule in merged if rule.action != "none")
-    does = "acts on them" if section.acts else "only reports what they find"
-    return f"The routing guard judged these rules after every step and {does}: {rules}."
+    if run.config.is_vanilla or run.config.routing_guard.get("enabled") is False:
+        blocks.append(Text(["The routing guard was off."], "note"))
+    return blocks
 
 
 def mark_alerts(axes: Axes, alerts: Sequence[Alert], steps: np.ndarray) -> None:

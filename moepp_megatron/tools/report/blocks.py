@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from html import unescape
 from pathlib import Path
 from typing import Literal
 
@@ -14,9 +13,6 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from moepp_megatron.runtime.atomic import write_result
 from moepp_megatron.tools.report.run_data import ReportError
 from moepp_megatron.version import __version__
-
-# A page with fewer sections is seen as a whole.
-_FEWEST_HEADINGS = 3
 
 
 @dataclass(frozen=True)
@@ -158,9 +154,10 @@ def _render_page(page: Page) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.filters["slug"] = lambda title: re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")
     kinds = {Plot: "plot", Table: "table", Text: "text", ColouredText: "coloured"}
     template = environment.get_template("page.html.j2")
-    return _with_contents(template.render(page=page, version=__version__, block_kinds=kinds))
+    return template.render(page=page, version=__version__, block_kinds=kinds)
 
 
 def write_blocks(path: Path, page: Page) -> Path:
@@ -181,20 +178,3 @@ def write_blocks(path: Path, page: Page) -> Path:
             f"{path}: cannot be written ({error.strerror}); make room, or the folder writable"
         ) from error
     return path
-
-
-def _with_contents(html: str) -> str:
-    """Add a table of contents below the page's header: a link to each second-level heading."""
-    links: list[str] = []
-
-    def heading(match: re.Match[str]) -> str:
-        title = match[1]
-        name = re.sub(r"[^a-z0-9]+", "-", unescape(title).lower()).strip("-")
-        links.append(f'<li><a href="#{name}">{title}</a></li>')
-        return f'<h2 id="{name}">{title}</h2>'
-
-    linked = re.sub(r"<h2>([^<]*)</h2>", heading, html)
-    if len(links) < _FEWEST_HEADINGS:
-        return html
-    contents = f'<nav aria-label="Contents"><ul class="contents">{"".join(links)}</ul></nav>'
-    return linked.replace("</header>\n", f"</header>\n{contents}\n", 1)

@@ -7,13 +7,13 @@ from operator import itemgetter
 import numpy as np
 from matplotlib import colormaps
 from matplotlib.colors import to_hex
+from matplotlib.ticker import EngFormatter
 
 from moepp_megatron.catalogue import OF_RECORD, Drawn, Record
 from moepp_megatron.tools.report import formatting
 from moepp_megatron.tools.report.blocks import Plot
 from moepp_megatron.tools.report.drawing import LINE_COLOURS, MUTED, VERMILION, short_name
-from moepp_megatron.tools.report.healthy import healthy_range
-from moepp_megatron.tools.report.lines import Frame, PlotLine, line_plot
+from moepp_megatron.tools.report.lines import Frame, PlotLine, healthy_range, line_plot
 from moepp_megatron.tools.report.run_data import RunData
 from moepp_megatron.tools.report.savings import vanilla_a2a_bytes
 from moepp_megatron.tools.report.series import finite
@@ -137,15 +137,18 @@ def plain_plot(run: RunData, key: str, drawn: Drawn, names: Sequence[str] | None
     One with labels has a line for each; `names` chooses and orders them.
     """
     row = OF_RECORD[key]
-    is_share = row.unit == "share"
-    scale, axis = _unit(run, key, drawn.axis)
+    is_share, is_rate = row.unit == "share", drawn.axis.endswith("/s")
+    scale = 1e12 if key == "model_tflops" else 1.0
+    rate = EngFormatter(drawn.axis, places=1)
+    show = formatting.percent if is_share else rate.format_data if is_rate else formatting.number
     frame = Frame(
-        axis,
-        formatting.percent if is_share else formatting.number,
+        "" if is_rate else drawn.axis,
+        show,
         bottom=0 if is_share else None,
         levels=[] if drawn.level is None else [drawn.level],
         healthy=healthy_range(key),
         alerts=run.alerts if row.labels else (),
+        change=(lambda axes: axes.yaxis.set_major_formatter(rate)) if is_rate else None,
     )
     steps, known = run.numbers.values("step"), run.numbers.names(key) if row.labels else [""]
     shown = known if names is None else [name for name in names if name in known]
@@ -162,12 +165,3 @@ def plain_plot(run: RunData, key: str, drawn: Drawn, names: Sequence[str] | None
         for name, colour in zip(shown, colours, strict=False)
     ]
     return line_plot(drawn.title, drawn.caption or row.sentence, lines, frame)
-
-
-def _unit(run: RunData, key: str, axis: str) -> tuple[float, str]:
-    """The factor of the values and their unit with it: rates get a prefix."""
-    if not axis.endswith("/s"):
-        return 1.0, axis
-    base = 1e12 if key == "model_tflops" else 1.0
-    divisor, name = formatting.rate(base * float(np.nanmax(run.numbers.values(key))), axis)
-    return base / divisor, name

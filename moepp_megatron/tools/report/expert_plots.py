@@ -2,7 +2,6 @@
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.ticker import PercentFormatter
 
 from moepp_megatron.experts import KIND_NAMES
 from moepp_megatron.observe.numbers import layer_numbers
@@ -14,10 +13,9 @@ from moepp_megatron.tools.report.drawing import (
     KIND_INKS,
     name_layers,
     new_figure,
-    step_axis,
     svg_data_uri,
-    thin,
 )
+from moepp_megatron.tools.report.lines import Frame, PlotLine, line_plot
 from moepp_megatron.tools.report.run_data import RunConfig, RunData
 from moepp_megatron.tools.report.series import mean_of
 from moepp_megatron.tools.report.summary import tail, window
@@ -29,12 +27,8 @@ _MAX_NUMBERED_CELLS = 500
 
 def expert_plots(run: RunData) -> list[Plot]:
     """All plots over experts, in the order of the page."""
-    return [_layer_heat_map(run), _kinds_over_time(run)]
-
-
-def _tail_shares(run: RunData) -> np.ndarray | None:
-    """[E] float64 mean ``expert_share`` of the run's last tenth; None if not recorded."""
-    return mean_of(r.expert_share for r in tail(run.records) if r.expert_share)
+    kinds = [] if len(set(run.config.experts.kinds)) == 1 else [_kinds_over_time(run)]
+    return [_layer_heat_map(run), *kinds]
 
 
 def _balanced_share(config: RunConfig, kind: str) -> float:
@@ -90,48 +84,15 @@ def _layer_heat_map(run: RunData) -> Plot:
 
 
 def _kinds_over_time(run: RunData) -> Plot:
-    """Share of each kind of expert over steps, stacked."""
-    title = "Expert share by kind"
-    present = [kind for kind in KIND_NAMES if kind in run.config.experts.kinds]
-    if len(present) == 1:
-        text = f"This layer has {present[0]} experts only, so they get every selection."
-        return Plot(title, "", None, text)
-    shares = [run.numbers.series("kind_share", kind) for kind in present]
-    if len(shares[0].x) < 2:
-        return Plot(title, "", None, "A curve needs two records with the experts' shares.")
-    figure = new_figure(13.2, 2.6)
-    axes = figure.subplots()
-    bands = [thin(*share) for share in shares]
-    axes.stackplot(
-        bands[0][0],
-        [band for _, band in bands],
-        labels=present,
-        colors=[KIND_COLOURS[kind] for kind in present],
-        linewidth=0,
-        alpha=0.9,
-    )
-    axes.set_ylim(0, 1)
-    axes.set_xlim(bands[0][0][0], bands[0][0][-1])
-    axes.yaxis.set_major_formatter(PercentFormatter(xmax=1.0))
-    step_axis(axes)
-    figure.legend(loc="outside upper center", ncols=4)
-    mean = _tail_shares(run)
-    assert mean is not None, "two records have them"
-    return Plot(
-        title,
-        "Share of all selections, mean over MoE layers.",
-        svg_data_uri(figure),
-        f"Mean of {window(run)}: {_kinds_in_words(run, mean)}.",
-        wide=True,
-    )
-
-
-def _kinds_in_words(run: RunData, shares: np.ndarray) -> str:
-    """The share of each kind that the layer has; they add up to 100%."""
-    kinds = np.asarray(run.config.experts.kinds)
-    present = [kind for kind in KIND_NAMES if (kinds == kind).any()]
-    sums = formatting.shares([float(shares[kinds == kind].sum()) for kind in present])
-    return ", ".join(f"{kind} {share}" for kind, share in zip(present, sums, strict=True))
+    """Share of each kind of expert over steps."""
+    lines = [
+        PlotLine(kind, run.numbers.series("kind_share", kind), KIND_COLOURS[kind])
+        for kind in KIND_NAMES
+        if kind in run.config.experts.kinds
+    ]
+    frame = Frame("", formatting.percent, bottom=0, wide=True)
+    caption = "Share of all selections, mean over MoE layers."
+    return line_plot("Expert share by kind", caption, lines, frame)
 
 
 def _name_experts(axes: Axes, config: RunConfig) -> None:

@@ -77,22 +77,6 @@ def flops(value: float) -> str:
     return _scaled(value, 1000.0, ("FLOP", "kFLOP", "MFLOP", "GFLOP", "TFLOP", "PFLOP"))
 
 
-def rate(value: float, unit: str) -> tuple[float, str]:
-    """A decimal unit in which the value is at least 1: 0.03 TFLOP/s is in GFLOP/s.
-
-    Args:
-        value: The largest value to be shown, in FLOP/s, bytes/s or the like.
-
-    Returns:
-        The divisor, and the unit's name.
-    """
-    symbol = "B/s" if unit == "bytes/s" else unit
-    for factor, prefix in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= factor and math.isfinite(value):
-            return factor, prefix + symbol
-    return 1.0, unit
-
-
 def duration(seconds: float) -> str:
     """Seconds as seconds, minutes or hours."""
     if not math.isfinite(seconds):

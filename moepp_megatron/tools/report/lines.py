@@ -10,6 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import EngFormatter, PercentFormatter
 
+from moepp_megatron.catalogue import METRICS
 from moepp_megatron.observe.alerts import Alert
 from moepp_megatron.tools.report import formatting
 from moepp_megatron.tools.report.alerts import mark_alerts
@@ -79,6 +80,15 @@ class Frame:
     wide: bool = False
     height: float = 3.1
     change: Callable[[Axes], object] | None = None
+
+
+def healthy_range(name: str) -> tuple[float, float] | None:
+    """The ends of a metric's range in a healthy run (docs/routing.md); None if unknown."""
+    row = METRICS.get(name)
+    if row is None or not row.healthy:
+        return None
+    low, high = row.healthy.split(" to ")
+    return float(low), float(high)
 
 
 def line_plot(title: str, caption: str, lines: Sequence[PlotLine], frame: Frame) -> Plot:

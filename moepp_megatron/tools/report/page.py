@@ -15,15 +15,13 @@ from moepp_megatron.tools.report.blocks import (
     PageSection,
     Table,
     Text,
-    number,
     write_blocks,
 )
 from moepp_megatron.tools.report.comparison import DEFAULT_OUT, build_comparison
 from moepp_megatron.tools.report.curves import curve_plots, section_plots
 from moepp_megatron.tools.report.drawing import plot_style
 from moepp_megatron.tools.report.expert_plots import expert_plots
-from moepp_megatron.tools.report.healthy import METRICS, wrong_text
-from moepp_megatron.tools.report.router_health_plots import health_plots
+from moepp_megatron.tools.report.router_health_plots import health_plots, histogram_table
 from moepp_megatron.tools.report.run_data import RunData, load_run
 from moepp_megatron.tools.report.savings import Savings, compute_savings, savings_table
 from moepp_megatron.tools.report.summary import RunSummary, summarize
@@ -76,7 +74,7 @@ def _page(run: RunData) -> Page:
 def _sections(run: RunData, summary: RunSummary, savings: Savings) -> list[PageSection]:
     """All that the run has something for."""
     saved = run.config.experts.num_zero_computation_experts > 0
-    health, sources = health_plots(run), source_table(run)
+    health, histogram, sources = health_plots(run), histogram_table(run), source_table(run)
     terms = [[Cell(term), Cell(text, "comment")] for term, text in _terms(run, summary)]
     by_section: dict[str, list[Block]] = {
         "What MoE++ saved against a vanilla layer of the same size": [
@@ -85,10 +83,14 @@ def _sections(run: RunData, summary: RunSummary, savings: Savings) -> list[PageS
         "Training": [*curve_plots(run)],
         "Experts": [*expert_plots(run)],
         "Data sources and kinds of tokens": [*([sources] if sources else []), *token_plots(run)],
-        "Router health": [*([Text([_HEALTH], "note")] if health else []), *health],
+        "Router health": [
+            *([Text([_HEALTH], "note")] if health else []),
+            *health,
+            *([histogram] if histogram else []),
+        ],
         "Alerts": alert_blocks(run),
         "Hardware": [*section_plots(run, "hardware")],
-        "What the numbers mean": [Table((), terms), *([_healthy()] if health else [])],
+        "What the numbers mean": [Table((), terms)],
         "Configuration": [
             Text([run.config_text], "code", fold="Resolved configuration of the run (config.yaml)")
         ],
@@ -101,24 +103,6 @@ _HEALTH = (
     "with the most. Green: the range of a healthy run of the quickstart model; larger models have "
     "others."
 )
-
-
-def _healthy() -> Table:
-    rows = [
-        [
-            Cell(name, "code"),
-            Cell(row.meaning, "comment"),
-            number(row.healthy),
-            Cell(wrong_text(row.wrong), "comment"),
-        ]
-        for name, row in METRICS.items()
-    ]
-    head = ("Metric", "What it is", "Healthy, layer by layer", "Something is wrong")
-    caption = (
-        "Ranges of a healthy run of the quickstart model, 12 experts. Names in parentheses are "
-        "rules of the routing guard."
-    )
-    return Table(head, rows, caption)
 
 
 def _terms(run: RunData, summary: RunSummary) -> list[tuple[str, str]]:
@@ -226,7 +210,7 @@ def _loss_cards(summary: RunSummary) -> list[Card]:
 def _saving_cards(run: RunData, summary: RunSummary, savings: Savings) -> list[Card]:
     if run.config.experts.num_zero_computation_experts == 0:
         return [Card("FFN share", formatting.percent(summary.ffn_fraction), "vanilla: no others")]
-    share, saved = formatting.shares([savings.ffn_fraction, savings.expert_work_saved])
+    share, saved = formatting.shares([savings.ffn_fraction, 1.0 - savings.ffn_fraction])
     note = f"{summary.window}; phi is {formatting.percent(summary.phi)}"
     cards = [
         Card("FFN share", share, note, accent=True),

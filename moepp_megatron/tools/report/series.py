@@ -7,6 +7,7 @@ from array import array
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from functools import cached_property
+from itertools import repeat
 from statistics import fmean
 from typing import Any, NamedTuple
 
@@ -44,28 +45,6 @@ def finite(x: np.ndarray, y: np.ndarray) -> Series:
     return Series(x, y) if kept.all() else Series(x[kept], y[kept])
 
 
-class _Column:
-    """Values, and the places of the records that have one; these only once a record has none."""
-
-    def __init__(self) -> None:
-        self._values = array("d")
-        self._places: array[int] | None = None
-
-    def add(self, place: int, value: float) -> None:
-        if self._places is None and place != len(self._values):
-            self._places = array("I", range(len(self._values)))
-        if self._places is not None:
-            self._places.append(place)
-        self._values.append(value)
-
-    def spread(self, count: int) -> np.ndarray:
-        """[count] float64, NaN where there is none."""
-        spread = np.full(count, math.nan)
-        known = slice(len(self._values)) if self._places is None else np.asarray(self._places)
-        spread[known] = self._values
-        return spread
-
-
 class Numbers:
     """The numbers of a run's records in columns: some 250 MB for a million records.
 
@@ -80,17 +59,18 @@ class Numbers:
         self._kinds = {
             kind.name: experts.columns(kind) for kind in KINDS if experts and experts.count(kind)
         }
-        self._columns = defaultdict[tuple[str, str], _Column](_Column)
+        # Up to the last record that has the number.
+        self._columns = defaultdict[tuple[str, str], "array[float]"](lambda: array("d"))
         self._count = 0
         for record in records:
             self.add(record)
 
     def add(self, record: StepMetrics) -> None:
         """Take the next record of the file."""
-        fields, columns = vars(record), self._columns
+        fields = vars(record)
         for key in _PLAIN:
             if fields[key] is not None:
-                columns[key, ""].add(self._count, fields[key])
+                self._put(key, "", fields[key])
         for key in _NESTED:
             if fields[key]:
                 self._add_nested(key, fields[key])
@@ -100,20 +80,20 @@ class Numbers:
         if key == "expert_share":
             if all(map(math.isfinite, value)):
                 for kind, places in self._kinds.items():
-                    self._columns["kind_share", kind].add(self._count, sum(value[places]))
+                    self._put("kind_share", kind, sum(value[places]))
             return
         if key == "layer_expert_share":
             if FFN.name in self._kinds:
                 ffn = self._kinds[FFN.name]
                 self._add_band("min_ffn_load", [min_over_mean(layer[ffn]) for layer in value])
             return
-        self._columns[key, ""].add(self._count, 1.0)
+        self._put(key, "", 1.0)
         if key in _BY_NAME:
             if not isinstance(value, dict):
                 row = OF_RECORD[key]
                 value = {name_of(row, (str(n),)): number for n, number in enumerate(value)}
             for name, number in value.items():
-                self._columns[key, name].add(self._count, number)
+                self._put(key, name, number)
         elif key == "router_health":
             for name, layers in value.items():
                 if name in IN_LAYERS:
@@ -123,7 +103,19 @@ class Numbers:
         known = [value for value in layers if math.isfinite(value)]
         if known:
             for name, value in zip(BAND, (min(known), fmean(known), max(known)), strict=True):
-                self._columns[key, name].add(self._count, value)
+                self._put(key, name, value)
+
+    def _put(self, key: str, name: str, value: float) -> None:
+        """Set a number of the record that is being added; NaN in those before that lack it."""
+        column = self._columns[key, name]
+        column.extend(repeat(math.nan, self._count - len(column)))
+        column.append(value)
+
+    def _column(self, key: str, name: str) -> np.ndarray:
+        """[all records] float64, NaN where there is none."""
+        column, known = np.full(self._count, math.nan), self._columns.get((key, name), ())
+        column[: len(known)] = known
+        return column
 
     def names(self, key: str) -> list[str]:
         """The names under a key, in the order in which they came."""
@@ -139,12 +131,11 @@ class Numbers:
                 of the MoE layers.
         """
         assert key in _KNOWN, f"{key} is not kept"
-        column = self._columns.get((key, name), _Column())
-        return column.spread(self._count)[self._is_counted]
+        return self._column(key, name)[self._is_counted]
 
     @cached_property
     def _is_counted(self) -> np.ndarray:
-        return counting(self._columns["step", ""].spread(self._count))
+        return counting(self._column("step", ""))
 
     def series(self, key: str, name: str = "") -> Series:
         """The finite ones of these numbers, with their steps."""

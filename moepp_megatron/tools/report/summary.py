@@ -30,7 +30,6 @@ class RunSummary:
         tokens_per_s: Median over the records.
         train_seconds: Time in training steps, without start, evaluation and checkpoints.
         a2a_bytes: All-to-all bytes of the whole run.
-        tail_a2a_bytes: All-to-all bytes of a step of the tail.
         dropped_fraction: Share of selections dropped in the tail.
     """
 
@@ -49,7 +48,6 @@ class RunSummary:
     tokens_per_s: float
     train_seconds: float
     a2a_bytes: float
-    tail_a2a_bytes: float
     dropped_fraction: float
 
 
@@ -102,7 +100,6 @@ def summarize(run: RunData) -> RunSummary:
         tokens_per_s=float(np.median(values("tokens_per_s"))),
         train_seconds=finite_mean(values("step_time_s"), weights) * float(weights.sum()),
         a2a_bytes=finite_mean(values("a2a_bytes"), weights) * float(weights.sum()),
-        tail_a2a_bytes=finite_mean(tail(values("a2a_bytes"))),
         dropped_fraction=finite_mean(tail(values("dropped_fraction"))),
     )
 

@@ -22,7 +22,7 @@ def source_table(run: RunData) -> Table | None:
     if not len(places):
         return None
     newest = tail(places)
-    rows, busiest = [], _busiest(run, newest)
+    rows = []
     for name in _sources(run):
         rows.append(
             [
@@ -30,10 +30,9 @@ def source_table(run: RunData) -> Table | None:
                 number(formatting.percent(_mean(run, newest, "source_tokens", name))),
                 number(_shown(_mean(run, newest, "source_loss", name))),
                 number(_shown(_mean(run, newest, "source_ffn_share", name), formatting.percent)),
-                Cell(busiest.get(name, "-")),
             ]
         )
-    head = ("Data source", "Tokens", "Loss", "FFN share", "Busiest expert")
+    head = ("Data source", "Tokens", "Loss", "FFN share")
     return Table(head, rows, "Means over the last tenth of the records.")
 
 
@@ -62,22 +61,6 @@ def _sources(run: RunData) -> list[str]:
 def _mean(run: RunData, places: np.ndarray, key: str, name: str) -> float:
     """Mean over the records in which the source has a token; NaN where none has."""
     return finite_mean(run.numbers.values(key, name)[places])
-
-
-def _busiest(run: RunData, places: np.ndarray) -> dict[str, str]:
-    """The expert that each source's tokens select most, with its share."""
-    names = run.config.experts.names
-    sums: dict[str, np.ndarray] = {}
-    for record in run.records[places]:
-        for name, row in (record.source_expert_share or {}).items():
-            if len(row) == len(names):
-                # The last entry counts the records.
-                sums[name] = sums.get(name, 0.0) + np.array([*row, 1.0])
-    means = {name: each[:-1] / each[-1] for name, each in sums.items()}
-    return {
-        name: f"{names[int(mean.argmax())]}, {formatting.percent(float(mean.max()))}"
-        for name, mean in means.items()
-    }
 
 
 def _shown(value: float, show: Callable[[float], str] = formatting.number) -> str:

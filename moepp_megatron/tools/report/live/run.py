@@ -45,50 +45,23 @@ class _History:
     Attributes:
         recent: The last records, steps strictly increasing.
         latest: The newest value under each key; not every record has every key.
-        rolled_back: The steps from and to which the run last went back; None if it never did.
-        first_bad_step: First step of the present sequence of losses that are not finite; None if
-            the newest is finite.
     """
 
     def __init__(self) -> None:
-        self._clear()
-        self.rolled_back: tuple[int, int] | None = None
-        self._step_before_rewrite: int | None = None
-
-    def _clear(self) -> None:
         self.recent: deque[StepMetrics] = deque(maxlen=_RECENT)
         self.latest: dict[str, Any] = {}
-        self.first_bad_step: int | None = None
 
     @property
     def newest(self) -> StepMetrics | None:
         """The last record; None before the first."""
         return self.recent[-1] if self.recent else None
 
-    def start_over(self) -> None:
-        """Discard all records, because their file has been replaced."""
-        self._step_before_rewrite = self.newest.step if self.newest is not None else None
-        self._clear()
-
-    def finish_rewrite(self) -> None:
-        """Note, after the new file is read, whether it ends earlier than the old one did."""
-        before = self._step_before_rewrite
-        now = self.newest.step if self.newest is not None else 0
-        if before is not None and now <= before:
-            self.rolled_back = (before, now)
-
     def add(self, record: StepMetrics) -> None:
         """Take the next record of the file."""
-        if self.newest is not None and record.step <= self.newest.step:
-            self.rolled_back = (self.newest.step, record.step - 1)
-            while self.recent and self.recent[-1].step >= record.step:
-                self.recent.pop()
+        while self.recent and self.recent[-1].step >= record.step:
+            self.recent.pop()
         self.recent.append(record)
         self.latest.update((key, value) for key, value in record if value is not None)
-        if math.isfinite(record.loss):
-            self.first_bad_step = None
-        elif self.first_bad_step is None:
-            self.first_bad_step = record.step
 
     @property
     def step_time_s(self) -> float:
@@ -267,19 +240,15 @@ class LiveRun:
             self._config_mtime_ns = mtime
 
     def _read_records(self) -> None:
-        is_rewritten = False
         while any(news := self._metrics.poll()):
             if news.rewritten:
-                self.history.start_over()
-                self.damaged_lines, is_rewritten = 0, True
+                self.history, self.damaged_lines = _History(), 0
             for line in filter(bytes.strip, news.lines):
                 try:
                     self.history.add(StepMetrics.model_validate_json(line))
                 except ValidationError:
                     self.damaged_lines += 1
             self._record_time = self._metrics.mtime
-        if is_rewritten:
-            self.history.finish_rewrite()
 
     def _read_alerts(self) -> None:
         while any(news := self._alert_lines.poll()):

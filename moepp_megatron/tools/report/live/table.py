@@ -75,7 +75,9 @@ def _run_table(run: LiveRun) -> Group:
     title = Text(printable(name, keep=""), style="bold")
     title.append(printable(f"  {run.folder}  ", keep=""), style="dim not bold")
     title.append(health.state.upper(), style=style)
-    lines = [title, Text(_condition(run, health.text), style=style)]
+    damaged = run.damaged_lines
+    unread = f"; {damaged} unreadable lines in metrics.jsonl" if damaged else ""
+    lines = [title, Text(health.text + unread, style=style)]
     if health.resume_command is not None:
         # A run folder may come from elsewhere, so this is no command to copy unread.
         said = printable(json.dumps(health.resume_command, ensure_ascii=False), keep="")
@@ -92,19 +94,6 @@ def _run_table(run: LiveRun) -> Group:
     if len(run.alerts) > _MOST_ALERTS:
         table.add_row("alerts", f"{run.alert_counts.total()} in all, in alerts.jsonl")
     return Group(*lines, table)
-
-
-def _condition(run: LiveRun, health: str) -> str:
-    parts = [health]
-    history = run.history
-    if history.rolled_back is not None:
-        before, after = history.rolled_back
-        parts.append(f"went back from step {before:,} to {after:,}")
-    if history.first_bad_step is not None:
-        parts.append(f"loss not finite since step {history.first_bad_step:,}")
-    if run.damaged_lines:
-        parts.append(f"{run.damaged_lines} unreadable lines in metrics.jsonl")
-    return "; ".join(parts)
 
 
 def _rows(run: LiveRun) -> Iterator[tuple[str, str]]:

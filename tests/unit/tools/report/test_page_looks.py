@@ -40,7 +40,7 @@ def test_healthy_ranges_are_drawn_in_the_router_plots(full_run):
     plots = {plot.title: plot for plot in health_plots(load_run(full_run))}
     band = re.compile(rf"fill: var\(--{drawing.GREEN[1:]}\); opacity: 0\.16")
     drawn = {title for title, plot in plots.items() if band.search(_svg(plot.image or ","))}
-    assert drawn == set(plots) - {"FFN experts of a token", "Loss by FFN experts of a token"}
+    assert drawn == set(plots) - {"Loss by FFN experts of a token"}
 
 
 def test_the_contents_lead_to_every_section(full_run):

@@ -6,12 +6,12 @@ import math
 import pytest
 
 from moepp_megatron.observe.alerts import Alert
-from moepp_megatron.tools.report.alerts import MAX_ROWS, alert_blocks, watched
+from moepp_megatron.tools.report.alerts import MAX_ROWS, alert_blocks
 from moepp_megatron.tools.report.curves import _loss_plot
 from moepp_megatron.tools.report.drawing import plot_style
 from moepp_megatron.tools.report.expert_plots import expert_plots
 from moepp_megatron.tools.report.page import build_report
-from moepp_megatron.tools.report.router_health_plots import health_plots
+from moepp_megatron.tools.report.router_health_plots import health_plots, histogram_table
 from moepp_megatron.tools.report.run_data import ReportError, load_run
 from tests.parallel.training_runs import VANILLA
 from tests.unit.tools.report.conftest import add_health
@@ -26,7 +26,6 @@ TITLES = {
     "Idlest FFN expert",
     "Constant experts: share of the input replaced",
     "Constant experts: norm",
-    "FFN experts of a token",
     "Loss by FFN experts of a token",
 }
 
@@ -88,6 +87,14 @@ def test_numbers_in_words_are_those_of_the_last_measured_step(make_run):
     assert "mean 0.75 at step 60, layers from 0 to 1" in plots["Idlest FFN expert"].alt
 
 
+def test_tokens_by_their_ffn_experts_are_a_table(make_run):
+    table = histogram_table(load_run(make_run(edit=add_health)))
+    assert table.head == ("MoE layer", "0 FFN", "1 FFN", "2 FFN")
+    assert [row[0].text for row in table.rows] == ["1", "2", "3", "4"]
+    for _, *shares in table.rows:
+        assert sum(float(cell.text[:-1]) for cell in shares) == pytest.approx(100)
+
+
 def test_what_was_not_measured_has_no_plot(make_run):
     assert plots_of(make_run()).keys() == {"Idlest FFN expert"}
 
@@ -116,8 +123,9 @@ def test_lists_of_unequal_lengths_are_left_out(make_run):
 
     run = load_run(make_run(edit=edit))
     with plot_style():
-        assert {plot.title for plot in health_plots(run)} == TITLES - {"FFN experts of a token"}
+        assert {plot.title for plot in health_plots(run)} == TITLES
         heat_map = expert_plots(run)[0]
+    assert histogram_table(run) is None
     assert heat_map.image is not None
 
 
@@ -132,7 +140,7 @@ def test_alerts_stand_in_the_table_with_their_moments(make_run):
         alert(20, rule="few_ffn_experts", layer=None, action="warn", severity="critical"),
         alert(40, severity="info", value=math.nan),
     )
-    text, table, _ = alert_blocks(load_run(run))
+    text, table = alert_blocks(load_run(run))
     assert text.lines == ["3 alerts in alerts.jsonl: dead_expert (2), few_ffn_experts (1)."]
     rows = [[cell.text for cell in row] for row in table.rows]
     assert [row[1] for row in rows] == ["12", "20", "40"]
@@ -145,22 +153,16 @@ def test_alerts_stand_in_the_table_with_their_moments(make_run):
     assert "raised no alert" not in page
 
 
-def test_what_was_watched_is_reported(make_run):
-    page = build_report(make_run()).read_text(encoding="ascii")
-    assert "The routing guard judged these rules after every step and only reports" in page
-    assert "router_fault" in page
-    sections = {"acts on them": {"enabled": True}, "was off": {"enabled": False}}
-    for text, section in sections.items():
-        assert text in watched(load_run(make_run(routing_guard=section)))
-    old = {"rules": [{"name": "dead_expert", "severity": "critical"}]}
-    assert "dead_expert" in watched(load_run(make_run(routing_guard=old)))
-    # Of another version, with settings that this one does not know.
-    assert watched(load_run(make_run(routing_guard={"enabled": True, "new": 1}))) == ""
+def test_a_guard_that_was_off_is_said(make_run):
+    said = "The routing guard was off."
+    assert said not in build_report(make_run()).read_text(encoding="ascii")
+    off = build_report(make_run(routing_guard={"enabled": False}))
+    assert said in off.read_text(encoding="ascii")
 
 
 def test_many_alerts_are_counted_and_the_newest_shown(make_run):
     run = with_alerts(make_run(), *(alert(step) for step in range(1, MAX_ROWS + 31)))
-    text, table, _ = alert_blocks(load_run(run))
+    text, table = alert_blocks(load_run(run))
     assert len(table.rows) == MAX_ROWS
     assert table.rows[-1][1].text == str(MAX_ROWS + 30)
     assert f"{MAX_ROWS + 30} alerts" in text.lines[0]

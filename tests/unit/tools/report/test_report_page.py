@@ -103,7 +103,7 @@ def test_the_style_names_no_address(full_run):
 
 def test_every_picture_is_whole_and_described(full_run):
     pictures = Reader((full_run / "report.html").read_text()).pictures
-    assert len(pictures) == 22
+    assert len(pictures) == 21
     for source, alt in pictures:
         root = ElementTree.fromstring(base64.b64decode(source.split(",", 1)[1]))
         assert root.tag.endswith("svg")
