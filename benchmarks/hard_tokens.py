@@ -55,17 +55,17 @@ def asked(out: Path) -> np.ndarray:
 def measure(run: Run, out: Path) -> dict[str, np.ndarray]:
     """Train; `losses` [b, s - 1] of each token after the first, `ffn` [b, s] unless vanilla."""
     from moepp_megatron.model.stage import evaluation_stages
-    from moepp_megatron.tools.inspection.record import RoutingRecorder
+    from moepp_megatron.tools.inspection.record import recorded_routing
     from moepp_megatron.training.token_scores import Sequences, score_sequences
 
     model, config, *_ = train(run, out)
     ids, stages = asked(out), evaluation_stages(model.models, config)
-    with RoutingRecorder([] if run.arm == "vanilla" else stages) as recorder:
+    with recorded_routing([] if run.arm == "vanilla" else stages) as passes:
         scores = score_sequences(stages, Sequences(ids, LENGTH, micro_batch_size=BATCH))
     assert scores is not None
     found = {"losses": -scores["token_logprobs"][:, :-1].astype(np.float32)}
-    if recorder.passes:
-        layers = [np.stack([one.selected for one in each]) for each in recorder.passes.values()]
+    if passes:
+        layers = [np.stack([one.selected for one in each]) for each in passes.values()]
         ffn = (np.stack(layers) < config.moe.num_ffn_experts).sum(axis=(0, 3)).astype(np.int8)
         # A micro-batch's tokens come place by place.
         found["ffn"] = ffn.reshape(-1, LENGTH, BATCH).swapaxes(1, 2).reshape(ids.shape)

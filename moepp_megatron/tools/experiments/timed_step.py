@@ -18,7 +18,6 @@ from moepp_megatron.tools.experiments.runner import Trial
 class BothSteps(BaseModel, frozen=True, allow_inf_nan=False):
     """Both models' steps, of what `tools.bench.step` writes."""
 
-    phi: float
     tokens: int
     vanilla_ms: PositiveFloat
     moepp_ms: PositiveFloat

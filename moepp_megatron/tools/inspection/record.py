@@ -5,8 +5,8 @@ Shape suffixes: T local tokens of a micro-batch, E all experts, K selected per t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from types import TracebackType
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -33,42 +33,29 @@ class _RecordedPass(NamedTuple):
     gates: np.ndarray
 
 
-class RoutingRecorder:
-    """A context that records routers' micro-batches in order, by global MoE layer number."""
-
-    def __init__(self, stages: Sequence[torch.nn.Module]) -> None:
+@contextmanager
+def recorded_routing(
+    stages: Sequence[torch.nn.Module],
+) -> Iterator[dict[int, list[_RecordedPass]]]:
+    """Record the routers' micro-batches in order, by global MoE layer number."""
+    passes: dict[int, list[_RecordedPass]] = {}
+    with ExitStack() as hooks:
         # Layers of multi-token prediction run only in training.
-        self._layers = [layer for stage in stages for layer in decoder_moepp_layers(stage)]
-        self._hooks: list[Any] = []
-        self.passes: dict[int, list[_RecordedPass]] = {
-            layer.layer_number: [] for layer in self._layers
-        }
+        for layer in [layer for stage in stages for layer in decoder_moepp_layers(stage)]:
+            passes[layer.layer_number] = []
+            hook = layer.router.register_forward_hook(_keep(layer, passes[layer.layer_number]))
+            hooks.callback(hook.remove)
+        yield passes
 
-    def __enter__(self) -> RoutingRecorder:
-        """Start recording."""
-        for layer in self._layers:
-            self._hooks.append(layer.router.register_forward_hook(self._keep(layer)))
-        return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """Stop recording; the records stay."""
-        while self._hooks:
-            self._hooks.pop().remove()
+def _keep(layer: MoEPPLayer, passes: list[_RecordedPass]) -> Any:
+    topk, number = layer.moepp.router_topk, layer.layer_number
 
-    def _keep(self, layer: MoEPPLayer) -> Any:
-        topk, number = layer.moepp.router_topk, layer.layer_number
+    def hook(router: torch.nn.Module, arguments: Any, routing: Routing) -> None:
+        selected, gates = _selected_experts(routing.gates, routing.routing_map, topk)
+        passes.append(_RecordedPass(number, selected.cpu().numpy(), gates.double().cpu().numpy()))
 
-        def hook(router: torch.nn.Module, arguments: Any, routing: Routing) -> None:
-            selected, gates = _selected_experts(routing.gates, routing.routing_map, topk)
-            record = _RecordedPass(number, selected.cpu().numpy(), gates.double().cpu().numpy())
-            self.passes[number].append(record)
-
-        return hook
+    return hook
 
 
 def _selected_experts(gates: Tensor, routing_map: Tensor, topk: int) -> tuple[Tensor, Tensor]:
@@ -101,10 +88,10 @@ def trace_model(request: InspectRequest) -> Trace | None:
 def _record_routing(request: ScoreRequest) -> dict[str, np.ndarray] | None:
     """`selected` and `gates` [L, b, s, K], `losses` [b, s] (NaN first) on rank 0, else None."""
     stages = scoring_stages(request)
-    with RoutingRecorder(stages) as recorder:
+    with recorded_routing(stages) as passes:
         scores = score_stages(request, stages)
     everyone: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
-    dist.gather_object(_placed(request, recorder), everyone)
+    dist.gather_object(_placed(request, passes), everyone)
     if everyone is None or scores is None:
         return None
     selected, gates = _assemble(request, [piece for pieces in everyone for piece in pieces])
@@ -117,15 +104,15 @@ def _record_routing(request: ScoreRequest) -> dict[str, np.ndarray] | None:
 _Piece = tuple[int, np.ndarray, _RecordedPass]
 
 
-def _placed(request: ScoreRequest, recorder: RoutingRecorder) -> list[_Piece]:
+def _placed(request: ScoreRequest, passes: dict[int, list[_RecordedPass]]) -> list[_Piece]:
     """This rank's decisions with the positions of their tokens; fillers are left out."""
     count, length = request.input_ids.shape
     positions = _positions(request.config.model.seq_length)
     rank, size = parallel_state.get_data_parallel_rank(), request.layout.dp
     tensor_rank = parallel_state.get_tensor_model_parallel_rank()
     pieces = []
-    for passes in recorder.passes.values():
-        for step, record in enumerate(passes):
+    for of_layer in passes.values():
+        for step, record in enumerate(of_layer):
             sequence = step * size + rank
             places = positions
             if len(record.selected) != len(positions):

@@ -58,13 +58,11 @@ class ScaleRecord:
         step_time_s: Median of the steps.
         tokens_per_s: Tokens of a step over that, for all ranks.
         efficiency: See the top of the file.
-        efficiency_nproc: Rank count that it is relative to.
         speedup: Vanilla's step time over MoE++'s at this point, median of the rounds' ratios.
         a2a_bytes: Hidden vectors' bytes that leave their ranks in a step's forward passes, all
             ranks: the field of the same name in metrics.jsonl.
         a2a_time_s: Seconds of a step's all-to-alls, each waited for at once, mean over ranks; None
             for dispatchers that exchange otherwise.
-        phi: FFN experts' share at perfect balance, at which MoE++'s routing is held.
     """
 
     nproc: int
@@ -75,11 +73,9 @@ class ScaleRecord:
     step_time_s: float
     tokens_per_s: float
     efficiency: float
-    efficiency_nproc: int
     speedup: float
     a2a_bytes: int
     a2a_time_s: float | None
-    phi: float
 
 
 def scale_records(results: Mapping[Point, BothSteps]) -> list[ScaleRecord]:
@@ -104,11 +100,9 @@ def scale_records(results: Mapping[Point, BothSteps]) -> list[ScaleRecord]:
                     step_time_s=getattr(both, f"{kind}_ms") / 1e3,
                     tokens_per_s=rate,
                     efficiency=(rate / point.nproc) / (first / fewest),
-                    efficiency_nproc=fewest,
                     speedup=both.speedup,
                     a2a_bytes=getattr(both, f"{kind}_a2a_bytes"),
                     a2a_time_s=getattr(both, f"{kind}_a2a_time_s"),
-                    phi=both.phi,
                 )
                 records.append(record)
     return records

@@ -101,7 +101,7 @@ def test_records_are_relative_to_the_fastest_layout_of_the_smallest_count(config
         (4, 2.0, pytest.approx(3.0 * 2 / (2.0 * 4))),
         (4, 1.0, pytest.approx(3.0 * 2 / (1.0 * 4))),
     ]
-    assert all((r.speedup, r.efficiency_nproc) == (2.0, 2) for r in records)
+    assert all(r.speedup == 2.0 for r in records)
     assert records[1].tokens_per_s == pytest.approx(4096 / 3)
     assert {(r.kind, r.a2a_time_s) for r in found} == {("moepp", 0.2), ("vanilla", 0.3)}
 
