@@ -84,5 +84,5 @@ def _on_one_clock(traces: list[RankTrace]) -> list[RankTrace]:
 
 def _first(trace: RankTrace) -> float:
     """Start of the first recorded event."""
-    timed = [*trace.steps.values(), *trace.collectives[:1], *trace.kernels[:1]]
-    return min((each.start_us for each in timed), default=0.0)
+    starts = [span.start_us for span in (*trace.steps.values(), *trace.kernels[:1])]
+    return min(starts + [call.start_us for call in trace.collectives[:1]], default=0.0)
