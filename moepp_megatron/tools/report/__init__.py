@@ -9,7 +9,6 @@ drawing.py             the look that all plots share, and turning a figure into 
 expert_plots.py        plots of who gets the selections: by expert, by kind, by MoE layer
 formatting.py          numbers as a reader wants them
 router_health_plots.py plots of the routers' health; docs/routing.md says what each number means
-healthy.py             what is healthy: the ranges of docs/routing.md
 inspection.py          the page of `moepp inspect`
 lines.py               the plot of lines that most curves are
 measured.py            `moepp plan --measured` on the terminal and as JSON

@@ -114,7 +114,7 @@ def test_scaling(capsys, monkeypatch):
     monkeypatch.setattr("moepp_megatron.tools.report.terminal.LOG_WIDTH", 400)
     # A layout is parts of a name and a number.
     layout = f"ep={HOSTILE.replace('=', '')}"
-    print_records([ScaleRecord(1, layout, "moepp", "weak", 1, 1.0, 1.0, 1.0, 1, 1.0, 1, None, 1.0)])
+    print_records([ScaleRecord(1, layout, "moepp", "weak", 1, 1.0, 1.0, 1.0, 1.0, 1, None)])
     assert f"EP{SHOWN[:20]}" in harmless(capsys.readouterr().out)
 
 
