@@ -4,8 +4,6 @@ megatron-core chooses the folder of each sample (`BlendedDataset`). Each folder 
 samples for the whole run, in which a stage continues where the stages before have stopped.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from bisect import bisect_right

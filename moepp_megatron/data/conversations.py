@@ -4,8 +4,6 @@ Every document of the corpus is a sequence as long as a sample, written by `prep
 indexed dataset of bytes next to it (`marks`) says what each token is.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

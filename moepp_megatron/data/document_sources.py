@@ -1,7 +1,5 @@
 """Data source of each token in a sample."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

@@ -5,8 +5,6 @@ sentencepiece models, tiktoken's files of ranks, and Hugging Face folders withou
 user's own; a conversion that does not is refused.
 """
 
-from __future__ import annotations
-
 import base64
 import binascii
 import hashlib

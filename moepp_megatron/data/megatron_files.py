@@ -1,7 +1,5 @@
 """Megatron's own `PREFIX.bin` and `PREFIX.idx`, made elsewhere, without a manifest."""
 
-from __future__ import annotations
-
 import hashlib
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Conversations as a prepared folder: encoded, put whole into sequences, with a mark a token."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import shlex

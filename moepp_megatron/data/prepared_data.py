@@ -1,7 +1,5 @@
 """Checks that a configuration's data exist and fit its model."""
 
-from __future__ import annotations
-
 from moepp_megatron.config import Config, ConfigError
 from moepp_megatron.config.blends import Folder, blends_of, folders_of
 from moepp_megatron.data.manifest import Manifest

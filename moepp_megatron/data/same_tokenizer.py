@@ -4,8 +4,6 @@ Two tokenizers of equal size number different texts: a model trained on one and 
 other answers nonsense, and nothing fails.
 """
 
-from __future__ import annotations
-
 import hashlib
 from pathlib import Path
 

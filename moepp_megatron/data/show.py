@@ -1,7 +1,5 @@
 """Contents of prepared data and a run's draw from them: `moepp data show`."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise

@@ -1,7 +1,5 @@
 """Opens source files: text, compressed or not; columns and rows of parquet and Arrow tables."""
 
-from __future__ import annotations
-
 import gzip
 import io
 import struct

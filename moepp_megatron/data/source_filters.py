@@ -4,8 +4,6 @@ Folders that `save_to_disk` wrote, or of parquet as on the Hub, hold other files
 that must not be trained on by mistake. The built-in corpus is Python's library without its tables.
 """
 
-from __future__ import annotations
-
 import ast
 import re
 import warnings

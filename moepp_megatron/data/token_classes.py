@@ -1,7 +1,5 @@
 """Classifies tokens by the characters around them, and token ids by their own."""
 
-from __future__ import annotations
-
 import io
 import keyword
 import re

@@ -1,7 +1,5 @@
 """Classes of token ids that metrics and rules distinguish: by frequency, and by characters."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise

@@ -3,8 +3,6 @@
 Parts and checks are named as `module:name`, so that reading a configuration imports no torch.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator
 from importlib import import_module
 from typing import Any

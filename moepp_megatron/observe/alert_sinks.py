@@ -1,7 +1,5 @@
 """The alert sinks of a training run: `RUN/alerts.jsonl`, the console, and a webhook."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Alerts of a run: the record of one alert, and reading `RUN/alerts.jsonl`."""
 
-from __future__ import annotations
-
 from functools import partial
 from pathlib import Path
 from typing import Literal

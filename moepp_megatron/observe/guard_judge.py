@@ -5,8 +5,6 @@ in a row, and has ended once it has been healthy, beyond `clear`, for as many. B
 `clear` nothing changes. Decisions use neither random numbers nor clocks.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass

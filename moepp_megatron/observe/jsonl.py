@@ -1,7 +1,5 @@
 """`RUN/metrics.jsonl`: the records of a run's steps, without undone ones, in whole lines."""
 
-from __future__ import annotations
-
 import itertools
 import logging
 import mmap

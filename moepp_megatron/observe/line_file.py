@@ -1,7 +1,5 @@
 """A file in a run's folder that grows by whole lines while the run trains."""
 
-from __future__ import annotations
-
 import logging
 import mmap
 import os

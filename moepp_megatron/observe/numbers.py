@@ -1,7 +1,5 @@
 """Iteration over every number of a record, by the catalogue."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Reads new lines of a file that another process appends to and sometimes rewrites."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 from typing import NamedTuple

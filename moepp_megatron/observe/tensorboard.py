@@ -1,7 +1,5 @@
 """Writes to TensorBoard: scalars, and histograms of a record's lists."""
 
-from __future__ import annotations
-
 import functools
 import logging
 import math

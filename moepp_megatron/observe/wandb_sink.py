@@ -1,7 +1,5 @@
 """Writes a run's records to Weights & Biases, or to files to upload later."""
 
-from __future__ import annotations
-
 import logging
 import os
 import uuid

@@ -1,7 +1,5 @@
 """Sends alerts to a web address from a separate thread, so that training never waits."""
 
-from __future__ import annotations
-
 import contextlib
 import http.client
 import json

@@ -6,8 +6,6 @@ The training log shows this once where it matters; `moepp doctor` always shows i
 heavy by itself.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import NamedTuple
 

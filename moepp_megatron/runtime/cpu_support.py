@@ -6,8 +6,6 @@ which training calls onto the CPU. It does nothing at all where a GPU is present
 never touched. Every patch states the caller it serves.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import os

@@ -1,7 +1,5 @@
 """Full disks: recognises a write that failed for lack of space, and measures free space."""
 
-from __future__ import annotations
-
 import errno
 import os
 import shutil

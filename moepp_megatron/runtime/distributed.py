@@ -1,7 +1,5 @@
 """Creates process groups: the default group and Megatron's rank grid."""
 
-from __future__ import annotations
-
 import contextlib
 import faulthandler
 import itertools

@@ -4,8 +4,6 @@ Every number may be None: NVML does not know it for this GPU, driver or permissi
 stand-in for the library with the same function names.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any

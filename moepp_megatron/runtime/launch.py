@@ -1,7 +1,5 @@
 """Starts this machine's ranks with torchrun and looks after them."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import json

@@ -1,7 +1,5 @@
 """The machines of a run: rendezvous addresses, and timeouts of waiting for each other."""
 
-from __future__ import annotations
-
 import contextlib
 import ipaddress
 import os

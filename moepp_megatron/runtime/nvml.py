@@ -1,7 +1,5 @@
 """An open connection to NVML through nvidia-ml-py, for health checks and telemetry."""
 
-from __future__ import annotations
-
 import importlib
 import os
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,5 @@
 """Detection of usable optional packages. Nothing fails on import; ask here before use."""
 
-from __future__ import annotations
-
 import functools
 import importlib
 import importlib.util

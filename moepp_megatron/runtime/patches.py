@@ -6,8 +6,6 @@ does so what it replaces, why, and when that can go; a test checks the sources. 
 hooks (`sys.unraisablehook`, `threading.excepthook`) are made to be set and are none of them.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass

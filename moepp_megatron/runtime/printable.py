@@ -1,7 +1,5 @@
 """Makes untrusted text safe for a terminal."""
 
-from __future__ import annotations
-
 import logging
 import re
 import time

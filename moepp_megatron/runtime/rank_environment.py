@@ -7,8 +7,6 @@ depends on the configuration, every rank of a training run sets for itself. Vari
 has set are not changed.
 """
 
-from __future__ import annotations
-
 import functools
 import os
 import re

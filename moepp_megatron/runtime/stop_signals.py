@@ -1,7 +1,5 @@
 """Passes requests to stop from a launcher to its ranks, past torchrun."""
 
-from __future__ import annotations
-
 import contextlib
 import ctypes
 import os

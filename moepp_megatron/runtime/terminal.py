@@ -1,7 +1,5 @@
 """Output that may hold untrusted text, and output that may lose its reader."""
 
-from __future__ import annotations
-
 import io
 import os
 import sys

@@ -1,7 +1,5 @@
 """A run's sinks, and alerts about what training does by itself: refused batches, failed saves."""
 
-from __future__ import annotations
-
 import contextlib
 import logging
 import time

@@ -1,7 +1,5 @@
 """Micro-batches on this rank's device, for training and validation."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 from typing import Any

@@ -1,7 +1,5 @@
 """Turns a training configuration into one for forward passes only: scoring and generation."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from moepp_megatron.config import ConfigError

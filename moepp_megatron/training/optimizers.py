@@ -1,7 +1,5 @@
 """Builds megatron-core's optimizer: its kind, and the groups of parameters that differ."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import partial
 from typing import Any

@@ -119,7 +119,12 @@ class Part(StepHooks):
     @classmethod
     def of(cls, run: PartContext) -> Part | None:
         """Make the part of a run; None if it is disabled. Every rank calls."""
-        raise NotImplementedError(f"{cls.__name__} must say for which runs it is made")
+        return cls(run) if cls.is_wanted(run) else None  # type: ignore[call-arg]
+
+    @staticmethod
+    def is_wanted(run: PartContext) -> bool:
+        """True if a run has the part, which is then made of the run."""
+        return True
 
     def begin(self, progress: Callable[[], Progress], stop: StopRequest) -> None:
         """The training loop begins; `progress()` returns the run's current progress."""

@@ -1,7 +1,5 @@
 """Random states of a rank: torch, CUDA, numpy, Python, Megatron's tracker of named streams."""
 
-from __future__ import annotations
-
 import random
 from typing import Any
 

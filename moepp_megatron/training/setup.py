@@ -1,7 +1,5 @@
 """Wraps the model for training: precision, data parallelism, optimizer, schedule."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """One training step: forward and backward over the micro-batches, then the optimizer."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager

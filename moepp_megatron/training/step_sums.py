@@ -5,8 +5,6 @@ queued more. So the loss, the gradient norm, whether both are sound, and whateve
 a step (`Summand`) travel together, after the backward pass and before the optimizer acts.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Log-probabilities of given tokens from a built model, in any layout."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial

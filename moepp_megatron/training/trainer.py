@@ -1,7 +1,5 @@
 """The training run from start to end: a loop over steps, and a list of parts."""
 
-from __future__ import annotations
-
 import logging
 import time
 from collections.abc import Iterator, Sequence

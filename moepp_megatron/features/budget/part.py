@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 from moepp_megatron.config import Config, Layout
 from moepp_megatron.model.megatron_config import moepp_config
@@ -25,7 +25,7 @@ _SMOOTHING = 0.95
 class BudgetPart(Part):
     """Keeps the model to `moe.budget`."""
 
-    key: ClassVar[str] = "budget"
+    key = "budget"
 
     def __init__(self, config: Config, model: TrainingModel, routing: RoutingCountsPart) -> None:
         self._config, self._model, self._routing = config, model, routing

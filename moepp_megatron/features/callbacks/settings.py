@@ -1,7 +1,5 @@
 """Settings of callbacks in the section `run`."""
 
-from __future__ import annotations
-
 from typing import Annotated
 
 from moepp_megatron.config.plugins import Plugin

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable
-from typing import ClassVar
 
 from moepp_megatron.config import Config
 from moepp_megatron.config.blends import Blend, blend_at, blends_of
@@ -17,7 +16,7 @@ from moepp_megatron.training.part import Part, PartContext, State, Why
 class DataStagesPart(Part):
     """The stages of a run's data, and that of its newest batch."""
 
-    key: ClassVar[str] = "data_stages"
+    key = "data_stages"
 
     def __init__(self, config: Config, consumed_samples: int) -> None:
         self._blends = blends_of(config)

@@ -5,8 +5,6 @@ over temperature T, each token gets T^2 KL(p || q) = T^2 sum_v p_v (log p_v - lo
 is T^2 KL(q || p) (arXiv 2306.08543). megatron-core leaves both to the package nvidia-modelopt.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -41,7 +41,7 @@ class DistillationPart(Part):
         teacher: Its teacher. Every rank builds its part of it; process groups must exist.
     """
 
-    key: ClassVar[str] = "distillation"
+    key = "distillation"
 
     def __init__(self, config: Config, teacher: TeacherModel) -> None:
         check_world_size(teacher.config, dist.get_world_size())

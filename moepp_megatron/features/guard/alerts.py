@@ -1,7 +1,5 @@
 """The rules in effect, and the alerts they raise when they begin or end."""
 
-from __future__ import annotations
-
 import time
 
 from moepp_megatron.features.guard.settings import GuardRule, RoutingGuardSection

@@ -1,7 +1,5 @@
 """Keeps the routers' weights of the newest healthy step, and puts them back."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -60,7 +60,7 @@ class RoutingGuardPart(Part):
         monitor: Judges the series of a step: loss, routing, logits and token ids.
     """
 
-    key: ClassVar[str] = "guard"
+    key = "guard"
 
     def __init__(self, run: PartContext) -> None:
         self._config, self._settings = run.config, run.config.routing_guard
@@ -78,10 +78,10 @@ class RoutingGuardPart(Part):
         self._agreement = Agreement()
         self.load({}, "resume", run.progress.step)
 
-    @classmethod
-    def of(cls, run: PartContext) -> RoutingGuardPart | None:
-        """The part of a run; None where routers are not watched."""
-        return cls(run) if is_watched(run.config) else None
+    @staticmethod
+    def is_wanted(run: PartContext) -> bool:
+        """True if the routers are watched."""
+        return is_watched(run.config)
 
     def load(self, state: State, why: Why, step: int) -> Iterable[Alert]:
         """Take over the guard; after a rollback reset all rules, with alerts of those that end."""

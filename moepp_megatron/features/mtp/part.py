@@ -20,10 +20,10 @@ class MultiTokenPredictionPart(Part):
         models = run.model.models
         self._losses = [m.mtp_loss for m in models if getattr(m, "mtp_process", False)]
 
-    @classmethod
-    def of(cls, run: PartContext) -> MultiTokenPredictionPart | None:
-        """The part of a run; None without such layers."""
-        return cls(run) if run.config.model.mtp_num_layers else None
+    @staticmethod
+    def is_wanted(run: PartContext) -> bool:
+        """True with such layers."""
+        return bool(run.config.model.mtp_num_layers)
 
     def begin_step(self, step: int, layout: Layout) -> None:
         """Start counting a new step."""

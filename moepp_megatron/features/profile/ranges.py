@@ -15,8 +15,6 @@ backward pass of a part; and a recomputed forward pass by the derivative that it
 (`profiling.formats.kineto`).
 """
 
-from __future__ import annotations
-
 import functools
 from collections import Counter
 from collections.abc import Callable, Iterator

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from megatron.core import parallel_state
@@ -30,7 +30,7 @@ class RouterHealthPart(Part):
         interval: Steps from one measured step to the next; 0 measures nothing.
     """
 
-    key: ClassVar[str] = "router_health"
+    key = "router_health"
 
     def __init__(
         self, config: Config, model: TrainingModel, layer_numbers: Sequence[int], interval: int

@@ -1,7 +1,5 @@
 """Settings of router health in the section `observe`."""
 
-from __future__ import annotations
-
 from typing import Annotated
 
 from moepp_megatron.config.schema.section import Section, Unit

@@ -70,10 +70,10 @@ class RoutesPart(Part):
             check_kind(Path(folder), "folder", "routes.record")
             Path(folder).mkdir(parents=True, exist_ok=True)
 
-    @classmethod
-    def of(cls, run: PartContext) -> RoutesPart | None:
-        """The part of a run; None where routers only select."""
-        return cls(run) if run.config.routes.enabled else None
+    @staticmethod
+    def is_wanted(run: PartContext) -> bool:
+        """True if routes are recorded or repeated."""
+        return run.config.routes.enabled
 
     def begin_step(self, step: int, layout: Layout) -> None:
         """Read the routes of a batch."""

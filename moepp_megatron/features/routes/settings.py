@@ -1,7 +1,5 @@
 """Section `routes`: the experts that tokens take, written to files or taken from them."""
 
-from __future__ import annotations
-
 from typing import Annotated, Any
 
 from moepp_megatron.config.rows import group, no_effect_where, refuse

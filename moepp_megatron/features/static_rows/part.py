@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -34,7 +34,7 @@ class StaticRowsPart(Part):
         run: The run; `moe.static_rows` is set.
     """
 
-    key: ClassVar[str] = "static_rows"
+    key = "static_rows"
     may_repeat = True
 
     def __init__(self, run: PartContext) -> None:
@@ -52,10 +52,10 @@ class StaticRowsPart(Part):
                 self._factor,
             )
 
-    @classmethod
-    def of(cls, run: PartContext) -> StaticRowsPart | None:
-        """The part of a run; None without static rows."""
-        return None if run.config.moe.static_rows is None else cls(run)
+    @staticmethod
+    def is_wanted(run: PartContext) -> bool:
+        """True with static rows."""
+        return run.config.moe.static_rows is not None
 
     def begin_step(self, step: int, layout: Layout) -> None:
         """Choose the path of the step."""

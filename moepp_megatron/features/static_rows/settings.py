@@ -1,7 +1,5 @@
 """Settings of static rows in the section `moe`."""
 
-from __future__ import annotations
-
 from typing import Annotated
 
 from moepp_megatron.config.rows import group, refuse, table

@@ -1,7 +1,5 @@
 """Checks the tasks of `evaluation.tasks` before a run starts."""
 
-from __future__ import annotations
-
 from moepp_megatron.config import Config, UnfitError
 from moepp_megatron.runtime.optional import have_lm_eval, how_to_install
 

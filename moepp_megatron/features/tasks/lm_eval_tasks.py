@@ -1,7 +1,5 @@
 """Tasks of lm-eval from local files, and the model that lm-eval asks. Needs lm-eval."""
 
-from __future__ import annotations
-
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence

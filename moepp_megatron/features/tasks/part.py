@@ -58,10 +58,10 @@ class TasksPart(Part):
             with unchanged(run.model):
                 self._tasks = load_tasks(run.config)
 
-    @classmethod
-    def of(cls, run: PartContext) -> TasksPart | None:
-        """The part of a run; None without tasks."""
-        return cls(run) if run.config.evaluation.tasks else None
+    @staticmethod
+    def is_wanted(run: PartContext) -> bool:
+        """True with tasks."""
+        return bool(run.config.evaluation.tasks)
 
     def wants_record(self, step: int) -> bool:
         """True if the tasks run after `step`."""

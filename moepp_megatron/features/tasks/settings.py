@@ -1,7 +1,5 @@
 """Section `evaluation`: tasks of lm-eval that the model is evaluated on while it trains."""
 
-from __future__ import annotations
-
 from typing import Annotated
 
 from moepp_megatron.config.rows import no_effect_without

@@ -39,10 +39,10 @@ class TelemetryPart(Part):
         self._sampler: Sampler | None = None
         self._hardware = _hardware(run.config, self._on_gpu)
 
-    @classmethod
-    def of(cls, run: PartContext) -> TelemetryPart | None:
-        """The part of a run; None where nothing is sampled."""
-        return cls(run) if run.config.telemetry.interval_s > 0 else None
+    @staticmethod
+    def is_wanted(run: PartContext) -> bool:
+        """True if the machine is sampled."""
+        return run.config.telemetry.interval_s > 0
 
     def begin(self, progress: Callable[[], Progress], stop: StopRequest) -> None:
         """Start; samples from here on belong to the next record. A collective."""

@@ -1,7 +1,5 @@
 """Section `telemetry`: the machine while a run trains."""
 
-from __future__ import annotations
-
 from typing import Annotated
 
 from moepp_megatron.config.schema.section import PathText, Section, Unit

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -48,24 +48,23 @@ class SourcesPart(Part):
         losses: [sources, 2] sum of token losses in nats, and tokens, of the step.
     """
 
-    key: ClassVar[str] = "sources"
+    key = "sources"
 
     def __init__(self, run: PartContext) -> None:
         config, models = run.config, run.model.models
-        self.names = source_names(run.train_set) if config.observe.token_groups else ()
+        self.names = source_names(run.train_set)
         self._num_ffn, self._num_experts = config.moe.num_ffn_experts, config.moe.num_experts
         # On every rank alike, whether or not its pipeline stage has layers that count.
-        self._counts_experts = bool(self.names) and _layers_know_tokens(config)
+        self._counts_experts = _layers_know_tokens(config)
         self._statistics = _tag_tokens(models if self._counts_experts else ())
         for statistics in self._statistics:
             statistics.num_sources = len(self.names)
         self.losses = StepCounts(len(self.names), 2)
 
-    @classmethod
-    def of(cls, run: PartContext) -> SourcesPart | None:
-        """The part of a run; None where sources are not known."""
-        part = cls(run)
-        return part if part.names else None
+    @staticmethod
+    def is_wanted(run: PartContext) -> bool:
+        """True if the sources are known."""
+        return run.config.observe.token_groups and bool(source_names(run.train_set))
 
     def begin_step(self, step: int, layout: Layout) -> None:
         """Forget the losses before."""
@@ -124,17 +123,16 @@ class SourcesPart(Part):
 class TokenClassesPart(Part):
     """Counts by class of token ids."""
 
-    key: ClassVar[str] = "token_classes"
+    key = "token_classes"
 
     def __init__(self, run: PartContext) -> None:
         self._run = run
         self.groups: TokenGroups | None = None
 
-    @classmethod
-    def of(cls, run: PartContext) -> TokenClassesPart | None:
-        """The part of a run; None where no classes are measured."""
-        is_measured = run.config.observe.token_groups and _layers_know_tokens(run.config)
-        return cls(run) if is_measured else None
+    @staticmethod
+    def is_wanted(run: PartContext) -> bool:
+        """True if classes are measured."""
+        return run.config.observe.token_groups and _layers_know_tokens(run.config)
 
     def state(self) -> State:
         """The band of each token id as one digit."""

@@ -1,7 +1,5 @@
 """Settings of measurements by token in the section `observe`."""
 
-from __future__ import annotations
-
 from moepp_megatron.config.schema.section import Section
 
 

@@ -21,11 +21,11 @@ class ValidationPart(Part):
     def __init__(self, run: PartContext) -> None:
         self._run = run
 
-    @classmethod
-    def of(cls, run: PartContext) -> ValidationPart | None:
-        """The part of a run; None where nothing is validated."""
+    @staticmethod
+    def is_wanted(run: PartContext) -> bool:
+        """True if there is something to validate on."""
         exists = run.valid_set is not None or bool(run.valid_sets)
-        return cls(run) if exists and run.config.training.eval_iters > 0 else None
+        return exists and run.config.training.eval_iters > 0
 
     def wants_record(self, step: int) -> bool:
         """True if it validates after `step`."""

@@ -1,7 +1,5 @@
 """Settings of validation in the sections `training` and `data`."""
 
-from __future__ import annotations
-
 from typing import Annotated, ClassVar
 
 from moepp_megatron.config.rows import each, entries, no_effect_with, table

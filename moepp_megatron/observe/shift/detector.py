@@ -10,8 +10,6 @@ Lowry, Woodall, Champ and Rigdon, A Multivariate Exponentially Weighted Moving A
 Chart, Technometrics 34 (1992).
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from statistics import NormalDist

@@ -1,7 +1,5 @@
 """Judges all series of a run together: what has changed, since when, and why."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field

@@ -7,8 +7,6 @@ that are already in host memory, and neither torch's thread pools, nor collectiv
 `multiprocessing` would refuse to start a child from a daemon process, so this is `os.fork`.
 """
 
-from __future__ import annotations
-
 import contextlib
 import gc
 import os

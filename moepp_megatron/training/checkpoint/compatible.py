@@ -1,7 +1,5 @@
 """Compares a configuration with the one that a checkpoint was written with, before any tensor."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from operator import attrgetter
 from pathlib import Path

@@ -6,8 +6,6 @@ rebuilt in place of the file, and `torch.load` reads nothing but data, whatever 
 Before ranks begin, `unsafe_pickle` names an entry that is no data in one line, on all ranks alike.
 """
 
-from __future__ import annotations
-
 import io
 import os
 import re

@@ -1,7 +1,5 @@
 """Find the checkpoint that a name means, or the newest valid one. Imports no torch."""
 
-from __future__ import annotations
-
 import functools
 import logging
 import math

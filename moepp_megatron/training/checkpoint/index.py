@@ -5,8 +5,6 @@ whatever it asks for. Checksums do not help: who can write the file can write th
 never reads it: here its values are checked one by one, and the index is built again from them.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path

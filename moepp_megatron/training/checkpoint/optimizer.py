@@ -10,8 +10,6 @@ own bytes, and every layout can still read the checkpoint: the tensors in it are
 `fully_reshardable`.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace

@@ -5,8 +5,6 @@ earlier reading of the same bytes. So nothing here is looked up, called or chang
 names, objects stay descriptions, and instructions that data do not need are refused.
 """
 
-from __future__ import annotations
-
 import pickletools
 import sys
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Loads a checkpoint: finds it, verifies it, and reads it into the present layout."""
 
-from __future__ import annotations
-
 import logging
 from dataclasses import dataclass, field
 from pathlib import Path

@@ -6,8 +6,6 @@ writer's host and process in its name, which distinguishes the remains of a dead
 in progress.
 """
 
-from __future__ import annotations
-
 import logging
 import os
 import secrets

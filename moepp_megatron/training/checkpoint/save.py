@@ -10,8 +10,6 @@ be renamed, the ranks upload their files under its name, and the manifest, witho
 checkpoint, comes last.
 """
 
-from __future__ import annotations
-
 import contextlib
 import gc
 import json

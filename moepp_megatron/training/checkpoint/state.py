@@ -12,8 +12,6 @@ The names in a checkpoint do not depend on who wrote it:
   ranks), and all that they hold follows from the configuration and the schedule.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import io
 import os

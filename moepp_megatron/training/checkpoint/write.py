@@ -1,7 +1,5 @@
 """Saves the checkpoints of a run: prepare, plan, write, agree, publish, delete old ones."""
 
-from __future__ import annotations
-
 import copy
 import logging
 import shutil

@@ -1,7 +1,5 @@
 """The parts of a run, made in the order of `features.registry`, and their states."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 

@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, assert_never
+from typing import assert_never
 
 import torch
 import torch.distributed as dist
@@ -58,7 +58,7 @@ _REMEDY: dict[Cause, str] = {
 class RefusedBatchesPart(Part):
     """Refuses batches with a non-finite or spiking loss; after many in a row, finds out why."""
 
-    key: ClassVar[str] = "numerical_guard"
+    key = "numerical_guard"
     may_refuse = True
 
     def __init__(self, run: PartContext) -> None:
@@ -67,10 +67,10 @@ class RefusedBatchesPart(Part):
         # Whether enough were refused in a row that their cause must be found.
         self._is_due = False
 
-    @classmethod
-    def of(cls, run: PartContext) -> RefusedBatchesPart | None:
-        """The part of a run; None without the guard."""
-        return cls(run) if run.config.resilience.guard else None
+    @staticmethod
+    def is_wanted(run: PartContext) -> bool:
+        """True with the numerical guard."""
+        return run.config.resilience.guard
 
     def refuses(self, sums: StepSums, losses: Tensor) -> bool:
         """Judge a batch before the optimizer acts."""

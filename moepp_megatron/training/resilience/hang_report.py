@@ -4,8 +4,6 @@ One small file per rank, not a store: files need no connection that a stuck rank
 stay readable after a rank is gone. Ranks never compare clocks, only whether a peer's counter moves.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import logging

@@ -1,7 +1,5 @@
 """Straggler detection: the slowest rank, though all finish each step together."""
 
-from __future__ import annotations
-
 import functools
 import logging
 import statistics

@@ -1,7 +1,5 @@
 """All monitors of a run, as one object for the training loop."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager

@@ -1,7 +1,5 @@
 """A thread that ends a run which no longer makes progress."""
 
-from __future__ import annotations
-
 import contextlib
 import faulthandler
 import logging

@@ -8,8 +8,6 @@ move_aside.py  moves an earlier run out of the way of a new one
 ownership.py   locks, heartbeat, the mark in a checkpoint folder; refuses unwritable folders
 """
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import os

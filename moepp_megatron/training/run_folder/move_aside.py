@@ -1,7 +1,5 @@
 """Moving a run out of the way of a new one in the same folder; nothing is deleted."""
 
-from __future__ import annotations
-
 import itertools
 import os
 import shutil

@@ -8,8 +8,6 @@ folder: two runs in one would delete and continue each other's checkpoints. A ma
 folder has a `status.json`: a run that was renamed or deleted owns nothing under its old name.
 """
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import os
