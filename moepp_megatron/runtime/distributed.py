@@ -28,6 +28,13 @@ from moepp_megatron.runtime.rank import RankEnvironment
 _TIMEOUT = timedelta(hours=1)
 
 
+def gathered(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
+    """Every rank's `value`, by rank; a collective of the group, by default of all ranks."""
+    values: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(values, value, group=group)
+    return values
+
+
 class Agreement:
     """Messages between the CPUs of all ranks; each must make every call, in the same order.
 
@@ -47,9 +54,7 @@ class Agreement:
 
     def gather(self, value: Any) -> list[Any]:
         """Every rank's `value`, by rank."""
-        values: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(values, value, group=self._group)
-        return values
+        return gathered(value, self._group)
 
     def from_first(self, value: Any) -> Any:
         """Rank 0's `value`, on every rank."""

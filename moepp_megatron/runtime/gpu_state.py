@@ -147,25 +147,6 @@ class GPUState:
     processes: tuple[_GpuProcess, ...] = ()
 
 
-@dataclass(frozen=True)
-class Sample:
-    """One GPU's values for telemetry.
-
-    Power in W, utilisation 0 to 1, memory in bytes, temperature in degrees Celsius, clock in MHz,
-    traffic in bytes per second (PCIe) and bytes since some start (NVLink).
-    """
-
-    power: float | None = None
-    utilization: float | None = None
-    memory_used: int | None = None
-    temperature: int | None = None
-    sm_clock: int | None = None
-    pcie_tx: float | None = None
-    pcie_rx: float | None = None
-    nvlink_tx: int | None = None
-    nvlink_rx: int | None = None
-
-
 def milli(value: int) -> float:
     """A number of thousandths, as NVML gives power and energy."""
     return value * 1e-3
@@ -202,11 +183,11 @@ _STATE: dict[str, _Query] = {
     "pcie_width": (int, "nvmlDeviceGetCurrPcieLinkWidth"),
 }
 SAMPLE: dict[str, _Query] = {
-    "power": (milli, "nvmlDeviceGetPowerUsage"),
-    "utilization": (lambda rates: rates.gpu / 100.0, "nvmlDeviceGetUtilizationRates"),
-    "memory_used": (lambda memory: int(memory.used), "nvmlDeviceGetMemoryInfo"),
-    "temperature": (int, "nvmlDeviceGetTemperature", "NVML_TEMPERATURE_GPU"),
-    "sm_clock": (int, "nvmlDeviceGetClockInfo", "NVML_CLOCK_SM"),
+    "gpu_power_w": (milli, "nvmlDeviceGetPowerUsage"),
+    "gpu_utilization": (lambda rates: rates.gpu / 100.0, "nvmlDeviceGetUtilizationRates"),
+    "gpu_memory_bytes": (lambda memory: int(memory.used), "nvmlDeviceGetMemoryInfo"),
+    "gpu_temperature_c": (int, "nvmlDeviceGetTemperature", "NVML_TEMPERATURE_GPU"),
+    "gpu_clock_mhz": (int, "nvmlDeviceGetClockInfo", "NVML_CLOCK_SM"),
     **{
         f"pcie_{way}": (
             lambda kilobytes: kilobytes * 1024.0,

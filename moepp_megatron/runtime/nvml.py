@@ -12,7 +12,6 @@ from moepp_megatron.runtime.gpu_state import (
     Driver,
     GPUState,
     Library,
-    Sample,
     milli,
     read_state,
 )
@@ -125,24 +124,27 @@ class Nvml(AbstractContextManager):
         names = [self._ask("nvmlDeviceGetUUID", each) for each in handles if each is not None]
         return [name for name in names if name is not None]
 
-    def sample(self, index: int) -> Sample:
-        """The values of GPU `index` that telemetry reads.
+    def sample(self, index: int) -> dict[str, float]:
+        """The values of GPU `index` that telemetry reads, by metric; what it lacks is left out.
 
-        For PCIe traffic NVML watches the link for 20 ms per direction.
+        `nvlink_bytes` counts all links, both ways, since the driver was loaded.
         """
         library = self._library
         handle = self._ask("nvmlDeviceGetHandleByIndex", index)
         if handle is None:
-            return Sample()
+            return {}
         found = library.answers(handle, SAMPLE)
+        pcie = [found.pop(f"pcie_{way}", None) for way in ("tx", "rx")]
         traffic = library.fields(
             handle,
             (library.module.NVML_FI_DEV_NVLINK_THROUGHPUT_DATA_TX, ALL_LINKS),
             (library.module.NVML_FI_DEV_NVLINK_THROUGHPUT_DATA_RX, ALL_LINKS),
         )
-        for way, kilobytes in zip(("nvlink_tx", "nvlink_rx"), traffic, strict=True):
-            found[way] = None if kilobytes is None else kilobytes * 1024
-        return Sample(**found)
+        if None not in pcie:
+            found["pcie_bytes_per_s"] = sum(pcie)
+        if None not in traffic:
+            found["nvlink_bytes"] = sum(traffic) * 1024
+        return found
 
     def watch_faults(self, indices: Sequence[int]) -> None:
         """Watch these GPUs for Xid errors, where the driver can."""

@@ -1,6 +1,6 @@
 """The training run: optimizer, schedule, loop, statistics, checkpoints.
 
-alerts.py              the sinks of a run, and its alerts: refused batches, stages, failed saves
+alerts.py              the records and alerts of a run: refused batches, stages, failed saves
 batches.py             micro-batches on this rank's device, for training and validation
 inference_settings.py  turns a training configuration into one for forward passes only
 optimizers.py          the optimizer: its kind, and the groups of parameters that differ

@@ -1,4 +1,4 @@
-"""A run's sinks, and alerts about what training does by itself: refused batches, failed saves."""
+"""A run's records and alerts, and alerts about refused batches, failed saves, lost files."""
 
 import contextlib
 import logging
@@ -12,6 +12,7 @@ from moepp_megatron.config import Config
 from moepp_megatron.file_names import CONFIG_FILE
 from moepp_megatron.observe.alert_sinks import AlertSinks, open_alert_sinks
 from moepp_megatron.observe.alerts import Alert
+from moepp_megatron.observe.metrics import StepMetrics
 from moepp_megatron.observe.sinks import Sinks, SinkSettings, open_sinks
 from moepp_megatron.training.checkpoint.files import Progress
 from moepp_megatron.training.checkpoint.write import CheckpointWriter
@@ -20,39 +21,48 @@ from moepp_megatron.training.run_folder import RunFolder
 logger = logging.getLogger(__name__)
 
 
-class RunAlerts:
-    """The alerts of a run; only the rank that opens it passes any on."""
+class RunOutput:
+    """Records and alerts of a run; only rank 0 writes any, since they are global."""
 
-    def __init__(self) -> None:
-        self._sinks: AlertSinks | None = None
-        self._config: Config | None = None
-        self._reported_failed_saves = 0
+    def __init__(self, config: Config, progress: Progress) -> None:
+        self._config, self._reported_failed_saves = config, 0
+        self._sinks, self._alerts = Sinks(()), AlertSinks(())
+        if dist.get_rank() == 0:
+            RunFolder(config).write_config()
+            self._sinks = open_sinks(_settings(config, progress))
+            self._alerts = open_alert_sinks(
+                Path(config.run.dir),
+                config.run.name,
+                self._sinks.say,
+                start_over=progress.step == 0,
+                webhook_url_env=config.observe.webhook_url_env,
+            )
 
-    def open(self, config: Config, sinks: Sinks, progress: Progress) -> None:
-        """Open the alert sinks, on the rank that owns the run's sinks."""
-        self._config = config
-        self._sinks = open_alert_sinks(
-            Path(config.run.dir),
-            config.run.name,
-            sinks.say,
-            start_over=progress.step == 0,
-            webhook_url_env=config.observe.webhook_url_env,
-        )
+    def write(self, record: StepMetrics) -> None:
+        """Write a record."""
+        self._sinks.write(record)
+
+    def go_back(self, step: int) -> None:
+        """Note that the run went back to the state after `step`."""
+        self._sinks.go_back(step)
 
     def send(self, *alerts: Alert) -> None:
         """Raise alerts."""
-        if self._sinks is not None:
-            for alert in alerts:
-                self._sinks.send(alert)
+        for alert in alerts:
+            self._alerts.send(alert)
 
     def complain(self, progress: Progress, checkpoints: CheckpointWriter) -> None:
         """Repeat that saves fail, until one succeeds; report each loss of files once."""
-        failed = checkpoints.failed_saves
-        if self._sinks is None or self._config is None:
+        if dist.get_rank() != 0:
             return
-        folder = Path(self._config.run.dir)
+        failed, folder = checkpoints.failed_saves, Path(self._config.run.dir)
         if not (folder / CONFIG_FILE).exists():
-            self.send(_lost_files(progress, folder))
+            reason = (
+                f"{folder} has lost its {CONFIG_FILE}, and maybe all else: it was removed or "
+                "renamed while the run trains in it"
+            )
+            action = "write what follows there again"
+            self.send(_alert(progress, "lost_files", "tokens", condition=reason, action=action))
             with contextlib.suppress(OSError):
                 RunFolder(self._config).write_config()
         if checkpoints.error is not None:
@@ -62,26 +72,20 @@ class RunAlerts:
             fields = {"value": failed, "condition": str(checkpoints.last_failure), "action": "warn"}
             self.send(_alert(progress, "failed_save", "failed_saves", **fields))
 
-    def close(self) -> None:
-        """Close the sinks; nothing is sent after it."""
-        if self._sinks is not None:
+    def close(self) -> str | None:
+        """Close all; one line on records that could not be written, None if all were."""
+        self._alerts.close()
+        try:
             self._sinks.close()
+        except OSError as error:
+            return f"the last records of metrics could not be written: {error}"
+        return None
 
 
 def _alert(progress: Progress, rule: str, metric: str, **fields: Any) -> Alert:
     """Make an alert, timed now; `value` is by default that field of `progress`."""
     fields = {"value": getattr(progress, metric, None), "severity": "critical"} | fields
     return Alert(step=progress.step, time=time.time(), rule=rule, metric=metric, **fields)
-
-
-def _lost_files(progress: Progress, folder: Path) -> Alert:
-    """Report that the run's folder, or files in it, were removed or renamed."""
-    reason = (
-        f"{folder} has lost its {CONFIG_FILE}, and maybe all else: it was removed or renamed "
-        "while the run trains in it"
-    )
-    action = "write what follows there again"
-    return _alert(progress, "lost_files", "tokens", condition=reason, action=action)
 
 
 # What to do about refused batches, by action.
@@ -109,24 +113,17 @@ def new_stage(progress: Progress, reason: str) -> Alert:
     return _alert(progress, "new_stage", "tokens", **fields)
 
 
-def open_run_sinks(config: Config, progress: Progress) -> Sinks | None:
-    """The run's sinks; on one rank, since records are global, and None on the others."""
-    if dist.get_rank() != 0:
-        return None
+def _settings(config: Config, progress: Progress) -> SinkSettings:
     moe = config.moe
-    return open_sinks(
-        SinkSettings(
-            Path(config.run.dir),
-            moe,
-            phi=moe.ffn_share,
-            total_steps=config.training.train_iters,
-            resume_step=progress.step + 1,
-            wandb=config.observe.wandb,
-            name=config.run.name,
-            config=config.model_dump(mode="json"),
-            moe_layers=[
-                number for number, is_moe in enumerate(config.router_pattern, start=1) if is_moe
-            ],
-            plugins=config.observe.sinks,
-        )
+    return SinkSettings(
+        Path(config.run.dir),
+        moe,
+        phi=moe.ffn_share,
+        total_steps=config.training.train_iters,
+        resume_step=progress.step + 1,
+        wandb=config.observe.wandb,
+        name=config.run.name,
+        config=config.model_dump(mode="json"),
+        moe_layers=[number for number, is_moe in enumerate(config.router_pattern, 1) if is_moe],
+        plugins=config.observe.sinks,
     )

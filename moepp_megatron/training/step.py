@@ -17,7 +17,7 @@ from moepp_megatron.data.conversations import PADDING
 from moepp_megatron.runtime.patches import replaced
 from moepp_megatron.training.rng import get_rng_state, set_rng_state
 from moepp_megatron.training.setup import TrainingModel
-from moepp_megatron.training.step_sums import StepSums, Summand, read_step, squared_norms
+from moepp_megatron.training.step_sums import StepSums, Summand, read_step, squared_norms, zeros
 
 Batch = dict[str, Tensor]
 
@@ -204,7 +204,7 @@ def run_schedule(
         forward_only=forward_only,
     )
     if not reduced:
-        return torch.zeros(2, dtype=torch.float64, device=torch.cuda.current_device())
+        return zeros(2)
     return torch.stack([entry["loss"] for entry in reduced]).sum(dim=0)
 
 

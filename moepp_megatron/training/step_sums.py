@@ -66,6 +66,11 @@ def first_of_tensor_ranks() -> bool:
     return parallel_state.get_tensor_model_parallel_rank() == 0
 
 
+def zeros(*shape: int) -> Tensor:
+    """Float64 zeros on the device, to add up in."""
+    return torch.zeros(shape, dtype=torch.float64, device=torch.cuda.current_device())
+
+
 def sum_over_ranks(values: Tensor) -> Tensor:
     """Sum a float64 tensor over all ranks; returned on the CPU."""
     on_device = values.to(torch.cuda.current_device())
@@ -97,7 +102,7 @@ class StepCounts:
     """
 
     def __init__(self, *shape: int) -> None:
-        self.own = torch.zeros(shape, dtype=torch.float64, device=torch.cuda.current_device())
+        self.own = zeros(*shape)
         self._total: Tensor | None = None
 
     def reset(self) -> None:

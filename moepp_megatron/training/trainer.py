@@ -14,8 +14,7 @@ from moepp_megatron.data.datasets import DATASETS, build_validation_sets
 from moepp_megatron.data.same_tokenizer import tokenizer_of_run
 from moepp_megatron.data.tokenizer import Tokenizer
 from moepp_megatron.observe.metrics import StepMetrics
-from moepp_megatron.observe.sinks import Sinks
-from moepp_megatron.training.alerts import RunAlerts, new_stage, open_run_sinks
+from moepp_megatron.training.alerts import RunOutput, new_stage
 from moepp_megatron.training.batches import rank_batches
 from moepp_megatron.training.checkpoint.files import read_record
 from moepp_megatron.training.checkpoint.read import (
@@ -30,7 +29,7 @@ from moepp_megatron.training.checkpoint.write import CheckpointWriter
 from moepp_megatron.training.part import Outcome, PartContext, Parts, Pause, Rollback, Step, Stop
 from moepp_megatron.training.parts.order import STATES, build_parts, states_of
 from moepp_megatron.training.resilience.supervisor import Supervisor
-from moepp_megatron.training.run_folder import RunFolder, checkpoint_folder
+from moepp_megatron.training.run_folder import checkpoint_folder
 from moepp_megatron.training.schedule import BatchSizes, planned_samples
 from moepp_megatron.training.setup import TrainingModel, build_training_model
 from moepp_megatron.training.signals import StopRequest
@@ -72,16 +71,16 @@ class Trainer:
         self.model: TrainingModel = build_training_model(config)
         tokenizer_file = tokenizer_of_run(config)
         build = pick(DATASETS, "data.dataset", config.data.dataset, "datasets")
-        tokenizer, samples = Tokenizer.load(tokenizer_file), self._num_samples()
+        tokenizer = Tokenizer.load(tokenizer_file)
+        validation = config.training.eval_iters * config.training.global_batch_size
+        samples = planned_samples(config), validation, 0
         self._train_set, valid_set, _ = build(config, tokenizer, samples)
-        valid_sets = build_validation_sets(config, tokenizer, samples[1])
+        valid_sets = build_validation_sets(config, tokenizer, validation)
         self.supervisor = Supervisor(config, self.model)
         self._sizes = BatchSizes(config)
         self.stopped = False
         self.pause_reason: str | None = None
-        self._sinks: Sinks | None = None
         self._lost_records: str | None = None
-        self._alerts = RunAlerts()
         self.checkpoints = CheckpointWriter(checkpoint_folder(config), config, tokenizer_file)
         self.start_lines: list[str] = []
         # Last, so that nothing draws random numbers between here and the first step.
@@ -109,7 +108,11 @@ class Trainer:
             The last step's metrics; None if there was nothing left to do.
         """
         config, parts = self.config, self.parts
-        self._open_sinks()
+        self._output = RunOutput(config, self.progress)
+        if dist.get_rank() == 0:
+            lack = lack_of_space(config, checkpoint_folder(config), self.progress.step)
+            if lack is not None:
+                logger.warning("%s", lack)
         batches = rank_batches(
             self._train_set, self.progress.consumed_samples, config, len(self.model.chunks)
         )
@@ -138,7 +141,10 @@ class Trainer:
                 # it has only queued the optimizer's work, and the next step's read comes at once.
                 asked = stop.seen if is_kept and not logs else stop.agreed()
                 self.stopped = asked or self.pause_reason is not None
-                if is_kept and self._saves_now() or self.stopped:
+                saves = is_kept and self._run.is_due(
+                    self.progress.step, config.checkpoint.save_interval
+                )
+                if saves or self.stopped:
                     with supervisor.during("save"):
                         self._save()
                 self._announce_saves()
@@ -149,8 +155,8 @@ class Trainer:
                     part.write()
             self._announce_saves()
             # No logged step comes after the last save.
-            self._alerts.complain(self.progress, self.checkpoints)
-        self._close_sinks()
+            self._output.complain(self.progress, self.checkpoints)
+        self._lost_records = self._output.close()
         return record
 
     @property
@@ -158,25 +164,13 @@ class Trainer:
         """One line on final data that could not be written; None if all of it was."""
         return "; ".join(filter(None, (self.checkpoints.error, self._lost_records))) or None
 
-    def _open_sinks(self) -> None:
-        """Open what the run writes besides checkpoints, on the ranks that write it."""
-        config = self.config
-        if dist.get_rank() == 0:
-            RunFolder(config).write_config()
-        self._sinks = open_run_sinks(config, self.progress)
-        if self._sinks is not None:
-            self._alerts.open(config, self._sinks, self.progress)
-            lack = lack_of_space(config, checkpoint_folder(config), self.progress.step)
-            if lack is not None:
-                logger.warning("%s", lack)
-
     def _enter_stages(self) -> None:
         """Reset every part's baseline if the next batch is of a new data stage."""
         reasons = [part.new_data(self.progress.consumed_samples) for part in self.parts]
         for why in filter(None, reasons):
             for part in self.parts:
-                self._alerts.send(*part.reset_baseline(self.progress.step))
-            self._alerts.send(new_stage(self.progress, why))
+                self._output.send(*part.reset_baseline(self.progress.step))
+            self._output.send(new_stage(self.progress, why))
 
     def _take_step(self, batches: list[Iterator[Batch]], stop: StopRequest) -> Step:
         """Take the next step, or refuse its batch."""
@@ -193,7 +187,7 @@ class Trainer:
         else:
             self.progress = before.after_skip(samples)
         step = Step(self.progress, before.consumed_samples, samples, started, result)
-        self._alerts.send(*self.parts.end_step(step))
+        self._output.send(*self.parts.end_step(step))
         if result.updated:
             self.supervisor.end_step(step.number)
         return step
@@ -220,7 +214,7 @@ class Trainer:
                 saved = f"step {self.progress.step} is saved, and resuming continues after them"
                 raise outcome.error(self.checkpoints.error or saved)
             case _:
-                self._alerts.send(outcome)
+                self._output.send(outcome)
         return True
 
     def _roll_back(self, rollback: Rollback) -> bool:
@@ -229,16 +223,15 @@ class Trainer:
         with self.supervisor.during("rollback"):
             self.checkpoints.finish()
             checkpoint = newest_valid(checkpoint_folder(self.config), rollback.up_to_step)
-            self._alerts.send(*rollback.alerts_before(checkpoint))
+            self._output.send(*rollback.alerts_before(checkpoint))
             if checkpoint is None:
                 return False
             loaded = read_checkpoint(checkpoint, self.model, self.config)
             self.progress = before.back_at(loaded.progress)
             self.states = states_of(loaded.extra)
-            if self._sinks is not None:
-                self._sinks.go_back(self.progress.step)
-            self._alerts.send(*self.parts.load(self.states, "rollback", before.step))
-            self._alerts.send(*rollback.alerts_after(checkpoint))
+            self._output.go_back(self.progress.step)
+            self._output.send(*self.parts.load(self.states, "rollback", before.step))
+            self._output.send(*rollback.alerts_after(checkpoint))
             if rollback.up_to_step is not None:
                 # The checkpoints of what is undone are newer than the one gone back to. A run that
                 # is resumed must not take them.
@@ -257,9 +250,6 @@ class Trainer:
             checkpoint = self.checkpoints.written.pop(0)
             for part in self.parts:
                 part.saved(checkpoint)
-
-    def _saves_now(self) -> bool:
-        return self._run.is_due(self.progress.step, self.config.checkpoint.save_interval)
 
     def _is_logged(self, step: int) -> bool:
         if self._run.is_due(step, self.config.training.log_interval):
@@ -286,24 +276,9 @@ class Trainer:
         if self.config.checkpoint.save_interval > 0:
             fields["failed_saves"] = self.checkpoints.failed_saves
         record = StepMetrics(**self.parts.record(step, fields))
-        if self._sinks is not None:
-            self._sinks.write(record)
-            self._alerts.complain(self.progress, self.checkpoints)
+        self._output.write(record)
+        self._output.complain(self.progress, self.checkpoints)
         return record
-
-    def _close_sinks(self) -> None:
-        self._alerts.close()
-        if self._sinks is None:
-            return
-        try:
-            self._sinks.close()
-        except OSError as error:
-            self._lost_records = f"the last records of metrics could not be written: {error}"
-
-    def _num_samples(self) -> tuple[int, int, int]:
-        training = self.config.training
-        validation = training.eval_iters * training.global_batch_size
-        return planned_samples(self.config), validation, 0
 
     def _load(self, config: Config) -> Loaded:
         """Continue from `checkpoint.load` of `config`."""

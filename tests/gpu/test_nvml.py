@@ -51,11 +51,11 @@ def test_a_sample_is_in_the_units_it_says(nvml, uuid):
     (index,) = nvml.index_of([uuid])
     sample = nvml.sample(index)
     # Whatever a card does: W, degrees Celsius, MHz, a share, bytes.
-    assert 10 < sample.power < 2000
-    assert 10 < sample.temperature < 110
-    assert 100 < sample.sm_clock < 4000
-    assert 0.0 <= sample.utilization <= 1.0
-    assert sample.memory_used > 2**20
+    assert 10 < sample["gpu_power_w"] < 2000
+    assert 10 < sample["gpu_temperature_c"] < 110
+    assert 100 < sample["gpu_clock_mhz"] < 4000
+    assert 0.0 <= sample["gpu_utilization"] <= 1.0
+    assert sample["gpu_memory_bytes"] > 2**20
 
 
 def test_energy_grows_while_the_card_works(cuda, nvml, uuid):

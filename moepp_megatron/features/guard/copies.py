@@ -4,13 +4,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.optimizer import MegatronOptimizer
 from torch import Tensor
 
 from moepp_megatron.moe.layer import moepp_layers
 from moepp_megatron.moe.router import MoEPPRouter
+from moepp_megatron.runtime.distributed import gathered
 from moepp_megatron.training.checkpoint.optimizer import copy_into_shard, is_distributed
 from moepp_megatron.training.setup import TrainingModel
 
@@ -46,9 +46,7 @@ class RouterCopies:
     def state(self) -> list[list[Any]]:
         """The state for a checkpoint, the same on every rank; a collective."""
         own = {layer: [value.cpu() for value in values] for layer, values in self._kept.items()}
-        group = parallel_state.get_pipeline_model_parallel_group()
-        stages: list[dict[int, list[Tensor]]] = [{} for _ in range(dist.get_world_size(group))]
-        dist.all_gather_object(stages, own, group=group)
+        stages = gathered(own, parallel_state.get_pipeline_model_parallel_group())
         values = {layer: copies for stage in stages for layer, copies in stage.items()}
         return [[layer, self.step, values[layer]] for layer in sorted(values)]
 

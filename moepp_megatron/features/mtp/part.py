@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-
 from moepp_megatron.config import Layout
 from moepp_megatron.training.part import Part, PartContext, Step
-from moepp_megatron.training.step_sums import first_of_tensor_ranks, sum_over_ranks
+from moepp_megatron.training.step_sums import first_of_tensor_ranks, sum_over_ranks, zeros
 
 
 class MultiTokenPredictionPart(Part):
@@ -32,9 +30,7 @@ class MultiTokenPredictionPart(Part):
 
     def record(self, step: Step, fields: Mapping[str, Any]) -> dict[str, Any]:
         """The mean over the depths; a collective."""
-        total = torch.zeros(
-            self._depths, 2, dtype=torch.float64, device=torch.cuda.current_device()
-        )
+        total = zeros(self._depths, 2)
         for loss in self._losses:
             if loss.sums is not None and first_of_tensor_ranks():
                 total += loss.sums

@@ -29,6 +29,7 @@ from moepp_megatron.config import Config, Layout
 from moepp_megatron.features.profile.ranges import Ranges, name_collectives, name_layers, range_
 from moepp_megatron.observe.alerts import Alert
 from moepp_megatron.runtime.atomic import whole_file, write_atomic
+from moepp_megatron.runtime.distributed import gathered
 from moepp_megatron.training import step as step_module
 from moepp_megatron.training.part import Part, PartContext, Step
 from moepp_megatron.training.setup import TrainingModel
@@ -176,7 +177,7 @@ def _describe(config: Config, layout: Layout) -> dict[str, Any]:
         "router_topk": config.moe.router_topk,
         "num_ffn_experts": config.moe.num_ffn_experts,
         "hidden_size": config.model.hidden_size,
-        "nodes": _nodes(),
+        "nodes": gathered(socket.gethostname()),
         "groups": _groups(),
         "steps": [],
     }
@@ -201,13 +202,6 @@ def _groups() -> dict[str, dict[str, Any]]:
         for group, name in names.items()
         if isinstance(group, dist.ProcessGroup)
     }
-
-
-def _nodes() -> list[str]:
-    """Host name of each rank."""
-    names: list[str] = [""] * dist.get_world_size()
-    dist.all_gather_object(names, socket.gethostname())
-    return names
 
 
 def _device() -> str:

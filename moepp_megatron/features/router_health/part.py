@@ -17,7 +17,7 @@ from moepp_megatron.training.part import Part, PartContext, Step
 from moepp_megatron.training.parts.routing_counts import RoutingCountsPart
 from moepp_megatron.training.setup import TrainingModel
 from moepp_megatron.training.step import Batch
-from moepp_megatron.training.step_sums import sum_over_ranks
+from moepp_megatron.training.step_sums import sum_over_ranks, zeros
 
 
 class RouterHealthPart(Part):
@@ -47,9 +47,7 @@ class RouterHealthPart(Part):
         # There the loss comes after other micro-batches have passed the layers.
         self._sorts_losses = not config.parallel.overlap_moe_expert_parallel_comm
         # On the device, so that a micro-batch waits for none.
-        self._losses = torch.zeros(
-            2, self._topk + 1, dtype=torch.float64, device=torch.cuda.current_device()
-        )
+        self._losses = zeros(2, self._topk + 1)
         self._is_on = False
         self._fields: dict[str, Any] | None = None
 
@@ -90,8 +88,7 @@ class RouterHealthPart(Part):
         )
         buckets = mean_T.round().long()
         for row, values in enumerate((losses * mask, mask)):
-            sums = torch.zeros(self._topk + 1, dtype=torch.float64, device=values.device)
-            self._losses[row] += sums.index_add_(0, buckets, values.double())
+            self._losses[row] += zeros(self._topk + 1).index_add_(0, buckets, values.double())
 
     def record(self, step: Step, fields: Mapping[str, Any]) -> dict[str, Any]:
         """Router health of a measured step."""
@@ -110,8 +107,7 @@ class RouterHealthPart(Part):
 
     def _collect(self) -> dict[str, Any]:
         names = RouterHealth.names_for(self._topk)
-        shape, device = (len(self._numbers), len(names)), torch.cuda.current_device()
-        local = torch.zeros(shape, dtype=torch.float64, device=device)
+        local = zeros(len(self._numbers), len(names))
         with self._model.gathered_parameters():
             for row, number in enumerate(self._numbers):
                 if (router := self._routers.get(number)) is not None:

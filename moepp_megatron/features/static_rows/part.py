@@ -16,7 +16,7 @@ from moepp_megatron.moe.lane import use_static_rows
 from moepp_megatron.moe.layer import moepp_layers
 from moepp_megatron.observe.alerts import Alert
 from moepp_megatron.training.part import Part, PartContext, State, Step, Why
-from moepp_megatron.training.step_sums import Summand
+from moepp_megatron.training.step_sums import Summand, zeros
 
 logger = logging.getLogger(__name__)
 
@@ -70,10 +70,7 @@ class StaticRowsPart(Part):
         """Largest number of rows of this rank's layers over the buffer's; float64 on the device."""
         fills = [layer.statistics.fill for layer in self._layers]
         known = [fill for fill in fills if fill is not None]
-        if not known:
-            device = torch.cuda.current_device()
-            return torch.zeros((), dtype=torch.float64, device=device)
-        return torch.stack(known).max()
+        return torch.stack(known).max() if known else zeros()
 
     def _largest_fill(self) -> float:
         """The fill of all ranks; a collective."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import socket
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from moepp_megatron.features.telemetry.sampler import (
     Source,
     Usage,
 )
+from moepp_megatron.runtime.distributed import gathered
 from moepp_megatron.runtime.nvml import Nvml, NvmlUnavailableError
 from moepp_megatron.training.checkpoint.files import Progress
 from moepp_megatron.training.part import Part, PartContext, Step
@@ -84,20 +85,14 @@ def _over_ranks(usage: Usage) -> Usage:
     return Usage(sums.tolist(), highest.tolist())
 
 
-def _first_of_each_node(nodes: Sequence[str]) -> dict[str, int]:
-    """The lowest rank of every node, from each rank's node."""
-    return {node: nodes.index(node) for node in dict.fromkeys(nodes)}
-
-
 def _cards_of_this_node(on_gpu: bool) -> list[str] | None:
     """UUIDs of the GPUs of this node's ranks, on its first rank; None on the others."""
     uuid = None
     if on_gpu:
         uuid = f"GPU-{torch.cuda.get_device_properties(torch.cuda.current_device()).uuid}"
     node = socket.gethostname()
-    ranks: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(ranks, (node, uuid))
-    if _first_of_each_node([there for there, _ in ranks])[node] != dist.get_rank():
+    ranks = gathered((node, uuid))
+    if [there for there, _ in ranks].index(node) != dist.get_rank():
         return None
     return list(dict.fromkeys(card for there, card in ranks if there == node and card))
 

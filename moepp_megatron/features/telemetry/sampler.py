@@ -125,7 +125,7 @@ class GpuSource(Source):
         self._nvml, self._clock = nvml, clock
         self._indices = nvml.index_of(uuids)
         nvml.watch_faults(self._indices)
-        self._traffic: dict[int, tuple[float, int]] = {}
+        self._traffic: dict[int, tuple[float, float]] = {}
 
     @property
     def devices(self) -> int:
@@ -137,28 +137,16 @@ class GpuSource(Source):
         return [self._sample(index) for index in self._indices]
 
     def _sample(self, index: int) -> Sample:
-        seen = self._nvml.sample(index)
-        pcie = [rate for rate in (seen.pcie_tx, seen.pcie_rx) if rate is not None]
-        found = {
-            "gpu_power_w": seen.power,
-            "gpu_utilization": seen.utilization,
-            "gpu_clock_mhz": seen.sm_clock,
-            "gpu_memory_bytes": seen.memory_used,
-            "gpu_temperature_c": seen.temperature,
-            "nvlink_bytes_per_s": self._nvlink_rate(index, seen.nvlink_tx, seen.nvlink_rx),
-            "pcie_bytes_per_s": sum(pcie) if len(pcie) == 2 else None,
-        }
-        return {name: value for name, value in found.items() if value is not None}
-
-    def _nvlink_rate(self, index: int, sent: int | None, received: int | None) -> float | None:
-        if sent is None or received is None:
-            return None
-        now, total = self._clock(), sent + received
+        found = self._nvml.sample(index)
+        total = found.pop("nvlink_bytes", None)
+        if total is None:
+            return found
+        now = self._clock()
         before, self._traffic[index] = self._traffic.get(index), (now, total)
         # The counter starts at 0 when the driver is loaded again.
-        if before is None or total < before[1] or now <= before[0]:
-            return None
-        return (total - before[1]) / (now - before[0])
+        if before is not None and total >= before[1] and now > before[0]:
+            found["nvlink_bytes_per_s"] = (total - before[1]) / (now - before[0])
+        return found
 
     def energy_j(self) -> float | None:
         """Energy of all GPUs since the driver was loaded."""

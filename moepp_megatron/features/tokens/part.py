@@ -34,6 +34,7 @@ from moepp_megatron.training.step_sums import (
     Summand,
     first_of_tensor_ranks,
     sum_over_ranks,
+    zeros,
 )
 
 
@@ -108,8 +109,7 @@ class SourcesPart(Part):
             "source_loss": named(losses[:, 0] / np.where(tokens > 0, tokens, 1.0)),
         }
         if self._counts_experts:
-            shape = len(self.names), self._num_experts
-            local = torch.zeros(shape, dtype=torch.float64, device=torch.cuda.current_device())
+            local = zeros(len(self.names), self._num_experts)
             for statistics in self._statistics:
                 if statistics.sources is not None:
                     local += statistics.sources

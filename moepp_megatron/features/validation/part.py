@@ -12,7 +12,7 @@ from moepp_megatron.training.batches import rank_batches
 from moepp_megatron.training.part import Part, PartContext, Step
 from moepp_megatron.training.setup import TrainingModel
 from moepp_megatron.training.step import run_schedule
-from moepp_megatron.training.step_sums import mean_loss
+from moepp_megatron.training.step_sums import mean_loss, zeros
 
 
 class ValidationPart(Part):
@@ -56,7 +56,7 @@ def validation_loss(model: TrainingModel, dataset: Any, config: Config, layout: 
     """
     model.set_training(False)
     batches = rank_batches(dataset, 0, config, len(model.chunks))
-    losses = torch.zeros(2, dtype=torch.float64, device=torch.cuda.current_device())
+    losses = zeros(2)
     with model.gathered_parameters():
         for _ in range(config.training.eval_iters):
             losses += run_schedule(

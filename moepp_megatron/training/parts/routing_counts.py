@@ -18,7 +18,7 @@ from moepp_megatron.moe.spec import router_pattern
 from moepp_megatron.moe.statistics import BALANCE, Z_LOSS, tracked_losses
 from moepp_megatron.training.part import Part, PartContext, Step
 from moepp_megatron.training.setup import TrainingModel
-from moepp_megatron.training.step_sums import Summand, sum_over_ranks
+from moepp_megatron.training.step_sums import Summand, sum_over_ranks, zeros
 
 
 class RoutingCountsPart(Part):
@@ -124,8 +124,7 @@ class RoutingCountsPart(Part):
     def _by_layer(self, width: int, put: Callable[[Tensor, int], None]) -> Tensor:
         """[MoE layers, width] float64 on the device: rows of this rank's layers, 0 for others."""
         # On the device until the end: one wait for it, not one for each layer.
-        shape = len(self.layer_numbers), width
-        local = torch.zeros(shape, dtype=torch.float64, device=torch.cuda.current_device())
+        local = zeros(len(self.layer_numbers), width)
         for row, number in enumerate(self.layer_numbers):
             if number in self._statistics:
                 put(local[row], number)

@@ -9,11 +9,11 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from moepp_megatron.config.schema import ResilienceSection
 from moepp_megatron.observe.shift.detector import CHARTS, Detector
+from moepp_megatron.runtime.distributed import gathered
 from moepp_megatron.training.step_sums import StepSums
 
 # Of the ways to part the batches into two groups of these sizes, the share that may part them by
@@ -234,18 +234,14 @@ def _describe_non_finite(
     losses: Tensor, grad_norm: float, chunks: Sequence[torch.nn.Module]
 ) -> str:
     """Name the ranks and parameters with non-finite values; every rank must call."""
-    mine = torch.tensor([float(losses[0]), grad_norm], device=torch.cuda.current_device())
-    everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
-    dist.all_gather(everyone, mine)
+    here = float(losses[0]), grad_norm, _first_non_finite(chunks)
+    of_losses, of_norms, names = zip(*gathered(here), strict=True)
     parts = []
-    for name, column in (("loss", 0), ("gradient norm", 1)):
-        values = [float(pair[column]) for pair in everyone]
+    for name, values in (("loss", of_losses), ("gradient norm", of_norms)):
         ranks = [rank for rank, value in enumerate(values) if not math.isfinite(value)]
         if ranks:
             shown = ", ".join(map(str, ranks[:8])) + (", ..." if len(ranks) > 8 else "")
             parts.append(f"{name} is {values[ranks[0]]} on rank {shown}")
-    names: list[str | None] = [None] * len(everyone)
-    dist.all_gather_object(names, _first_non_finite(chunks))
     # A parameter before a gradient that it has made so.
     parts += sorted(filter(None, names), key=lambda name: name.startswith("gradient"))[:1]
     return "; ".join(parts) or "loss is not finite"

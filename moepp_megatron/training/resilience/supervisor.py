@@ -13,6 +13,7 @@ from torch import Tensor
 
 from moepp_megatron.config import Config
 from moepp_megatron.model.initialize import plain_value
+from moepp_megatron.runtime.distributed import gathered
 from moepp_megatron.training.resilience.stragglers import StragglerDetector
 from moepp_megatron.training.resilience.watchdog import FIRST_STEP, STEP, Activity, Watchdog
 from moepp_megatron.training.setup import TrainingModel
@@ -46,10 +47,8 @@ def _check_shared_parameters(models: Sequence[torch.nn.Module], step: int) -> No
     dist.all_reduce(num_problems)
     if int(num_problems) == 0:
         return
-    everyone: list[list[str]] = [[] for _ in range(dist.get_world_size())]
-    dist.all_gather_object(everyone, problems)
     # Every rank of a group finds the same.
-    lines = list(dict.fromkeys(line for lines in everyone for line in lines))
+    lines = list(dict.fromkeys(line for lines in gathered(problems) for line in lines))
     raise SilentDivergenceError(
         f"after step {step}, ranks hold different copies of the same parameters "
         f"({len(lines)} cases); a memory fault or an unsynchronised update: test the node of the "

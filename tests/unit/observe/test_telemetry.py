@@ -7,7 +7,6 @@ from types import SimpleNamespace
 import pynvml
 import pytest
 
-from moepp_megatron.features.telemetry.part import _first_of_each_node
 from moepp_megatron.features.telemetry.sampler import (
     NOTHING,
     CpuSource,
@@ -233,8 +232,3 @@ def test_fields_of_a_cpu():
     found = Usage.of([[sample]], None, 0, 6.0).metrics(tokens=1)
     assert found == sample
     assert type(found["host_memory_bytes"]) is int
-
-
-def test_the_first_rank_of_every_node():
-    assert _first_of_each_node(["a", "a", "b", "b"]) == {"a": 0, "b": 2}
-    assert _first_of_each_node(["b", "a", "b", "a"]) == {"b": 0, "a": 1}
