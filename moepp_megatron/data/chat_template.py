@@ -4,8 +4,6 @@ A template is a Jinja program that came with a tokenizer, so it runs in Jinja's 
 names that Hugging Face's templates expect.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Sequence
@@ -87,7 +85,7 @@ class ChatTemplate:
         self.tokenizer = tokenizer
 
     @classmethod
-    def find(cls, tokenizer_path: Path, tokenizer: Tokenizer, file: Path | None) -> ChatTemplate:
+    def find(cls, tokenizer_path: Path, tokenizer: Tokenizer, file: Path | None) -> "ChatTemplate":
         """The template of a file, or the one next to a tokenizer.
 
         Args:

@@ -1,10 +1,11 @@
 """Alerts of a run: the record of one alert, and reading `RUN/alerts.jsonl`."""
 
+import time
 from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from moepp_megatron.catalogue import Number
 from moepp_megatron.config.regular_file import check_regular
@@ -33,7 +34,7 @@ class Alert(BaseModel):
     model_config = ConfigDict(extra="allow", frozen=True, ser_json_inf_nan="null")
 
     step: int
-    time: Number
+    time: Number = Field(default_factory=time.time)
     rule: str
     metric: str
     value: Number

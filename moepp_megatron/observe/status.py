@@ -5,8 +5,6 @@ Whoever starts a run claims its folder with this file before anything else is wr
 has claimed the folder.
 """
 
-from __future__ import annotations
-
 import os
 import shlex
 import socket
@@ -39,7 +37,7 @@ class _ProcessId(BaseModel):
     started: float
 
     @classmethod
-    def own(cls) -> _ProcessId:
+    def own(cls) -> "_ProcessId":
         """This process."""
         return cls(pid=os.getpid(), started=psutil.Process().create_time())
 
@@ -95,7 +93,7 @@ class RunStatus(BaseModel):
         restarted: bool = False,
         resume_command: str | None = None,
         is_configured: bool = False,
-    ) -> RunStatus:
+    ) -> "RunStatus":
         """The status of this process, which is about to train or to start ranks."""
         return cls(
             state="running",
@@ -111,7 +109,7 @@ class RunStatus(BaseModel):
         )
 
     @classmethod
-    def of_rank(cls) -> RunStatus:
+    def of_rank(cls) -> "RunStatus":
         """The status of this process as a training rank; keeps the claim of its launcher."""
         own, claim = cls.own(is_configured=True), inherited_claim()
         if claim is None:

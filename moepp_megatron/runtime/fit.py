@@ -6,8 +6,6 @@ pass and let it share the memory of the recomputed one in the backward pass
 (megatron/core/tensor_parallel/random.py).
 """
 
-from __future__ import annotations
-
 import os
 import shutil
 import sysconfig
@@ -295,7 +293,7 @@ class FP8Machine:
     cuda: Version | None
 
     @classmethod
-    def this(cls) -> FP8Machine:
+    def this(cls) -> "FP8Machine":
         """Describe the machine that this process runs on; imports torch."""
         import torch
 

@@ -6,8 +6,6 @@ NVIDIA's multi-storage client, which megatron-core has an interface to as well, 
 request or an upload in parts, and has CRC32 checksums on its way; there is no renaming.
 """
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import fnmatch
@@ -116,7 +114,7 @@ class ObjectPath(PosixPath):
         """An address is."""
         return True
 
-    def resolve(self, strict: bool = False) -> ObjectPath:
+    def resolve(self, strict: bool = False) -> "ObjectPath":
         """The path itself."""
         return self
 
@@ -144,7 +142,7 @@ class ObjectPath(PosixPath):
         """True if there are objects below."""
         return next(self.iterdir(), None) is not None
 
-    def iterdir(self) -> Generator[ObjectPath]:
+    def iterdir(self) -> "Generator[ObjectPath]":
         """Yield the direct children; none where there is no such folder."""
         with self._asking():
             listing = list(self._client.list(path=self._prefix, include_directories=True))
@@ -153,7 +151,7 @@ class ObjectPath(PosixPath):
             path._entry = item
             yield path
 
-    def glob(self, pattern: str, **_: Any) -> Iterator[ObjectPath]:  # type: ignore[override]
+    def glob(self, pattern: str, **_: Any) -> "Iterator[ObjectPath]":  # type: ignore[override]
         """Yield the direct children whose name matches this pattern."""
         return (path for path in self.iterdir() if fnmatch.fnmatchcase(path.name, pattern))
 

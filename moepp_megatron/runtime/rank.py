@@ -1,7 +1,5 @@
 """This rank, read from the launcher's environment. Imports nothing heavy."""
 
-from __future__ import annotations
-
 import os
 import re
 from collections.abc import Mapping
@@ -47,7 +45,7 @@ class RankEnvironment:
             )
 
     @classmethod
-    def read(cls) -> RankEnvironment:
+    def read(cls) -> "RankEnvironment":
         """Read the variables that torchrun or srun sets; without them this is a lone process.
 
         ConfigError if a user's own launcher does not say which ranks share this machine.
@@ -61,7 +59,7 @@ class RankEnvironment:
         return cls()
 
     @classmethod
-    def _of_torchrun(cls, env: Mapping[str, str]) -> RankEnvironment:
+    def _of_torchrun(cls, env: Mapping[str, str]) -> "RankEnvironment":
         rank, world_size = _number(env, "RANK"), _number(env, "WORLD_SIZE")
         local_rank, local_world_size = _place_on_machine(env, rank, world_size)
         meets_at = None
@@ -84,7 +82,7 @@ class RankEnvironment:
         )
 
     @classmethod
-    def _of_srun(cls, env: Mapping[str, str]) -> RankEnvironment:
+    def _of_srun(cls, env: Mapping[str, str]) -> "RankEnvironment":
         rank, world_size = _number(env, "SLURM_PROCID"), _number(env, "SLURM_STEP_NUM_TASKS")
         local_world_size = _tasks_on_node(env)
         # Ranks of one machine need no name of it, which may be no address.

@@ -2,7 +2,6 @@
 
 import contextlib
 import logging
-import time
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +84,7 @@ class RunOutput:
 def _alert(progress: Progress, rule: str, metric: str, **fields: Any) -> Alert:
     """Make an alert, timed now; `value` is by default that field of `progress`."""
     fields = {"value": getattr(progress, metric, None), "severity": "critical"} | fields
-    return Alert(step=progress.step, time=time.time(), rule=rule, metric=metric, **fields)
+    return Alert(step=progress.step, rule=rule, metric=metric, **fields)
 
 
 # What to do about refused batches, by action.

@@ -1,7 +1,5 @@
 """A whole run: what `moepp train` does, for the command line and for Python."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import hashlib
@@ -51,7 +49,7 @@ class TrainResult:
 
     folder: Path
     step: int = 0
-    metrics: StepMetrics | None = None
+    metrics: "StepMetrics | None" = None
     stopped: bool = False
     failure: str | None = None
     pause_reason: str | None = None
@@ -248,7 +246,7 @@ def _must_be_alike(config: Config) -> dict[str, str]:
     return alike
 
 
-def _refuse_unlike(store: Store, rank: int, world_size: int, alike: Mapping[str, str]) -> None:
+def _refuse_unlike(store: "Store", rank: int, world_size: int, alike: Mapping[str, str]) -> None:
     """Refuse ranks whose settings differ, through the store where they meet; every rank calls.
 
     Else ranks would train with each their own, or wait for each other in collectives. NoStartError

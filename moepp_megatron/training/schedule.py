@@ -3,8 +3,6 @@
 The optimizer, `moepp train --dry-run`, the report and the messages of a resumed run all ask here.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from types import SimpleNamespace
@@ -28,7 +26,7 @@ _SILENT = -1
 
 
 def build_schedule(
-    config: Config, optimizer: MegatronOptimizer | SimpleNamespace
+    config: Config, optimizer: "MegatronOptimizer | SimpleNamespace"
 ) -> OptimizerParamScheduler:
     """The schedule that sets the learning rate and the weight decay of an optimizer's groups."""
     build = pick(SCHEDULES, "optimizer.decay_style", config.optimizer.decay_style, "schedules")
@@ -36,7 +34,7 @@ def build_schedule(
 
 
 def _megatron_schedule(
-    config: Config, optimizer: MegatronOptimizer | SimpleNamespace
+    config: Config, optimizer: "MegatronOptimizer | SimpleNamespace"
 ) -> OptimizerParamScheduler:
     settings = config.optimizer
     return OptimizerParamScheduler(

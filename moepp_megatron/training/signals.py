@@ -1,7 +1,5 @@
 """Stopping on request: finish the step, save, leave with a status that means "resume later"."""
 
-from __future__ import annotations
-
 import os
 import signal
 import time
@@ -45,7 +43,7 @@ class StopRequest:
         self._is_single_rank = not RankEnvironment.read().is_launched
 
     @contextmanager
-    def listening(self) -> Iterator[StopRequest]:
+    def listening(self) -> "Iterator[StopRequest]":
         """Handle the signals inside the block; the handlers before are put back afterwards."""
         before = {number: signal.signal(number, self._receive) for number in heeded_signals()}
         # The launcher holds them back until now; one that came meanwhile arrives here.

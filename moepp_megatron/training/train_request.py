@@ -1,7 +1,5 @@
 """A request of `moepp train`, checked before anything heavy is imported."""
 
-from __future__ import annotations
-
 import base64
 import json
 import os
@@ -72,7 +70,7 @@ class TrainRequest:
         options: LaunchOptions,
         start: Start,
         warn: Say,
-    ) -> TrainRequest:
+    ) -> "TrainRequest":
         """Check configuration and rank grid.
 
         Args:
@@ -133,7 +131,7 @@ class TrainRequest:
         """True if this process starts ranks and is not one itself."""
         return not self.rank.is_launched and self.options != LaunchOptions(1, stoppable=True)
 
-    def admitted(self, warn: Say) -> TrainRequest:
+    def admitted(self, warn: Say) -> "TrainRequest":
         """The request with what it starts from, where folder, machine and data allow it.
 
         Raises:

@@ -1,8 +1,5 @@
 """Applies the budget of FFN experts per token to the model, step by step."""
 
-from __future__ import annotations
-
-import time
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -35,7 +32,7 @@ class BudgetPart(Part):
         routing.watch(margins=self._controller.needs_margins)
 
     @classmethod
-    def of(cls, run: PartContext) -> BudgetPart | None:
+    def of(cls, run: PartContext) -> "BudgetPart | None":
         """The part of a run; None without a budget."""
         if not run.config.moe.budget.acts:
             return None
@@ -95,7 +92,6 @@ class BudgetPart(Part):
         return [
             Alert(
                 step=step,
-                time=time.time(),
                 rule=_MISSED.name,
                 metric=_MISSED.metric,
                 value=1.0 + self._off,

@@ -1,7 +1,5 @@
 """Section `moe.budget`: the target of FFN experts per token, and its controller."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -66,7 +64,7 @@ class _BudgetSection(Section):
         return 1.0 if self.gain is None and self.held_by == "tau" else self.gain
 
 
-def _within_what_tokens_select(config: Config) -> Iterator[Problem]:
+def _within_what_tokens_select(config: "Config") -> Iterator[Problem]:
     """A token selects K different experts: at most F FFN experts, at least what is left of Z."""
     moe, others = config.moe, config.moe.num_zero_computation_experts
     lowest, highest = max(0, moe.router_topk - others), min(moe.router_topk, moe.num_ffn_experts)
@@ -97,7 +95,7 @@ class BudgetSettings(EngineMoESection):  # type: ignore[misc]  # as EngineMoESec
     """FFN experts per token, held during training"""
 
     @model_validator(mode="after")
-    def _bias_of_its_controller(self) -> BudgetSettings:
+    def _bias_of_its_controller(self) -> "BudgetSettings":
         """Switch on the selection bias that the budget's controller moves."""
         # It does not count as given by the user, so that it goes with the controller.
         if self.budget.held_by == "bias" and self.num_zero_computation_experts > 0:

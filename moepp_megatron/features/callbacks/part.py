@@ -1,7 +1,5 @@
 """Callbacks: a user's objects that get the events of a run, called as parts are."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -143,7 +141,7 @@ class CallbacksPart(Part):
             _check(name, callback)
 
     @classmethod
-    def of(cls, run: PartContext) -> CallbacksPart:
+    def of(cls, run: PartContext) -> "CallbacksPart":
         """The part of a run, which may have none but plugins' callbacks."""
         return cls(run.config, run.model, run.supervisor, run.callbacks)
 

@@ -1,7 +1,5 @@
 """The current stage of a run's data, and when the next begins."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Iterable
@@ -25,7 +23,7 @@ class DataStagesPart(Part):
         self._newest: str | None = self._identities[current.name]
 
     @classmethod
-    def of(cls, run: PartContext) -> DataStagesPart:
+    def of(cls, run: PartContext) -> "DataStagesPart":
         """The part of a run."""
         return cls(run.config, run.progress.consumed_samples)
 

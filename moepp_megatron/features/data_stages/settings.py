@@ -1,7 +1,5 @@
 """Settings of stages in the section `data`: blends that replace the one before."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated
 
@@ -26,13 +24,13 @@ class DataStage(Section):
     """Folders that are trained on together"""
 
 
-def _begins(config: Config) -> Iterator[tuple[str, dict[str, float | None]]]:
+def _begins(config: "Config") -> Iterator[tuple[str, dict[str, float | None]]]:
     for index, stage in enumerate(config.data.stages):
         begins = {"from_step": stage.from_step, "from_tokens": stage.from_tokens}
         yield f"data.stages[{index}]", begins
 
 
-def _stages_follow_each_other(config: Config) -> Iterator[Problem]:
+def _stages_follow_each_other(config: "Config") -> Iterator[Problem]:
     """Each stage has steps of its own; a stage that never begins is not wrong, but ignored."""
     before = 0
     for index, stage in enumerate(config.data.stages):
@@ -44,7 +42,7 @@ def _stages_follow_each_other(config: Config) -> Iterator[Problem]:
         before = begins
 
 
-def _stages_behind_the_end(config: Config) -> Iterator[Problem]:
+def _stages_behind_the_end(config: "Config") -> Iterator[Problem]:
     """A run that is trained in parts may name them all the same."""
     steps, remedy = config.training.train_iters, "raise training.train_iters, or leave it out"
     for index, stage in enumerate(config.data.stages):

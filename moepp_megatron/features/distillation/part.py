@@ -6,8 +6,6 @@ until the model gets there is the teacher's last hidden states; the logits, whic
 the vocabulary, are made when they are compared.
 """
 
-from __future__ import annotations
-
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -60,7 +58,7 @@ class DistillationPart(Part):
         self._sums = StepCounts(2)
 
     @classmethod
-    def of(cls, run: PartContext) -> DistillationPart | None:
+    def of(cls, run: PartContext) -> "DistillationPart | None":
         """The part of a run; None without a teacher."""
         if run.config.distillation.teacher is None:
             return None

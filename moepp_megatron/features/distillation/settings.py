@@ -1,7 +1,5 @@
 """Section `distillation`: a frozen teacher whose predictions the model learns with the text."""
 
-from __future__ import annotations
-
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from moepp_megatron.config.rows import no_effect_without, refuse
@@ -11,7 +9,7 @@ if TYPE_CHECKING:
     from moepp_megatron.config.schema import Config
 
 
-def _nothing_is_learnt(config: Config) -> bool:
+def _nothing_is_learnt(config: "Config") -> bool:
     settings = config.distillation
     return settings.teacher is not None and settings.weight == settings.text_weight == 0
 

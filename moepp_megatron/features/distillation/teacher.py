@@ -1,7 +1,5 @@
 """The teacher model, and its configuration in the run's layout. Imports no torch."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 import shlex
@@ -41,7 +39,7 @@ class TeacherModel:
     config: Config
 
     @classmethod
-    def of(cls, config: Config) -> TeacherModel | None:
+    def of(cls, config: Config) -> "TeacherModel | None":
         """The teacher of a run, or None.
 
         Raises:

@@ -1,7 +1,5 @@
 """The rules in effect, and the alerts they raise when they begin or end."""
 
-import time
-
 from moepp_megatron.features.guard.settings import GuardRule, RoutingGuardSection
 from moepp_megatron.observe.alerts import Alert
 from moepp_megatron.observe.guard_judge import WHOLE_MODEL, CompleteRule, Event
@@ -75,7 +73,6 @@ def alert_of(
             remedy = f"{own_remedy} ({_PAGE}#{shift.cause})"
     return Alert(
         step=step,
-        time=time.time(),
         rule=rule.name,
         metric=rule.metric,
         value=value,

@@ -1,7 +1,5 @@
 """Judges routers and data in every step, acts and reports."""
 
-from __future__ import annotations
-
 import logging
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence

@@ -1,7 +1,5 @@
 """The loss of multi-token prediction (MTP) of a step, over all ranks."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

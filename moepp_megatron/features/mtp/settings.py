@@ -1,7 +1,5 @@
 """Settings of multi-token prediction in the section `model`."""
 
-from __future__ import annotations
-
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from moepp_megatron.config.rows import group, no_effect_with, refuse, table
@@ -11,7 +9,7 @@ if TYPE_CHECKING:
     from moepp_megatron.config.schema import Config
 
 
-def _recomputes_several(config: Config) -> bool:
+def _recomputes_several(config: "Config") -> bool:
     training = config.training
     return training.recompute_granularity == "full" and training.recompute_num_layers != 1
 

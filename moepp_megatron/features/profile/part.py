@@ -5,8 +5,6 @@ groups, layout, node, clock, and the routing of each step. A rank
 that is not recorded counts nothing; it only meets the others at the barriers.
 """
 
-from __future__ import annotations
-
 import functools
 import json
 import logging
@@ -54,7 +52,7 @@ class ProfilePart(Part):
         self._done = not self._steps
 
     @classmethod
-    def of(cls, run: PartContext) -> ProfilePart | None:
+    def of(cls, run: PartContext) -> "ProfilePart | None":
         """The part of a run; None where no step is recorded."""
         is_wanted = bool(run.config.training.profile_steps)
         return cls(run.config, run.layout, run.model) if is_wanted else None

@@ -1,7 +1,5 @@
 """Settings of profiles in the section `training`."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, ClassVar
 
@@ -13,7 +11,7 @@ if TYPE_CHECKING:
     from moepp_megatron.config.schema import Config
 
 
-def _profiled_steps_follow_each_other(config: Config) -> Iterator[Problem]:
+def _profiled_steps_follow_each_other(config: "Config") -> Iterator[Problem]:
     """One recording, from its first step to its last, within the run."""
     steps, last = config.training.profile_steps, config.training.train_iters
     if not steps:
@@ -29,7 +27,7 @@ def _profiled_steps_follow_each_other(config: Config) -> Iterator[Problem]:
     yield Problem("training.profile_steps", steps, rule, remedy)
 
 
-def _profiled_ranks_exist(config: Config, world_size: int) -> Iterator[Problem]:
+def _profiled_ranks_exist(config: "Config", world_size: int) -> Iterator[Problem]:
     """Ranks to be recorded are ranks of the run."""
     name, ranks = "training.profile_ranks", config.training.profile_ranks
     if not config.training.profile_steps or ranks is None:

@@ -1,7 +1,5 @@
 """Computes the router health of one step for the record from every rank's sums."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -52,7 +50,7 @@ class RouterHealthPart(Part):
         self._fields: dict[str, Any] | None = None
 
     @classmethod
-    def of(cls, run: PartContext) -> RouterHealthPart:
+    def of(cls, run: PartContext) -> "RouterHealthPart":
         """The part of a run."""
         numbers = run.require(RoutingCountsPart).layer_numbers
         return cls(run.config, run.model, numbers, run.config.observe.health_interval)

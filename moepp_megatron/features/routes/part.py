@@ -1,7 +1,5 @@
 """Writes the experts that tokens take to files, and lets routers repeat those of files."""
 
-from __future__ import annotations
-
 import hashlib
 import io
 import logging

@@ -1,9 +1,6 @@
 """Static rows: repeats a step whose FFN rows overflow the buffer, with as many as needed."""
 
-from __future__ import annotations
-
 import logging
-import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -111,7 +108,6 @@ class StaticRowsPart(Part):
             held = self._factor * max(fill for _, fill in self._overflows)
             yield Alert(
                 step=step.number,
-                time=time.time(),
                 rule="static_rows",
                 metric="static_fill",
                 value=self._overflows[-1][1],

@@ -6,8 +6,6 @@ random numbers and buffers are put back, and routers count nothing outside of tr
 on where a task fails that was tried before the run began, as by a perplexity beyond all numbers.
 """
 
-from __future__ import annotations
-
 import logging
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence

@@ -1,7 +1,5 @@
 """Adds telemetry of all nodes to a step's metrics."""
 
-from __future__ import annotations
-
 import logging
 import socket
 from collections.abc import Callable, Mapping

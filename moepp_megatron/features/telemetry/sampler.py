@@ -5,8 +5,6 @@ metric of a record that they become (`catalogue.py` says what each means); unkno
 out.
 """
 
-from __future__ import annotations
-
 import logging
 import math
 import threading
@@ -54,7 +52,7 @@ class Usage(NamedTuple):
         energy_j: float | None,
         devices: int,
         seconds: float,
-    ) -> Usage:
+    ) -> "Usage":
         """Sum up samples of one node, each of all devices."""
         known = [device for sample in samples for device in sample]
         values = {

@@ -1,7 +1,5 @@
 """Measurements by data source and by class of token ids, of one step."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 

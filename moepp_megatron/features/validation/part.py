@@ -1,7 +1,5 @@
 """Validation losses: of the data that is trained on, and of further sets by name."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The numerical guard as a part of the run: refuses batches, finds the cause and acts on it."""
 
-from __future__ import annotations
-
 import math
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Sequence

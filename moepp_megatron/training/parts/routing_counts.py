@@ -1,7 +1,5 @@
 """Selections of experts, losses of routers and bytes of dispatch in one step, over all ranks."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -45,7 +43,7 @@ class RoutingCountsPart(Part):
         }
 
     @classmethod
-    def of(cls, run: PartContext) -> RoutingCountsPart:
+    def of(cls, run: PartContext) -> "RoutingCountsPart":
         """The part of a run."""
         return cls(run.model, run.config, run.layout)
 

@@ -1,7 +1,5 @@
 """Decides, on all ranks alike, whether a batch may change the model."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -44,7 +42,7 @@ class BatchEvidence:
         return [loss, self.selections_LE.tolist()]
 
     @classmethod
-    def from_state(cls, state: Sequence[Any]) -> BatchEvidence:
+    def from_state(cls, state: Sequence[Any]) -> "BatchEvidence":
         """Undo `state`."""
         loss, selections = state
         known = math.nan if loss is None else loss
