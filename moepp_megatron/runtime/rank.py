@@ -2,7 +2,8 @@
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from moepp_megatron.config.errors import ConfigError
@@ -11,6 +12,24 @@ from moepp_megatron.config.errors import ConfigError
 NODE_RANK = "MOEPP_NODE_RANK"
 # What distinguishes one start of ranks by srun from any other.
 _SLURM_START = ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT")
+
+
+@contextmanager
+def environment(**values: str | None) -> Iterator[None]:
+    """Set variables of this process's environment in the block, and unset those that are None."""
+    before = {name: os.environ.get(name) for name in values}
+    _set(values)
+    try:
+        yield
+    finally:
+        _set(before)
+
+
+def _set(values: Mapping[str, str | None]) -> None:
+    for name, value in values.items():
+        os.environ.pop(name, None)
+        if value is not None:
+            os.environ[name] = value
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from moepp_megatron.runtime.terminal import lasting_output
 from moepp_megatron.training.checkpoint.files import package_versions
 from moepp_megatron.training.checkpoint.find import NoStartError
 from moepp_megatron.training.run_folder import RunFolder, Start, checkpoint_folder
-from moepp_megatron.training.train_request import RESOLVED, Say, TrainRequest, handing_over
+from moepp_megatron.training.train_request import Say, TrainRequest, handing_over
 
 if TYPE_CHECKING:
     from torch.distributed import Store
@@ -156,11 +156,8 @@ def _start_ranks(request: TrainRequest) -> TrainResult:
         os.environ[RESUME_COMMAND] = start.resume_command or ""
     arguments = ["train", *flags, "--", *request.words]
     options = replace(request.options, alike=_must_be_alike(request.config))
-    os.environ[RESOLVED] = handing_over(request.config)
-    try:
+    with handing_over(request.config):
         status = run_ranks(options, "moepp_megatron.cli.main", arguments)
-    finally:
-        os.environ.pop(RESOLVED, None)
     if status not in (0, STOPPED):
         raise RanksFailedError(status)
     return TrainResult(Path(request.config.run.dir), stopped=status == STOPPED)

@@ -5,6 +5,7 @@ import json
 import os
 import zlib
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -29,7 +30,7 @@ from moepp_megatron.runtime.launch import LaunchOptions, has_launcher
 from moepp_megatron.runtime.nodes import interface_of_rank
 from moepp_megatron.runtime.object_store import check_store, place
 from moepp_megatron.runtime.optional import how_to_install
-from moepp_megatron.runtime.rank import RankEnvironment
+from moepp_megatron.runtime.rank import RankEnvironment, environment
 from moepp_megatron.runtime.rank_environment import contradiction, set_rank_variables
 from moepp_megatron.training.checkpoint.compatible import differences
 from moepp_megatron.training.checkpoint.find import check_start, list_checkpoints
@@ -180,10 +181,11 @@ class TrainRequest:
         return replace(start, resume=resume, overwrite=overwrite)
 
 
-def handing_over(config: Config) -> str:
-    """The value of `RESOLVED`; compressed, since Linux takes 128 KiB of a variable."""
+def handing_over(config: Config) -> AbstractContextManager[None]:
+    """Context: ranks that are started take this configuration."""
     content = json.dumps(config.model_dump(mode="json", exclude_unset=True))
-    return base64.b64encode(zlib.compress(content.encode())).decode()
+    # Compressed, since Linux takes 128 KiB of a variable.
+    return environment(**{RESOLVED: base64.b64encode(zlib.compress(content.encode())).decode()})
 
 
 def _handed_over() -> Config | None:

@@ -92,36 +92,21 @@ class Background:
             self._status = 0 if self._received else 1 << 8
 
 
-class BackgroundUpload:
-    """Uploads what a process writes, in a thread of this one; used as the process is.
+def in_thread(function: Callable[[], Any]) -> Future[Any]:
+    """Run `function` in a thread, which ends with the process at the latest.
 
-    A thread, because a network client does not survive a fork. It mostly waits for the network.
+    For uploads: a network client does not survive a fork, and mostly waits for the network.
     """
+    future: Future[Any] = Future()
 
-    def __init__(self, process: Background, send: Callable[[Any], Any]) -> None:
-        self._process = process
-        self._uploaded: Future[Any] = Future()
-        threading.Thread(
-            target=self._run, args=(send,), name="checkpoint upload", daemon=True
-        ).start()
-
-    def done(self) -> bool:
-        """True if it has ended; does not block."""
-        return self._uploaded.done()
-
-    def result(self) -> Any:
-        """Wait for the upload; BackgroundError or StoreError if the process or it failed."""
-        return self._uploaded.result()
-
-    def kill(self) -> None:
-        """End the process; what is uploaded without it is no checkpoint."""
-        self._process.kill()
-
-    def _run(self, send: Callable[[Any], Any]) -> None:
+    def run() -> None:
         try:
-            self._uploaded.set_result(send(self._process.result()))
+            future.set_result(function())
         except Exception as error:  # the rank, which asks for the result, gets it
-            self._uploaded.set_exception(error)
+            future.set_exception(error)
+
+    threading.Thread(target=run, name="checkpoint upload", daemon=True).start()
+    return future
 
 
 def _live(function: Callable[[], Any], writer: int, parent: int) -> NoReturn:

@@ -12,7 +12,7 @@ import re
 import tempfile
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -34,6 +34,7 @@ from moepp_megatron.config.regular_file import check_regular
 from moepp_megatron.file_names import FORMAT_FILE, TENSORS_FILE
 from moepp_megatron.runtime.object_store import ObjectPath
 from moepp_megatron.runtime.patches import replaced
+from moepp_megatron.runtime.rank import environment
 from moepp_megatron.training.checkpoint.index import read_metadata
 from moepp_megatron.training.checkpoint.plain_pickle import UnsafePickleError
 
@@ -87,16 +88,9 @@ def _each_byte_once(reading: Any) -> Any:
     )
 
 
-@contextmanager
-def only_data() -> Iterator[None]:
+def only_data() -> AbstractContextManager[None]:
     """Force `torch.load` to use `weights_only=True` in the block."""
-    before = {name: os.environ.pop(name, None) for name in (_ONLY_DATA, _ALSO_CODE)}
-    os.environ[_ONLY_DATA] = "1"
-    try:
-        yield
-    finally:
-        del os.environ[_ONLY_DATA]
-        os.environ.update({name: value for name, value in before.items() if value is not None})
+    return environment(**{_ONLY_DATA: "1", _ALSO_CODE: None})
 
 
 def refuse_packed(record: IO[bytes]) -> None:

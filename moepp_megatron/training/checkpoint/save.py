@@ -18,6 +18,7 @@ import queue
 import shutil
 import sys
 import traceback
+from concurrent.futures import Future
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -44,11 +45,7 @@ from moepp_megatron.runtime.atomic import exchange, sync, write_atomic, write_sy
 from moepp_megatron.runtime.disk import write_error
 from moepp_megatron.runtime.object_store import ObjectPath, StoreError
 from moepp_megatron.runtime.patches import replace
-from moepp_megatron.training.checkpoint.background import (
-    Background,
-    BackgroundError,
-    BackgroundUpload,
-)
+from moepp_megatron.training.checkpoint.background import Background, BackgroundError, in_thread
 from moepp_megatron.training.checkpoint.files import SavedRecord, damage, file_digest, manifest
 from moepp_megatron.training.checkpoint.find import checkpoint_dates
 from moepp_megatron.training.checkpoint.retention import discard
@@ -83,7 +80,8 @@ class Save:
         self.final, self.folder = final, folder
         self._companions, self._record = companions, record
         self._buckets: Any = ()
-        self._process: Background | BackgroundUpload | None = None
+        self._process: Background | None = None
+        self._outcome: Background | Future[Any] | None = None
         self._failure = "no process was started"
 
     def plan(self, state: dict[str, Any], is_checked: bool = False) -> None:
@@ -137,15 +135,15 @@ class Save:
     def start(self) -> None:
         """Do the same in the background."""
         try:
-            process = Background(self._write_files)
-            is_far = isinstance(self.final, ObjectPath)
-            self._process = BackgroundUpload(process, self._sent) if is_far else process
+            process = self._process = self._outcome = Background(self._write_files)
+            if isinstance(self.final, ObjectPath):
+                self._outcome = in_thread(lambda: self._sent(process.result()))
         except OSError as error:
             self._failure = f"no process could be started ({error})"
 
     def is_written(self) -> bool:
         """True if the background has ended; does not block."""
-        return self._process is None or self._process.done()
+        return self._outcome is None or self._outcome.done()
 
     def result(self) -> Written:
         """Wait for the background and return its result.
@@ -153,9 +151,9 @@ class Save:
         Raises:
             BackgroundError: It has failed, or could not be started.
         """
-        if self._process is None:
+        if self._outcome is None:
             raise BackgroundError(self._failure)
-        written: Written = self._process.result()
+        written: Written = self._outcome.result()
         return written
 
     def kill(self) -> None:

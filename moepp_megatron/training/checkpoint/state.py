@@ -14,7 +14,6 @@ The names in a checkpoint do not depend on who wrote it:
 
 import importlib.util
 import io
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -34,6 +33,7 @@ from torch import Tensor
 
 from moepp_megatron.config import ConfigError
 from moepp_megatron.model.gpt import MoEPPGPTModel
+from moepp_megatron.runtime.rank import environment
 from moepp_megatron.training.checkpoint.data_only import only_data
 from moepp_megatron.training.checkpoint.optimizer import (
     complete_state,
@@ -268,16 +268,8 @@ def _checked_fp8_state(state: dict[str, Any]) -> Iterator[None]:
     if not pickles:
         yield
         return
-    before = os.environ.get(_ALLOW_PICKLES)
-    os.environ[_ALLOW_PICKLES] = "1"
-    try:
-        with only_data():
-            yield
-    finally:
-        if before is None:
-            del os.environ[_ALLOW_PICKLES]
-        else:
-            os.environ[_ALLOW_PICKLES] = before
+    with environment(**{_ALLOW_PICKLES: "1"}), only_data():
+        yield
 
 
 def _is_empty(value: Any) -> bool:

@@ -26,6 +26,7 @@ from moepp_megatron.runtime.atomic import create_atomic, lock, write_atomic
 from moepp_megatron.runtime.disk import is_full
 from moepp_megatron.runtime.object_store import ObjectPath
 from moepp_megatron.runtime.printable import printable_time
+from moepp_megatron.runtime.rank import environment
 from moepp_megatron.training.checkpoint.find import NoStartError, list_checkpoints
 
 BEAT_S = 3.0
@@ -89,19 +90,15 @@ def locked(folders: Iterable[Path]) -> Iterator[None]:
 @contextmanager
 def beating(folder: Path, claim: RunStatus) -> Iterator[None]:
     """Context: started ranks know the claim, and other machines see its heartbeat."""
-    before = os.environ.get(CLAIM)
-    os.environ[CLAIM] = claim.model_dump_json()
     stop = threading.Event()
     beat = threading.Thread(target=_beat, args=(folder, stop), name="claim", daemon=True)
     beat.start()
     try:
-        yield
+        with environment(**{CLAIM: claim.model_dump_json()}):
+            yield
     finally:
         stop.set()
         beat.join()
-        os.environ.pop(CLAIM)
-        if before is not None:
-            os.environ[CLAIM] = before
 
 
 def _beat(folder: Path, stop: threading.Event) -> None:
