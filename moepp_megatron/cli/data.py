@@ -189,15 +189,17 @@ def verify(
         moepp data verify data/mine
     """
     from moepp_megatron.config import ConfigError
+    from moepp_megatron.config.blends import Folder
     from moepp_megatron.data.progress import track
     from moepp_megatron.data.verify import damaged, read_manifest
     from moepp_megatron.data.verify import verify as verify_data
     from moepp_megatron.runtime.terminal import Console
 
-    manifest = read_manifest(folder, "DIR")
+    named = Folder("DIR", folder)
+    manifest = read_manifest(named)
     if manifest.is_bare:
         raise ConfigError(
-            f"DIR ({folder}) must have a manifest, and a pair of .bin and .idx made elsewhere has "
+            f"{named} must have a manifest, and a pair of .bin and .idx made elsewhere has "
             "neither hashes nor vocabulary to check; see: moepp data show"
         )
     with track(Console(), "verify", sum(manifest.files.values())) as advance:
@@ -205,7 +207,7 @@ def verify(
     _print_states(states)
     problems = [state.problem for state in states if state.problem]
     if problems:
-        raise damaged("DIR", folder, ", ".join(problems))
+        raise damaged(named, ", ".join(problems))
     if not all(state.compared for state in states):
         echo(
             "no hashes: an earlier version has prepared this, so only sizes, index and tokens "

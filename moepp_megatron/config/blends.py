@@ -29,6 +29,10 @@ class Folder:
     path: Path
     share: float = 1.0
 
+    def __str__(self) -> str:
+        """The setting with the path, as messages name it."""
+        return f"{self.name} ({self.path})"
+
     @property
     def real(self) -> str:
         """Its path without links: two spellings of it are one folder."""

@@ -178,8 +178,8 @@ class _Opener:
         self, folder: Folder, num_samples: Samples, with_sources: bool | None = None
     ) -> Datasets:
         """Train, validation and test of one folder."""
-        manifest = read_manifest(folder.path, folder.name)
-        check_start(folder.path, manifest, whole_index=False, name=folder.name)
+        manifest = read_manifest(folder)
+        check_start(folder, manifest)
         _check_tokenizer(self.options["tokenizer"], manifest, folder)
         plain_split = check_split(self.split, manifest, num_samples[1] > 0, folder)
         check_sequence_length(self.options["sequence_length"], manifest, folder)
@@ -207,7 +207,7 @@ class _Opener:
         with cached_in(cache):
             train, validation, test = builder.build()
         for dataset in (each for each in (train, validation, test) if each is not None):
-            dataset.setting = folder.name  # for `check_tokens`
+            dataset.setting = folder  # for `check_tokens`
             if isinstance(dataset, SourcedDataset):
                 dataset.source_names, dataset.document_sources = manifest.source_names, sources
             elif isinstance(dataset, ConversationDataset):
@@ -245,6 +245,6 @@ def _check_tokenizer(tokenizer: Tokenizer, manifest: Manifest, folder: Folder) -
     if not manifest.is_bare and (tokenizer.vocab_size, tokenizer.eod) != there:
         raise ConfigError(
             f"data.tokenizer ({tokenizer.vocab_size} tokens, EOD {tokenizer.eod}) must be the one "
-            f"{folder.name} ({folder.path}) was prepared with ({there[0]} tokens, EOD "
+            f"{folder} was prepared with ({there[0]} tokens, EOD "
             f"{there[1]}); leave data.tokenizer out"
         )

@@ -75,10 +75,10 @@ def read_document_sources(folder: Folder, manifest: Manifest) -> NDArray[np.uint
     try:
         sources = np.load(folder.path / DOCUMENT_SOURCES, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError) as error:
-        raise damaged(folder.name, folder.path, f"{DOCUMENT_SOURCES}: {error}") from None
+        raise damaged(folder, f"{DOCUMENT_SOURCES}: {error}") from None
     number = len(manifest.source_names)
     fits = sources.shape == (manifest.documents,) and sources.dtype == np.uint8
     if not fits or int(sources.max(initial=0)) >= number:
         problem = f"{DOCUMENT_SOURCES} does not give each document one of {number} data sources"
-        raise damaged(folder.name, folder.path, problem)
+        raise damaged(folder, problem)
     return np.asarray(sources)

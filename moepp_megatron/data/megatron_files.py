@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
+from moepp_megatron.config.blends import Folder
 from moepp_megatron.data.index import read_ends, read_header
 from moepp_megatron.data.manifest import FORMAT_VERSION, Inputs, Manifest, SourceSummary
 from moepp_megatron.data.tokenizer import Tokenizer
@@ -56,7 +57,7 @@ def read_pair(prefix: Path) -> Manifest:
     )
 
 
-def pair_warnings(prefix: Path, tokenizer: Tokenizer, name: str) -> list[str]:
+def pair_warnings(folder: Folder, tokenizer: Tokenizer) -> list[str]:
     """Warnings: what cannot be checked of a pair, and whether its tokenizer looks wrong.
 
     Raises:
@@ -64,19 +65,20 @@ def pair_warnings(prefix: Path, tokenizer: Tokenizer, name: str) -> list[str]:
         OSError: A file cannot be read.
     """
     warnings = [
-        f"{name} ({prefix}) has no manifest: whether data.tokenizer has made its ids, whether all "
-        "of them are in the vocabulary (batches are checked as they are read) and whether the "
+        f"{folder} has no manifest: whether data.tokenizer has made its ids, whether all of them "
+        "are in the vocabulary (batches are checked as they are read) and whether the "
         "bytes are as they were written cannot be checked"
     ]
-    header = read_header(Path(f"{prefix}.idx"))
-    data = np.memmap(f"{prefix}.bin", dtype=header.dtype, mode="r")
-    ends = read_ends(Path(f"{prefix}.idx"), header, data.nbytes, is_ours=False)
+    idx = Path(f"{folder.path}.idx")
+    header = read_header(idx)
+    data = np.memmap(f"{folder.path}.bin", dtype=header.dtype, mode="r")
+    ends = read_ends(idx, header, data.nbytes, is_ours=False)
     looked_at = ends[np.linspace(0, len(ends) - 1, min(len(ends), _LOOKED_AT), dtype=np.int64)]
     last = data[looked_at[looked_at > 0] - 1]
     without = int((last != tokenizer.eod).sum())
     if without:
         warnings.append(
-            f"{name} ({prefix}): {without:,} of {len(last):,} documents looked at do not end with "
+            f"{folder}: {without:,} of {len(last):,} documents looked at do not end with "
             f"token {tokenizer.eod} ({tokenizer.eod_token}), the end of a document: they were "
             "made without --append-eod, or data.tokenizer is another one"
         )

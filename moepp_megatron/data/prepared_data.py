@@ -35,12 +35,12 @@ def check_data(config: Config, whole_index: bool = True) -> list[str]:
     validated = {folder.real for folder in blends[0].folders if validates}
     sets = [Folder(f"data.validation.{name}", path) for name, path in data.validation.items()]
     for folder in (*folders_of(blends).values(), *sets):
-        manifest = read_manifest(folder.path, folder.name)
+        manifest = read_manifest(folder)
         if manifest.is_bare:
             size, of_pair = _check_pair(config, folder, whole_index)
             warnings += of_pair
         else:
-            check_start(folder.path, manifest, whole_index, folder.name)
+            check_start(folder, manifest, whole_index)
             if manifest.chat is not None:
                 _check_chat(config, manifest, folder)
             check_corpus_tokenizer(config, manifest, folder)
@@ -67,14 +67,14 @@ def _check_pair(config: Config, folder: Folder, whole_index: bool) -> tuple[int,
 
     if config.data.tokenizer is None:
         raise ConfigError(
-            f"data.tokenizer (null) must be given, because {folder.name} ({folder.path}) is a pair "
+            f"data.tokenizer (null) must be given, because {folder} is a pair "
             "of .bin and .idx without a tokenizer; name the one that has made its ids"
         )
     tokenizer = Tokenizer.load(config.data.tokenizer)
     try:
-        warnings = pair_warnings(folder.path, tokenizer, folder.name) if whole_index else []
+        warnings = pair_warnings(folder, tokenizer) if whole_index else []
     except (CorpusError, OSError) as error:
-        raise damaged(folder.name, folder.path, str(error)) from None
+        raise damaged(folder, str(error)) from None
     return tokenizer.vocab_size, warnings
 
 
@@ -86,8 +86,8 @@ def check_sequence_length(sequence_length: int, manifest: Manifest, folder: Fold
     """
     if manifest.chat is not None and manifest.chat.sequence_length != sequence_length:
         raise ConfigError(
-            f"model.seq_length ({sequence_length}) must be the --seq-length that {folder.name} "
-            f"({folder.path}) was prepared with ({manifest.chat.sequence_length}), whose sequences "
+            f"model.seq_length ({sequence_length}) must be the --seq-length that {folder} "
+            f"was prepared with ({manifest.chat.sequence_length}), whose sequences "
             "hold whole conversations; use the same, or prepare it again"
         )
 
@@ -97,30 +97,30 @@ def _check_chat(config: Config, manifest: Manifest, folder: Folder) -> None:
     from moepp_megatron.data.same_tokenizer import tokenizer_of_run
 
     check_sequence_length(config.model.seq_length, manifest, folder)
-    name, of = folder.name, f"({folder.path}), which holds conversations"
+    what = f"{folder}, which holds conversations"
     data = config.data
     if data.blend or data.stages or data.validation:
         raise ConfigError(
-            f"{name} {of}, cannot be combined with other folders, whose samples have no padding; "
+            f"{what}, cannot be combined with other folders, whose samples have no padding; "
             "name it as data.path, without data.blend, data.stages and data.validation"
         )
     if tokenizer_of_run(config).parent.resolve() != folder.path.resolve():
         raise ConfigError(
-            f"data.tokenizer ({data.tokenizer}) must be null with {name} {of}: checkpoints take "
+            f"data.tokenizer ({data.tokenizer}) must be null with {what}: checkpoints take "
             "the chat template next to the tokenizer; leave it out"
         )
     if not data.reset_attention_mask:
         raise ConfigError(
-            f"data.reset_attention_mask (false) must be true with {name} {of}, several in a "
+            f"data.reset_attention_mask (false) must be true with {what}, several in a "
             "sequence, which must not see each other; set it to true"
         )
     if data.eod_mask_loss:
         raise ConfigError(
-            f"data.eod_mask_loss (true) must be false with {name} {of} and says itself which "
+            f"data.eod_mask_loss (true) must be false with {what} and says itself which "
             "tokens have loss; leave it out"
         )
     if config.moe.is_vanilla:
-        _check_vanilla_padding(config, f"for vanilla layers with {name} {of} and padding")
+        _check_vanilla_padding(config, f"for vanilla layers with {what} and padding")
 
 
 def _check_vanilla_padding(config: Config, when: str) -> None:

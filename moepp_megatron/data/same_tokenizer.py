@@ -46,7 +46,7 @@ def check_corpus_tokenizer(config: Config, manifest: Manifest, folder: Folder) -
     of_corpus = f"SHA-256 {manifest.tokenizer_sha256[:_SHOWN]}... in its manifest"
     if file == own:
         raise ConfigError(
-            f"{folder.name} ({folder.path}) must hold the {TOKENIZER_FILE} that its text was "
+            f"{folder} must hold the {TOKENIZER_FILE} that its text was "
             f"tokenized with ({of_corpus}), and holds another (SHA-256 {digest[:_SHOWN]}...); put "
             "that one back, or prepare the text again"
         )
@@ -57,8 +57,8 @@ def check_corpus_tokenizer(config: Config, manifest: Manifest, folder: Folder) -
             f"--tokenizer {file}, or leave it out"
         )
     raise ConfigError(
-        f"data.tokenizer ({file}, SHA-256 {digest[:_SHOWN]}...) must be the one that {folder.name} "
-        f"({folder.path}) was tokenized with ({of_corpus}); leave data.tokenizer out, or "
+        f"data.tokenizer ({file}, SHA-256 {digest[:_SHOWN]}...) must be the one that {folder} was "
+        f"tokenized with ({of_corpus}); leave data.tokenizer out, or "
         f"prepare the text again with --tokenizer {file}"
     )
 
@@ -68,7 +68,7 @@ def _check_end_of_document(file: Path, manifest: Manifest, folder: Folder) -> No
     eod_token = named_eod_token(file) or Tokenizer.load(file).eod_token
     if eod_token != manifest.eod_token:
         raise ConfigError(
-            f"{folder.name} ({folder.path}) must end documents with {eod_token}, the "
+            f"{folder} must end documents with {eod_token}, the "
             f"end-of-document token of {file}, and ends them with {manifest.eod_token}; prepare "
             f"its text again with --eod-token '{eod_token}', or name another tokenizer or folder"
         )

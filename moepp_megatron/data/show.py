@@ -26,8 +26,8 @@ class Corpus:
 
     def __init__(self, folder: Folder) -> None:
         self._folder = folder
-        self.manifest: Manifest = read_manifest(folder.path, folder.name)
-        check_start(folder.path, self.manifest, whole_index=False, name=folder.name)
+        self.manifest: Manifest = read_manifest(folder)
+        check_start(folder, self.manifest)
         prefix = self.manifest.prefix(folder.path)
         self._bin = Path(f"{prefix}.bin")
         idx, is_ours = Path(f"{prefix}.idx"), not self.manifest.is_bare
@@ -36,7 +36,7 @@ class Corpus:
             # [documents] int64, the token after the last one of each.
             self._ends = read_ends(idx, self._header, self._bin.stat().st_size, is_ours)
         except (CorpusError, OSError) as error:
-            raise damaged(folder.name, folder.path, str(error)) from None
+            raise damaged(folder, str(error)) from None
 
     def document(self, number: int) -> NDArray[np.integer]:
         """The token ids of a document, in the order of the corpus.

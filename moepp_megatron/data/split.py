@@ -49,7 +49,7 @@ def check_split(
         if _is_empty(bounds):
             raise ConfigError(
                 f"data.split ({split}) gives {name} none of the {manifest.documents} documents"
-                f"{'' if folder is None else f' of {folder.name} ({folder.path})'}; "
+                f"{'' if folder is None else f' of {folder}'}; "
                 "give it more weight, or 0, or prepare the text as more files or records"
             )
     return plain
@@ -69,7 +69,7 @@ def check_set(folder: Folder, trained: Sequence[Blend], split: str | None, corpu
     plain = check_split(split_of_set(folder, trained, split), corpus, folder=folder)
     if document_ranges(plain, corpus.documents)[1] is None:
         raise ConfigError(
-            f"{folder.name} ({folder.path}) is trained on, and must leave something to validate on "
+            f"{folder} is trained on, and must leave something to validate on "
             f"in data.split ({plain}); use data.split=98,2,0, or another folder"
         )
     return plain

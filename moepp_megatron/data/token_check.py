@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from megatron.core.datasets.gpt_dataset import GPTDataset
 
+from moepp_megatron.config.blends import Folder
 from moepp_megatron.data.blending import DrawnDataset
 from moepp_megatron.data.document_sources import documents_of
 from moepp_megatron.data.manifest import CORPUS
@@ -59,10 +60,9 @@ def _error(dataset: Any, sample: int, position: int, token: int, vocab_size: int
         return ValueError(outside(f"token {position} of sample {sample}", token, vocab_size))
     document, offset = _locate(dataset, sample, position)
     prefix = Path(dataset.dataset.path_prefix)
-    folder = prefix.parent if prefix.name == CORPUS else prefix
+    folder = Folder("data.path", prefix.parent if prefix.name == CORPUS else prefix)
     place = f"token {offset} of document {document}"
-    name = getattr(dataset, "setting", "data.path")
-    return damaged(name, folder, outside(place, token, vocab_size))
+    return damaged(getattr(dataset, "setting", folder), outside(place, token, vocab_size))
 
 
 def _locate(dataset: GPTDataset, sample: int, position: int) -> tuple[int, int]:

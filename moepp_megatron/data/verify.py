@@ -9,9 +9,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from moepp_megatron.config.blends import Folder
 from moepp_megatron.config.errors import ConfigError
 from moepp_megatron.config.paths import looked_at
-from moepp_megatron.data.index import CorpusError, IndexHeader, read_ends, read_header
+from moepp_megatron.data.index import CorpusError, read_ends, read_header
 from moepp_megatron.data.manifest import CORPUS, FILES, Manifest
 from moepp_megatron.data.megatron_files import is_pair, read_pair
 from moepp_megatron.file_names import DATA_MANIFEST_FILE
@@ -31,79 +32,81 @@ class FileState:
     compared: bool = False
 
 
-def read_manifest(folder: Path, name: str) -> Manifest:
+def read_manifest(folder: Folder) -> Manifest:
     """The manifest of a prepared folder.
 
     Raises:
-        ConfigError: there is none, or one that is damaged.
+        ConfigError: There is none, or one that is damaged.
     """
-    stem = folder.with_suffix("") if folder.suffix in (".bin", ".idx") else folder
+    path = folder.path
+    stem = path.with_suffix("") if path.suffix in (".bin", ".idx") else path
     if is_pair(stem) and (stem.parent / DATA_MANIFEST_FILE).is_file():
         # Its tokenizer, its hashes and the marks of conversations would go unread.
         raise ConfigError(
-            f"{name} ({folder}) must be the folder that moepp data prepare wrote; use {stem.parent}"
+            f"{folder} must be the folder that moepp data prepare wrote; use {stem.parent}"
         )
-    if folder != stem and is_pair(stem):
-        raise ConfigError(f"{name} ({folder}) must be the prefix of both files; use {stem}")
+    if path != stem and is_pair(stem):
+        raise ConfigError(f"{folder} must be the prefix of both files; use {stem}")
     try:
-        return read_pair(folder) if is_pair(folder) else Manifest.read(folder)
+        return _manifest_at(path)
     except CorpusError as error:
-        raise damaged(name, folder, str(error)) from None
+        raise damaged(folder, str(error)) from None
     except (OSError, ValueError) as error:
         reason = "" if isinstance(error, FileNotFoundError) else f" ({error})"
         raise ConfigError(
-            f"{name} ({folder}) must be a prepared folder{reason}{looked_at(folder)}; run: "
-            f"moepp data prepare SOURCE... --out {shlex.quote(str(folder))}"
+            f"{folder} must be a prepared folder{reason}{looked_at(path)}; run: "
+            f"moepp data prepare SOURCE... --out {shlex.quote(str(path))}"
         ) from None
 
 
-def corpus_identity(folder: Path) -> str | None:
+def _manifest_at(path: Path) -> Manifest:
+    return read_pair(path) if is_pair(path) else Manifest.read(path)
+
+
+def corpus_identity(path: Path) -> str | None:
     """Identifies the tokens of a prepared folder, wherever it is; None if it is not one."""
     try:
-        return (read_pair(folder) if is_pair(folder) else Manifest.read(folder)).identity
+        return _manifest_at(path).identity
     except (OSError, ValueError):
         return None
 
 
-def check_start(
-    folder: Path, manifest: Manifest, whole_index: bool, name: str = "data.path"
-) -> None:
+def check_start(folder: Folder, manifest: Manifest, whole_index: bool = False) -> None:
     """Check what can be checked before training without reading the corpus.
 
     Args:
-        folder: the prepared folder.
-        manifest: its manifest.
-        whole_index: read all of the index, 20 bytes per document, instead of its header.
-        name: the setting that names the folder.
+        folder: The prepared folder.
+        manifest: Its manifest.
+        whole_index: Read all of the index, 20 bytes per document, instead of its header.
 
     Raises:
-        ConfigError: files are missing or have another size, or the index is damaged.
+        ConfigError: Files are missing or have another size, or the index is damaged.
     """
+    if manifest.is_bare:
+        # Its counts are from the index; the whole of that is read by `pair_warnings`.
+        return
     try:
-        if manifest.is_bare:
-            # Its counts are from the index; the whole of that is read by `pairs.pair_warnings`.
-            return
         for file in manifest.files:
-            _check_size(folder, manifest, file)
-        header = read_header(folder / IDX, manifest.documents)
+            _check_size(folder.path, manifest, file)
+        header = read_header(folder.path / IDX, manifest.documents)
         if whole_index:
-            read_ends(folder / IDX, header, manifest.files[BIN])
+            read_ends(folder.path / IDX, header, manifest.files[BIN])
     except CorpusError as error:
-        raise damaged(name, folder, str(error)) from None
+        raise damaged(folder, str(error)) from None
     except OSError as error:
-        raise damaged(name, folder, f"{error.filename}: {error.strerror}") from None
+        raise damaged(folder, f"{error.filename}: {error.strerror}") from None
 
 
-def damaged(name: str, folder: Path, problem: str) -> ConfigError:
+def damaged(folder: Folder, problem: str) -> ConfigError:
     """The error for a damaged folder or pair, with a remedy."""
-    if is_pair(folder):
+    if is_pair(folder.path):
         return ConfigError(
-            f"{name} ({folder}) is damaged, or not of data.tokenizer: {problem}; put back a copy, "
-            "or name the tokenizer that it was made with"
+            f"{folder} is damaged, or not of data.tokenizer: {problem}; put back a copy, or name "
+            "the tokenizer that it was made with"
         )
     return ConfigError(
-        f"{name} ({folder}) is damaged: {problem}; put back a copy or prepare it again with "
-        f"--force, and check it with: moepp data verify {shlex.quote(str(folder))}"
+        f"{folder} is damaged: {problem}; put back a copy or prepare it again with --force, and "
+        f"check it with: moepp data verify {shlex.quote(str(folder.path))}"
     )
 
 
@@ -114,29 +117,28 @@ def verify(folder: Path, manifest: Manifest, advance: Callable[[int], None]) -> 
         One entry per file.
     """
     states = []
-    ends: NDArray[np.int64] | None = None
-    header: IndexHeader | None = None
+    tokens = _TokenCheck(manifest.vocab_size)
     # The index first: it names the document of a token.
     for name in sorted(manifest.files, key=FILES.index):
-        path = folder / name
-        size = None
-        problems: list[str] = []
-        compared = False
+        path, problems, compared = folder / name, list[str](), False
         try:
             _check_size(folder, manifest, name)
-            size = manifest.files[name]
             if name == IDX:
                 header = read_header(path, manifest.documents)
-                ends = read_ends(path, header, manifest.files[BIN])
+                tokens.dtype = np.dtype(header.dtype)
+                tokens.ends = read_ends(path, header, manifest.files[BIN])
         except (CorpusError, OSError) as error:
             problems.append(_words(error))
-            size = path.stat().st_size if path.is_file() else None
+        size = path.stat().st_size if path.is_file() else None
         if size is not None:
             try:
-                check = _TokenCheck(manifest.vocab_size, header, ends) if name == BIN else None
-                digest = _read(path, advance, check)
-                compared = _compare(manifest, name, digest, problems)
-                problems += [check.problem] if check and check.problem else []
+                digest = _read(path, advance, tokens if name == BIN else None)
+                expected = manifest.sha256_of(name)
+                compared = expected is not None
+                if compared and digest != expected:
+                    problems.append(f"{name} holds other bytes than were written")
+                if name == BIN and tokens.problem:
+                    problems.append(tokens.problem)
             except OSError as error:
                 problems.append(_words(error))
         states.append(FileState(name, size, ", ".join(problems), compared))
@@ -153,14 +155,7 @@ def _check_size(folder: Path, manifest: Manifest, name: str) -> None:
 
 
 def _words(error: Exception) -> str:
-    return error.strerror or str(error) if isinstance(error, OSError) else str(error)
-
-
-def _compare(manifest: Manifest, name: str, digest: str, problems: list[str]) -> bool:
-    expected = manifest.sha256_of(name)
-    if expected is not None and digest != expected:
-        problems.append(f"{name} holds other bytes than were written")
-    return expected is not None
+    return getattr(error, "strerror", None) or str(error)
 
 
 def _read(path: Path, advance: Callable[[int], None], check: "_TokenCheck | None") -> str:
@@ -178,20 +173,18 @@ def _read(path: Path, advance: Callable[[int], None], check: "_TokenCheck | None
 class _TokenCheck:
     """Finds the first token outside of the vocabulary in a corpus that is read chunk by chunk."""
 
-    def __init__(
-        self, vocab_size: int, header: IndexHeader | None, ends: NDArray[np.int64] | None
-    ) -> None:
+    def __init__(self, vocab_size: int) -> None:
         self._vocab_size = vocab_size
-        # Without an index it is not known how many bytes an id has.
-        self._dtype = None if header is None else np.dtype(header.dtype)
-        self._ends = ends
+        # From the index, without which it is not known how many bytes an id has.
+        self.dtype: np.dtype[np.integer] | None = None
+        self.ends: NDArray[np.int64] | None = None
         self._tokens_before = 0
         self.problem = ""
 
     def check(self, chunk: bytes) -> None:
-        if self._dtype is None or self.problem:
+        if self.dtype is None or self.problem:
             return
-        tokens = np.frombuffer(chunk, self._dtype, len(chunk) // self._dtype.itemsize)
+        tokens = np.frombuffer(chunk, self.dtype, len(chunk) // self.dtype.itemsize)
         wrong = (tokens < 0) | (tokens >= self._vocab_size)
         if wrong.any():
             index = int(wrong.argmax())
@@ -200,10 +193,10 @@ class _TokenCheck:
         self._tokens_before += len(tokens)
 
     def _place(self, position: int) -> str:
-        if self._ends is None or position >= self._ends[-1]:
+        if self.ends is None or position >= self.ends[-1]:
             return f"token {position}"
-        document = int(np.searchsorted(self._ends, position, side="right"))
-        start = int(self._ends[document - 1]) if document else 0
+        document = int(np.searchsorted(self.ends, position, side="right"))
+        start = int(self.ends[document - 1]) if document else 0
         return f"token {position - start} of document {document}"
 
 

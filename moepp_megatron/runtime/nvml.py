@@ -142,8 +142,9 @@ class Nvml(AbstractContextManager):
         )
         if None not in pcie:
             found["pcie_bytes_per_s"] = sum(pcie)
-        if None not in traffic:
-            found["nvlink_bytes"] = sum(traffic) * 1024
+        kilobytes = [count for count in traffic if count is not None]
+        if len(kilobytes) == 2:
+            found["nvlink_bytes"] = sum(kilobytes) * 1024
         return found
 
     def watch_faults(self, indices: Sequence[int]) -> None:

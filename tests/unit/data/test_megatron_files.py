@@ -107,7 +107,7 @@ def test_documents_of_several_sentences(tmp_path, tokenizer):
     for document in range(6):
         builder.add_document(np.arange(40) + document, [15, 25])
     builder.finalize(f"{prefix}.idx")
-    manifest = read_manifest(prefix, "data.path")
+    manifest = read_manifest(Folder("data.path", prefix))
     assert (manifest.documents, manifest.tokens) == (12, 240)
     train, _, _ = build_datasets(prefix, tokenizer, 16, "1,0,0", 7, (8, 0, 0), cache_dir=tmp_path)
     assert len(train[0]["tokens"]) == 16
@@ -116,15 +116,15 @@ def test_documents_of_several_sentences(tmp_path, tokenizer):
 def test_mistakes(pair, prepared, tmp_path):
     for inside in ("corpus", "corpus.bin"):
         with pytest.raises(ConfigError, match=rf"must be the folder .* wrote; use {prepared}$"):
-            read_manifest(prepared / inside, "data.path")
+            read_manifest(Folder("data.path", prepared / inside))
     with pytest.raises(ConfigError, match=rf"must be the prefix of both files; use {pair}"):
-        read_manifest(Path(f"{pair}.bin"), "data.path")
+        read_manifest(Folder("data.path", Path(f"{pair}.bin")))
     Path(f"{pair}.idx").write_bytes(b"nonsense")
     with pytest.raises(ConfigError, match=r"my_text_document\.idx is cut short"):
-        read_manifest(pair, "data.path")
+        read_manifest(Folder("data.path", pair))
     Path(f"{pair}.idx").unlink()
     with pytest.raises(ConfigError, match="must be a prepared folder"):
-        read_manifest(pair, "data.path")
+        read_manifest(Folder("data.path", pair))
 
 
 def test_commands(pair, prepared):

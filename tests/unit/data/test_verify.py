@@ -7,6 +7,7 @@ import pytest
 from typer.testing import CliRunner
 
 from moepp_megatron.cli.data import app
+from moepp_megatron.config.blends import Folder
 from moepp_megatron.config.errors import ConfigError
 from moepp_megatron.data.manifest import Manifest
 from moepp_megatron.data.verify import check_start, read_manifest, verify
@@ -55,7 +56,7 @@ def test_intact_folder(folder):
     states = verify(folder, manifest, read.append)
     assert all(state.compared and not state.problem for state in states)
     assert sum(read) == sum(manifest.files.values())
-    check_start(folder, manifest, whole_index=True)
+    check_start(Folder("DIR", folder), manifest, whole_index=True)
     result = CliRunner().invoke(app, ["verify", str(folder)])
     assert result.exit_code == 0, result.output
     assert "intact, 60 documents" in result.stdout
@@ -154,14 +155,15 @@ INDEX_DAMAGES = {
 def test_damage_is_found_before_training(folder, damage):
     spoil, words = (HEADER_DAMAGES | INDEX_DAMAGES)[damage]
     spoil(folder)
+    named = Folder("data.path", folder)
     with pytest.raises(ConfigError, match=words) as caught:
-        check_start(folder, read_manifest(folder, "data.path"), whole_index=True)
+        check_start(named, read_manifest(named), whole_index=True)
     assert str(caught.value).startswith(f"data.path ({folder}) is damaged: ")
     assert str(caught.value).endswith(f"moepp data verify {folder}")
     assert "\n" not in str(caught.value)
     if damage in HEADER_DAMAGES:
         with pytest.raises(ConfigError, match=words):
-            check_start(folder, read_manifest(folder, "data.path"), whole_index=False)
+            check_start(named, read_manifest(named))
 
 
 @pytest.mark.parametrize(
@@ -186,7 +188,7 @@ def test_damaged_manifest_is_one_line(folder, content):
     else:
         (folder / "manifest.json").write_text(content)
     with pytest.raises(ConfigError, match=r"data\.path .* must be a prepared folder \(") as caught:
-        read_manifest(folder, "data.path")
+        read_manifest(Folder("data.path", folder))
     assert "\n" not in str(caught.value)
 
 
