@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from rich.console import Console
+from moepp_megatron.runtime.terminal import Console
 
 _SECONDS_BETWEEN_LINES = 5.0
 
@@ -46,10 +46,6 @@ def _plain_lines(console: Console, label: str, total: int) -> Callable[[int], No
         if not is_complete and (now - shown > _SECONDS_BETWEEN_LINES or done >= total):
             shown, is_complete = now, done >= total
             speed = done / 1e6 / max(now - start, 1e-9)
-            console.print(
-                f"{label}: {done / 1e6:.1f} of {total / 1e6:.1f} MB, {speed:.1f} MB/s",
-                highlight=False,
-                soft_wrap=True,
-            )
+            console.line(f"{label}: {done / 1e6:.1f} of {total / 1e6:.1f} MB, {speed:.1f} MB/s")
 
     return advance

@@ -60,8 +60,10 @@ def split_of_set(folder: Folder, trained: Sequence[Blend], split: str | None) ->
     return split if folder.real in folders_of(trained) else _ALL_TO_VALIDATION
 
 
-def check_set(folder: Folder, trained: Sequence[Blend], split: str | None, corpus: Manifest) -> str:
-    """Check that a folder of `data.validation` has something to validate on; its split.
+def check_set(
+    folder: Folder, trained: Sequence[Blend], split: str | None, corpus: Manifest
+) -> None:
+    """Check that a folder of `data.validation` has something to validate on.
 
     Raises:
         ConfigError: it has not.
@@ -72,7 +74,6 @@ def check_set(folder: Folder, trained: Sequence[Blend], split: str | None, corpu
             f"{folder} is trained on, and must leave something to validate on "
             f"in data.split ({plain}); use data.split=98,2,0, or another folder"
         )
-    return plain
 
 
 def _plain(weights: Iterable[float]) -> str:

@@ -53,7 +53,7 @@ class ConsoleSink:
 
     def message(self, text: str) -> None:
         """Print a line; on a terminal it goes above the bar."""
-        self._console.print(text, highlight=False, soft_wrap=True)
+        self._console.line(text)
 
     def close(self) -> None:
         """Leave the bar and release the terminal."""

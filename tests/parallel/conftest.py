@@ -3,9 +3,9 @@
 import json
 
 import pytest
-from rich.console import Console
 
 from moepp_megatron.data.prepare import PrepareSettings, prepare
+from moepp_megatron.runtime.terminal import Console
 from tests.parallel.training_runs import STEPS, assemble, train
 
 

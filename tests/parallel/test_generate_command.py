@@ -5,11 +5,11 @@ import shutil
 
 import numpy as np
 import pytest
-from rich.console import Console
 
 from moepp_megatron.config import ConfigError
 from moepp_megatron.data.prepare import PrepareSettings, prepare
 from moepp_megatron.interop.generate_request import GenerateRequest
+from moepp_megatron.runtime.terminal import Console
 from tests.commands import moepp
 from tests.parallel.checkpoint_runs import run_trainer, trainer_settings
 from tests.parallel.planted_pickles import STATEFUL, plant

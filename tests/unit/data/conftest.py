@@ -4,10 +4,10 @@ import json
 
 import pyarrow as pa
 import pytest
-from rich.console import Console
 
 from moepp_megatron.data.prepare import PrepareSettings, prepare
 from moepp_megatron.data.tokenizer import Tokenizer
+from moepp_megatron.runtime.terminal import Console
 
 VOCAB_SIZE = 300
 

@@ -3,9 +3,9 @@
 import json
 
 import numpy as np
-from rich.console import Console
 
 from moepp_megatron.data.prepare import PrepareSettings, prepare
+from moepp_megatron.runtime.terminal import Console
 
 # Without merges: a token is a letter.
 SETTINGS = PrepareSettings(vocab_size=257, workers=1)

@@ -60,7 +60,7 @@ import moepp_megatron.cli.data
 light = {{"torch", "megatron", "numpy", "tokenizers"}} & set(sys.modules)
 import moepp_megatron.data.encoding
 from pathlib import Path
-from rich.console import Console
+from moepp_megatron.runtime.terminal import Console
 from moepp_megatron.data.prepare import PrepareSettings, prepare
 settings = PrepareSettings(vocab_size=300, workers=1)
 assert prepare([{str(corpus_file)!r}], Path({str(prepared)!r}), settings, Console()).up_to_date

@@ -10,7 +10,6 @@ import pytest
 import tokenizers
 import torch
 from pyarrow import parquet
-from rich.console import Console
 
 from moepp_megatron.config import ConfigError, parse_config
 from moepp_megatron.data.chat_template import ChatTemplate, UnusableChat
@@ -23,6 +22,7 @@ from moepp_megatron.data.prepared_data import check_data
 from moepp_megatron.data.tokenizer import Tokenizer
 from moepp_megatron.data.verify import verify
 from moepp_megatron.file_names import CHAT_TEMPLATE_FILE
+from moepp_megatron.runtime.terminal import Console
 from tests.parallel.training_runs import VANILLA, settings
 
 LENGTH = 64

@@ -3,7 +3,6 @@ import shutil
 
 import pytest
 import torch
-from rich.console import Console
 
 from moepp_megatron.config.errors import ConfigError
 from moepp_megatron.data.datasets import build_datasets
@@ -11,6 +10,7 @@ from moepp_megatron.data.prepare import PrepareSettings, prepare
 from moepp_megatron.data.split import check_split, document_ranges
 from moepp_megatron.data.tokenizer import EOD_TOKEN, Tokenizer
 from moepp_megatron.model.document_attention import document_numbers
+from moepp_megatron.runtime.terminal import Console
 
 SEQUENCE_LENGTH = 32
 SEED = 1234

@@ -6,7 +6,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from rich.console import Console
 from typer.testing import CliRunner
 
 from moepp_megatron.cli.main import app
@@ -17,6 +16,7 @@ from moepp_megatron.data.loader import batches
 from moepp_megatron.data.manifest import DOCUMENT_SOURCES, MAX_SOURCES, Manifest
 from moepp_megatron.data.prepare import PrepareSettings, prepare
 from moepp_megatron.data.tokenizer import Tokenizer
+from moepp_megatron.runtime.terminal import Console
 
 LENGTH = 24
 # Documents of each source are of one letter, so that a token tells where it comes from.

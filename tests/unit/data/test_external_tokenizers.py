@@ -6,13 +6,13 @@ import sys
 from pathlib import Path
 
 import pytest
-from rich.console import Console
 
 from moepp_megatron.config.errors import ConfigError, UnfitError
 from moepp_megatron.data import external_tokenizers
 from moepp_megatron.data.external_tokenizers import open_external
 from moepp_megatron.data.prepare import PrepareSettings, prepare
 from moepp_megatron.data.tokenizer import Tokenizer
+from moepp_megatron.runtime.terminal import Console
 from tests.unit.data.conftest import make_texts
 
 HARD = [

@@ -9,7 +9,6 @@ from pathlib import Path
 import pyarrow
 import pytest
 from pyarrow import parquet
-from rich.console import Console
 
 from moepp_megatron.config.errors import ConfigError, UnfitError
 from moepp_megatron.data import documents
@@ -18,6 +17,7 @@ from moepp_megatron.data.manifest import Manifest
 from moepp_megatron.data.prepare import PrepareSettings, prepare
 from moepp_megatron.data.tokenizer import Tokenizer
 from moepp_megatron.runtime.atomic import partial_folder
+from moepp_megatron.runtime.terminal import Console
 from tests.full_disk import fill
 
 from .conftest import VOCAB_SIZE

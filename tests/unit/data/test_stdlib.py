@@ -4,7 +4,6 @@ import json
 
 import numpy as np
 import pytest
-from rich.console import Console
 
 from moepp_megatron.data import sources as sources_module
 from moepp_megatron.data.corpus import ALONE, _arrange
@@ -13,6 +12,7 @@ from moepp_megatron.data.prepare import PrepareSettings, prepare
 from moepp_megatron.data.source_filters import is_table, package_of
 from moepp_megatron.data.sources import resolve_sources
 from moepp_megatron.data.tokenizer import Tokenizer
+from moepp_megatron.runtime.terminal import Console
 
 TABLE = "entities = {\n" + "    'amp': ('&', 38, -1),\n" * 20 + "}\n"
 CODE = "import os\n\ndef f(x):\n    return os.fspath(x)\n\n" * 6

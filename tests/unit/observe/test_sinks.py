@@ -14,7 +14,6 @@ from functools import partial
 from types import SimpleNamespace
 
 import pytest
-from rich.console import Console
 
 from moepp_megatron.experts import ExpertCounts
 from moepp_megatron.observe import sinks
@@ -23,6 +22,7 @@ from moepp_megatron.observe.jsonl import JsonlSink
 from moepp_megatron.observe.metrics import read_metrics
 from moepp_megatron.observe.sinks import Sinks, SinkSettings, _RetryingSink, open_sinks
 from moepp_megatron.observe.tensorboard import TensorBoardSink
+from moepp_megatron.runtime.terminal import Console
 from tests.full_disk import fill
 
 EXPERTS = ExpertCounts(2, num_constant_experts=1, num_copy_experts=0, num_zero_experts=1)
