@@ -199,7 +199,7 @@ def prepare(
         files = [file for source in sources for file in source.files]
         unchecked = [f.path for f in files if lacks_checksum(f.path, f.compression)]
         if unchecked:
-            console.line(
+            console.print_line(
                 f"warning: files without a checksum ({len(unchecked)}, such as {unchecked[0]}): "
                 "damage in them goes unnoticed; `zstd` writes one"
             )
@@ -227,17 +227,17 @@ def _make_tokenizer(
 ) -> Tokenizer:
     size = _DEFAULT_VOCAB_SIZE if settings.vocab_size is None else settings.vocab_size
     if settings.vocab_size is None:
-        console.line(
+        console.print_line(
             f"tokenizer: {size} tokens by default, for models as small as the quickstart's; for "
             "others pass their model.vocab_size as --vocab-size, or a --tokenizer"
         )
     texts = list(_sample(pieces, settings))
-    console.line(
+    console.print_line(
         f"tokenizer: training {size} tokens on {sum(map(len, texts)) / 1e6:.1f} M characters"
     )
     tokenizer = train_tokenizer(texts, size)
     if tokenizer.vocab_size < size:
-        console.line(
+        console.print_line(
             f"tokenizer: {tokenizer.vocab_size} tokens, not {size}: no further pair occurs twice"
         )
     return tokenizer

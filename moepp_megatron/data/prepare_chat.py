@@ -135,7 +135,7 @@ def write_chat(
         encoded = _encode(pieces, sources, template, sequence_length, folder / "spool", advance)
     notice = _notice_of_ends(encoded, tokenizer)
     if notice is not None:
-        console.line(f"note: {notice}")
+        console.print_line(f"note: {notice}")
     sequences, hashes = _write_sequences(encoded, tokenizer, sequence_length, folder, seed)
     encoded.path.unlink()
     text = template.text.encode()

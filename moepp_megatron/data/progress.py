@@ -46,6 +46,8 @@ def _plain_lines(console: Console, label: str, total: int) -> Callable[[int], No
         if not is_complete and (now - shown > _SECONDS_BETWEEN_LINES or done >= total):
             shown, is_complete = now, done >= total
             speed = done / 1e6 / max(now - start, 1e-9)
-            console.line(f"{label}: {done / 1e6:.1f} of {total / 1e6:.1f} MB, {speed:.1f} MB/s")
+            console.print_line(
+                f"{label}: {done / 1e6:.1f} of {total / 1e6:.1f} MB, {speed:.1f} MB/s"
+            )
 
     return advance

@@ -53,7 +53,7 @@ class ConsoleSink:
 
     def message(self, text: str) -> None:
         """Print a line; on a terminal it goes above the bar."""
-        self._console.line(text)
+        self._console.print_line(text)
 
     def close(self) -> None:
         """Leave the bar and release the terminal."""

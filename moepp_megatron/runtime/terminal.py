@@ -31,7 +31,7 @@ class Console(rich.console.Console):
         with naming_stream(self.stderr):
             super().print(*objects, **options)
 
-    def line(self, text: str) -> None:
+    def print_line(self, text: str) -> None:
         """Print a line of plain text, however long."""
         self.print(text, highlight=False, soft_wrap=True)
 
