@@ -13,7 +13,6 @@ index.py            reads the index of a Megatron indexed dataset, without megat
 loader.py           micro-batches in an order that depends only on the samples consumed
 long_text.py        cuts long texts where a tokenizer's pre-tokenizer splits them anyway
 manifest.py         `manifest.json`: what a prepared folder holds and what it was made from
-megatron_files.py   Megatron's own PREFIX.bin and PREFIX.idx, made elsewhere
 npz.py              arrays of files of numpy.savez
 prepare.py          `moepp data prepare`
 prepare_chat.py     reads conversations of every form, writes a folder of them: encoded, packed
@@ -29,7 +28,7 @@ token_check.py      checks samples for tokens outside the vocabulary, before the
 token_classes.py    the class of a token: word, fragment, keyword, number, ...
 token_groups.py     classes of token ids that metrics and rules distinguish
 tokenizer.py        the tokenizer: a Hugging Face `tokenizers` file and its end-of-document token
-verify.py           checks a prepared folder against its manifest, quickly or byte by byte
+verify.py           checks a prepared folder by its manifest, and Megatron's own PREFIX.bin and .idx
 
 `prepare.py` writes a dataset folder, `datasets.py` opens it as megatron-core GPT datasets and
 `loader.py` iterates over micro-batches. Nothing is imported here: preparing needs no torch until

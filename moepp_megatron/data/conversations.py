@@ -4,14 +4,10 @@ Every document of the corpus is a sequence as long as a sample, written by `prep
 indexed dataset of bytes next to it (`marks`) says what each token is.
 """
 
-from pathlib import Path
-
 import numpy as np
 import torch
 from megatron.core.datasets.gpt_dataset import GPTDataset
 from megatron.core.datasets.indexed_dataset import IndexedDataset
-
-from moepp_megatron.data.manifest import MARKS
 
 DOCUMENTS = "documents"
 """Key of a batch: [b, s] int64 number of each token's document in its sequence."""
@@ -63,8 +59,3 @@ class ConversationDataset(GPTDataset):
             DOCUMENTS: numbers,
             PADDING: (marks & PADDED) > 0,
         }
-
-
-def open_marks(folder: Path) -> IndexedDataset:
-    """The marks of a prepared folder."""
-    return IndexedDataset(str((folder / MARKS).resolve()))

@@ -7,13 +7,14 @@ from typing import Any
 
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from moepp_megatron.config import Config, ConfigError
 from moepp_megatron.config.blends import Blend, Folder, blends_of, folders_of, labels
 from moepp_megatron.data.blending import DrawnDataset, cached_in, plan_draws
-from moepp_megatron.data.conversations import ConversationDataset, open_marks
+from moepp_megatron.data.conversations import ConversationDataset
 from moepp_megatron.data.document_sources import SourcedDataset, read_document_sources
-from moepp_megatron.data.manifest import CACHE, MAX_SOURCES, Manifest
+from moepp_megatron.data.manifest import CACHE, MARKS, MAX_SOURCES, Manifest
 from moepp_megatron.data.prepared_data import check_sequence_length
 from moepp_megatron.data.split import check_split, split_of_set
 from moepp_megatron.data.tokenizer import Tokenizer
@@ -211,7 +212,7 @@ class _Opener:
             if isinstance(dataset, SourcedDataset):
                 dataset.source_names, dataset.document_sources = manifest.source_names, sources
             elif isinstance(dataset, ConversationDataset):
-                dataset.marks = open_marks(folder.path)
+                dataset.marks = IndexedDataset(str((folder.path / MARKS).resolve()))
         return train, validation, test
 
     def cache(self, folder: Folder) -> Path:

@@ -61,9 +61,8 @@ def check_data(config: Config, whole_index: bool = True) -> list[str]:
 def _check_pair(config: Config, folder: Folder, whole_index: bool) -> tuple[int, list[str]]:
     """Size of the vocabulary of a `PREFIX.bin` and `PREFIX.idx`, and what cannot be checked."""
     from moepp_megatron.data.index import CorpusError
-    from moepp_megatron.data.megatron_files import pair_warnings
     from moepp_megatron.data.tokenizer import Tokenizer
-    from moepp_megatron.data.verify import damaged
+    from moepp_megatron.data.verify import damaged, pair_warnings
 
     if config.data.tokenizer is None:
         raise ConfigError(

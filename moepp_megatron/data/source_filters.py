@@ -74,11 +74,6 @@ def _is_literal(node: ast.expr) -> bool:
     return isinstance(node, ast.Constant)
 
 
-def package_of(name: str) -> str:
-    """The package of a file: its top-level package, or the file itself if it is a module."""
-    return name.split("/")[0]
-
-
 # Such as train-00000-of-00002.parquet, or with a hash after the numbers.
 _SHARD = re.compile(r"(.+)-\d{5}-of-\d{5}(?:-[0-9a-f]+)?\.parquet")
 

@@ -14,7 +14,7 @@ from moepp_megatron.config.errors import ConfigError
 from moepp_megatron.config.paths import hub_id, looked_at, path_problem
 from moepp_megatron.data.manifest import CORPUS, SourceSummary
 from moepp_megatron.data.source_files import COMPRESSIONS, Compression
-from moepp_megatron.data.source_filters import companions, is_table, package_of
+from moepp_megatron.data.source_filters import companions, is_table
 from moepp_megatron.file_names import DATA_MANIFEST_FILE
 
 Format = Literal["text", "jsonl", "parquet", "arrow"]
@@ -163,11 +163,11 @@ def _check_named(name: str) -> None:
 
 
 def _code_of_stdlib(root: Path) -> list[SourceFile]:
-    # Distributions link files of it to other places.
+    # Distributions link files of it to other places. A package is a group, as is a lone module.
     files = _walk(_STDLIB, root, only_suffix=".py", skip_folders=_SITE_FOLDERS, may_leave=True)
     try:
         return [
-            dataclasses.replace(file, group=package_of(file.name))
+            dataclasses.replace(file, group=file.name.split("/")[0])
             for file in files
             if not is_table(file.name, file.path)
         ]

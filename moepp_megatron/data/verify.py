@@ -1,4 +1,4 @@
-"""Checks a prepared folder against its manifest, quickly or byte by byte."""
+"""Checks a prepared folder against its manifest, and what can be checked of a pair without one."""
 
 import hashlib
 import shlex
@@ -13,13 +13,23 @@ from moepp_megatron.config.blends import Folder
 from moepp_megatron.config.errors import ConfigError
 from moepp_megatron.config.paths import looked_at
 from moepp_megatron.data.index import CorpusError, read_ends, read_header
-from moepp_megatron.data.manifest import CORPUS, FILES, Manifest
-from moepp_megatron.data.megatron_files import is_pair, read_pair
+from moepp_megatron.data.manifest import (
+    CORPUS,
+    FILES,
+    FORMAT_VERSION,
+    Inputs,
+    Manifest,
+    SourceSummary,
+)
+from moepp_megatron.data.tokenizer import Tokenizer
 from moepp_megatron.file_names import DATA_MANIFEST_FILE
 
 BIN, IDX = f"{CORPUS}.bin", f"{CORPUS}.idx"
 # A multiple of the size of an id.
 _CHUNK_BYTES = 16 * 1024 * 1024
+# Of a pair of Megatron's own, without a manifest: bytes at both ends of a file that identify it,
+# and documents whose last token is looked at.
+_END_BYTES, _LOOKED_AT = 64 * 1024, 1000
 
 
 @dataclass(frozen=True)
@@ -40,12 +50,12 @@ def read_manifest(folder: Folder) -> Manifest:
     """
     path = folder.path
     stem = path.with_suffix("") if path.suffix in (".bin", ".idx") else path
-    if is_pair(stem) and (stem.parent / DATA_MANIFEST_FILE).is_file():
+    if _is_pair(stem) and (stem.parent / DATA_MANIFEST_FILE).is_file():
         # Its tokenizer, its hashes and the marks of conversations would go unread.
         raise ConfigError(
             f"{folder} must be the folder that moepp data prepare wrote; use {stem.parent}"
         )
-    if path != stem and is_pair(stem):
+    if path != stem and _is_pair(stem):
         raise ConfigError(f"{folder} must be the prefix of both files; use {stem}")
     try:
         return _manifest_at(path)
@@ -60,7 +70,7 @@ def read_manifest(folder: Folder) -> Manifest:
 
 
 def _manifest_at(path: Path) -> Manifest:
-    return read_pair(path) if is_pair(path) else Manifest.read(path)
+    return _read_pair(path) if _is_pair(path) else Manifest.read(path)
 
 
 def corpus_identity(path: Path) -> str | None:
@@ -99,7 +109,7 @@ def check_start(folder: Folder, manifest: Manifest, whole_index: bool = False) -
 
 def damaged(folder: Folder, problem: str) -> ConfigError:
     """The error for a damaged folder or pair, with a remedy."""
-    if is_pair(folder.path):
+    if _is_pair(folder.path):
         return ConfigError(
             f"{folder} is damaged, or not of data.tokenizer: {problem}; put back a copy, or name "
             "the tokenizer that it was made with"
@@ -203,3 +213,74 @@ class _TokenCheck:
 def outside(place: str, token: int, vocab_size: int) -> str:
     """The message that a token is not in the vocabulary."""
     return f"{place} is {token}, outside of the vocabulary (0 to {vocab_size - 1})"
+
+
+def _is_pair(path: Path) -> bool:
+    """True if a path is the prefix of such a pair."""
+    return not path.is_dir() and Path(f"{path}.idx").is_file() and Path(f"{path}.bin").is_file()
+
+
+def _read_pair(prefix: Path) -> Manifest:
+    """The manifest of a pair, as far as its files show; `Manifest.is_bare` is true for it.
+
+    Its identity is a hash of the sizes and of both ends of the files, so that little is read.
+
+    Raises:
+        CorpusError: The index is none of tokens.
+        OSError: A file cannot be read.
+    """
+    idx, data = Path(f"{prefix}.idx"), Path(f"{prefix}.bin")
+    header = read_header(idx)
+    size = data.stat().st_size
+    tokens = size // np.dtype(header.dtype).itemsize
+    digest = hashlib.sha256()
+    for path in (idx, data):
+        with path.open("rb") as stream:
+            length = stream.seek(0, 2)
+            digest.update(f"{length}\0".encode())
+            for start in (0, max(length - _END_BYTES, 0)):
+                stream.seek(start)
+                digest.update(stream.read(_END_BYTES))
+    source = SourceSummary(prefix.name, 1, size, header.documents, 0, tokens)
+    return Manifest(
+        format_version=FORMAT_VERSION,
+        sources=[source],
+        documents=header.documents,
+        skipped=0,
+        skipped_reasons={},
+        tokens=tokens,
+        vocab_size=0,
+        eod_id=-1,
+        eod_token="",
+        tokenizer_sha256="",
+        files={path.name: path.stat().st_size for path in (data, idx)},
+        inputs=Inputs({}, digest.hexdigest(), ""),
+    )
+
+
+def pair_warnings(folder: Folder, tokenizer: Tokenizer) -> list[str]:
+    """Warnings: what cannot be checked of a pair, and whether its tokenizer looks wrong.
+
+    Raises:
+        CorpusError: The index is damaged.
+        OSError: A file cannot be read.
+    """
+    warnings = [
+        f"{folder} has no manifest: whether data.tokenizer has made its ids, whether all of them "
+        "are in the vocabulary (batches are checked as they are read) and whether the "
+        "bytes are as they were written cannot be checked"
+    ]
+    idx = Path(f"{folder.path}.idx")
+    header = read_header(idx)
+    data = np.memmap(f"{folder.path}.bin", dtype=header.dtype, mode="r")
+    ends = read_ends(idx, header, data.nbytes, is_ours=False)
+    looked_at = ends[np.linspace(0, len(ends) - 1, min(len(ends), _LOOKED_AT), dtype=np.int64)]
+    last = data[looked_at[looked_at > 0] - 1]
+    without = int((last != tokenizer.eod).sum())
+    if without:
+        warnings.append(
+            f"{folder}: {without:,} of {len(last):,} documents looked at do not end with "
+            f"token {tokenizer.eod} ({tokenizer.eod_token}), the end of a document: they were "
+            "made without --append-eod, or data.tokenizer is another one"
+        )
+    return warnings

@@ -143,11 +143,6 @@ def have_wandb() -> bool:
     return spec is not None and spec.origin is not None
 
 
-def have_lm_eval() -> bool:
-    """True if EleutherAI's lm-eval is installed."""
-    return importlib.util.find_spec("lm_eval") is not None
-
-
 @functools.cache
 def flex_backends() -> tuple[str, ...]:
     """The flex dispatcher's usable back ends, the preferred one first: deepep, hybridep."""

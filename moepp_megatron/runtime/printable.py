@@ -2,7 +2,6 @@
 
 import logging
 import re
-import time
 
 # What moves the cursor or sets titles, colours and clipboards: C0 and C1 controls.
 _CONTROLS = r"\x00-\x1f\x7f-\x9f"
@@ -20,17 +19,6 @@ def printable(text: str, keep: str = "\n\t") -> str:
         keep: Characters that are left as they are.
     """
     return _UNSAFE.sub(lambda match: match[0] if match[0] in keep else _escape(match[0]), text)
-
-
-def printable_time(seconds: float, form: str = "%Y-%m-%d %H:%M:%S") -> str:
-    """Format seconds since 1970 by `time.strftime`, in this machine's time zone.
-
-    One that a file has, or a clock that was set wrongly, may be beyond any calendar.
-    """
-    try:
-        return time.strftime(form, time.localtime(seconds))
-    except (OverflowError, ValueError, OSError):
-        return f"{seconds:g} s after 1970"
 
 
 def _escape(character: str) -> str:

@@ -1,7 +1,9 @@
 """Checks the tasks of `evaluation.tasks` before a run starts."""
 
+from importlib.util import find_spec
+
 from moepp_megatron.config import Config, UnfitError
-from moepp_megatron.runtime.optional import have_lm_eval, how_to_install
+from moepp_megatron.runtime.optional import how_to_install
 
 
 def check_tasks(config: Config) -> None:
@@ -13,7 +15,7 @@ def check_tasks(config: Config) -> None:
     """
     if not config.evaluation.tasks:
         return
-    if not have_lm_eval():
+    if find_spec("lm_eval") is None:
         raise UnfitError(
             f"evaluation.tasks ({', '.join(map(str, config.evaluation.tasks))}) must have the "
             "package lm-eval, which is not installed; "

@@ -25,7 +25,6 @@ from moepp_megatron.observe.status import CLAIM, RunStatus, read_status
 from moepp_megatron.runtime.atomic import create_atomic, lock, write_atomic
 from moepp_megatron.runtime.disk import is_full
 from moepp_megatron.runtime.object_store import ObjectPath
-from moepp_megatron.runtime.printable import printable_time
 from moepp_megatron.runtime.rank import environment
 from moepp_megatron.training.checkpoint.find import NoStartError, list_checkpoints
 
@@ -65,12 +64,20 @@ def refuse_running(folder: Path) -> None:
     if gone is None:
         gone = _is_silent(folder / STATUS_FILE)
     if not gone:
-        since = printable_time(status.started)
+        since = _when(status.started)
         owner = status.launcher.pid if status.launcher is not None else status.pid
         raise ConfigError(
             f"run.dir ({folder}) must not be in use, and process {owner} on {status.host} trains "
             f"in it since {since}; stop that one first, or choose another run.dir"
         )
+
+
+def _when(seconds: float) -> str:
+    """Seconds since 1970 in this machine's time zone; a damaged file may hold any number."""
+    try:
+        return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
+    except (OverflowError, ValueError, OSError):
+        return f"{seconds:g} s after 1970"
 
 
 @contextmanager

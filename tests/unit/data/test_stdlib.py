@@ -9,7 +9,7 @@ from moepp_megatron.data import sources as sources_module
 from moepp_megatron.data.corpus import ALONE, _arrange
 from moepp_megatron.data.datasets import build_datasets
 from moepp_megatron.data.prepare import PrepareSettings, prepare
-from moepp_megatron.data.source_filters import is_table, package_of
+from moepp_megatron.data.source_filters import is_table
 from moepp_megatron.data.sources import resolve_sources
 from moepp_megatron.data.tokenizer import Tokenizer
 from moepp_megatron.runtime.terminal import Console
@@ -58,7 +58,7 @@ def test_tables_of_this_python_are_left_out():
     )
     # Long constants, much documentation, or the word "generated" make no table.
     assert {"difflib.py", "ast.py", "turtle.py", "xmlrpc/server.py", "json/decoder.py"} <= names
-    assert {file.group for file in source.files} == {package_of(name) for name in names}
+    assert {file.group for file in source.files} == {name.split("/")[0] for name in names}
 
 
 def fill(root):
@@ -102,9 +102,7 @@ def test_validation_documents_are_whole_packages(library, tmp_path):
         int, json.loads((out / "manifest.json").read_text())["split"].split(",")
     )
     assert (train + validation, test) == (70, 0)
-    texts = {
-        p.read_text(): package_of(p.relative_to(library).as_posix()) for p in library.rglob("*.py")
-    }
+    texts = {p.read_text(): p.relative_to(library).parts[0] for p in library.rglob("*.py")}
     packages = [texts[text] for text in stored(out)]
     assert len(set(packages[train:])) >= 2
     assert not set(packages[:train]) & set(packages[train:])
