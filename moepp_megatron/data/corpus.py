@@ -60,9 +60,8 @@ def spool_corpus(
         ConfigError: a source without a single usable document.
     """
     dtype = token_dtype(vocab_size)
-    lengths: list[NDArray[np.int64]] = []
-    groups: list[NDArray[np.int64]] = []
-    source_ids: list[NDArray[np.int64]] = []
+    # [3, documents] of each piece: lengths, groups, data sources.
+    columns: list[NDArray[np.int64]] = []
     numbers: dict[str | None, int] = {None: ALONE}
     names = list(dict.fromkeys(source.name for source in sources))
     documents: Counter[int] = Counter()
@@ -71,14 +70,14 @@ def spool_corpus(
     with path.open("wb") as stream:
         for encoded in pieces:
             stream.write(encoded.tokens.astype(dtype, copy=False).tobytes())
-            lengths.append(encoded.lengths)
-            number = numbers.setdefault(encoded.piece.group, len(numbers))
-            groups.append(np.full(len(encoded.lengths), number))
-            source_id = names.index(sources[encoded.piece.source].name)
-            source_ids.append(np.full(len(encoded.lengths), source_id))
-            documents[encoded.piece.source] += len(encoded.lengths)
-            tokens[encoded.piece.source] += len(encoded.tokens)
-            skipped[encoded.piece.source] += encoded.skipped
+            count, index = len(encoded.lengths), encoded.piece.source
+            group = numbers.setdefault(encoded.piece.group, len(numbers))
+            source_id = names.index(sources[index].name)
+            places = (np.full(count, number) for number in (group, source_id))
+            columns.append(np.stack([encoded.lengths, *places]))
+            documents[index] += count
+            tokens[index] += len(encoded.tokens)
+            skipped[index] += encoded.skipped
     for index, source in enumerate(sources):
         if not documents[index]:
             raise no_usable_document(source, skipped[index])
@@ -87,15 +86,8 @@ def spool_corpus(
         for index, source in enumerate(sources)
     ]
     all_skipped = sum(skipped, Counter[str]())
-    return SpooledCorpus(
-        path,
-        dtype,
-        np.concatenate(lengths),
-        np.concatenate(groups),
-        np.concatenate(source_ids),
-        summaries,
-        all_skipped,
-    )
+    lengths, groups, source_ids = np.concatenate(columns, axis=1)
+    return SpooledCorpus(path, dtype, lengths, groups, source_ids, summaries, all_skipped)
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,8 @@ from moepp_megatron.data.tokenizer import Tokenizer
 from moepp_megatron.observe.metrics import StepMetrics
 from moepp_megatron.training.alerts import RunOutput, new_stage
 from moepp_megatron.training.batches import rank_batches
-from moepp_megatron.training.checkpoint.files import read_record
+from moepp_megatron.training.checkpoint.files import Progress, read_record
 from moepp_megatron.training.checkpoint.read import (
-    Loaded,
     find_start,
     newest_valid,
     read_checkpoint,
@@ -84,8 +83,8 @@ class Trainer:
         self.checkpoints = CheckpointWriter(checkpoint_folder(config), config, tokenizer_file)
         self.start_lines: list[str] = []
         # Last, so that nothing draws random numbers between here and the first step.
-        loaded = self._load(loads or config)
-        self.progress, self.states = loaded.progress, states_of(loaded.extra)
+        self.progress, extra = self._load(loads or config)
+        self.states = states_of(extra)
         self._run = PartContext(
             config=config,
             layout=layout,
@@ -226,9 +225,8 @@ class Trainer:
             self._output.send(*rollback.alerts_before(checkpoint))
             if checkpoint is None:
                 return False
-            loaded = read_checkpoint(checkpoint, self.model, self.config)
-            self.progress = before.back_at(loaded.progress)
-            self.states = states_of(loaded.extra)
+            earlier, extra = read_checkpoint(checkpoint, self.model, self.config)
+            self.progress, self.states = before.back_at(earlier), states_of(extra)
             self._output.go_back(self.progress.step)
             self._output.send(*self.parts.load(self.states, "rollback", before.step))
             self._output.send(*rollback.alerts_after(checkpoint))
@@ -280,11 +278,11 @@ class Trainer:
         self._output.complain(self.progress, self.checkpoints)
         return record
 
-    def _load(self, config: Config) -> Loaded:
+    def _load(self, config: Config) -> tuple[Progress, dict[str, Any]]:
         """Continue from `checkpoint.load` of `config`."""
         start = find_start(config, checkpoint_folder(config))
         if start is None:
-            return Loaded()
+            return Progress(), {}
         weights_only = not config.checkpoint.load_optimizer
         loaded = read_checkpoint(start, self.model, config, weights_only)
         record = None if weights_only else read_record(start)

@@ -218,8 +218,9 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def manifest(digests: dict[str, str], sizes: dict[str, int]) -> bytes:
+def manifest(files: dict[str, tuple[str, int]]) -> bytes:
     """megatron-core's integrity manifest with the files' sizes, which are cheap to check."""
+    digests, sizes = ({name: pair[place] for name, pair in files.items()} for place in (0, 1))
     content = {"algorithm": "sha256", "files": digests, "sizes": sizes}
     return (json.dumps(content, indent=2, sort_keys=True) + "\n").encode()
 

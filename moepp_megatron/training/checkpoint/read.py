@@ -1,7 +1,6 @@
 """Loads a checkpoint: finds it, verifies it, and reads it into the present layout."""
 
 import logging
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -44,14 +43,6 @@ from moepp_megatron.training.setup import TrainingModel
 logger = logging.getLogger(__name__)
 
 
-@dataclass
-class Loaded:
-    """Progress from which the run continues, and the `extra` that was saved with it."""
-
-    progress: Progress = field(default_factory=Progress)
-    extra: dict[str, Any] = field(default_factory=dict)
-
-
 def find_start(config: Config, folder: Path) -> Path | None:
     """The checkpoint that `checkpoint.load` means, verified; every rank must call.
 
@@ -90,7 +81,7 @@ def _first_agreed(candidates: list[Path]) -> tuple[Path | None, list[str]]:
 
 def read_checkpoint(
     checkpoint: Path, model: TrainingModel, config: Config, weights_only: bool = False
-) -> Loaded:
+) -> tuple[Progress, dict[str, Any]]:
     """Load a checkpoint that `find_start` verified, in place; every rank must call.
 
     With `weights_only` the run begins at step 0 with a fresh optimizer, as of a pretrained model.
@@ -104,7 +95,7 @@ def read_checkpoint(
             _read_weights(checkpoint, model.models, has_biases)
             # The optimizer's fp32 copies were taken from the weights that these replace.
             model.optimizer.reload_model_params()
-            return Loaded()
+            return Progress(), {}
         layout = grid(Layout.from_config(config, dist.get_world_size()))
         is_same_layout = layout == record.layout
         state = state_to_load(model)
@@ -115,7 +106,7 @@ def read_checkpoint(
         loaded = load_data(state, checkpoint)
         apply_state(model, loaded)
     _restore_rng(loaded.get(rng.KEY), config, record.progress, record.layout)
-    return Loaded(record.progress, loaded["extra"])
+    return record.progress, loaded["extra"]
 
 
 def load_weights(checkpoint: Path, models: list[MoEPPGPTModel]) -> None:

@@ -19,7 +19,7 @@ import shutil
 import sys
 import traceback
 from concurrent.futures import Future
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -55,13 +55,8 @@ from moepp_megatron.training.checkpoint.state import METADATA
 _TICK_S = 1e-3
 
 
-@dataclass
-class Written:
-    """One rank's output: results of torch's writer for the index, SHA-256 and bytes by file."""
-
-    results: list[Any] = field(default_factory=list)
-    digests: dict[str, str] = field(default_factory=dict)
-    sizes: dict[str, int] = field(default_factory=dict)
+# One rank's output: results of torch's writer for the index, SHA-256 and bytes by file.
+Written = tuple[list[Any], dict[str, tuple[str, int]]]
 
 
 class Save:
@@ -169,13 +164,13 @@ class Save:
             StoreError: If the store failed; there is then no checkpoint of that name.
         """
         folder, final = self.folder, self.final
-        digests = {name: digest for part in written for name, digest in part.digests.items()}
-        sizes = {name: size for part in written for name, size in part.sizes.items()}
+        files = {name: file for _, part in written for name, file in part.items()}
+        sizes = {name: size for name, (_, size) in files.items()}
         if isinstance(final, ObjectPath):
             _check_uploaded(final, sizes)
         else:
             _check_shared(folder, sizes)
-        self._write_index([part.results for part in written])
+        self._write_index([results for results, _ in written])
         _make_newest(self._record, final.parent)
         contents = {
             STATE_FILE: self._record.to_json(),
@@ -185,8 +180,8 @@ class Save:
         for name, content in contents.items():
             write_synced(folder / name, content)
         for name in (*contents, TENSORS_FILE):
-            digests[name], sizes[name] = file_digest(folder / name), (folder / name).stat().st_size
-        write_synced(folder / MANIFEST_FILE, manifest(digests, sizes))
+            files[name] = _digest_and_size(folder / name)
+        write_synced(folder / MANIFEST_FILE, manifest(files))
         latest = f"{final.name}\n".encode()
         if isinstance(final, ObjectPath):
             _upload(folder, final)
@@ -207,7 +202,7 @@ class Save:
 
     def _write_files(self) -> Written:
         """Write this rank's files and force them to disk. May run in a forked process."""
-        written = Written()
+        written, files = list[Any](), {}
         for number, bucket in enumerate(self._buckets):
             _, results = FileSystemWriterAsync.write_preloaded_data(
                 [self._writer.transforms], number, bucket, None, None, use_fsync=True
@@ -217,14 +212,13 @@ class Save:
                 refused = write_error(results, path)
                 _free(results)
                 raise refused
-            written.results += results
-            written.digests[path.name] = file_digest(path)
-            written.sizes[path.name] = path.stat().st_size
-        return written
+            written += results
+            files[path.name] = _digest_and_size(path)
+        return written, files
 
     def _sent(self, written: Written) -> Written:
         if isinstance(self.final, ObjectPath):
-            for name in written.digests:
+            for name in written[1]:
                 (self.final / name).upload(self.folder / name)
                 (self.folder / name).unlink()
         return written
@@ -237,6 +231,10 @@ class Save:
         meta = StorageMeta(save_id=self._writer.save_id)
         replace(self._writer, "storage_meta", lambda: meta)
         self._writer.finish(self._metadata, results)
+
+
+def _digest_and_size(path: Path) -> tuple[str, int]:
+    return file_digest(path), path.stat().st_size
 
 
 class _PlanOnly(TorchDistSaveShardedStrategy):

@@ -13,7 +13,12 @@ from moepp_megatron.file_names import CONFIG_FILE, LATEST_FILE, OWNER_FILE, STAT
 from moepp_megatron.runtime.object_store import ObjectPath
 from moepp_megatron.training.checkpoint.files import PREFIX
 from moepp_megatron.training.checkpoint.find import checkpoints_of, list_checkpoints
-from moepp_megatron.training.run_folder.ownership import OwnerMark, is_same, marked_owner
+from moepp_megatron.training.run_folder.ownership import (
+    OwnerMark,
+    is_inside,
+    is_same,
+    marked_owner,
+)
 
 
 def move_aside(config: Config, checkpoints: Path, config_file: Path | None = None) -> list[str]:
@@ -97,15 +102,12 @@ def _holds_runs(path: Path, run: Path) -> bool:
 
 
 def _refuse_moved_start(config: Config, moved: list[Path]) -> None:
-    homes = [Path(os.path.realpath(path)) for path in moved]
     load = ("checkpoint.load", config.checkpoint.load)
     for setting, name in (load, *used(config, "checkpoint")):
         if name is None or name == "auto":
             continue
         candidates = checkpoints_of(name, Path(os.path.abspath(config.run.dir)))
-        here = [path for path in candidates if not isinstance(path, ObjectPath)]
-        starts = [Path(os.path.realpath(path)) for path in here]
-        if any(start == home or home in start.parents for start in starts for home in homes):
+        if any(is_inside(path, each) for path in candidates for each in moved):
             raise ConfigError(
                 f"{setting} ({name}) must not be in the run that --overwrite moves aside; choose "
                 "another run.dir"

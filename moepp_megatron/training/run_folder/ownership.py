@@ -40,7 +40,7 @@ def is_same(path: Path, other: Path) -> bool:
     return os.path.realpath(path) == os.path.realpath(other)
 
 
-def _is_inside(path: Path, folder: Path) -> bool:
+def is_inside(path: Path, folder: Path) -> bool:
     """True if `path` is the folder or lies in it; links are resolved."""
     if isinstance(path, ObjectPath):
         return False
@@ -50,7 +50,7 @@ def _is_inside(path: Path, folder: Path) -> bool:
 
 def outside_of(run: Path, checkpoints: Path) -> Path | None:
     """A checkpoint folder of this machine outside of its run's; links are resolved."""
-    if isinstance(checkpoints, ObjectPath) or _is_inside(checkpoints, run):
+    if isinstance(checkpoints, ObjectPath) or is_inside(checkpoints, run):
         return None
     return Path(os.path.realpath(checkpoints))
 
@@ -189,7 +189,7 @@ class OwnerMark:
     def _owner(self) -> Path | None:
         """The folder of the run whose checkpoints are outside of this one's, if that run exists."""
         checkpoints = self._checkpoints
-        if _is_inside(checkpoints, self._run):
+        if is_inside(checkpoints, self._run):
             return None
         if self._outside is not None:
             marked = marked_owner(self._outside)

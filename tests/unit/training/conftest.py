@@ -37,9 +37,8 @@ def write():
         }
         for name, content in contents.items():
             (path / name).write_bytes(content)
-        digests = {name: file_digest(path / name) for name in contents}
-        sizes = {name: len(content) for name, content in contents.items()}
-        (path / "integrity.json").write_bytes(manifest(digests, sizes))
+        files = {name: (file_digest(path / name), len(data)) for name, data in contents.items()}
+        (path / "integrity.json").write_bytes(manifest(files))
         return path
 
     return write_checkpoint
