@@ -19,59 +19,19 @@ _SHARED_MEMORY = Path("/dev/shm")
 _BYTES_A_WORKER = 64 * 1024
 
 
-class _MicroBatchSampler(Sampler[list[int]]):
-    """Sample indices of the micro-batches of one data-parallel rank."""
+class _MicroBatches(Sampler[list[int]]):
+    """Sample indices of micro-batches, from the first of each."""
 
-    # Micro-batch m of rank r in the global batch that starts at sample S holds the samples
-    # `S + (m * dp_size + r) * micro_batch_size + [0, micro_batch_size)`: the order of Megatron-LM's
-    # `MegatronPretrainingSampler`. All ranks together thus read the same samples in the same order
-    # whatever `dp_size` is. A last global batch that would be incomplete is left out.
-
-    def __init__(
-        self,
-        num_samples: int,
-        consumed_samples: int,
-        micro_batch_size: int,
-        dp_rank: int,
-        dp_size: int,
-        global_batch_size: int,
-    ) -> None:
-        """Set up the sampler.
-
-        Raises:
-            ValueError: numbers that do not fit together.
-        """
-        if min(micro_batch_size, dp_size, global_batch_size) < 1 or consumed_samples < 0:
-            raise ValueError(
-                f"micro_batch_size ({micro_batch_size}), dp_size ({dp_size}) and global_batch_size "
-                f"({global_batch_size}) must be at least 1, consumed_samples ({consumed_samples}) "
-                "at least 0"
-            )
-        if not 0 <= dp_rank < dp_size:
-            raise ValueError(f"dp_rank ({dp_rank}) must be in [0, dp_size) with dp_size {dp_size}")
-        if global_batch_size % (micro_batch_size * dp_size):
-            raise ValueError(
-                f"global_batch_size ({global_batch_size}) must be divisible by micro_batch_size "
-                f"times dp_size ({micro_batch_size} * {dp_size})"
-            )
-        self._num_global_batches = max(num_samples - consumed_samples, 0) // global_batch_size
-        self._consumed_samples = consumed_samples
-        self._micro_batch_size = micro_batch_size
-        self._dp_rank = dp_rank
-        self._dp_size = dp_size
-        self._num_micro_batches = global_batch_size // (micro_batch_size * dp_size)
+    def __init__(self, firsts: range, size: int) -> None:
+        self._firsts, self._size = firsts, size
 
     def __len__(self) -> int:
         """Number of micro-batches."""
-        return self._num_global_batches * self._num_micro_batches
+        return len(self._firsts)
 
     def __iter__(self) -> Iterator[list[int]]:
-        """Yield the sample indices of each micro-batch."""
-        stride = self._micro_batch_size * self._dp_size
-        first = self._consumed_samples + self._dp_rank * self._micro_batch_size
-        for index in range(len(self)):
-            start = first + index * stride
-            yield list(range(start, start + self._micro_batch_size))
+        """Yield the indices of each."""
+        return (list(range(first, first + self._size)) for first in self._firsts)
 
 
 def batches(
@@ -106,18 +66,20 @@ def batches(
         It ends before a global batch the dataset cannot fill.
 
     Raises:
-        ValueError: numbers that do not fit together.
         ConfigError: while iterating, a token outside of the vocabulary (`check_tokens`).
         UnfitError: while iterating, shared memory has no room for the processes.
     """
-    sampler = _MicroBatchSampler(
-        len(dataset),  # type: ignore[arg-type]  # torch's Dataset does not declare __len__
-        consumed_samples,
-        micro_batch_size,
-        dp_rank,
-        dp_size,
-        global_batch_size,
-    )
+    # Micro-batch m of rank r in the global batch that starts at sample S holds the samples
+    # `S + (m * dp_size + r) * micro_batch_size + [0, micro_batch_size)`: the order of Megatron-LM's
+    # `MegatronPretrainingSampler`. All ranks together thus read the same samples in the same order
+    # whatever `dp_size` is. A last global batch that would be incomplete is left out.
+    stride = micro_batch_size * dp_size
+    fits = consumed_samples >= 0 <= dp_rank < dp_size and stride > 0 == global_batch_size % stride
+    assert fits, f"{dp_size} ranks of {micro_batch_size} samples do not fill {global_batch_size}"
+    unread = max(len(dataset) - consumed_samples, 0)  # type: ignore[arg-type]  # has a length
+    end = consumed_samples + unread // global_batch_size * global_batch_size
+    firsts = range(consumed_samples + dp_rank * micro_batch_size, end, stride)
+    sampler = _MicroBatches(firsts, micro_batch_size)
     loader = DataLoader(
         dataset,
         batch_sampler=sampler,
@@ -149,7 +111,7 @@ def _read_ahead(loader: "DataLoader[Batch]") -> Iterator[Batch]:
 
 
 def _checked(
-    loaded: Iterator[Batch], sampler: _MicroBatchSampler, dataset: "Dataset[Any]", vocab_size: int
+    loaded: Iterator[Batch], sampler: _MicroBatches, dataset: "Dataset[Any]", vocab_size: int
 ) -> Iterator[Batch]:
     # Here and not in the loader's processes, whose errors come with a traceback as their text.
     for indices, batch in zip(sampler, loaded, strict=True):
