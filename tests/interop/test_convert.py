@@ -330,7 +330,7 @@ def start_training_from(folder, dtype):
     raw = config_from_hf(HFSource(source).config, "x").model_dump(mode="json")
     raw["precision"]["dtype"] = dtype
     config, _, model = begin_training(raw)
-    progress = read_checkpoint(folder / "mcore", model, config).progress
+    progress = read_checkpoint(folder / "mcore", model, config)[0]
     assert progress.step == 0
     wanted = load_tensors(source)["model.embed_tokens.weight"].to(
         next(model.models[0].parameters()).dtype

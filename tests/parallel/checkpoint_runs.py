@@ -82,7 +82,7 @@ def train_between(raw, folder, last, start=None):
     from moepp_megatron.training.step_sums import mean_loss
 
     config, layout, model = begin_training(raw)
-    progress = Progress() if start is None else read_checkpoint(start, model, config).progress
+    progress = Progress() if start is None else read_checkpoint(start, model, config)[0]
     dataset = SyntheticDataset(config, NUM_STEPS)
     batches = rank_batches(dataset, progress.consumed_samples, config, len(model.chunks))
     losses = []
