@@ -13,8 +13,9 @@ decide  One setting of the paper's arm at a time: sizes XS and S, seeds 11 to 15
 top     Size XL at vanilla's FLOP. `ladder_table --predict XL` comes first.
 equal   Equal FFN work: tokens take as many FFN experts on average as vanilla's, of more picks
         (`EQUAL`), tuned as before but with two seeds each. Size S, seeds 1 to 5, mixture A; the
-        control; the arms of `MIDDLE` on size M.
-proof   The arms of `PROVED` on size L, seeds 31 to 33, mixture C, which chose nothing.
+        control; the arms of `MIDDLE` on size M, those of `FINE` with three seeds.
+proof   The arms of `PROVED` on size L, seeds 31 to 33, mixture C, which chose nothing; the best
+        and its vanilla with seeds 34 and 35 too.
 beyond  The best arm and its vanilla on size XL, seeds 41 to 43, mixture C; predicted first.
 
 A mixture is a third each of source text, English prose and other languages, from the files of the
@@ -71,6 +72,7 @@ MIDDLE = (
 )
 PROVED = ("vanilla selected", "K3 mix nonzero", "K4 mix nonzero", "K3 zero nonzero")
 BEYOND = PROVED[:2]
+FINE = ("vanilla fine", "fine K10", "fine K12")
 
 
 class Missing(Exception):
@@ -168,8 +170,12 @@ def chains(stage: str, arms: list[str], sizes: list[str]) -> list[Chain]:
             *(_equals("equal", "S", range(1, 6), list(EQUAL), "A")),
             *(_equals("control", "S", range(1, 6), CONTROLLED, "control")),
             *(_equals("equal", "M", range(1, 6), MIDDLE, "A")),
+            *(_equals("equal", "M", range(1, 4), FINE, "A")),
         ],
-        "proof": [*_equals("proof", "L", range(31, 34), PROVED, "C")],
+        "proof": [
+            *(_equals("proof", "L", range(31, 34), PROVED, "C")),
+            *(_equals("proof", "L", range(34, 36), BEYOND, "C")),
+        ],
         "beyond": [*_equals("beyond", TOP, range(41, 44), BEYOND, "C")],
     }
     return stages[stage]
