@@ -1,11 +1,17 @@
 """The plan for a GPU that is lent for half an hour: its calls fit, and play here."""
 
+import json
+import os
 import re
 import shutil
 import struct
 import subprocess
+import tarfile
+import time
 import zipfile
 from pathlib import Path
+
+import pytest
 
 from benchmarks import one_architecture
 
@@ -42,6 +48,43 @@ def test_every_test_of_a_gpu_is_in_a_part():
     rest = re.search(r"^files=\((.*)\)$", script, re.MULTILINE)[1].split()
     for path in (ROOT / "tests/gpu").glob("test_*.py"):
         assert path.stem.removeprefix("test_") in rest or f"tests/gpu/{path.name}" in script
+
+
+def rehearse(folder, *command):
+    """The record of a rehearsal, with the greatest number of checkpoints at once."""
+    name, *arguments = command
+    process = subprocess.Popen(
+        [str(ROOT / "benchmarks" / name), *arguments, "--rehearse", "--work", str(folder)],
+        env=os.environ | {"MOEPP_COMMIT": "abc", "OUT": str(folder / "out")},
+        stdout=subprocess.DEVNULL,
+        cwd=folder,
+    )
+    most = 0
+    while process.poll() is None:
+        most = max(most, len(list(folder.glob("run_*/checkpoints/step_*"))))
+        time.sleep(0.1)
+    return json.loads((folder / "out/cpu.json").read_text()) | {"checkpoints": most}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_every_call_within_its_limit_and_disk(tmp_path):
+    for call in map(str, CALLS):
+        found = rehearse(tmp_path, "lent_gpu.sh", call)
+        # 8 GB each of the 0.6B model; one is being written when another is removed.
+        assert found["checkpoints"] <= 2
+        (packed,) = (tmp_path / "out").glob(f"call_{call}.tar.gz.*")
+        with tarfile.open(packed) as archive:
+            names = archive.getnames()
+        assert "./steps.tsv" in names
+        assert "./card.log" in names
+    assert any(name.startswith("./run_trace/profile/") for name in names)
+    rest = "layer_bf16_constants_30,layer_bf16_constants_62,pair"
+    found = rehearse(tmp_path, "gpu.sh", "--steps", rest, "--out", str(tmp_path / "out"))
+    steps = {step["name"]: step["exit_status"] for step in found["steps"]}
+    assert {"step_bf16", "step_7b", "layer_bf16_constants_62", "run_ep", "resume"} <= steps.keys()
+    assert set(steps.values()) == {0}
+    assert found["step"]["7b"]["moepp_j"] is None
 
 
 def piece(sm, code):
