@@ -282,7 +282,7 @@ if has graphs && ((gpus > 0)); then
     train_both_ways graphs 'training.cuda_graphs=[attn,moe_router]'
 fi
 if has serve; then
-    serve=("$MOEPP_BIN/python" -m benchmarks.serve_throughput "$work/serve.jsonl" --compiled)
+    serve=("$MOEPP_BIN/python" -m benchmarks.serve_throughput "$work/serve.jsonl" --compiled ${allow_cpu:+--tiny})
     "$MOEPP_BIN/python" -c 'import transformers' 2>/dev/null ||
         serve=(bash -c 'echo "transformers is not installed"; exit 3')
     passed serve || rm -f -- "$work/serve.jsonl"

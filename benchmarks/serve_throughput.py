@@ -10,7 +10,7 @@ multiply the rows picked. With --vllm the models run in vLLM instead, all compil
 environment of tests/vllm/requirements.txt; where there is a GPU, on it, in bf16, by the clock, with
 one bias for all phases and without counts, which graphs do not show. With --compiled the models run
 in transformers as `generate` runs them, decoding compiled and with a cache of static shape; where
-there is a GPU, on it in bf16. Rows are counted before compilation.
+there is a GPU, on it in bf16. Rows are counted before compilation. --tiny rehearses with one layer.
 """
 
 from __future__ import annotations
@@ -51,6 +51,8 @@ BATCHES = (1, 16, 128) if IS_GPU else (1, 16)
 seconds_now = time.perf_counter if IS_GPU else time.process_time
 SIZES: dict[str, Any] = {"vocab_size": VOCAB, "hidden_size": 512, "intermediate_size": INNER}
 SIZES |= {"num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 8}
+if "--tiny" in sys.argv:
+    REPEATS, SIZES["num_hidden_layers"] = 1, 1
 # Implementations by how many tokens they read first: `batched_mm` copies an expert for each row.
 PROMPTS = {"eager": LENGTH, "grouped_mm": LENGTH, "batched_mm": NEW}
 # Steps of each phase.

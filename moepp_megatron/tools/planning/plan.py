@@ -70,7 +70,7 @@ class Planned:
         }
 
 
-def planned_of(config: Config, grid: Grid, held: float, fits: bool, machine: Machine) -> Planned:
+def _planned_of(config: Config, grid: Grid, held: float, fits: bool, machine: Machine) -> Planned:
     """A layout with its numbers."""
     load = Workload.from_config(config)
     step = step_time(load, grid, machine)
@@ -218,7 +218,7 @@ def _accepted(
             break
         is_new = all(_degrees(grid) != _degrees(planned.grid) for planned in accepted)
         if is_new and (changed := _in_layout(config, grid)) is not None:
-            accepted.append(planned_of(changed, grid, held, fits, machine))
+            accepted.append(_planned_of(changed, grid, held, fits, machine))
     return accepted
 
 
