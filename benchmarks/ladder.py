@@ -17,6 +17,8 @@ equal   Equal FFN work: tokens take as many FFN experts on average as vanilla's,
 proof   The arms of `PROVED` on size L, seeds 31 to 33, mixture C, which chose nothing; the best
         and its vanilla with seeds 34 and 35 too.
 beyond  The best arm and its vanilla on size XL, seeds 41 to 43, mixture C; predicted first.
+power   The same two, as `equal` and `proof` have them, with as many seeds more as these ask for:
+        13 in all on M, seeds 6 to 13; 22 in all on L, seeds 36 to 52; predicted first.
 
 A mixture is a third each of source text, English prose and other languages, from the files of the
 machine (`fault_corpora`). Within a seed all arms see the same tokens in the same order, as far as
@@ -177,6 +179,10 @@ def chains(stage: str, arms: list[str], sizes: list[str]) -> list[Chain]:
             *(_equals("proof", "L", range(34, 36), BEYOND, "C")),
         ],
         "beyond": [*_equals("beyond", TOP, range(41, 44), BEYOND, "C")],
+        "power": [
+            *(_equals("power", "M", range(6, 14), BEYOND, "A")),
+            *(_equals("power", "L", range(36, 53), BEYOND, "C")),
+        ],
     }
     return stages[stage]
 
@@ -271,7 +277,7 @@ def main() -> None:
         "--stage",
         nargs="*",
         default=stages,
-        choices=[*stages, "top", "tune equal", "equal", "proof", "beyond"],
+        choices=[*stages, "top", "tune equal", "equal", "proof", "beyond", "power"],
     )
     add("--arms", nargs="*", default=list(ARMS), choices=list(ARMS))
     add("--sizes", nargs="*", default=list(SIZES), choices=list(SIZES))
