@@ -1,7 +1,5 @@
 """`moepp config`: what a configuration sets and where, and every setting that there is."""
 
-from __future__ import annotations
-
 import json
 import textwrap
 from collections.abc import Iterable, Iterator

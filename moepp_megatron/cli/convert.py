@@ -1,7 +1,5 @@
 """`moepp convert`: converts checkpoints from other formats and to them."""
 
-from __future__ import annotations
-
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated

@@ -3,8 +3,6 @@
 With `--build-rank` it also builds that rank and compares it.
 """
 
-from __future__ import annotations
-
 from bisect import bisect_right
 from collections.abc import Sequence
 from functools import partial

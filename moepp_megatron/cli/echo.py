@@ -1,7 +1,5 @@
 """Prints the output of commands, which may quote untrusted files, safely for a terminal."""
 
-from __future__ import annotations
-
 import typer
 
 from moepp_megatron.config import ConfigError, UnfitError

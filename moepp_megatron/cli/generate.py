@@ -1,7 +1,5 @@
 """`moepp generate`: samples text from a checkpoint in any layout."""
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 from typing import Annotated

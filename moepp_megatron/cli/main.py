@@ -1,7 +1,5 @@
 """The `moepp` command. Each command lives in its own file; heavy imports wait until one runs."""
 
-from __future__ import annotations
-
 import errno
 import os
 import signal

@@ -1,7 +1,5 @@
 """`moepp monitor RUN`: shows a running run in the terminal, or serves runs to Prometheus."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated
 

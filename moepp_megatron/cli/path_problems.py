@@ -1,7 +1,5 @@
 """Checks of a run's paths: data, checkpoint, teacher, a folder that can be written."""
 
-from __future__ import annotations
-
 from moepp_megatron.config import Config, ConfigError
 from moepp_megatron.config.paths import is_address
 

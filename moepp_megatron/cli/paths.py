@@ -3,8 +3,6 @@
 So is `--json -`, which prints.
 """
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import functools

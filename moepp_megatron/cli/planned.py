@@ -1,7 +1,5 @@
 """Samples a run will read."""
 
-from __future__ import annotations
-
 from moepp_megatron.config import Config
 
 

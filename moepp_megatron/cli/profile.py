@@ -1,7 +1,5 @@
 """`moepp profile RUN`: where the communication time of a run goes."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated
 

@@ -1,7 +1,5 @@
 """`moepp slurm`: the batch script of a run on a Slurm cluster."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated
 

@@ -1,7 +1,5 @@
 """Common to all commands: examples at the end of the help, and the refusal of wrong usage."""
 
-from __future__ import annotations
-
 import inspect
 import re
 import shlex

@@ -4,8 +4,6 @@ A rule takes a Config and yields a Problem where it is broken. If a rule relies 
 reports nothing while that one is broken, so that one mistake gives one line.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from operator import attrgetter
 from typing import Any

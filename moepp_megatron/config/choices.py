@@ -1,7 +1,5 @@
 """Reads values that must be one of several: names in registries, comma-separated options."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
 

@@ -3,8 +3,6 @@
 The command line prints them without a traceback and exits with their code.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Exit statuses of `moepp` commands and of ranks."""
 
-from __future__ import annotations
-
 FAILED = 1
 """A command, or a run, has failed."""
 REFUSED = 2

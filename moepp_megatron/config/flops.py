@@ -6,8 +6,6 @@ per weight and token forward, twice that backward. Only the FFN experts that tok
 so that skipped work does not raise the MFU.
 """
 
-from __future__ import annotations
-
 from moepp_megatron.config.parameters import latent_matrices
 from moepp_megatron.config.schema import Config
 from moepp_megatron.experts import FFN

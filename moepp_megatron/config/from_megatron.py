@@ -3,8 +3,6 @@
 The configuration has the same model: zero-computation experts only from ZEDA's fork of Megatron.
 """
 
-from __future__ import annotations
-
 import ast
 import math
 import re

@@ -3,8 +3,6 @@
 The rated numbers are the vendor's; the thresholds say how far below them a healthy GPU may stay.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal

@@ -1,7 +1,5 @@
 """Reads untrusted JSON: size and memory are limited, and any fault is a ValueError."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -3,8 +3,6 @@
 Also tells which of these each value comes from.
 """
 
-from __future__ import annotations
-
 import datetime
 import os
 import shlex

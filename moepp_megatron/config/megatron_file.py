@@ -4,8 +4,6 @@ The file is a shell script that calls `pretrain*.py`, or YAML with a mapping of 
 (`MODEL_ARGS:` with keys such as `--num-layers`).
 """
 
-from __future__ import annotations
-
 import re
 import shlex
 from collections.abc import Mapping, Sequence

@@ -5,8 +5,6 @@ Source: `megatron/training/arguments.py` and `megatron/training/config/` of NVID
 TsinghuaC3I/ZEDA.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 from moepp_megatron.config.sections import words

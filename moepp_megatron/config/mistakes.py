@@ -1,7 +1,5 @@
 """Names and values in a mapping of sections: what is unknown, of earlier versions, or refused."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from difflib import get_close_matches
 from typing import Any, Literal, NamedTuple, cast, get_args, get_origin

@@ -1,7 +1,5 @@
 """Exact parameter counts from the configuration, before any model is built."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from moepp_megatron.config.schema import Config, LatentAttentionSection, ModelSection

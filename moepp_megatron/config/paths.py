@@ -1,7 +1,5 @@
 """Refuses texts that cannot be a path of this machine."""
 
-from __future__ import annotations
-
 import os
 import re
 from pathlib import Path

@@ -8,8 +8,6 @@ run's configuration can be read where it is not. Looking for a name imports noth
 `load_plugin` does, and only what the configuration names.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from difflib import get_close_matches

@@ -1,7 +1,5 @@
 """Describes every setting of the configuration from the schema: type, default, unit, range."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 from types import UnionType

@@ -1,7 +1,5 @@
 """Reads files that somebody else may have made: regular ones, and of these no more than a limit."""
 
-from __future__ import annotations
-
 import errno
 import os
 import stat

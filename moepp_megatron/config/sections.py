@@ -1,7 +1,5 @@
 """The sections of the configuration by name, and what they declare of themselves."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from operator import attrgetter
 from types import UnionType

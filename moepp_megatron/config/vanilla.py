@@ -1,7 +1,5 @@
 """The vanilla model that a MoE++ configuration is compared with."""
 
-from __future__ import annotations
-
 from moepp_megatron.config.errors import ConfigError
 from moepp_megatron.config.load import parse_config
 from moepp_megatron.config.schema import Config

@@ -1,7 +1,5 @@
 """Reads YAML safely: bounded, no duplicate keys, 1e-4 is a number, errors name the place."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 from typing import Any

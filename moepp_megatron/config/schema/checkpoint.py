@@ -1,7 +1,5 @@
 """Section `checkpoint`: when checkpoints are saved, where, and what a run starts from."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated
 

@@ -1,7 +1,5 @@
 """The sections of the engine: one per subject, in the order that files are written in."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import yaml

@@ -1,7 +1,5 @@
 """Section `run`: the folder of a run, its name and further parts."""
 
-from __future__ import annotations
-
 from typing import Annotated
 
 from moepp_megatron.config.plugins import Plugin

@@ -3,8 +3,6 @@
 Contestants are timed in turn, so that other load on the machine affects all alike.
 """
 
-from __future__ import annotations
-
 import statistics
 import time
 from collections.abc import Callable, Mapping

@@ -1,7 +1,5 @@
 """The two layers: MoE++, and megatron-core's own MoE layer, unmodified, of the same FFN experts."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial

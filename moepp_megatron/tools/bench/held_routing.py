@@ -5,8 +5,6 @@ are added to each token's logits. They decide who is selected; the router still 
 and softmax keeps enough spread that no gradient vanishes.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -16,8 +16,6 @@ A result is what `--json` writes:
                                   for dispatchers that exchange without `all_to_all_single`
 """
 
-from __future__ import annotations
-
 import statistics
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager

@@ -4,8 +4,6 @@ Which counters matter, and what they ask for, follows NVIDIA's GPU debug guideli
 error management guide.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 

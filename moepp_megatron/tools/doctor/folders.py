@@ -1,7 +1,5 @@
 """Checks of the folders that a run writes to: writable, large enough, fast enough."""
 
-from __future__ import annotations
-
 import os
 import tempfile
 import time

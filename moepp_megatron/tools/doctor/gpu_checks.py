@@ -1,7 +1,5 @@
 """Checks of a node's GPUs together: their number, their model, and driver against torch."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

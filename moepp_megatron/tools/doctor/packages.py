@@ -1,7 +1,5 @@
 """Checks of the software: Python, torch, megatron-core, NCCL, and what is optional."""
 
-from __future__ import annotations
-
 import importlib.util
 import os
 import platform

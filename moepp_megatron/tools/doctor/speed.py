@@ -1,7 +1,5 @@
 """Short measurements, and their judgement: a matrix product per device, collectives of ranks."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

@@ -8,8 +8,6 @@ DIR/settings.json  the settings that all trials share
 DIR/logs/NAME.log  output of a trial's ranks, if this machine has started them
 """
 
-from __future__ import annotations
-
 import json
 import os
 import re

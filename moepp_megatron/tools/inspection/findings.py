@@ -3,8 +3,6 @@
 Shape suffixes: L MoE layers, N tokens, K experts selected per token.
 """
 
-from __future__ import annotations
-
 import json
 import math
 from collections import Counter

@@ -3,8 +3,6 @@
 Shape suffixes: T local tokens of a micro-batch, E all experts, K selected per token.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple

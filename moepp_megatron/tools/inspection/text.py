@@ -1,7 +1,5 @@
 """A text as tokens with their positions, cut into windows that a model can read."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 

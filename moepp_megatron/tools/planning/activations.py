@@ -6,8 +6,6 @@ the R rows that arrived. Gates are applied inside the experts' activation, so th
 not kept (arXiv 2603.07685, section 4.1.2).
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 from moepp_megatron.tools.planning.grid import Grid

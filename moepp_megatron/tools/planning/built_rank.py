@@ -5,8 +5,6 @@ exchanges nothing; tensors are fake: they have shapes, no memory. The groups, th
 gradients' buffers are built by the code that a run executes.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 
 import torch.distributed as dist

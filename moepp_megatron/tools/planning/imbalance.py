@@ -6,8 +6,6 @@ experts has the coefficient of variation sqrt((F - 1) / (F a + 1)): large `a` is
 an expert-parallel group wait for the fullest, in every layer: the mean of the maxima counts.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from functools import lru_cache
 

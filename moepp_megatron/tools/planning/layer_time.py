@@ -1,7 +1,5 @@
 """Time of one layer and micro-batch on the slowest rank: parts, communication, overlap."""
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace

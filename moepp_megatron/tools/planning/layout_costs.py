@@ -1,7 +1,5 @@
 """Costs of many layouts of one model, as `step.py` and `memory.py` say, whose caches they share."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cache

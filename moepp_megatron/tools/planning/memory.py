@@ -1,7 +1,5 @@
 """Memory of a rank: its parameters and its peak."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace

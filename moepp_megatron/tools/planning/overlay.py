@@ -1,7 +1,5 @@
 """Writes a layout as settings of a configuration, and as a YAML file based on another one."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 from typing import Any

@@ -5,8 +5,6 @@ a rank's experts compute (R = T K phi when load is even), D hidden size, I exper
 experts. Bytes are of kernels without products; each tensor counts once a read and once a write.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal, assert_never

@@ -1,7 +1,5 @@
 """Pipeline schedules: idle time, micro-batches in flight, layers of each stage."""
 
-from __future__ import annotations
-
 from functools import lru_cache
 
 from moepp_megatron.config.stages import Stages, stages_of

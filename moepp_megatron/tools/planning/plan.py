@@ -1,7 +1,5 @@
 """The plan: the best layouts of MoE++ and of its vanilla baseline."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path

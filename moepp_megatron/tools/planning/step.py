@@ -1,7 +1,5 @@
 """Time of a training step: the slowest stage's passes, the pipeline's idle time, the step's end."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache

@@ -1,7 +1,5 @@
 """Time of messages, and of a layer's communication, from the nodes of ranks and sizes."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from functools import lru_cache
 from math import ceil, exp, lgamma

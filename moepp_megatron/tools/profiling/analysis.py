@@ -1,7 +1,5 @@
 """All results of `moepp profile` for a recording, as numbers."""
 
-from __future__ import annotations
-
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path

@@ -3,8 +3,6 @@
 Times are milliseconds, a step's and a rank's mean unless a name says otherwise, sizes bytes.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 from moepp_megatron.tools.profiling.analysis import Profile

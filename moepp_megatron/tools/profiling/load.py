@@ -1,7 +1,5 @@
 """Loads a profile's files: one recording per rank, brought onto one clock."""
 
-from __future__ import annotations
-
 import re
 import statistics
 from pathlib import Path

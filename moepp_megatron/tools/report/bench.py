@@ -1,7 +1,5 @@
 """Results of `moepp bench`: tables and JSON."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path

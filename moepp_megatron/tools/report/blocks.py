@@ -1,7 +1,5 @@
 """A page as a list of blocks, which `templates/page.html.j2` draws."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
 """`comparison.html`: several runs over each other, and the settings that differ."""
 
-from __future__ import annotations
-
 import itertools
 import math
 import os

@@ -1,7 +1,5 @@
 """The page of `moepp inspect`: a text coloured by the FFN experts of its tokens, and tables."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path

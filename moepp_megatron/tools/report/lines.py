@@ -1,7 +1,5 @@
 """The plot of lines that most curves of the pages are."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any

@@ -1,7 +1,5 @@
 """`moepp plan --measured` on the terminal and as JSON."""
 
-from __future__ import annotations
-
 import json
 from collections import defaultdict
 from collections.abc import Iterable, Sequence

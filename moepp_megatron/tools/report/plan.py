@@ -1,7 +1,5 @@
 """`moepp plan` on the terminal and as JSON."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path

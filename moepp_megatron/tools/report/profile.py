@@ -1,7 +1,5 @@
 """Prints a profile on the terminal: sentences, the most expensive first, and tables."""
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from statistics import fmean

@@ -1,7 +1,5 @@
 """Shows the progress of a measurement."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 

@@ -1,7 +1,5 @@
 """The one way to a run's numbers over its steps."""
 
-from __future__ import annotations
-
 import math
 from array import array
 from collections import defaultdict

@@ -1,7 +1,5 @@
 """`pilot.html`: does MoE++ pay, and how certain is the answer? The same lines in the terminal."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from pathlib import Path
 

@@ -15,8 +15,6 @@ number of looks is at most LEVEL, whatever the dependence between them (the unio
 function in the sense of Lan and DeMets, Biometrika 70, 1983, fixed before the first run).
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass

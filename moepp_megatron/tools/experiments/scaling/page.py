@@ -10,8 +10,6 @@ were measured at the smallest count, the fastest one is the reference. MoE++ is 
 vanilla with vanilla.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass

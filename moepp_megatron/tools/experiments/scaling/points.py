@@ -7,8 +7,6 @@ as at the smallest count, they are one point.
 DIR/points/NAME.json   what `moepp bench step` has measured at a point
 """
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace

@@ -1,7 +1,5 @@
 """Predicted and measured, errors by family, and the published runs."""
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass

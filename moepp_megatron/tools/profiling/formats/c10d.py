@@ -5,8 +5,6 @@ split size` (torch/csrc/distributed/c10d/ParamCommsUtils.hpp, torch/csrc/profile
 operation of c10d on a CPU carries the shapes of its tensors (`record_shapes`).
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from typing import Any

@@ -13,8 +13,6 @@ other ranks included. A reduce-scatter of gloo is an all-reduce inside.
 Times in a trace are microseconds after `baseTimeNanoseconds`.
 """
 
-from __future__ import annotations
-
 from collections import defaultdict, deque
 from pathlib import Path
 from typing import Any

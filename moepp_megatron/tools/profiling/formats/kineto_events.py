@@ -7,8 +7,6 @@ of the model that the operation belongs to. A range that is entered inside of a 
 is a forward pass that is recomputed.
 """
 
-from __future__ import annotations
-
 import re
 from collections import defaultdict
 from collections.abc import Iterable

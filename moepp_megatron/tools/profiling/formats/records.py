@@ -1,7 +1,5 @@
 """The checked reader of all formats: bounded in size, every fault one line that names the place."""
 
-from __future__ import annotations
-
 import gzip
 import reprlib
 import zlib

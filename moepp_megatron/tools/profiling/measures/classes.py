@@ -1,7 +1,5 @@
 """Sums collectives by kind: operation, group by meaning, purpose and pass; their links' peaks."""
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass

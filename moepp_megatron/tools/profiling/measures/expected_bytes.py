@@ -9,8 +9,6 @@ a token crosses once to each rank that holds an expert of it: the least that can
 Gates, 4 bytes per selection, and with deduplication maps are counted separately.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 

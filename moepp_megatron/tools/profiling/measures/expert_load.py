@@ -6,8 +6,6 @@ busy machine nor the recording affects them. A rank that computes longer than it
 slow by itself: its cores, clock, or neighbours.
 """
 
-from __future__ import annotations
-
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass

@@ -5,8 +5,6 @@ exposed. On a CPU the training thread computes unless it waits for a collective,
 marks.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from dataclasses import dataclass
 

@@ -5,8 +5,6 @@ group has the same number in the group. The last rank to start does not wait; ev
 from its own start to that rank's. The rest is the transfer.
 """
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Mapping
 from typing import NamedTuple

@@ -1,7 +1,5 @@
 """Where in the model a collective was called, and what it serves: dispatch, gradient reduce, ..."""
 
-from __future__ import annotations
-
 import re
 from typing import NamedTuple
 

@@ -1,7 +1,5 @@
 """Watches all runs in folders, and serves their newest numbers to Prometheus."""
 
-from __future__ import annotations
-
 import contextlib
 import ipaddress
 import itertools

@@ -1,7 +1,5 @@
 """Watches a run's folder: its configuration, records, alerts and whether it is alive."""
 
-from __future__ import annotations
-
 import math
 import time
 from collections import Counter, deque

@@ -1,7 +1,5 @@
 """A run in the terminal: its state, the newest numbers by the catalogue, and its alerts."""
 
-from __future__ import annotations
-
 import json
 import math
 import time
