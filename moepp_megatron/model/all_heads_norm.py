@@ -7,8 +7,6 @@ transformers' `OlmoeAttention`.
 Shape suffixes: S sequence, B batch, N heads of this rank, C channels of a head.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -16,8 +16,6 @@ Shape suffixes: S a rank's tokens, s all tokens of a sequence, b sequences, n qu
 key/value heads of this tensor-parallel rank, d channels of a head's query or key, v of its value.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Builds this rank's model chunks."""
 
-from __future__ import annotations
-
 from functools import partial
 from typing import Any
 

@@ -7,8 +7,6 @@ for the backward pass: 4 bytes * heads * s^2 a sequence and layer (two 16-bit ma
 Shape suffixes as in `attention.py`.
 """
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams

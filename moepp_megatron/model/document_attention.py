@@ -10,8 +10,6 @@ the combined schedule pass on unchanged:
   that all other modules and the lane of router logits see [s, b] as always.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

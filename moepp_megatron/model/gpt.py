@@ -1,7 +1,5 @@
 """A GPT model with MoE++ layers on megatron-core's HybridModel."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

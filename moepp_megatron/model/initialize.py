@@ -6,8 +6,6 @@ that the tensor has in checkpoints, and a rank keeps the part that its sharding 
 same seed gives the same model on one process and on any grid of ranks.
 """
 
-from __future__ import annotations
-
 import hashlib
 import math
 from collections.abc import Iterable, Iterator

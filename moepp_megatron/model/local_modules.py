@@ -1,7 +1,5 @@
 """megatron-core's local modules, extended to the layouts that Transformer Engine supports."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

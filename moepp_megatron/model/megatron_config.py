@@ -1,7 +1,5 @@
 """Translates the user's configuration into megatron-core's and the MoE++ layer's."""
 
-from __future__ import annotations
-
 from dataclasses import fields
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The loss of multi-token prediction (MTP, DeepSeek-V3, arXiv 2412.19437, section 2.2)."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

@@ -1,7 +1,5 @@
 """A wrapper that the pipeline needs around a model chunk without a data-parallel wrapper."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from megatron.core.models.common.language_module.language_module import LanguageModule

@@ -1,7 +1,5 @@
 """Exchanges modules in the spec of a layer."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable
 

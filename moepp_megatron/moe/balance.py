@@ -6,8 +6,6 @@ to FFN experts. The grouped loss (ZEDA, arXiv 2605.18643) has the same share, an
 experts of the two groups take it.
 """
 
-from __future__ import annotations
-
 from typing import assert_never
 
 import torch

@@ -20,8 +20,6 @@ The state is a few numbers a layer that follow from counts over the global batch
 every rank and in every layout.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Heterogeneous expert capacity: drops the same selections in every layout."""
 
-from __future__ import annotations
-
 import functools
 import math
 from fractions import Fraction

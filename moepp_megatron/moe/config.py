@@ -1,7 +1,5 @@
 """Settings of a MoE++ layer that megatron-core's `TransformerConfig` has no field for."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass, field
 

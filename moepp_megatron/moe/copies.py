@@ -9,8 +9,6 @@ Both only gather. Without atomic additions the sum has one order, that of the co
 device and in every run.
 """
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any

@@ -7,8 +7,6 @@ weights go to oneDNN, which holds its speed at few rows, and only the first prod
 kept. Parameters, their names and checkpoints are unchanged.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from functools import cache
 from typing import Any

@@ -14,8 +14,6 @@ megatron-core's "local" graphs do the work (`CudaGraphManager`): the first train
 eagerly and is recorded, graphs are made at its end, later steps replay them.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

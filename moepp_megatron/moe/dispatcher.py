@@ -4,8 +4,6 @@ Dispatchers with an all-to-all do not wait for it: `token_dispatch` and `token_c
 it and return tickets (see `exchange`), `dispatch_postprocess` and `combine_postprocess` wait.
 """
 
-from __future__ import annotations
-
 import copy
 import functools
 from typing import Any

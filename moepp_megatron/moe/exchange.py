@@ -12,8 +12,6 @@ waited for at `begin`. Autograd runs nodes in the reverse order of their creatio
 backward pass of the work in between falls between them again.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

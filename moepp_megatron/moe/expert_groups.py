@@ -4,8 +4,6 @@ Where groups are nodes, a token's hidden state goes to at most `group_topk` of t
 is `moe.reference.in_best_groups`.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

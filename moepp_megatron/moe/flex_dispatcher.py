@@ -10,8 +10,6 @@ A row of an FFN-only map holds anything from 0 to K selections. How each backend
 - NCCL-EP takes K indices too and documents no sentinel, so it is refused.
 """
 
-from __future__ import annotations
-
 from copy import copy
 from functools import partial
 from typing import Any

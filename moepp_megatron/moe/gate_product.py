@@ -6,8 +6,6 @@ block of tokens at a time. With Transformer Engine the product is left to megatr
 forward pass then reads 16-bit numbers without a copy.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -10,8 +10,6 @@ made again in the backward pass instead of being kept.
 Shape suffixes: R rows sorted by expert, E local experts, D channels, F of an expert.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -6,8 +6,6 @@ a stage boundary the logits are extra columns of the hidden states, so they cost
 their own: an fp32 logit is two bf16 columns, reinterpreted bit for bit, never rounded.
 """
 
-from __future__ import annotations
-
 import copy
 from typing import Any
 

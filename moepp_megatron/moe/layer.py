@@ -10,8 +10,6 @@ experts have one of their own where tokens travel, in the meantime, and where a 
 FFN experts' outputs by itself (`kernels.combine`).
 """
 
-from __future__ import annotations
-
 from typing import Any, cast
 
 import torch

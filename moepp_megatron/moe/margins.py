@@ -12,8 +12,6 @@ is known as well, relative to its size, as a large one, whatever the scale of th
 Shape suffixes: T local tokens, E all experts, F FFN experts, K selected per token, B bins.
 """
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Sequence
 from functools import cache

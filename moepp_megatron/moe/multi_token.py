@@ -10,8 +10,6 @@ megatron-core's MTP block passes only hidden states from layer to layer, so the 
 logits is packed with them, as between pipeline stages (`lane.pack`).
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 from typing import Any
 

@@ -14,8 +14,6 @@ So the lane travels as it does between pipeline stages: packed with the hidden s
 columns (`lane.pack`). Upstream's nodes: `models/gpt/fine_grained_callables.py`.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -4,8 +4,6 @@ A mask is bool, True for padding, as in megatron-core: [b, s] on its way through
 in a MoE++ layer, [T] inside of its router. A padded token selects nothing and counts nowhere.
 """
 
-from __future__ import annotations
-
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.distributed import ProcessGroup

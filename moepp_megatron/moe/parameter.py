@@ -1,7 +1,5 @@
 """Parameters that every rank of a tensor-parallel group holds whole."""
 
-from __future__ import annotations
-
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 

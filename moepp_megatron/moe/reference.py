@@ -7,8 +7,6 @@ Shape suffixes: T tokens, D hidden size, E all experts, K selected experts per t
 width. Expert order: FFN, constant, copy, zero. Source: arXiv 2410.07348, named where used.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import assert_never
 

@@ -4,8 +4,6 @@ megatron-core's `RouterReplay` records and repeats them in a router. An expert's
 of the router: FFN experts first, then constant, copy and zero experts.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Any
 

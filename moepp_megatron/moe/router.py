@@ -3,8 +3,6 @@
 Shape suffixes: T local tokens, E all experts (FFN, constant, copy, zero), K selected per token.
 """
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from megatron.core.process_groups_config import ProcessGroupCollection

@@ -1,7 +1,5 @@
 """The configuration of a MoE++ layer's router: megatron-core's, with the count of all experts."""
 
-from __future__ import annotations
-
 import copy
 
 from megatron.core.transformer.transformer_config import TransformerConfig

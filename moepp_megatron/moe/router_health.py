@@ -6,8 +6,6 @@ measured unless `RouterHealth.enabled` is set, which a training loop does for si
 Shape suffixes: T local tokens, E all experts, C constant experts.
 """
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler

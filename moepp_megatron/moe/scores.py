@@ -5,8 +5,6 @@ which list what they compute and refuse the rest. Every score grows with its own
 rank the experts as scores do.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple

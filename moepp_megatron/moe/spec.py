@@ -1,7 +1,5 @@
 """Builds MoE++ layers from megatron-core's own specs, for use in any Megatron loop."""
 
-from __future__ import annotations
-
 import dataclasses
 from functools import partial
 

@@ -4,8 +4,6 @@ A letter of the pattern is a whole transformer layer, so numbers and names of la
 GPTModel of megatron-core.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any

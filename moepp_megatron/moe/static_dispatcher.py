@@ -9,8 +9,6 @@ Shape suffixes: T local tokens, F FFN experts, P expert-parallel ranks, L local 
 R rows: P times `rows_to_peer`.
 """
 
-from __future__ import annotations
-
 import torch
 import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection

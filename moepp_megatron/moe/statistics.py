@@ -1,7 +1,5 @@
 """Counters of one MoE layer since the last reset, outside of autograd."""
 
-from __future__ import annotations
-
 import torch
 from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
 from torch import Tensor

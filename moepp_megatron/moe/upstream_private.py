@@ -5,8 +5,6 @@ before the first layer is built and says what has moved, by name, instead of an 
 the middle of a step or, worse, a number that is wrong. docs/upgrading.md says what to do then.
 """
 
-from __future__ import annotations
-
 import importlib
 import inspect
 import logging

@@ -12,8 +12,6 @@ run's output, and must keep its default:
     IDLE       the setting is read only with another one that is refused
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable
 from dataclasses import MISSING, dataclass, fields

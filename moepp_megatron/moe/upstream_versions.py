@@ -3,8 +3,6 @@
 No other file asks for the version. docs/upgrading.md has the differences that need no code.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 from moepp_megatron.runtime.optional import how_to_install

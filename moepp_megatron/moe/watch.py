@@ -5,8 +5,6 @@ counted is switched on from outside: by tags and margins in `RoutingStatistics`,
 `RouterHealth.enabled`.
 """
 
-from __future__ import annotations
-
 from torch import Tensor
 
 from moepp_megatron.moe.config import MoEPPConfig

@@ -17,8 +17,6 @@ to the bit.
 Importing this package imports no Triton.
 """
 
-from __future__ import annotations
-
 import importlib.util
 
 import torch

@@ -22,8 +22,6 @@ and writes D elements. Backward reads D and x, writes the rows and D, and beside
 Shape suffixes: T tokens, R rows, D hidden size, C constant experts.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

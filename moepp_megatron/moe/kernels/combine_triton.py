@@ -5,8 +5,6 @@ A V and the two products of its backward pass are products of matrices. Matrix u
 multiply only bf16 without loss, so fp32 factors are cut into three bf16 numbers of 8 bits each.
 """
 
-from __future__ import annotations
-
 import triton
 import triton.language as tl
 from triton.language import constexpr

@@ -15,8 +15,6 @@ to the largest logit, as megatron-core's are, so that large logits cost no digit
 Shape suffixes: N tokens, V columns of this rank, R ranks of the tensor-parallel group.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

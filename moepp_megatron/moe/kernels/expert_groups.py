@@ -1,7 +1,5 @@
 """Group-limited routing inside the kernel of the selection; defined by `moe.expert_groups`."""
 
-from __future__ import annotations
-
 import triton
 import triton.language as tl
 from triton.language import constexpr

@@ -16,8 +16,6 @@ scores again.
 Shape suffixes: T tokens, E experts, S sequences that are counted separately.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -8,8 +8,6 @@ as many tiles of tokens as that needs.
 Bytes per token: reads the map twice, writes 4 for each slot.
 """
 
-from __future__ import annotations
-
 import torch
 import triton
 import triton.language as tl

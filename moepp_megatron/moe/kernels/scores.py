@@ -1,7 +1,5 @@
 """Score functions inside the router's kernels; `moepp_megatron.moe.scores` defines them."""
 
-from __future__ import annotations
-
 import triton
 import triton.language as tl
 from triton.language import constexpr

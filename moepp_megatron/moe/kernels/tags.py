@@ -8,8 +8,6 @@ Bytes per token: reads 8 of its tag and E of the map. A program adds 2 numbers a
 source.
 """
 
-from __future__ import annotations
-
 import torch
 import triton
 import triton.language as tl
