@@ -14,7 +14,6 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import NoReturn
 
 from tests import warm
 from tests.parallel.ranks import fork_server
@@ -131,14 +130,7 @@ def forked(words, folder, environment=None):
         return subprocess.CompletedProcess(words, status, *texts)
 
 
-def _run(
-    words,
-    environment,
-    folder,
-    outputs,
-    new_session,
-    mask,
-) -> NoReturn:
+def _run(words, environment, folder, outputs, new_session, mask):
     """The process: everything that the caller could tell from a start of its own is as there."""
     signal.pthread_sigmask(signal.SIG_SETMASK, mask)
     if new_session:

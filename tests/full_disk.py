@@ -17,7 +17,7 @@ def fill(folder, leave=0):
     return ballast
 
 
-def torch_error() -> Exception:
+def torch_error():
     """The very exception that `torch.save` raises on a full disk: not an OSError."""
     import torch
 

@@ -33,8 +33,6 @@ import threading
 import traceback
 import warnings
 import weakref
-from collections.abc import Mapping
-from typing import NoReturn
 
 _exec = subprocess.Popen._execute_child  # type: ignore[attr-defined]
 
@@ -44,7 +42,7 @@ def install():
     subprocess.Popen._execute_child = _execute_child  # type: ignore[attr-defined]
 
 
-def run(words, environment: Mapping[str, str], folder) -> NoReturn:
+def run(words, environment, folder):
     """What a fresh interpreter does, in this process, a fork; output goes to files 1 and 2."""
     # The server has matplotlib; a process that imports this module may not.
     from tests.figures import leave_unrendered

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from moepp_megatron.config import Config, Layout, load_config
+from moepp_megatron.config import Layout, load_config
 from moepp_megatron.tools.planning.grid import Grid
 from moepp_megatron.tools.planning.memory import rank_memory
 from moepp_megatron.tools.planning.parts import Layer, layer_parts
@@ -14,7 +14,7 @@ PLANNED = sorted((ROOT / "configs/h100").glob("*.yaml"))
 SMALLEST = "configs/models/moepp_0.6b_8_4.yaml"
 
 
-def _loaded(path, *changes) -> Config:
+def _loaded(path, *changes):
     return load_config(path, ["data.path=none", "run.dir=none", *changes])
 
 

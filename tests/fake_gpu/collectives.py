@@ -56,7 +56,7 @@ def install():
         def __init__(self, op, tensor, peer=0, group=None):
             self.op, self.tensor = op, tensor
 
-    def batch(operations: list[P2POp]) -> list[_Work]:
+    def batch(operations):
         for each in operations:
             each.op(each.tensor)
         return [_Work() for _ in operations]
@@ -76,7 +76,7 @@ def _replace(name, value):
 
 
 def _collective(name):
-    def collective(*args, async_op=False, **kwargs) -> _Work | None:
+    def collective(*args, async_op=False, **kwargs):
         RECORD.collectives[name] += 1
         for value in (*args, *kwargs.values()):
             for tensor in value if isinstance(value, list) else [value]:

@@ -160,7 +160,7 @@ def install():
     FakeTensorMode.avoid_device_init = property(lambda self: True)
     resize = torch.UntypedStorage.resize_
 
-    def resized(self: torch.UntypedStorage, size) -> torch.UntypedStorage:
+    def resized(self, size):
         resize(self, size)
         MEMORY.resized(self)
         return self

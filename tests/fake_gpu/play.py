@@ -100,7 +100,7 @@ def main():
     print(json.dumps(outcomes))
 
 
-def _played(case) -> Outcome:
+def _played(case):
     outcome = Outcome()
     RECORD.clear()
     RECORD.faults.clear()

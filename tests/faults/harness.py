@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -39,16 +38,7 @@ def prepare_data(folder):
     return data
 
 
-def write_config(
-    path,
-    data,
-    run,
-    num_ranks,
-    save_interval=5,
-    *,
-    sections=None,
-    **training,
-):
+def write_config(path, data, run, num_ranks, save_interval=5, *, sections=None, **training):
     """A tiny expert-parallel model that takes some hundredths of a second a step.
 
     `sections` are merged into the configuration.
@@ -104,7 +94,7 @@ def training(config, num_ranks, max_restarts=0, is_cold=False):
 
 
 @contextmanager
-def going_on(command, config) -> Iterator[Training]:
+def going_on(command, config):
     """As `training`, by a line that a run has printed for a shell; the log begins anew."""
     log = config.with_suffix(".log")
     log.write_bytes(b"")
@@ -118,7 +108,7 @@ def going_on(command, config) -> Iterator[Training]:
 
 
 @contextmanager
-def _until_the_end(process: Training):
+def _until_the_end(process):
     try:
         yield
     finally:
@@ -136,7 +126,7 @@ def wait_until(happened, said=str):
         time.sleep(_POLL_S)
 
 
-def wait_for_step(process: Training, run, step, log):
+def wait_for_step(process, run, step, log):
     """Until a run has logged a step; fails if it has ended before."""
 
     def reached():
@@ -156,7 +146,7 @@ def losses(run):
     return {record["step"]: record["loss"] for record in records}
 
 
-def ranks_of(process: Training) -> list[psutil.Process]:
+def ranks_of(process):
     """The rank processes: what the launcher's only child, torchrun, has started."""
     try:
         agents = psutil.Process(process.pid).children()
@@ -174,7 +164,7 @@ class Kills:
     recovery_s: list[float] = field(default_factory=list)
 
 
-def kill_some(process: Training, run, kills, last_step, chance):
+def kill_some(process, run, kills, last_step, chance):
     """Kill a random rank `kills` times, some of them while a checkpoint is being written."""
     done = Kills()
     while done.hit < kills and process.poll() is None:
@@ -197,7 +187,7 @@ def kill_some(process: Training, run, kills, last_step, chance):
     return done
 
 
-def _wait_for_step(process: Training, run):
+def _wait_for_step(process, run):
     """Seconds until the run, all of whose ranks are dead or dying, has taken another step."""
     killed = time.monotonic()
     # The first rank may still be writing the step that was under way.
@@ -212,7 +202,7 @@ def _wait_for_step(process: Training, run):
     return time.monotonic() - killed
 
 
-def _wait_for_moment(process: Training, run, stale, last_step, chance):
+def _wait_for_moment(process, run, stale, last_step, chance):
     """Until a save begins, or a random moment within the next steps; False if the run ended before.
 
     Args:
@@ -254,7 +244,7 @@ def _modified(run):
         return 0
 
 
-def descendants(pid) -> list[psutil.Process]:
+def descendants(pid):
     try:
         return psutil.Process(pid).children(recursive=True)
     except psutil.NoSuchProcess:

@@ -50,7 +50,7 @@ class Hung:
         if num_ranks > 1:
             self.words += ["--nproc", str(num_ranks)]
 
-    def start(self, *words) -> Begun:
+    def start(self, *words):
         environment = {**os.environ, "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "60"}
         options = {"environment": environment, "new_session": True}
         self.process = Begun(words, self.log, **options)  # type: ignore[arg-type]
@@ -77,7 +77,7 @@ class Hung:
 def begin(tmp_path, data):
     begun = []
 
-    def make(num_ranks, steps=LONG) -> Hung:
+    def make(num_ranks, steps=LONG):
         begun.append(Hung(tmp_path, data, num_ranks, steps))
         return begun[-1]
 

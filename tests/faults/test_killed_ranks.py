@@ -7,8 +7,6 @@ import statistics
 import pytest
 
 from tests.faults.harness import (
-    Kills,
-    Training,
     going_on,
     kill_some,
     losses,
@@ -33,7 +31,7 @@ def undisturbed(folder, data, num_ranks, steps):
     return losses(run)
 
 
-def survive(folder, data, num_ranks, steps, kills, is_cold=False) -> tuple[dict[int, float], Kills]:
+def survive(folder, data, num_ranks, steps, kills, is_cold=False):
     run = folder / "disturbed"
     sizes = short_steps(num_ranks)
     config = write_config(
@@ -45,7 +43,7 @@ def survive(folder, data, num_ranks, steps, kills, is_cold=False) -> tuple[dict[
     return losses(run), done
 
 
-def summed_up(done: Kills):
+def summed_up(done):
     """For the table of long tests."""
     waits = sorted(done.recovery_s)
     return (
@@ -103,7 +101,7 @@ def test_stop_on_request_and_go_on_as_printed(tmp_path, data):
     assert (run / "metrics.jsonl").read_bytes().startswith(records)
 
 
-def _stopped(process: Training, config, run, number: signal.Signals):
+def _stopped(process, config, run, number):
     """Asks a run to stop after three more steps: its last step, and what it has printed."""
     log = config.with_suffix(".log")
     before = max(losses(run), default=0)

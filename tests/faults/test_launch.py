@@ -95,7 +95,7 @@ def start(tmp_path):
     program.write_text(LAUNCHER)
     started = []
 
-    def launcher(what, kind="stoppable", cwd=None, is_cold=False) -> Heard | subprocess.Popen[str]:
+    def launcher(what, kind="stoppable", cwd=None, is_cold=False):
         arguments = ["rank_of_test", kind, str(tmp_path / "logs"), what, str(tmp_path)]
         # A terminal's foreground, to be signalled as one: a session of its own.
         if is_cold:
@@ -151,7 +151,7 @@ def test_what_ranks_end_with_reaches_the_caller(start, tmp_path, what, status):
         assert f"rank {rank} says hello" in output
 
 
-def ask_to_stop(process: Heard | subprocess.Popen[str], number, folder):
+def ask_to_stop(process, number, folder):
     """Send a request that comes while ranks start, to torchrun as well, as Slurm does."""
     pids(folder)
     process.send_signal(number)

@@ -30,15 +30,7 @@ class Call:
     transformer_engine: bool
 
 
-def on_ranks(
-    folder,
-    function,
-    *args,
-    nproc=1,
-    transformer_engine=False,
-    timeout=280.0,
-    **kwargs,
-):
+def on_ranks(folder, function, *args, nproc=1, transformer_engine=False, timeout=280.0, **kwargs):
     """What `function(*args, **kwargs)` returns on each of `nproc` ranks, one a card."""
     call = Call(function.__module__, function.__qualname__, args, kwargs, transformer_engine)
     (folder / "call").write_bytes(pickle.dumps(call))

@@ -5,8 +5,6 @@ import importlib.util
 import numpy as np
 import pytest
 
-from moepp_megatron.layer_settings import BalanceLoss
-
 # Everything at once, small: two-layer gates, residuals, head norms, a shared and a dense layer.
 FIELDS = {
     "vocab_size": 64,
@@ -95,7 +93,7 @@ def test_reentrant_checkpointing_is_refused(plain):
     assert "must be False" in plain(reentrant_message)
 
 
-def balance_losses(padded, scope, kind: BalanceLoss):
+def balance_losses(padded, scope, kind):
     """What the model adds to its loss, and the same by `moe.reference`."""
     import torch
 

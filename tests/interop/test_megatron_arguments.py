@@ -14,7 +14,7 @@ from moepp_megatron.interop.megatron_arguments import (
 from moepp_megatron.moe.config import MoEPPConfig
 
 
-def parsed(*words) -> argparse.Namespace:
+def parsed(*words):
     return add_moepp_arguments(argparse.ArgumentParser()).parse_args(words)
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from moepp_megatron.config import Config, load_config
+from moepp_megatron.config import load_config
 from moepp_megatron.interop.upcycle import Additions, _upcycled_config
 from moepp_megatron.training.checkpoint.compatible import check_compatible
 
@@ -48,7 +48,7 @@ QWEN3 = {
 SOURCES = {"mixtral_8x7b_8_4": (MIXTRAL, 2), "qwen3_30b_a3b_128_32": (QWEN3, 30)}
 
 
-def made_of(name) -> Config:
+def made_of(name):
     hf, constants = SOURCES[name]
     return _upcycled_config(hf, Additions(num_constant_experts=constants), name, "bf16")
 

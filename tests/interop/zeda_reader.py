@@ -68,7 +68,7 @@ class PlusPlusBlock(nn.Module):
         return out
 
 
-def _with_blocks(model: nn.Module):
+def _with_blocks(model):
     for layer in model.model.layers:
         if hasattr(layer.mlp, "experts"):
             layer.mlp = PlusPlusBlock(model.config)

@@ -26,12 +26,7 @@ def corpus(tmp_path_factory):
 def trained(ranks):
     """`trained(size, raw)`: the run of this many ranks with these settings."""
 
-    def run(
-        size,
-        raw,
-        steps=STEPS,
-        prepare=None,
-    ):
+    def run(size, raw, steps=STEPS, prepare=None):
         return assemble(ranks(size).run(train, raw, steps, prepare))
 
     return run

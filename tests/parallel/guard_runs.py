@@ -70,13 +70,7 @@ def guard_settings(folder, **sections):
     return trainer_settings(folder, **merged(WATCHED, sections))
 
 
-def run(
-    raw,
-    faults=(),
-    without=(),
-    data="cycle",
-    copies_every=10,
-) -> Found:
+def run(raw, faults=(), without=(), data="cycle", copies_every=10):
     """Train as `moepp train` does, on synthetic data, with faults.
 
     Args:

@@ -142,7 +142,7 @@ def add_up(results):
     return whole
 
 
-def _share(length, rank, size) -> slice:
+def _share(length, rank, size):
     return slice(rank * length // size, (rank + 1) * length // size)
 
 

@@ -7,7 +7,7 @@ A cell names what differs from the plainest run; `run_settings` is the whole con
 from dataclasses import dataclass, fields
 
 from tests.parallel import forced_routing
-from tests.parallel.training_runs import FULL, VANILLA, settings
+from tests.parallel.training_runs import FULL, SELECTIVE, VANILLA, settings
 
 GLOBAL_BATCH = 8
 
@@ -29,7 +29,7 @@ RECOMPUTE = {
         "recompute_method": "block",
         "recompute_num_layers": 1,
     },
-    "moe": {"recompute_granularity": "selective", "recompute_modules": ["moe"]},
+    "moe": SELECTIVE,
 }
 OPTIMIZER = {
     "whole": {"use_distributed_optimizer": False},

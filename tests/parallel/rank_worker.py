@@ -17,8 +17,6 @@ import sys
 import threading
 import traceback
 from datetime import timedelta
-from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 
 # Imported once, in the process that ranks are forked from.
@@ -40,7 +38,7 @@ PRELOADED_MODULES = [
 SEED = 1234
 
 
-def serve(rank: int, world_size: int, pipe: Connection, log: Path) -> None:
+def serve(rank, world_size, pipe, log):
     """The rank's life: answers `(True, result)` or `(False, traceback)` to each call."""
     _send_output_to(log)
     _end_with_pytest()
@@ -62,14 +60,14 @@ def serve(rank: int, world_size: int, pipe: Connection, log: Path) -> None:
         pipe.send_bytes(_answer(call))
 
 
-def worker_setup() -> None:
+def worker_setup():
     """Once in each rank, before its first function: what a CPU rank needs to run megatron-core."""
     name = "moepp_megatron.runtime.cpu_support"
     if importlib.util.find_spec("moepp_megatron.runtime") and importlib.util.find_spec(name):
         importlib.import_module(name).install()
 
 
-def reset() -> None:
+def reset():
     """Forgets what a function left in torch's and megatron-core's module globals."""
     import torch
     import torch.distributed as dist
@@ -89,7 +87,7 @@ def reset() -> None:
     _seed()
 
 
-def _answer(call: bytes) -> bytes:
+def _answer(call):
     try:
         module, name, args, kwargs = pickle.loads(call)
         function: Any = importlib.import_module(module)
@@ -107,7 +105,7 @@ def _answer(call: bytes) -> bytes:
     return answer
 
 
-def _send_output_to(log: Path) -> None:
+def _send_output_to(log):
     """Sends this process's output, and its stacks on SIGUSR1 and fatal signals, to `log`."""
     with log.open("ab", buffering=0) as file:
         os.dup2(file.fileno(), 1)
@@ -118,25 +116,25 @@ def _send_output_to(log: Path) -> None:
     _show_stacks_on_request()
 
 
-def _show_stacks_on_request() -> None:
+def _show_stacks_on_request():
     """On SIGUSR1, also after a function that had a handler of its own for it, as trainers do."""
     faulthandler.unregister(signal.SIGUSR1)
     faulthandler.register(signal.SIGUSR1, file=2, all_threads=True)
 
 
-def _end_with_pytest() -> None:
+def _end_with_pytest():
     """Ends this rank when pytest's process is gone, even in the middle of a hung call."""
     pytest_process = multiprocessing.parent_process()
     assert pytest_process is not None, "a rank is started by multiprocessing"
 
-    def watch() -> None:
+    def watch():
         pytest_process.join()
         os._exit(1)
 
     threading.Thread(target=watch, name="end-with-pytest", daemon=True).start()
 
 
-def _join_group(rank: int, world_size: int, pipe: Connection) -> None:
+def _join_group(rank, world_size, pipe):
     import torch
     import torch.distributed as dist
 
@@ -163,7 +161,7 @@ def _join_group(rank: int, world_size: int, pipe: Connection) -> None:
     _seed()
 
 
-def _seed() -> None:
+def _seed():
     import numpy as np
     import torch
 

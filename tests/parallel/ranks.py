@@ -26,12 +26,9 @@ import signal
 import tempfile
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
 from multiprocessing import connection, get_context
-from multiprocessing.context import ForkServerContext
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 from unittest import mock
 
 from tests.parallel.rank_worker import PRELOADED_MODULES, serve
@@ -71,7 +68,7 @@ _SERVER_ENVIRONMENT = {
 class RankError(AssertionError):
     """A function failed on some rank."""
 
-    def __init__(self, message: str, reasons: dict[int, str]) -> None:
+    def __init__(self, message, reasons):
         super().__init__(message)
         self.reasons = reasons
 
@@ -79,7 +76,7 @@ class RankError(AssertionError):
 class RankPool:
     """`world_size` processes with a gloo default group, waiting for functions."""
 
-    def __init__(self, world_size: int) -> None:
+    def __init__(self, world_size):
         if world_size < 1:
             raise ValueError(f"world_size ({world_size}) must be at least 1")
         self.world_size = world_size
@@ -88,16 +85,10 @@ class RankPool:
         self._folder: Path | None = None
 
     @property
-    def is_alive(self) -> bool:
+    def is_alive(self):
         return bool(self._processes) and all(p.is_alive() for p in self._processes)
 
-    def run(
-        self,
-        function: Callable[..., Any],
-        *args: Any,
-        timeout: float = CALL_TIMEOUT_S,
-        **kwargs: Any,
-    ) -> list[Any]:
+    def run(self, function, *args, timeout=CALL_TIMEOUT_S, **kwargs):
         """Calls `function(*args, **kwargs)` on every rank."""
         name = getattr(function, "__qualname__", "")
         if not name or "<" in name:
@@ -119,7 +110,7 @@ class RankPool:
             self.stop()
             raise
 
-    def stop(self) -> None:
+    def stop(self):
         for process in self._processes:
             process.kill()
         for process in self._processes:
@@ -131,7 +122,7 @@ class RankPool:
             shutil.rmtree(self._folder, ignore_errors=True)
             self._folder = None
 
-    def _start(self) -> None:
+    def _start(self):
         self._folder = Path(tempfile.mkdtemp(prefix="ranks-"))
         with fork_server() as context:
             for rank in range(self.world_size):
@@ -151,7 +142,7 @@ class RankPool:
             self._send(rank, pickle.dumps(port))
         self._collect("starting the ranks", START_TIMEOUT_S)
 
-    def _receive_port(self) -> int:
+    def _receive_port(self):
         try:
             if self._pipes[0].poll(START_TIMEOUT_S):
                 port: int = pickle.loads(self._pipes[0].recv_bytes())
@@ -160,12 +151,12 @@ class RankPool:
             pass
         raise self._error("starting the ranks", {0: "no rendezvous was opened"}, [])
 
-    def _send(self, rank: int, message: bytes) -> None:
+    def _send(self, rank, message):
         # A rank that has just died is reported by _collect, with its exit status and output.
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
             self._pipes[rank].send_bytes(message)
 
-    def _collect(self, what: str, timeout: float) -> list[Any]:
+    def _collect(self, what, timeout):
         """Waits for one answer from every rank."""
         results: dict[int, Any] = {}
         reasons: dict[int, str] = {}
@@ -194,7 +185,7 @@ class RankPool:
             raise self._error(what, reasons, stuck)
         return [results[rank] for rank in range(self.world_size)]
 
-    def _how_it_ended(self, rank: int) -> str:
+    def _how_it_ended(self, rank):
         process = self._processes[rank]
         process.join(5)
         code = process.exitcode
@@ -202,7 +193,7 @@ class RankPool:
             return f"killed by {signal.Signals(-code).name}"
         return f"exited with status {code} in the middle of the call"
 
-    def _error(self, what: str, reasons: dict[int, str], stuck: list[int]) -> RankError:
+    def _error(self, what, reasons, stuck):
         """Puts together the message; ranks in `stuck` are asked for their stacks first."""
         self._dump_stacks(stuck)
         lines = [f"{what} failed on {len(reasons)} of {self.world_size} ranks"]
@@ -221,7 +212,7 @@ class RankPool:
                 lines += output[-LOG_TAIL_LINES:]
         return RankError("\n".join(lines), reasons)
 
-    def _dump_stacks(self, ranks: list[int]) -> None:
+    def _dump_stacks(self, ranks):
         """Has each rank write its stacks to its log, and waits until they are there."""
         for rank in ranks:
             with contextlib.suppress(ProcessLookupError):
@@ -234,7 +225,7 @@ class RankPool:
                     break
                 time.sleep(0.05)
 
-    def _logs(self) -> list[Path]:
+    def _logs(self):
         assert self._folder is not None, "the pool has not been started"
         return [self._folder / f"{rank}.log" for rank in range(self.world_size)]
 
@@ -242,32 +233,27 @@ class RankPool:
 class RankPools:
     """Pools by world size: started on first use, the least recently used ended to make room."""
 
-    def __init__(self, max_ranks_alive: int = MAX_RANKS_ALIVE) -> None:
+    def __init__(self, max_ranks_alive=MAX_RANKS_ALIVE):
         self._max_ranks_alive = max_ranks_alive
         self._pools: OrderedDict[int, RankPool] = OrderedDict()
 
-    def __call__(self, world_size: int) -> RankPool:
+    def __call__(self, world_size):
         pool = self._pools.pop(world_size, None) or RankPool(world_size)
         while self._pools and world_size + sum(self._pools) > self._max_ranks_alive:
             self._pools.popitem(last=False)[1].stop()
         self._pools[world_size] = pool
         return pool
 
-    def __enter__(self) -> Self:
+    def __enter__(self):
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind, error, traceback):
         for pool in self._pools.values():
             pool.stop()
 
 
 @contextlib.contextmanager
-def fork_server() -> Iterator[ForkServerContext]:
+def fork_server():
     """For starting processes: forks of a server that has made the imports, started on first use."""
     context = get_context("forkserver")
     with mock.patch.dict(os.environ, _SERVER_ENVIRONMENT):

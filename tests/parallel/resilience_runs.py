@@ -26,14 +26,7 @@ class Fault:
     batches: tuple[int, ...] | None = None
 
 
-def run_trainer(
-    raw,
-    without=(),
-    faults=(),
-    data=None,
-    stop_after=None,
-    corpus=None,
-):
+def run_trainer(raw, without=(), faults=(), data=None, stop_after=None, corpus=None):
     """Train as `moepp train` does, on synthetic data."""
     import torch.distributed as dist
 

@@ -52,7 +52,7 @@ class Run:
     state: Any = None
 
 
-def train(raw, steps, shift) -> Run:
+def train(raw, steps, shift):
     """Train with a budget on data that change with sample `shift`."""
     from moepp_megatron.features.budget.part import BudgetPart
     from moepp_megatron.moe.layer import moepp_layers

@@ -7,7 +7,6 @@ from tests.parallel.training_runs import (
     LATENT,
     PP2,
     STEPS,
-    Run,
     assemble,
     compare,
     short,
@@ -72,7 +71,7 @@ def test_experts_with_static_rows_are_captured(ranks, layout, parts, factor, rep
     assert runs[0].fills == runs[1].fills
 
 
-def with_and_without(ranks, sections) -> tuple[Run, Run]:
+def with_and_without(ranks, sections):
     """A run with graphs, which the second step replays in both directions, and one without."""
     plain = assemble(ranks(2).run(train, short(**sections), STEPS))
     graphs = {"cuda_graphs": ["attn", "moe_router"]}

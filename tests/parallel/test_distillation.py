@@ -23,7 +23,6 @@ from tests.parallel.training_runs import (
     STEPS,
     TP2,
     VANILLA,
-    Run,
     assemble,
     begin,
     compare,
@@ -110,7 +109,7 @@ def taught(teacher, kind=None, **sections):
     return short(**sections, distillation={"teacher": str(teacher), "weight": 0.7, **(kind or {})})
 
 
-def distilled(ranks, size, *args, **sections) -> Run:
+def distilled(ranks, size, *args, **sections):
     return assemble(ranks(size).run(train, taught(*args, **sections), STEPS))
 
 

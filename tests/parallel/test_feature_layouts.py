@@ -63,7 +63,7 @@ ALL_HEADS = {"qk_layernorm": True, "qk_layernorm_scope": "all_heads"}
 DOCUMENTS = {"data": {"reset_attention_mask": True}, "moe": Z_LOSS}
 
 
-def documents(**sections) -> Sections:
+def documents(**sections):
     return merged(DOCUMENTS, sections)
 
 
@@ -354,7 +354,7 @@ def test_checkpoint_of_another_layout(ranks, tmp_path, feature, first, second, o
 
     sections = FEATURES[feature][0]
 
-    def raw(**more) -> Sections:
+    def raw(**more):
         return short(**merged(sections, more))
 
     start = continue_in_another_layout(ranks, tmp_path, raw, first, second)

@@ -28,13 +28,13 @@ class WithoutFeature(ast.NodeTransformer):
         self.names = set()
         self.removed = 0
 
-    def visit_ImportFrom(self, node: ast.ImportFrom):
+    def visit_ImportFrom(self, node):
         if not str(node.module).startswith(f"moepp_megatron.{self.module}"):
             return node
         self.names |= {alias.name for alias in node.names}
         return None
 
-    def visit_ClassDef(self, node: ast.ClassDef):
+    def visit_ClassDef(self, node):
         node.bases = [base for base in node.bases if ast.unparse(base) not in self.names]
         kept = []
         is_text_of_removed = False
@@ -48,7 +48,7 @@ class WithoutFeature(ast.NodeTransformer):
         node.body = kept
         return node
 
-    def visit_Tuple(self, node: ast.Tuple):
+    def visit_Tuple(self, node):
         rows = [row for row in node.elts if self.module not in ast.unparse(row)]
         self.removed += len(node.elts) - len(rows)
         node.elts = rows

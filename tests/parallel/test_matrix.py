@@ -1,7 +1,6 @@
 """Every layout trains what one process trains: the layout matrix."""
 
 import dataclasses
-from collections.abc import Callable
 from itertools import combinations, product
 
 import pytest
@@ -10,8 +9,6 @@ from tests.parallel.layouts import ROUTINGS, parse_cells, reference_settings, ru
 from tests.parallel.matrix_cells import CORNERS, DEDUP, FAST, PAIRS
 from tests.parallel.training_runs import (
     STEPS,
-    Difference,
-    Run,
     assemble,
     compare,
     difference,
@@ -50,10 +47,10 @@ def test_layout(cell, ranks, alone, record_property):
     check(cell, LONG, ranks, alone, record_property)
 
 
-def check(cell, steps, ranks, alone: Callable[..., Run], record_property):
+def check(cell, steps, ranks, alone, record_property):
     """Train the cell and its reference; `--junitxml` holds the differences."""
 
-    def pair(cell) -> tuple[Run, Run]:
+    def pair(cell):
         raw = learning(run_settings(cell), steps)
         routing = ROUTINGS[cell.routing]
         run = assemble(ranks(cell.ranks).run(train, raw, steps, routing))
@@ -79,7 +76,7 @@ def learning(raw, steps):
     return raw if steps == LONG else {**raw, "optimizer": {**raw["optimizer"], "warmup_iters": 0}}
 
 
-def check_bf16(found: Difference, rounding: Difference):
+def check_bf16(found, rounding):
     """Hold the differences of a bf16 run against what rounding alone does."""
     assert found.loss < max(BF16_LOSS, BF16_DISTANCES * rounding.loss), (found, rounding)
     assert found.all_gradients < BF16_DISTANCES * rounding.all_gradients, (found, rounding)

@@ -12,7 +12,7 @@ from unittest import mock
 import pytest
 
 from moepp_megatron.observe.alerts import read_alerts
-from moepp_megatron.observe.metrics import StepMetrics, read_metrics
+from moepp_megatron.observe.metrics import read_metrics
 from tests.parallel.guard_runs import NEW_FROM
 from tests.parallel.resilience_runs import (
     Fault,
@@ -39,12 +39,12 @@ GUARD = {"guard_max_consecutive_skips": 3, "guard_threshold": 5.0}
 SKIPPED = ["skip_batch"] * 3
 
 
-def _train(ranks, world_size, raw, *args, **named) -> list[StepMetrics]:
+def _train(ranks, world_size, raw, *args, **named):
     ranks(world_size).run(run_trainer, raw, *args, **named)
     return list(read_metrics(Path(raw["run"]["dir"]) / "metrics.jsonl"))
 
 
-def _assert_same(run: list[StepMetrics], other: list[StepMetrics]):
+def _assert_same(run, other):
     """Every recorded number but times is equal, to the bit."""
     fields = ("step", "tokens", "loss", "lr", "grad_norm", "balance_loss", "layer_expert_share")
     for name in fields:

@@ -80,12 +80,7 @@ def run_settings(folder, **sections):
     return short(run={"dir": str(folder)}, training=training, **sections)
 
 
-def profile(
-    ranks,
-    folder,
-    prepare=None,
-    **sections,
-):
+def profile(ranks, folder, prepare=None, **sections):
     results = ranks(2).run(record, run_settings(folder, **sections), prepare)
     assert all(restored for _, restored in results)
     return analyse(folder)
@@ -116,7 +111,7 @@ def recorded(ranks, tmp_path_factory):
     """By the name of the run in `RUNS`."""
 
     @functools.cache
-    def run(name) -> Recorded:
+    def run(name):
         folder = tmp_path_factory.mktemp("run")
         results = ranks(2).run(record, run_settings(folder, parallel=EP2, **RUNS[name]))
         assert all(restored for _, restored in results)

@@ -7,24 +7,23 @@ import numpy as np
 import pytest
 
 from moepp_megatron.config import ConfigError
-from moepp_megatron.observe.metrics import StepMetrics, read_metrics
+from moepp_megatron.observe.metrics import read_metrics
 from tests.parallel.resilience_runs import BATCH, Fault, run_trainer, trainer_settings
 from tests.parallel.training_runs import (
     CP2,
     EP2,
     FULL,
     PP2,
+    SELECTIVE,
     STEPS,
     TP2,
     VANILLA,
-    Run,
     assemble,
     compare,
     short,
     train,
 )
 
-SELECTIVE = {"recompute_granularity": "selective", "recompute_modules": ["moe"]}
 CHUNKS = PP2 | {"virtual_pipeline_model_parallel_size": 2}
 LAYOUTS = {
     "one process": (1, {}),
@@ -52,7 +51,7 @@ def run(ranks, size, routes, **sections):
     return assemble(ranks(size).run(train, short(**sections, routes=routes), STEPS))
 
 
-def assert_same(found: Run, expected: Run):
+def assert_same(found, expected):
     assert found.losses == expected.losses
     assert found.grad_norms == expected.grad_norms
     assert found.routing == expected.routing
@@ -170,7 +169,7 @@ def test_files_stay_with_their_batches(ranks, tmp_path):
     """Batch 2 is refused; the model is damaged before batch 5, which undoes step 3."""
     faults = (Fault("loss", 0, (1,)), Fault("large weights", 0, (4,)))
 
-    def train_in(name, **routes) -> list[StepMetrics]:
+    def train_in(name, **routes):
         raw = trainer_settings(
             tmp_path / name,
             training={"train_iters": 5},

@@ -7,10 +7,10 @@ from unittest import mock
 import pytest
 
 from moepp_megatron.features.guard.settings import DEFAULT_RULES
-from moepp_megatron.observe.alerts import Alert, read_alerts
-from moepp_megatron.observe.metrics import StepMetrics, read_metrics
+from moepp_megatron.observe.alerts import read_alerts
+from moepp_megatron.observe.metrics import read_metrics
 from tests.parallel.checkpoint_runs import logged
-from tests.parallel.guard_runs import Fault, Found, guard_settings, run
+from tests.parallel.guard_runs import Fault, guard_settings, run
 from tests.parallel.resilience_runs import Fault as NumericalFault
 from tests.parallel.resilience_runs import copy_as_of, run_trainer, trainer_settings
 from tests.parallel.training_runs import EP2, PP2, TP2
@@ -49,7 +49,7 @@ def guard(*rules, **settings):
     return {"enabled": True, "rules": [*rules, *dropped], **settings}
 
 
-def train(ranks, folder, steps, *args, layout="one rank", **named) -> Found:
+def train(ranks, folder, steps, *args, layout="one rank", **named):
     """What rank 0 saw; fails where another rank decided otherwise."""
     world_size, sections, size = LAYOUTS[layout]
     own = ("faults", "copies_every", "data")
@@ -66,11 +66,11 @@ def train(ranks, folder, steps, *args, layout="one rank", **named) -> Found:
     return found[0]
 
 
-def told(folder) -> list[Alert]:
+def told(folder):
     return read_alerts(folder / "alerts.jsonl")
 
 
-def records(folder) -> list[StepMetrics]:
+def records(folder):
     return list(read_metrics(folder / "metrics.jsonl"))
 
 
@@ -228,7 +228,7 @@ TWO_FAULTS = {
 }
 
 
-def run_with_high_loss(raw, *args, **options) -> Found:
+def run_with_high_loss(raw, *args, **options):
     """A run in which the loss is above its limit whenever somebody asks."""
     from moepp_megatron.observe.shift.monitor import ShiftMonitor
 
@@ -387,7 +387,7 @@ def test_a_shift_of_the_data(ranks, tmp_path):
     assert max(r.token_shift or 0.0 for r in judged if r.step <= 100) < 1.0
 
 
-def run_with_other_numbers(raw, **options) -> Found:
+def run_with_other_numbers(raw, **options):
     """A run in which rank 1's processor comes to other numbers about shifts."""
     import torch.distributed as dist
 
@@ -395,7 +395,7 @@ def run_with_other_numbers(raw, **options) -> Found:
 
     original = ShiftMonitor.add
 
-    def add(self: ShiftMonitor, step, observed, **named):
+    def add(self, step, observed, **named):
         original(self, step, observed, **named)
         if self.event is not None and dist.get_rank() == 1:
             self.event.since = 20

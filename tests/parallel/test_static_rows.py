@@ -10,6 +10,7 @@ from tests.parallel.training_runs import (
     EP2,
     FULL,
     PP2,
+    SELECTIVE,
     STEPS,
     TP2,
     assemble,
@@ -45,7 +46,7 @@ CASES = {
     "shared": (2, {"parallel": EP2, "moe": {"shared_expert_ffn_hidden_size": 24}}),
     "selective": (
         1,
-        {"training": {"recompute_granularity": "selective", "recompute_modules": ["moe"]}},
+        {"training": SELECTIVE},
     ),
     "capacity": (1, {"moe": {"capacity_factor": 1.0}}),
 }

@@ -83,7 +83,7 @@ def evaluated(raw):
         rows.append(len(sequences.input_ids))
         return score(stages, sequences)
 
-    def entered(self: Activity, phase, step=None):
+    def entered(self, phase, step=None):
         phases.append(phase)
         enter(self, phase, step)
 

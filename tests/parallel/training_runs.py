@@ -39,6 +39,7 @@ TP2 = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
 PP2 = {"pipeline_model_parallel_size": 2}
 CP2 = {"context_parallel_size": 2}
 FULL = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+SELECTIVE = {"recompute_granularity": "selective", "recompute_modules": ["moe"]}
 LATENT_WIDTHS = {
     "q_lora_rank": 24,
     "kv_lora_rank": 16,
@@ -264,7 +265,7 @@ def with_first_part(trainer, part):
     trainer.parts = Parts([part, *trainer.parts])
 
 
-def assemble(results) -> Run:
+def assemble(results):
     """One run from what every rank returned; fails where ranks disagree."""
     first = results[0][0]
     for rank, (run, _) in enumerate(results):
@@ -294,7 +295,7 @@ class Difference:
     selections: float
 
 
-def difference(run, reference: Run):
+def difference(run, reference):
     """Compare a run with the reference run, step by step and gradient by gradient."""
     assert run.gradients.keys() == reference.gradients.keys(), "other parameters have gradients"
     gradients = {
@@ -322,7 +323,7 @@ def difference(run, reference: Run):
     )
 
 
-def compare(run, reference: Run, relative) -> Difference:
+def compare(run, reference, relative):
     """Fail unless every number of the run is that of the reference run up to `relative`."""
     found = difference(run, reference)
     largest = max(found.loss, found.grad_norm, found.gradient, found.balance_loss)

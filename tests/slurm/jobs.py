@@ -92,7 +92,7 @@ class Job:
     def signal(self, *options):
         self.cluster.run("scancel", *options, self.number, check=True)
 
-    def processes(self) -> list[psutil.Process]:
+    def processes(self):
         """Everything that runs for this job on any node, batch script included."""
         config = str(self.cluster.config)
         found = []
@@ -104,7 +104,7 @@ class Job:
                 found.append(process)
         return found
 
-    def ranks(self) -> dict[int, psutil.Process]:
+    def ranks(self):
         """The rank processes by rank, one a node; none that is about to end."""
         found = {}
         for process in self.processes():
@@ -158,13 +158,13 @@ class Jobs:
         """A `moepp` command in the folder of the jobs."""
         return forked(["-m", MODULE, *arguments], self.folder, self.environment)
 
-    def submit(self, *overrides, **sections) -> Job:
+    def submit(self, *overrides, **sections):
         config = self.config(sections)
         done = self.moepp("slurm", config.name, *overrides, "--submit")
         assert done.returncode == 0, done.stderr
         return self.taken(done.stdout.split()[-1])
 
-    def taken(self, number) -> Job:
+    def taken(self, number):
         """A job that was submitted otherwise."""
         self._submitted.append(Job(self.cluster, number, self.folder / "run"))
         return self._submitted[-1]

@@ -7,14 +7,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from moepp_megatron.config.exit_codes import STOPPED
 from tests.faults.harness import losses
-from tests.slurm.jobs import STEPS, Job
+from tests.slurm.jobs import STEPS
 
 pytestmark = pytest.mark.timeout(2400)
 
@@ -44,7 +43,7 @@ def environment(jobs):
     }
 
 
-def sbatch(jobs, *arguments) -> Job:
+def sbatch(jobs, *arguments):
     """Submit."""
     folder = output_folder(jobs)
     done = subprocess.run(
@@ -148,7 +147,7 @@ def test_interrupted_srun_saves_and_its_last_line_goes_on(jobs):
     # Jobs that have ended, other tests' too, are listed for a while.
     earlier = listed()
 
-    def interrupted(command, how: Callable[[subprocess.Popen, Job], None]):
+    def interrupted(command, how):
         """What is printed after a step."""
         # As --disable-status: srun keeps its first Ctrl-C for itself otherwise.
         env = {**environment(jobs), "SLURM_DISABLE_STATUS": "1"}

@@ -18,7 +18,7 @@ from moepp_megatron.training.checkpoint.state import (
     saved_state,
     state_to_load,
 )
-from moepp_megatron.training.setup import TrainingModel, build_training_model
+from moepp_megatron.training.setup import build_training_model
 from tests.te_stand_in.models import config_of, losses, model_of
 
 
@@ -30,7 +30,7 @@ def histories(model):
     }
 
 
-def save_and_load(path, saved: TrainingModel, loaded: TrainingModel):
+def save_and_load(path, saved, loaded):
     """All of a checkpoint, as a run writes and reads it."""
     dist_checkpointing.save(saved_state(saved), str(path))
     assert unsafe_pickle(path) is None
@@ -47,7 +47,7 @@ def trained(monkeypatch):
     # One rank has nothing to gather, and gloo's coalesced gather would mix up FP8 and bf16 buckets.
     monkeypatch.setattr(_ParamAndGradBucketGroup, "start_param_sync", lambda *args, **kwargs: None)
 
-    def build(config, steps=1) -> TrainingModel:
+    def build(config, steps=1):
         model = build_training_model(config)
         for _ in range(steps):
             step(model)

@@ -57,7 +57,7 @@ def hybrid(monkeypatch, pattern, **changes):
 def half_names(name):
     """The name in `*E*E` of a parameter of two whole layers."""
 
-    def half(found: re.Match[str]):
+    def half(found):
         layer, module = found.groups()
         return f"layers.{2 * int(layer) + (module != 'self_attention')}.{module}"
 

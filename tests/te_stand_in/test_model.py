@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformer_engine.pytorch.record import CALLS
 
-from tests.parallel.training_runs import FULL
+from tests.parallel.training_runs import FULL, SELECTIVE
 from tests.te_stand_in.models import RECIPES, calls_of, config_of, losses, model_of
 
 EXPERTS = ("TEColumnParallelGroupedLinear", "TERowParallelGroupedLinear")
@@ -45,7 +45,7 @@ def test_every_gemm_of_the_layers_runs_in_fp8(recipe, kind):
 @pytest.mark.parametrize(
     ("recompute", "extra"),
     [
-        ({"recompute_granularity": "selective", "recompute_modules": ["moe"]}, 0),
+        (SELECTIVE, 0),
         (FULL | {"recompute_num_layers": 2}, 0),
         (FULL, 1),
     ],

@@ -14,7 +14,7 @@ from moepp_megatron.training.checkpoint.optimizer import (
     parameter_shards,
 )
 from moepp_megatron.training.checkpoint.state import model_state
-from moepp_megatron.training.setup import TrainingModel, build_training_model
+from moepp_megatron.training.setup import build_training_model
 from tests.parallel.test_matrix import check_bf16
 from tests.parallel.training_runs import EP2, PP2, TP2, assemble, difference, settings
 from tests.te_stand_in.models import config_of
@@ -24,7 +24,7 @@ from tests.te_stand_in.test_checkpoint import BF16_MOMENTS, REMAINDERS, save_and
 NAMES = {"param", "exp_avg", "exp_avg_sq"}
 
 
-def trained(steps, **sections) -> TrainingModel:
+def trained(steps, **sections):
     model = build_training_model(config_of(None, **sections))
     for _ in range(steps):
         step(model)

@@ -4,12 +4,12 @@ import pytest
 import torch
 
 from moepp_megatron.moe.layer import moepp_layers
-from moepp_megatron.training.setup import TrainingModel, build_training_model
+from moepp_megatron.training.setup import build_training_model
 from tests.te_stand_in.models import calls_of, config_of
 from tests.te_stand_in.test_checkpoint import save_and_load, step
 
 
-def built(static_rows) -> TrainingModel:
+def built(static_rows):
     moe = {"num_ffn_experts": 4, "static_rows": static_rows}
     return build_training_model(config_of(None, moe=moe, precision={"dtype": "fp32"}))
 

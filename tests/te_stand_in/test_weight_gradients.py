@@ -3,6 +3,7 @@
 import pytest
 
 from moepp_megatron.training.setup import build_training_model
+from tests.parallel.training_runs import SELECTIVE
 from tests.te_stand_in.models import config_of, losses
 
 STEPS, MICRO_BATCHES = 2, 3
@@ -31,7 +32,7 @@ def gradients(config, fuses):
 
 @pytest.mark.parametrize("recipe", [None, "blockwise"])
 def test_sums_over_micro_batches(recipe):
-    training = {"recompute_granularity": "selective", "recompute_modules": ["moe"]}
+    training = SELECTIVE
     config = config_of(recipe, training=training)
     plain, none = gradients(config, fuses=False)
     fused, inside = gradients(config, fuses=True)

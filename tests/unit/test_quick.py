@@ -12,7 +12,7 @@ from tests.unit.test_rooms import ROOMS
 FILES = {file: ast.parse((quick.ROOT / file).read_text("utf-8")) for file in quick.short_files()}
 
 
-def _imported(tree: ast.Module):
+def _imported(tree):
     """Modules of the package that a test file imports, functions included."""
     found = set()
     for node in ast.walk(tree):

@@ -90,7 +90,7 @@ def _imports(name, for_types=True):
             yield inner if inner in MODULES else target
 
 
-def _is_for_types(node: ast.stmt):
+def _is_for_types(node):
     return isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
 
 

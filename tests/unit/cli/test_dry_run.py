@@ -36,7 +36,7 @@ SHORT = {
 }
 
 
-def _no_card() -> Nvml:
+def _no_card():
     raise NvmlUnavailableError("no NVIDIA driver on this machine", has_driver=False)
 
 

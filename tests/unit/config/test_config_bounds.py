@@ -14,7 +14,7 @@ QUICKSTART = Path(__file__).parents[3] / "configs/quickstart.yaml"
 HUGE = "99999999999999999999999"
 
 
-def whole_numbers(model: type[Section] = Config, prefix=""):
+def whole_numbers(model=Config, prefix=""):
     """Settings that may be a whole number or a list of them, and a huge one for each."""
     names = {}
     for name, field in model.model_fields.items():

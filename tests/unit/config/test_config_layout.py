@@ -5,7 +5,6 @@ from pathlib import Path
 import pytest
 
 from moepp_megatron.config import (
-    Config,
     Layout,
     count_parameters,
     load_config,
@@ -108,7 +107,7 @@ def test_layout_string_is_read_as_megatron_reads_it(minimal, text, pp, layers):
     )
 
 
-def tiny(minimal, *overrides) -> Config:
+def tiny(minimal, *overrides):
     """Two layers, width 8, FFN 16, 2 heads of 4, vocabulary 10, 2 + 3 experts."""
     return load_config(
         minimal,

@@ -236,7 +236,7 @@ def test_every_shipped_configuration_is_tested():
     assert {str(path.relative_to(CONFIGS)) for path in paths} == {*FITS, *bases}
 
 
-def described_settings(path, model: type[Section]):
+def described_settings(path, model):
     """Checks each setting of a section and of the sections inside it; returns how many."""
     count = 0
     for name, setting in model.model_fields.items():

@@ -16,7 +16,7 @@ from moepp_megatron.data.chat_template import ChatTemplate, UnusableChat
 from moepp_megatron.data.conversations import DOCUMENTS, PADDING
 from moepp_megatron.data.datasets import build_datasets
 from moepp_megatron.data.manifest import Manifest
-from moepp_megatron.data.prepare import Prepared, PrepareSettings, prepare
+from moepp_megatron.data.prepare import PrepareSettings, prepare
 from moepp_megatron.data.prepare_chat import _messages_of, _pack
 from moepp_megatron.data.prepared_data import check_data
 from moepp_megatron.data.tokenizer import Tokenizer
@@ -89,7 +89,7 @@ def folder(tmp_path_factory, tokenizer_folder):
 def make(tokenizer_folder, tmp_path):
     """Prepares records."""
 
-    def of(records, **changes) -> Prepared:
+    def of(records, **changes):
         source = write(tmp_path / "chats.jsonl", records)
         return prepared(source, tokenizer_folder, tmp_path / "out", **changes)
 

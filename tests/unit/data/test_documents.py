@@ -15,7 +15,7 @@ from moepp_megatron.data.sources import resolve_sources
 from tests.unit.data.conftest import write_arrow
 
 
-def read_all(path, text_key="text") -> list[str | Skipped]:
+def read_all(path, text_key="text"):
     pieces = plan_pieces(resolve_sources([str(path)]), text_key)
     return [document for piece in pieces for document in read_piece(piece, text_key)]
 

@@ -39,15 +39,15 @@ PARTS = [
 DEEPSEEK = [r"\p{N}{1,3}", "[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+"]
 
 
-def split(pattern) -> pre_tokenizers.PreTokenizer:
+def split(pattern):
     return pre_tokenizers.Split(Regex(pattern), "isolated")
 
 
-def bytes_of() -> pre_tokenizers.PreTokenizer:
+def bytes_of():
     return pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
 
 
-def known() -> dict[str, pre_tokenizers.PreTokenizer]:
+def known():
     """A pre-tokenizer with each of the patterns, alone and as published tokenizers have it."""
     steps = pre_tokenizers.Sequence
     own = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
@@ -128,7 +128,7 @@ def test_pieces_are_as_long_as_the_limit_where_there_is_no_place_to_cut():
     assert list(cut_text("ab " + "x" * 3000, 2000)) == ["ab", " " + "x" * 3000]
 
 
-def made(pre_tokenizer=None, normalizer=None, added=()) -> tokenizers.Tokenizer:
+def made(pre_tokenizer=None, normalizer=None, added=()):
     backend = tokenizers.Tokenizer(models.BPE())
     if pre_tokenizer is not None:
         backend.pre_tokenizer = pre_tokenizer

@@ -2,7 +2,6 @@
 
 import io
 import zipfile
-from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -22,29 +21,29 @@ def _npy(header=None):
     return b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text + b"\0" * 48
 
 
-def _zip(path, content, method=zipfile.ZIP_STORED, name="ids") -> bytearray:
+def _zip(path, content, method=zipfile.ZIP_STORED, name="ids"):
     with zipfile.ZipFile(path, "w", method) as archive:
         archive.writestr(f"{name}.npy", content)
     return bytearray(path.read_bytes())
 
 
-def _changed(path, method, change: Callable[[bytearray], None]):
+def _changed(path, method, change):
     content = _zip(path, _npy(), method)
     change(content)
     path.write_bytes(content)
 
 
-def _flag(content: bytearray):
+def _flag(content):
     for sign, offset in ((b"PK\3\4", 6), (b"PK\1\2", 8)):
         content[content.index(sign) + offset] |= 1
 
 
-def _method(content: bytearray):
+def _method(content):
     for sign, offset in ((b"PK\3\4", 8), (b"PK\1\2", 10)):
         content[content.index(sign) + offset] = 99
 
 
-def _stream(content: bytearray):
+def _stream(content):
     start = 30 + len("ids.npy")
     content[start : start + 20] = b"\xff" * 20
 

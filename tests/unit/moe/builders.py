@@ -33,7 +33,7 @@ DEFINED_SCORES = {
 }
 
 
-def of_kinds(experts, topk, **changes) -> MoEPPConfig:
+def of_kinds(experts, topk, **changes):
     """Settings with so many FFN, zero, copy and constant experts."""
     ffn, zero, copy, constant = experts
     return MoEPPConfig(

@@ -36,7 +36,7 @@ def decoder_logits(config, moepp, weights, tokens_BS):
     return (hidden_SBD @ weights["output_layer.weight"].t()).transpose(0, 1), sum(losses)
 
 
-def latent_attention(config, own: Weights, x_SBD):
+def latent_attention(config, own, x_SBD):
     """One layer's attention, output projection included."""
     latent, heads = config.model.latent_attention, config.model.num_attention_heads
     epsilon, P, R = config.model.norm_epsilon, latent.qk_head_dim, latent.qk_pos_emb_head_dim
@@ -112,7 +112,7 @@ def rms_norm(x, weight, epsilon):
     return weight * x / torch.sqrt(x.square().mean(-1, keepdim=True) + epsilon)
 
 
-def moe_layer(config, moepp, own: Weights):
+def moe_layer(config, moepp, own):
     """The reference layer, computing with the given tensors themselves."""
     is_first = "mlp.router.residual_weight" not in own
     layer = ReferenceMoEPP(

@@ -1,4 +1,7 @@
-"""The heterogeneous balance loss: numbers by hand, its gradient, how it joins the loss."""
+"""The balance loss: its least value, its gradient, how it joins the loss.
+
+`test_layer_against_reference.py` has its value in layers, `test_reference.py` by hand.
+"""
 
 import dataclasses
 import itertools
@@ -8,36 +11,10 @@ import torch
 from megatron.core.distributed.finalize_model_grads import reset_model_temporary_tensors
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
-from moepp_megatron.moe.balance import (
-    GlobalBatchFractions,
-    attach_loss,
-    attached_loss,
-    local_balance_loss,
-    loss_weights,
-    selected_fractions,
-)
+from moepp_megatron.moe.balance import GlobalBatchFractions, attach_loss, attached_loss
 from moepp_megatron.moe.config import MoEPPConfig
 from moepp_megatron.moe.reference import balance_loss
 from tests.unit.moe.builders import DEFINED_SCORES, HIDDEN, build_layer, of_kinds
-
-
-def loss_of(scores, selected, weights, num_sequences=1, config=None):
-    by_sequence = (-1, num_sequences, scores.shape[1])
-    counts = selected.view(by_sequence).sum(dim=0, dtype=torch.float32)
-    num_tokens = len(scores) // num_sequences
-    fractions = selected_fractions(counts, num_tokens, None)
-    factors = loss_weights(fractions, weights, config or MoEPPConfig(1))
-    return local_balance_loss(scores.view(by_sequence).sum(dim=0), factors, num_tokens)
-
-
-def test_by_hand():
-    # f = (2/2, 1/2, 1/2), P = (0.4, 0.35, 0.25), eta = (1, 1, 0.5).
-    scores = torch.tensor([[0.5, 0.3, 0.2], [0.3, 0.4, 0.3]])
-    selected = torch.tensor([[True, False, True], [True, True, False]])
-    weights = torch.tensor([1.0, 1.0, 0.5])
-    # A handful of fp32 operations on numbers below 1.
-    expected = pytest.approx(1 * 0.4 + 0.5 * 0.35 + 0.5 * 0.5 * 0.25, rel=1e-6)
-    assert loss_of(scores, selected, weights).item() == expected
 
 
 def test_grouped_by_hand():
@@ -47,25 +24,10 @@ def test_grouped_by_hand():
     config = of_kinds((2, 0, 2, 0), 2, tau=0.5, balance_loss="grouped")
     # ZEDA's formula as it is published: (N + w N_Z) / K (f P / N + f_Z P_Z / (w N_Z)).
     expected = pytest.approx(6 / 2 * (1.5 * 0.65 / 2 + 0.5 * 0.35 / 4), rel=1e-6)
-    weights = torch.tensor(config.balance_weights())
-    assert loss_of(scores, selected, weights, config=config).item() == expected
     assert balance_loss(scores, selected, config).item() == expected
     # Which expert of a group is selected makes no difference.
     moved = selected[:, [1, 0, 3, 2]]
-    assert loss_of(scores, moved, weights, config=config).item() == expected
-
-
-def test_sequences_by_hand():
-    # Two sequences of two tokens, ordered [position, sequence]: rows 0 and 2 are the first.
-    scores = torch.tensor([[0.5, 0.5], [0.1, 0.9], [0.7, 0.3], [0.3, 0.7]])
-    selected = torch.tensor([[True, False], [False, True], [True, False], [True, False]])
-    weights = torch.tensor([1.0, 0.5])
-    first = 1.0 * 0.6
-    second = 0.5 * 0.2 + 0.5 * 0.5 * 0.8
-    loss = loss_of(scores, selected, weights, num_sequences=2)
-    assert loss.item() == pytest.approx((first + second) / 2, rel=1e-6)
-    whole = loss_of(scores, selected, weights)
-    assert whole.item() == pytest.approx(0.75 * 0.4 + 0.5 * 0.25 * 0.6, rel=1e-6)
+    assert balance_loss(scores, moved, config).item() == expected
 
 
 def test_global_fractions_are_the_mean_over_the_steps_micro_batches():
@@ -149,8 +111,7 @@ def loss_of_allocation(counts, config):
     scores = probabilities.expand(total, -1)
     chosen = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
     selected = torch.nn.functional.one_hot(chosen, len(counts)).bool()
-    weights = torch.tensor(config.balance_weights(), dtype=torch.float64)
-    return loss_of(scores, selected, weights).item()
+    return balance_loss(scores, selected, config).item()
 
 
 def test_least_loss_is_at_the_ffn_share_phi():

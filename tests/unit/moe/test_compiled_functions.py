@@ -20,13 +20,12 @@ def test_sizes_that_change_are_compiled_twice(tmp_path):
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    found = {name: (int(n), float(error)) for name, n, error in map(str.split, _rows(done.stdout))}
+    found = {
+        name: (int(n), float(error))
+        for name, n, error in map(str.split, done.stdout.splitlines()[-3:])
+    }
     # Functions times compilations: for the first size, for any size, for one row.
     most = {"swiglu": 2 * 3, "bias_dropout_add": 1 * 2, "cross_entropy": 4 * 2}
     assert {name: count for name, (count, _) in found.items()} == most
     # One rounding to bf16 more or less.
     assert max(error for _, error in found.values()) < 2**-7
-
-
-def _rows(printed):
-    return printed.splitlines()[-3:]

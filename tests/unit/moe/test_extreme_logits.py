@@ -115,8 +115,9 @@ def test_gaps_of_logits(function, normalization, place):
 
 
 @pytest.mark.parametrize("place", PLACES)
-def test_all_picks_zero_experts(place):
-    config = edge_config(num_zero_experts=3, gate_normalization="nonzero")
+@pytest.mark.parametrize("function", DEFINED_SCORES)
+def test_all_picks_zero_experts(function, place):
+    config = edge_config(num_zero_experts=3, gate_normalization="nonzero", score_function=function)
     leaf = torch.tensor([[0.0] * 7 + [90.0] * 3, [-300.0] * 7 + [300.0] * 3], requires_grad=True)
     gates, _ = PLACES[place](leaf, config)
     assert torch.equal(gates, torch.zeros_like(gates))

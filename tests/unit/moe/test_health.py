@@ -7,25 +7,25 @@ from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from moepp_megatron.experts import CONSTANT
 from moepp_megatron.moe.config import MoEPPConfig
 from moepp_megatron.moe.router_health import RouterHealth
+from tests.parallel.training_runs import SELECTIVE
 from tests.unit.moe.builders import DEFINED_SCORES, HIDDEN, build_layer
 
 TOKENS, BATCH = 7, 3
 
 
-def measured(moepp, backward=True, recompute=False):
-    """A layer after one measured pass, its input and the gradient of its router logits."""
+def measured(moepp, recompute=False, enabled=True):
+    """A layer after one pass, its inputs and its router logits."""
     changes = {}
     if recompute:
-        changes = {"recompute_granularity": "selective", "recompute_modules": ["moe"]}
+        changes = SELECTIVE
     torch.manual_seed(2)
     layer = build_layer(moepp, **changes)
     MoEAuxLossAutoScaler.set_loss_scale(torch.tensor(0.5))
-    layer.router.health.enabled = True
+    layer.router.health.enabled = enabled
     x = torch.randn(TOKENS, BATCH, HIDDEN, requires_grad=True)
     previous = torch.randn(TOKENS, BATCH, moepp.num_experts, requires_grad=True)
     output, logits = layer(x, previous)
-    if backward:
-        (output.square().sum() + 0.1 * logits.square().sum()).backward()
+    (output.square().sum() + 0.1 * logits.square().sum()).backward()
     return layer, x, previous, logits.detach()
 
 
@@ -120,17 +120,12 @@ def test_gradients_of_the_two_losses_are_told_apart(recompute):
 
 
 def test_measuring_changes_no_bit():
-    def gradients(enabled):
-        torch.manual_seed(2)
-        layer = build_layer(MoEPPConfig(4))
-        layer.router.health.enabled = enabled
-        x = torch.randn(TOKENS, BATCH, HIDDEN, requires_grad=True)
-        previous = torch.randn(TOKENS, BATCH, 8, requires_grad=True)
-        output, logits = layer(x, previous)
-        (output.square().sum() + logits.square().sum()).backward()
-        return [output, x.grad, previous.grad, *(p.grad for p in layer.parameters())]
+    def found(enabled):
+        """Logits and gradients, which follow from the output."""
+        layer, x, previous, logits = measured(MoEPPConfig(4), enabled=enabled)
+        return [logits, x.grad, previous.grad, *(p.grad for p in layer.parameters())]
 
-    for off, on in zip(gradients(False), gradients(True), strict=True):
+    for off, on in zip(found(False), found(True), strict=True):
         assert torch.equal(off, on)
 
 

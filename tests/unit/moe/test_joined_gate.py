@@ -33,7 +33,7 @@ class Passes(TorchDispatchMode):
         return result
 
 
-def passes(layer, moepp) -> tuple[Passes, Passes]:
+def passes(layer, moepp):
     """Of router and zero-computation experts alone, forward and backward."""
     hidden = torch.randn(TOKENS, BATCH, HIDDEN, dtype=torch.bfloat16, requires_grad=True)
     previous = torch.randn(TOKENS, BATCH, moepp.num_experts)

@@ -11,6 +11,7 @@ from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from torch import Tensor
 
 from moepp_megatron.experts import ZERO
+from moepp_megatron.layer_settings import DECLARED
 from moepp_megatron.moe.capacity import capacities
 from moepp_megatron.moe.config import MoEPPConfig
 from moepp_megatron.moe.layer import MoEPPLayer
@@ -122,20 +123,7 @@ def moepp_of(case, **changes):
         "num_copy_experts": copy,
         "num_constant_experts": constant,
         "balance_coeff": 0.1,
-        **{
-            name: case[name]
-            for name in (
-                "gate_normalization",
-                "score_function",
-                "capacity_factor",
-                "two_layer_gate",
-                "expert_input_scale",
-                "balance_scope",
-                "balance_loss",
-                "logits_norm_std",
-                "constant_temperature",
-            )
-        },
+        **{name: value for name, value in case.items() if name in DECLARED},
     }
     return MoEPPConfig(**(settings | changes))
 
@@ -154,13 +142,7 @@ def reference_losses(logits, moepp, num_sequences, padded):
     return torch.stack(losses).mean(), torch.logsumexp(logits[valid], dim=-1).square().mean()
 
 
-def run_both(
-    layer,
-    hidden,
-    previous,
-    loss_scale=1.0,
-    padding=None,
-):
+def run_both(layer, hidden, previous, loss_scale=1.0, padding=None):
     """Forward and backward of both on [s, b, D] and [s, b, E], with [b, s] `padding`."""
     reference = reference_of(layer)
     moepp = layer.moepp
@@ -253,7 +235,7 @@ def test_one_token(dispatcher, normalization):
     run_both(layer, *inputs(moepp, length=1, batch=1)).check()
 
 
-def forced(moepp, favoured, **changes) -> tuple[MoEPPLayer, Tensor]:
+def forced(moepp, favoured, **changes):
     """A layer and previous logits with which every token selects only `favoured` experts."""
     layer = build_layer(moepp, **changes)
     with torch.no_grad():
@@ -264,56 +246,36 @@ def forced(moepp, favoured, **changes) -> tuple[MoEPPLayer, Tensor]:
     return layer, previous.to(layer.router.weight.device)
 
 
-@pytest.mark.parametrize("dispatcher", DISPATCHERS)
-@pytest.mark.parametrize("expert", [0, 3, 5, 6, 7])
-def test_all_tokens_to_one_expert(expert, dispatcher):
-    moepp = MoEPPConfig(
-        num_ffn_experts=4, router_topk=1, gate_normalization="none", balance_coeff=0.1
-    )
-    layer, previous = forced(moepp, [expert], dispatcher=dispatcher)
-    run = run_both(layer, torch.randn(8, 3, HIDDEN), previous)
-    assert run.expected.selected_TE.sum(dim=0).tolist() == [
-        24 if index == expert else 0 for index in range(8)
-    ]
-    run.check()
+ONLY_ZERO = {"num_zero_experts": 2, "num_copy_experts": 0, "num_constant_experts": 0}
+# Settings and the experts that all tokens select: one of any kind; zero experts, with others and
+# without; no FFN expert.
+FORCED = [
+    *(({"router_topk": 1, "gate_normalization": "none"}, [expert]) for expert in (0, 3, 5, 6, 7)),
+    *(
+        (mixture | {"gate_normalization": normalization}, zero)
+        for normalization in AXES["gate_normalization"]
+        for mixture, zero in ((ONLY_ZERO, [4, 5]), ({"num_zero_experts": 2}, [7, 8]))
+    ),
+    ({"gate_normalization": "selected"}, [5, 6]),
+]
 
 
 @pytest.mark.parametrize("dispatcher", DISPATCHERS)
-@pytest.mark.parametrize("normalization", ["none", "selected", "nonzero"])
-@pytest.mark.parametrize("counts", [(2, 0, 0), (2, 1, 2)], ids=["only zero", "all kinds"])
-def test_all_tokens_to_zero_experts(counts, normalization, dispatcher):
-    zero, copy, constant = counts
-    moepp = MoEPPConfig(
-        num_ffn_experts=4,
-        num_zero_experts=zero,
-        num_copy_experts=copy,
-        num_constant_experts=constant,
-        gate_normalization=normalization,
-        balance_coeff=0.1,
-    )
-    zero_experts = list(range(moepp.num_experts))[moepp.columns(ZERO)]
-    layer, previous = forced(moepp, zero_experts, dispatcher=dispatcher)
+@pytest.mark.parametrize(("changes", "favoured"), FORCED)
+def test_all_tokens_to_the_same_experts(changes, favoured, dispatcher):
+    moepp = MoEPPConfig(num_ffn_experts=4, balance_coeff=0.1, **changes)
+    layer, previous = forced(moepp, favoured, dispatcher=dispatcher)
     run = run_both(layer, torch.randn(8, 3, HIDDEN), previous)
-    assert run.expected.selected_TE[:, zero_experts].all()
-    run.check()
-    assert torch.equal(run.hidden, torch.zeros_like(run.hidden))
-    for name, actual, _ in gradient_pairs(layer, run.reference):
-        if name.startswith("experts"):
-            assert torch.equal(actual, torch.zeros_like(actual)), name
-    # The balance loss pulls the tokens back even though no output depends on the router.
-    assert layer.router.weight.grad.abs().max() > 0
-
-
-@pytest.mark.parametrize("dispatcher", DISPATCHERS)
-def test_no_ffn_token_in_the_micro_batch(dispatcher):
-    moepp = MoEPPConfig(num_ffn_experts=4, gate_normalization="selected", balance_coeff=0.1)
-    layer, previous = forced(moepp, [5, 6], dispatcher=dispatcher)
-    run = run_both(layer, torch.randn(8, 3, HIDDEN), previous)
-    assert not run.expected.selected_TE[:, :4].any()
+    selections = [24 * (index in favoured) for index in range(moepp.num_experts)]
+    assert run.expected.selected_TE.sum(dim=0).tolist() == selections
     run.check()
     for name, actual, _ in gradient_pairs(layer, run.reference):
-        if name.startswith("experts"):
+        if name.startswith("experts") and int(name.split(".")[1]) not in favoured:
             assert torch.equal(actual, torch.zeros_like(actual)), name
+    if favoured == list(range(moepp.num_experts))[moepp.columns(ZERO)]:
+        assert torch.equal(run.hidden, torch.zeros_like(run.hidden))
+        # The balance loss pulls the tokens back even though no output depends on the router.
+        assert layer.router.weight.grad.abs().max() > 0
 
 
 def test_rows_of_one_rank_are_sorted_once(monkeypatch):
@@ -337,15 +299,6 @@ def test_rows_of_one_rank_are_sorted_once(monkeypatch):
     assert len(sorts) == 2
     assert sorts[0] > 0
     assert torch.equal(output, again)
-
-
-def test_shared_expert_joins_unscaled():
-    moepp = MoEPPConfig(num_ffn_experts=4, expert_input_scale=2.0)
-    layer = build_layer(moepp, moe_shared_expert_intermediate_size=8)
-    hidden, previous = inputs(moepp)
-    output, _ = layer(hidden, previous)
-    routed = reference_of(layer)(hidden.view(24, -1), previous.view(24, -1)).hidden_TD
-    assert_close(output.view(24, -1), routed + layer.shared_experts(hidden).view(24, -1), "output")
 
 
 def test_jitter_is_megatrons():

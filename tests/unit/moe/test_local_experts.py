@@ -21,7 +21,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def both(dtype, kind: type[CPUExperts] = CPUExperts) -> tuple[SequentialMLP, CPUExperts]:
+def both(dtype, kind=CPUExperts):
     """Theirs and ours, with equal weights."""
     config = megatron_config(MOEPP, params_dtype=dtype, bf16=dtype is torch.bfloat16)
     spec = get_moepp_layer_spec(config, MOEPP, use_transformer_engine=False)
@@ -38,7 +38,7 @@ def both(dtype, kind: type[CPUExperts] = CPUExperts) -> tuple[SequentialMLP, CPU
     return theirs, ours
 
 
-def run(experts: SequentialMLP, rows, dtype):
+def run(experts, rows, dtype):
     """Output without and with gradients, and those of input, gates and parameters."""
     generator = torch.Generator().manual_seed(2)
     tokens = torch.randn(sum(rows), HIDDEN, generator=generator).to(dtype).requires_grad_()

@@ -35,7 +35,7 @@ DEPTHS, WEIGHT, BATCH = 2, 0.3, 3
 MOEPP = MoEPPConfig(num_ffn_experts=4, balance_coeff=0.0)
 
 
-def build(moepp=MOEPP, depths=DEPTHS, **changes) -> MoEPPGPTModel:
+def build(moepp=MOEPP, depths=DEPTHS, **changes):
     config = megatron_config(
         moepp, mtp_num_layers=depths, mtp_loss_scaling_factor=WEIGHT, **changes
     )

@@ -8,6 +8,7 @@ import torch
 from moepp_megatron.experts import FFN_ONLY
 from moepp_megatron.moe.config import MoEPPConfig
 from moepp_megatron.moe.layer import VanillaMoELayer
+from tests.parallel.training_runs import SELECTIVE
 from tests.unit.moe.builders import (
     HIDDEN,
     assert_close,
@@ -79,15 +80,17 @@ def test_layer_against_reference(compiled, fused, name):
 
 def test_recomputed_layer():
     config = MoEPPConfig(num_ffn_experts=4, balance_coeff=0.5, capacity_factor=0.8)
-    recompute = {"recompute_granularity": "selective", "recompute_modules": ["moe"]}
+    recompute = SELECTIVE
     check_layer(build_layer(config, **recompute))
 
 
-def test_shared_experts_return_nothing_for_padding():
-    layer = build_layer(MoEPPConfig(num_ffn_experts=4), moe_shared_expert_intermediate_size=8)
-    hidden, previous = (torch.randn(LENGTH, BATCH, n) for n in (HIDDEN, 8))
-    padding = mask()
-    output, _ = layer(hidden, previous, padding_mask=padding)
+@pytest.mark.parametrize("is_padded", [False, True])
+def test_shared_experts_join_unscaled_and_return_nothing_for_padding(is_padded):
+    config = MoEPPConfig(num_ffn_experts=4, expert_input_scale=2.0)
+    layer = build_layer(config, moe_shared_expert_intermediate_size=8)
+    hidden, previous = inputs(config, LENGTH, BATCH)
+    padding = mask() & is_padded
+    output, _ = layer(hidden, previous, padding_mask=padding if is_padded else None)
     routed = reference_of(layer)(
         hidden.flatten(0, 1), previous.flatten(0, 1), padded_T=padding.T.reshape(-1)
     ).hidden_TD.view_as(hidden)
@@ -100,7 +103,7 @@ def test_shared_experts_return_nothing_for_padding():
 def test_masks_of_all_and_of_nothing(all_padding):
     config = MoEPPConfig(num_ffn_experts=4, balance_coeff=0.5, capacity_factor=1.0)
     layer = build_layer(config, moe_z_loss_coeff=0.1)
-    hidden, previous = (torch.randn(LENGTH, BATCH, n) for n in (HIDDEN, 8))
+    hidden, previous = inputs(config, LENGTH, BATCH)
     output, _ = layer(hidden, previous, padding_mask=torch.full((BATCH, LENGTH), all_padding))
     output.square().sum().backward()
     grads = {name: parameter.grad for name, parameter in layer.named_parameters()}
@@ -121,7 +124,7 @@ def test_masks_of_all_and_of_nothing(all_padding):
 def test_router_health_measures_tokens_alone():
     config = MoEPPConfig(num_ffn_experts=4, balance_coeff=0.5)
     layer = build_layer(config)
-    hidden, previous = (torch.randn(LENGTH, 1, n) for n in (HIDDEN, 8))
+    hidden, previous = inputs(config, LENGTH, 1)
     padding = mask()[1:2]
 
     def measured(*inputs, **kwargs):
@@ -147,7 +150,7 @@ def test_counts_by_group():
     layer = build_layer(MoEPPConfig(num_ffn_experts=4))
     layer.statistics.num_groups = 1
     padding = mask()
-    hidden, previous = (torch.randn(LENGTH, BATCH, n) for n in (HIDDEN, 8))
+    hidden, previous = inputs(layer.moepp, LENGTH, BATCH)
     tags = torch.zeros(LENGTH, BATCH, dtype=torch.int64)
     layer(hidden, previous, padding_mask=padding, tags=tags)
     groups, selected = layer.statistics.groups, layer.statistics.selected
@@ -170,7 +173,7 @@ def test_vanilla_layer_counts_no_padding(with_bias):
 
 def test_mask_of_another_shape_is_refused():
     layer = build_layer(MoEPPConfig(num_ffn_experts=4))
-    hidden, previous = (torch.randn(LENGTH, BATCH, n) for n in (HIDDEN, 8))
+    hidden, previous = inputs(layer.moepp, LENGTH, BATCH)
     with pytest.raises(ValueError, match=r"padding_mask \(4, 8\) must have a value for each"):
         layer(hidden, previous, padding_mask=torch.zeros(8, 4, dtype=torch.bool))
 

@@ -7,11 +7,11 @@ import torch
 
 from moepp_megatron.moe.config import MoEPPConfig
 from moepp_megatron.moe.layer import moe_statistics
-from tests.parallel.training_runs import FULL
+from tests.parallel.training_runs import FULL, SELECTIVE
 from tests.unit.moe.builders import SEQUENCE, VOCAB, build_model, randomize, token_losses
 
 RECOMPUTES = {
-    "selective moe": {"recompute_granularity": "selective", "recompute_modules": ["moe"]},
+    "selective moe": SELECTIVE,
     "uniform 1": FULL,
     "uniform 2": {
         "recompute_granularity": "full",

@@ -9,7 +9,7 @@ from megatron.core.transformer.moe.router_replay import RouterReplay, RouterRepl
 
 from moepp_megatron.moe.config import MoEPPConfig
 from moepp_megatron.moe.replay import checked_routes
-from tests.parallel.training_runs import FULL
+from tests.parallel.training_runs import FULL, SELECTIVE
 from tests.unit.moe.builders import (
     SEQUENCE,
     VOCAB,
@@ -24,7 +24,7 @@ RECORD, FORWARD, BACKWARD = RouterReplayAction
 RECOMPUTES = {
     "kept": {},
     "layers again": FULL,
-    "moe again": {"recompute_granularity": "selective", "recompute_modules": ["moe"]},
+    "moe again": SELECTIVE,
 }
 SETTINGS = {
     "plain": {},

@@ -7,7 +7,7 @@ import pytest
 import torch
 from megatron.core.transformer.moe.moe_utils import topk_routing_with_score_function
 
-from moepp_megatron.config import Config, ConfigError, load_config
+from moepp_megatron.config import ConfigError, load_config
 from moepp_megatron.experts import FFN_ONLY
 from moepp_megatron.interop.hf_config import RELEASED, refuse_uncomputed
 from moepp_megatron.interop.vanilla import VANILLA
@@ -78,7 +78,7 @@ def declared(monkeypatch):
     monkeypatch.setitem(DECLARED, "score_function", row)  # type: ignore[arg-type]
 
 
-def configured(**changes) -> Config:
+def configured(**changes):
     config = load_config("configs/quickstart.yaml")
     return config.model_copy(update={"moe": config.moe.model_copy(update=changes)})
 

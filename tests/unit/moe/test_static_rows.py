@@ -19,17 +19,21 @@ TOPK = 2
 BF16 = {"bf16": True, "params_dtype": torch.bfloat16}
 
 
-def results(rows_per_selection, is_static, padded=False, **changes):
-    """Output, gradients by name and fill of a layer on the same weights and inputs."""
+def layer_of(rows_per_selection, is_static, **changes):
     moepp = builders.of_kinds((8, 1, 1, 2), TOPK, static_rows=rows_per_selection)
     torch.manual_seed(1)
-    layer = builders.build_layer(moepp, **changes)
-    layer.train()
+    layer = builders.build_layer(moepp, **changes).train()
     layer.is_static = is_static
+    return layer
+
+
+def results(rows_per_selection, is_static, padded=False):
+    """Output, gradients by name and fill of a layer on the same weights and inputs."""
+    layer = layer_of(rows_per_selection, is_static)
     MoEAuxLossAutoScaler.set_loss_scale(torch.tensor(1.0))
     generator = torch.Generator().manual_seed(3)
     x = torch.randn(*SHAPE, builders.HIDDEN, generator=generator).requires_grad_()
-    previous = torch.randn(*SHAPE, moepp.num_experts, generator=generator).requires_grad_()
+    previous = torch.randn(*SHAPE, 12, generator=generator).requires_grad_()
     mask = torch.zeros(SHAPE[1], SHAPE[0], dtype=torch.bool)
     mask[:, -3:] = True
     output, logits = layer(x, previous, padding_mask=mask if padded else None)
@@ -77,12 +81,9 @@ def test_rows_that_hold_nothing_reach_nothing(monkeypatch):
 
 def test_rows_of_each_token_for_kernels():
     """The table by which kernels add up rows: those that the sum without kernels takes."""
-    moepp = builders.of_kinds((8, 1, 1, 2), TOPK, static_rows=0.9)
-    layer = builders.build_layer(moepp)
-    layer.train()
-    layer.is_static = True
+    layer = layer_of(0.9, True)
     with torch.no_grad():
-        layer(torch.randn(*SHAPE, builders.HIDDEN), torch.randn(*SHAPE, moepp.num_experts))
+        layer(torch.randn(*SHAPE, builders.HIDDEN), torch.randn(*SHAPE, 12))
     dispatcher = layer.token_dispatcher
     rows = torch.randn(dispatcher.rows_to_peer, builders.HIDDEN)
     taken, table = dispatcher.combine_rows(dispatcher.token_combine(rows))
@@ -99,8 +100,7 @@ def test_the_bound_is_exact_and_at_most_all_selections():
 
 
 def test_evaluation_is_not_static():
-    layer = builders.build_layer(builders.of_kinds((8, 1, 1, 2), TOPK, static_rows=0.1)).eval()
-    layer.is_static = True
+    layer = layer_of(0.1, True).eval()
     with torch.no_grad():
         layer(torch.randn(*SHAPE, builders.HIDDEN), torch.zeros(*SHAPE, 12))
     assert type(layer.token_dispatcher).__name__ == "FFNAlltoAllTokenDispatcher"
@@ -109,9 +109,7 @@ def test_evaluation_is_not_static():
 
 def passes(is_static):
     """A function of input and logits before: output of a layer and all gradients."""
-    torch.manual_seed(1)
-    layer = builders.build_layer(builders.of_kinds((8, 1, 1, 2), TOPK, static_rows=0.9), **BF16)
-    layer.bfloat16().train().is_static = is_static
+    layer = layer_of(0.9, is_static, **BF16).bfloat16()
     assert type(layer.experts) is GroupedExperts
 
     def both(x, previous):

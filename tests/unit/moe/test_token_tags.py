@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from moepp_megatron.moe.config import MoEPPConfig
-from moepp_megatron.moe.layer import MoEPPLayer, moe_statistics
+from moepp_megatron.moe.layer import moe_statistics, moepp_layers
 from moepp_megatron.moe.token_tags import TokenTags, groups, sources
+from tests.parallel.training_runs import FULL, SELECTIVE
 from tests.unit.moe.builders import SEQUENCE, VOCAB, build_model, randomize, token_losses
 
 
@@ -16,23 +17,14 @@ def tagged_model(recompute):
     randomize(model, std=0.1)
     model.token_tags = TokenTags()
     model.token_tags.groups = torch.arange(VOCAB) % 5
-    for layer in layers_of(model):
+    for layer in moepp_layers(model):
         layer.statistics.num_groups = 5
     return model
 
 
-def layers_of(model):
-    return [module for module in model.modules() if isinstance(module, MoEPPLayer)]
-
-
-@pytest.mark.parametrize("granularity", ["full", "selective"])
-def test_tags_stay_with_their_micro_batch(granularity):
+@pytest.mark.parametrize("recompute", [FULL, SELECTIVE], ids=["full", "selective"])
+def test_tags_stay_with_their_micro_batch(recompute):
     """As in a pipeline: the second micro-batch goes forward before the first goes backward."""
-    recompute = {"recompute_granularity": granularity}
-    if granularity == "full":
-        recompute |= {"recompute_method": "uniform", "recompute_num_layers": 1}
-    else:
-        recompute |= {"recompute_modules": ["moe"]}
     batches = torch.randint(VOCAB, (2, 2, SEQUENCE + 1))
     results = []
     for settings in ({}, recompute):

@@ -14,7 +14,7 @@ from tests.unit.moe.test_kernels import compiled  # noqa: F401
 REFUSED = (AssertionError, KeyError)
 
 
-def with_value(name, value="unlisted") -> MoEPPConfig:
+def with_value(name, value="unlisted"):
     config = MoEPPConfig(4, num_constant_experts=1)
     object.__setattr__(config, name, value)
     return config

@@ -9,10 +9,10 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.moe.moe_layer import MoELayer
 
 from moepp_megatron.model.initialize import initialize_weights
-from moepp_megatron.moe.config import MoEPPConfig
 from moepp_megatron.moe.lane import MoEPPTransformerLayer
 from moepp_megatron.moe.layer import VanillaMoELayer, moe_statistics
 from moepp_megatron.moe.spec import get_moepp_block_spec, get_moepp_layer_spec
+from tests.parallel.training_runs import SELECTIVE
 from tests.unit.moe.builders import (
     HIDDEN,
     SEQUENCE,
@@ -35,29 +35,27 @@ SETTINGS = {
     "z-loss": {"moe_z_loss_coeff": 0.1},
     "capacity": {"moe_expert_capacity_factor": 0.6},
     "all-gather": {"moe_token_dispatcher_type": "allgather"},
-    "recompute": {"recompute_granularity": "selective", "recompute_modules": ["moe"]},
+    "recompute": SELECTIVE,
     "bf16": {"params_dtype": torch.bfloat16, "bf16": True},
 }
 
 
-def vanilla(topk=2) -> MoEPPConfig:
-    return of_kinds(
-        (6, 0, 0, 0),
-        topk,
-        gating_residual=False,
-    )
+GIVEN = {
+    "moe_router_load_balancing_type": "aux_loss",
+    "moe_aux_loss_coeff": 0.1,
+    "moe_router_pre_softmax": True,
+}
+
+
+def vanilla(topk=2):
+    return of_kinds((6, 0, 0, 0), topk, gating_residual=False)
 
 
 def config_of(changes):
-    given = {
-        "moe_router_load_balancing_type": "aux_loss",
-        "moe_aux_loss_coeff": 0.1,
-        "moe_router_pre_softmax": True,
-    }
-    return megatron_config(vanilla(changes.get("moe_router_topk", 2)), **(given | changes))
+    return megatron_config(vanilla(changes.get("moe_router_topk", 2)), **(GIVEN | changes))
 
 
-def build(spec, config) -> MoELayer:
+def build(spec, config):
     groups = ProcessGroupCollection.use_mpu_process_groups()
     layer = spec.submodules.mlp(config=config, pg_collection=groups, is_mtp_layer=False)
     layer.set_layer_number(1)
@@ -133,16 +131,7 @@ def test_balance_loss_reaches_the_router():
 def test_model_gives_megatrons_bits(scaled, interleaved):
     changes = {"rotary_interleaved": interleaved}
     config = config_of(changes)
-    ours = build_model(
-        vanilla(),
-        rope_scaling=scaled,
-        **{
-            "moe_router_load_balancing_type": "aux_loss",
-            "moe_aux_loss_coeff": 0.1,
-            "moe_router_pre_softmax": True,
-        },
-        **changes,
-    )
+    ours = build_model(vanilla(), rope_scaling=scaled, **GIVEN, **changes)
     block = get_moepp_block_spec(config, vanilla(), use_transformer_engine=False)
     assert not any(spec.module is MoEPPTransformerLayer for spec in block.layer_specs)
     upstream = GPTModel(

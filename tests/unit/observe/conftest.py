@@ -9,7 +9,7 @@ from moepp_megatron.observe.metrics import StepMetrics
 def make_record():
     """Builds a record of one step of a layer with 2 FFN and 2 zero-computation experts."""
 
-    def make(step=1, **changes) -> StepMetrics:
+    def make(step=1, **changes):
         values = {
             "step": step,
             "tokens": 512 * step,

@@ -67,7 +67,7 @@ def service():
     """Starts services; all are stopped at the end."""
     running = []
 
-    def start(*codes, delay_s=0.0) -> Service:
+    def start(*codes, delay_s=0.0):
         running.append(Service(list(codes), delay_s))
         threading.Thread(target=running[-1].serve_forever, args=(0.02,), daemon=True).start()
         return running[-1]

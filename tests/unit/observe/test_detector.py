@@ -1,7 +1,5 @@
 """The detector of one series: what it finds, what it leaves alone, where it begins anew."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Callable
@@ -19,15 +17,15 @@ EXPERTS, SELECTIONS = 12, 6000
 SHARES = np.arange(1.0, EXPERTS + 1) / np.arange(1.0, EXPERTS + 1).sum()
 
 
-def falling(chance, step) -> tuple[NDArray[np.float64], float]:
+def falling(chance, step):
     """A loss that falls as in training, with batch noise."""
     return np.array([3.0 + 3.0 * math.exp(-step / 60) + chance.normal(0.0, 0.1)]), 1.0
 
 
-def routed(shares: NDArray[np.float64]) -> Course:
+def routed(shares):
     """[3 layers x experts] square roots of counted shares; batches differ more than tokens do."""
 
-    def course(chance, step) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    def course(chance, step):
         noise = np.exp(chance.normal(0.0, 0.05, size=(3, EXPERTS)))
         layers = [chance.multinomial(SELECTIONS, p / p.sum()) for p in shares * noise]
         return np.sqrt(np.concatenate(layers) / SELECTIONS), 0.5 / math.sqrt(SELECTIONS)
@@ -39,7 +37,7 @@ def detector(kind):
     return Detector(CHARTS[kind], 10_000.0, 3 if kind == "routing" else 1)
 
 
-def evidence(judge: Detector, course, steps, seed):
+def evidence(judge, course, steps, seed):
     chance = np.random.default_rng(seed)
     return [judge.add(*course(chance, step)) for step in steps]
 

@@ -1,7 +1,5 @@
 """All series together: one event for a change, its cause, and what is usual after it."""
 
-from __future__ import annotations
-
 import json
 import math
 from dataclasses import replace
@@ -25,13 +23,7 @@ class Run:
         names = [f"FFN {index}" for index in range(EXPERTS)]
         self.monitor = ShiftMonitor(10_000.0, LAYERS, names)
 
-    def observed(
-        self,
-        loss=0.0,
-        shares=SHARES,
-        groups=GROUP_SHARES,
-        logits=1.0,
-    ):
+    def observed(self, loss=0.0, shares=SHARES, groups=GROUP_SHARES, logits=1.0):
         chance = self._chance
         noise = np.exp(chance.normal(0.0, 0.05, size=(len(LAYERS), EXPERTS)))
         experts = [chance.multinomial(2 * TOKENS, p / p.sum()) for p in shares * noise]
@@ -62,7 +54,7 @@ OTHER_SHARES = SHARES[::-1]
 DATA = {"loss": 1.0, "shares": OTHER_SHARES, "groups": OTHER_GROUPS}
 
 
-def trained(seed=1) -> Run:
+def trained(seed=1):
     run = Run(seed)
     assert run.take(SAVED) == [None] * SAVED
     assert run.monitor.is_calm

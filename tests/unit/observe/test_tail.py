@@ -15,7 +15,7 @@ def small_chunks(monkeypatch):
     monkeypatch.setattr(tail, "CHUNK", 4)
 
 
-def look(reader: Tail):
+def look(reader):
     """All that is new."""
     rewritten, lines = reader.poll()
     while further := reader.poll().lines:

@@ -43,7 +43,7 @@ def busy(index, **changes):
     )
 
 
-def gpu_source(library: FakeNvml, cards, clock):
+def gpu_source(library, cards, clock):
     return GpuSource([card["nvmlDeviceGetUUID"] for card in cards], Nvml(library), clock)
 
 
@@ -203,7 +203,7 @@ def test_cpu_source():
     assert CpuSource().energy_j() is None
 
 
-def reduced(*usages) -> Usage:
+def reduced(*usages):
     """What the all-reduces over ranks give."""
     sums = [sum(column) for column in zip(*(u.sums for u in usages), strict=True)]
     return Usage(sums, [max(column) for column in zip(*(u.highest for u in usages), strict=True)])

@@ -18,7 +18,7 @@ OFFLINE = WandbSection(project="moe", entity="team", mode="offline")
 class StandIn(ModuleType):
     """Keeps what it is asked."""
 
-    def __init__(self, failure: Exception | None = None):
+    def __init__(self, failure=None):
         super().__init__("wandb")
         self.failure = failure
         self.inits = []

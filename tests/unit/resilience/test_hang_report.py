@@ -3,7 +3,6 @@
 import os
 import socket
 import subprocess
-from collections.abc import Mapping
 
 from moepp_megatron.training.resilience.hang_report import Heartbeat, HeartbeatFolder, hang_report
 
@@ -24,7 +23,7 @@ def beat(rank, count=7, collective="all_reduce"):
     )
 
 
-def report(beats, silent=(), pending: Mapping[int, str] | None = None):
+def report(beats, silent=(), pending=None):
     found = {b.rank: b for b in beats}
     return hang_report(found, silent, 4, pending or {}).splitlines()
 

@@ -1,7 +1,5 @@
 """Jumps of the loss, and what is told of batches that are refused now and then."""
 
-from __future__ import annotations
-
 import json
 import math
 import random

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
-from moepp_megatron.config import Config, ConfigError, UnfitError, parse_config, with_overrides
+from moepp_megatron.config import ConfigError, UnfitError, parse_config, with_overrides
 from moepp_megatron.runtime import distributed, launch, nodes
 from moepp_megatron.runtime.launch import LaunchOptions, _torchrun, run_ranks
 from moepp_megatron.runtime.nodes import Nodes, interface_of_rank, parse_endpoint
@@ -136,7 +136,7 @@ OVERLAPPED = EP | {"overlap_moe_expert_parallel_comm": True}
 FLEX = {"dispatcher": "flex"}
 
 
-def layout(parallel=None, moe=None) -> Config:
+def layout(parallel=None, moe=None):
     sizes = {"hidden_size": 512, "seq_length": 64}  # what flex and context parallelism can divide
     return parse_config(
         settings(parallel=parallel or {}, moe=moe or {}, model=sizes, precision={"dtype": "bf16"})
@@ -235,7 +235,7 @@ def test_ranks_of_one_machine_do_not_need_its_name():
     assert config.local_addr == "127.0.0.1"
 
 
-def place(monkeypatch, **environment) -> RankEnvironment:
+def place(monkeypatch, **environment):
     for name in list(os.environ):
         if name.startswith(("SLURM", "TORCHELASTIC", "MASTER", "LOCAL", "MOEPP")):
             monkeypatch.delenv(name)

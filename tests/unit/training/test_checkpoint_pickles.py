@@ -57,7 +57,7 @@ def load_like_megatron(folder):
     load({KEY: io.BytesIO()}, storage_reader=FileSystemReader(folder), no_dist=True)
 
 
-def shard(folder) -> TensorStorageMetadata:
+def shard(folder):
     """Put a tensor of two shards into the index of `write`; what is written of it."""
     properties = TensorProperties(dtype=torch.bfloat16)
     chunks = [ChunkStorageMetadata(torch.Size([i, 0]), torch.Size([1, 3])) for i in range(2)]

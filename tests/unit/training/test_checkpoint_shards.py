@@ -31,7 +31,7 @@ def test_boxes_hold_every_range_in_order_and_nothing_else(shape):
             assert len(found) <= max(1, 2 * len(shape) - 1)
 
 
-def gate_and_up(key, data, rank, size) -> ShardedTensorFactory:
+def gate_and_up(key, data, rank, size):
     """As megatron-core stores the first matrix of expert 1 of 2: each half by itself."""
 
     def build(key, data, replica_id, flattened_range):
@@ -50,7 +50,7 @@ def gate_and_up(key, data, rank, size) -> ShardedTensorFactory:
     return ShardedTensorFactory(key, data, build, torch.cat, (0, 0, 3))
 
 
-def plain(key, data, rank, size) -> ShardedTensor:
+def plain(key, data, rank, size):
     return ShardedTensor.from_rank_offsets(key, data, (0, rank, size), replica_id=(0, 0, 3))
 
 

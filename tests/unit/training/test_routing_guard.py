@@ -1,7 +1,5 @@
 """The guard's parts that need no ranks: metrics, what alerts say."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import replace
 from typing import get_args

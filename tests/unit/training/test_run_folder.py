@@ -276,7 +276,7 @@ def test_nor_is_the_place_of_a_run_that_has_not_saved_yet(run):
         enter(config_in(run, checkpoint={"dir": str(other / "checkpoints")}))
 
 
-def alive(run, **changes) -> RunStatus:
+def alive(run, **changes):
     """A run of this process."""
     make_run(run)
     status = RunStatus.own().model_copy(update=changes)

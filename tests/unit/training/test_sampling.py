@@ -15,7 +15,7 @@ LOGITS = torch.tensor(PROBABILITIES).log() + 3.0
 DRAWS = 4000
 
 
-def draws(temperature, top_p, seed=0) -> Counter[int]:
+def draws(temperature, top_p, seed=0):
     generator = torch.Generator().manual_seed(seed)
     return Counter(_sample(LOGITS, Sampling(temperature, top_p), generator) for _ in range(DRAWS))
 

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from moepp_megatron.config import Config, Layout, check_config
+from moepp_megatron.config import Layout, check_config
 from moepp_megatron.training.schedule import (
     BatchSizes,
     _BatchStage,
@@ -20,7 +20,7 @@ TRAINING = {"train_iters": 20, "global_batch_size": 8, "micro_batch_size": 2}
 PEAK, LEAST, WARMUP, DECAY = 1.0e-3, 1.0e-4, 4, 8
 
 
-def schedule_of(style, **changes) -> Config:
+def schedule_of(style, **changes):
     """A run of 20 steps with 4 of warmup."""
     optimizer = {"lr": PEAK, "min_lr": LEAST, "decay_style": style, "warmup_iters": WARMUP}
     return config_of(training=TRAINING, optimizer=optimizer | changes)
@@ -59,7 +59,7 @@ def test_an_optimizer_trains_with_the_rate_that_is_shown(style):
         assert optimizer.param_groups[0]["lr"] == learning_rate(config, step)
 
 
-def ramped(**changes) -> Config:
+def ramped(**changes):
     """2 sequences a step, from 96 tokens (6 sequences) on 4, from 288 tokens (18) on 8."""
     ramp = [[0, 2], [96, 4], [288, 8]]
     return config_of(training=TRAINING | {"batch_ramp": ramp} | changes)

@@ -63,13 +63,7 @@ def process(pid, memory):
 class FakeNvml:
     """Answers like `pynvml` for the given cards, whose handles are their numbers."""
 
-    def __init__(
-        self,
-        *cards,
-        driver="580.95.05",
-        cuda=13000,
-        init_error: Exception | None = None,
-    ):
+    def __init__(self, *cards, driver="580.95.05", cuda=13000, init_error=None):
         self._cards, self._driver, self._cuda = cards, driver, cuda
         self._init_error = init_error
         self.watched = []

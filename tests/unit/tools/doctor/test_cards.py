@@ -7,7 +7,7 @@ from moepp_megatron.config.hardware import load_hardware
 from moepp_megatron.runtime.gpu_state import Driver
 from moepp_megatron.tools.doctor import card_checks, gpu_checks
 from moepp_megatron.tools.doctor.examine import Cards
-from moepp_megatron.tools.doctor.finding import Finding, Judge, Severity
+from moepp_megatron.tools.doctor.finding import Judge, Severity
 from moepp_megatron.tools.doctor.gpu_checks import TorchCuda
 from tests.unit.tools.doctor.fake_nvml import LINKS, FakeNvml, answers, process
 
@@ -20,7 +20,7 @@ def judge(preflight=False):
     return Judge(H100, H100.thresholds, preflight, frozenset({OWN_PID}))
 
 
-def complaints(*cards, preflight=False) -> list[Finding]:
+def complaints(*cards, preflight=False):
     read = Cards.read(FakeNvml(*cards)).cards
     found = card_checks.check_cards(read, judge(preflight))
     return [finding for finding in found if finding.severity > Severity.OK]

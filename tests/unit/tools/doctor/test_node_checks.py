@@ -201,7 +201,7 @@ def test_time_that_rated_links_need():
 def test_collectives_against_rated_links():
     reduced = CollectiveSpeed("all-reduce", GIB, 0.010)
 
-    def check(expected) -> Finding:
+    def check(expected):
         return speed.check_collective(reduced, expected, THRESHOLDS, ERROR)
 
     assert check(None).severity == OK

@@ -8,16 +8,16 @@ from math import ceil
 
 import pytest
 
-from moepp_megatron.config import Config, parse_config, with_overrides
+from moepp_megatron.config import parse_config, with_overrides
 from moepp_megatron.config.flops import forward_flops_per_token
 from moepp_megatron.config.hardware import load_hardware
 from moepp_megatron.tools.planning.activations import kept_bytes, output_bytes
 from moepp_megatron.tools.planning.grid import FULL, Grid
-from moepp_megatron.tools.planning.layer_time import HOST, METADATA, PassTime, layer_time
+from moepp_megatron.tools.planning.layer_time import HOST, METADATA, layer_time
 from moepp_megatron.tools.planning.layout_costs import LayoutCosts
-from moepp_megatron.tools.planning.machine import Efficiencies, Machine, machine_of
+from moepp_megatron.tools.planning.machine import Efficiencies, machine_of
 from moepp_megatron.tools.planning.memory import fullest_rank, fullest_rows, memory_of
-from moepp_megatron.tools.planning.parts import Layer, LayerPart, layer_parts, output_part
+from moepp_megatron.tools.planning.parts import Layer, layer_parts, output_part
 from moepp_megatron.tools.planning.pipeline import (
     bubble_seconds,
     chunks_in_flight,
@@ -36,7 +36,7 @@ from moepp_megatron.tools.planning.traffic import (
 from moepp_megatron.tools.planning.workload import GroupedQuery, NumberFormats, Workload
 
 
-def configured(**moe) -> Config:
+def configured(**moe):
     return parse_config(
         {
             "run": {"dir": "runs/test"},
@@ -60,7 +60,7 @@ def configured(**moe) -> Config:
 LOAD = Workload.from_config(configured())
 
 
-def at_share(ffn_share) -> Workload:
+def at_share(ffn_share):
     return replace(LOAD, experts=replace(LOAD.experts, ffn_share=ffn_share))
 
 
@@ -228,18 +228,18 @@ def test_planning_imports_no_torch():
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
-def narrow(**changes) -> Workload:
+def narrow(**changes):
     """64 narrow experts, which a host issues more slowly than the GPU finishes them."""
     load = Workload.from_config(configured(num_ffn_experts=64, ffn_hidden_size=256, router_topk=4))
     return replace(load, **changes)
 
 
-def seconds_of(load, grid, machine) -> PassTime:
+def seconds_of(load, grid, machine):
     rows = grid.tokens(load.seq) * load.experts.ffn_per_token
     return layer_time(load, grid, machine, True, rows, 1.0)
 
 
-def with_reached(**values) -> Machine:
+def with_reached(**values):
     return machine_of(load_hardware("h100_sxm"), Efficiencies.of(values, "a test"))
 
 
@@ -274,7 +274,7 @@ def test_casts_to_fp8_are_kernels_of_each_expert():
     assert in_bf16 < found["blockwise"] < found["tensorwise"]
 
 
-def _experts_of(recipe, **experts) -> LayerPart:
+def _experts_of(recipe, **experts):
     """64 experts of 32 rows each on two ranks."""
     load = narrow(numbers=NumberFormats(fp8=recipe))
     load = replace(load, experts=replace(load.experts, **experts))

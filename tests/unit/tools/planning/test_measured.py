@@ -13,7 +13,6 @@ from moepp_megatron.tools.planning.machine import machine_of
 from moepp_megatron.tools.planning.measured.compare import (
     HELD_OUT,
     SET_NUMBERS,
-    Comparison,
     compare,
     error_range,
     family_errors,
@@ -112,7 +111,7 @@ def test_a_row_need_not_be_one_of_this_trainers(tmp_path):
 def test_facts_beyond_the_settings_count(tmp_path):
     plain = {key: value for key, value in row(DEEPSEEK).items() if key != "beyond"}
 
-    def found(**beyond) -> Comparison:
+    def found(**beyond):
         return compare(runs_of(tmp_path, {**plain, "beyond": beyond})[0])
 
     base = found()

@@ -62,7 +62,7 @@ def rank_nodes(pp, vpp, rank, count, is_combined):
     ]
 
 
-def needed(work: Pass, pp, vpp) -> Pass | None:
+def needed(work, pp, vpp):
     """The pass that gives this one its input; a stage is chunk * pp + rank."""
     stage, last = work.chunk * pp + work.rank, pp * vpp - 1
     if work.is_backward and stage == last:
@@ -74,7 +74,7 @@ def needed(work: Pass, pp, vpp) -> Pass | None:
 
 
 @cache
-def played_order(pp, vpp, count, is_combined=False) -> tuple[Node, ...]:
+def played_order(pp, vpp, count, is_combined=False):
     """All ranks' passes, each after those that it waits for."""
     waiting = [rank_nodes(pp, vpp, rank, count, is_combined) for rank in range(pp)]
     done = {None}
@@ -89,14 +89,7 @@ def played_order(pp, vpp, count, is_combined=False) -> tuple[Node, ...]:
     return tuple(order)
 
 
-def played(
-    pp,
-    vpp,
-    *passes,
-    blocking=0.0,
-    late=0.0,
-    count=8,
-):
+def played(pp, vpp, *passes, blocking=0.0, late=0.0, count=8):
     """End of the last pass."""
     ends = {}
     free = defaultdict(float)

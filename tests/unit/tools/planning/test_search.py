@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from moepp_megatron.config import Config, ConfigError, Layout, parse_config
+from moepp_megatron.config import ConfigError, Layout, parse_config
 from moepp_megatron.config.hardware import load_hardware
 from moepp_megatron.tools.planning.grid import FULL, Grid
 from moepp_megatron.tools.planning.layout_costs import LayoutCosts
@@ -18,12 +18,7 @@ from moepp_megatron.tools.planning.workload import Workload
 WORLD = 16
 
 
-def configured(
-    model=None,
-    moe=None,
-    batch=24,
-    **sections,
-) -> Config:
+def configured(model=None, moe=None, batch=24, **sections):
     return parse_config(
         {
             "run": {"dir": "runs/test"},

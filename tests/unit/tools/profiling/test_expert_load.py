@@ -6,7 +6,7 @@ from moepp_megatron.tools.profiling.measures.expert_load import expert_load
 from moepp_megatron.tools.profiling.trace import About, Pass, Passes, RankTrace, TracedGroup
 
 
-def routed(layer, to_ranks) -> Pass:
+def routed(layer, to_ranks):
     return Pass(
         layer=layer,
         recomputed=False,

@@ -5,7 +5,6 @@ import random
 import pytest
 
 from moepp_megatron.tools.profiling.measures.exposure import (
-    Interval,
     _intersect,
     length,
     subtract,
@@ -22,7 +21,7 @@ def points(intervals):
 def test_against_sets(seed):
     draw = random.Random(seed)
 
-    def some() -> list[Interval]:
+    def some():
         starts = [draw.randrange(30) for _ in range(draw.randrange(6))]
         return [(start, start + draw.randrange(8)) for start in starts]
 

@@ -12,7 +12,7 @@ from moepp_megatron.tools.profiling.formats.records import whole_list
 from moepp_megatron.tools.profiling.load import load_profile
 from moepp_megatron.tools.profiling.measures.classes import _link_of
 from moepp_megatron.tools.profiling.measures.purpose import Place, place_of
-from moepp_megatron.tools.profiling.trace import Collective, Operation
+from moepp_megatron.tools.profiling.trace import Operation
 
 SAMPLE = Path(__file__).parent / "samples/kineto_nccl"
 
@@ -22,7 +22,7 @@ def profile():
     return analyse(SAMPLE)
 
 
-def by_operation(profile, rank) -> dict[Operation, Collective]:
+def by_operation(profile, rank):
     return {one.operation: one for one in profile.traces[rank].collectives}
 
 
@@ -107,7 +107,7 @@ def kernel(**args):
     return {"traceEvents": [event], "distributedInfo": {"backend": "nccl", "rank": 5}}
 
 
-def exchange(**args) -> Collective:
+def exchange(**args):
     defaults = {
         "Collective name": "all_to_allv",
         "In msg nelems": 64,

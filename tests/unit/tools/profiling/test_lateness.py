@@ -9,7 +9,7 @@ from moepp_megatron.tools.profiling.measures.purpose import purpose_of
 from moepp_megatron.tools.profiling.trace import Collective, Operation
 
 
-def call(rank, start, end, **changes) -> Collective:
+def call(rank, start, end, **changes):
     one = Collective(
         operation=Operation.ALL_REDUCE,
         rank=rank,

@@ -137,11 +137,7 @@ def write_run(folder, config, records):
 def make_run(tmp_path):
     """Writes a synthetic run; ``edit`` may change its records."""
 
-    def make(
-        steps=60,
-        edit=None,
-        **sections,
-    ):
+    def make(steps=60, edit=None, **sections):
         config = synthetic_config(**sections)
         records = synthetic_records(config, steps)
         if edit is not None:

@@ -23,7 +23,7 @@ def records_of(run):
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-def polled(run, after_s=0.0) -> LiveRun:
+def polled(run, after_s=0.0):
     live = LiveRun(run, clock=lambda: time.time() + after_s)
     live.poll()
     return live

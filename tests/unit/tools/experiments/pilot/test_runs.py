@@ -48,7 +48,7 @@ class Ranks:
 def stand_in(monkeypatch):
     """Puts `Ranks` in place of those that would be started."""
 
-    def put(runs, status=0, after=0) -> Ranks:
+    def put(runs, status=0, after=0):
         ranks = Ranks(runs, status, after)
         monkeypatch.setattr("moepp_megatron.tools.experiments.runner.run_ranks", ranks)
         return ranks

@@ -50,14 +50,7 @@ def test_the_recorded_pilot_is_judged_to_the_digit():
     )
 
 
-def judged(
-    in_time,
-    in_compute,
-    level=0.0125,
-    bias=0.0,
-    value=VALUE,
-    speed_error=0.001,
-) -> Verdict:
+def judged(in_time, in_compute, level=0.0125, bias=0.0, value=VALUE, speed_error=0.001):
     """The verdict where the runs show a step time that differs by `bias` from the sessions'."""
     means = {
         "vanilla": 4.0,
