@@ -38,10 +38,9 @@ from torch import Tensor
 from moepp_megatron.interop.megatron_arguments import add_moepp_arguments, moepp_config
 from moepp_megatron.interop.stage import block_spec, build_stage
 from moepp_megatron.model.gpt import MoEPPGPTModel
-from moepp_megatron.moe.adapter import with_submodules
 from moepp_megatron.moe.config import MoEPPConfig
 from moepp_megatron.moe.lane import MoEPPTransformerLayer
-from moepp_megatron.moe.spec import get_moepp_layer_spec
+from moepp_megatron.moe.spec import get_moepp_layer_spec, with_submodules
 from moepp_megatron.runtime.optional import TRANSFORMER_ENGINE
 from moepp_megatron.runtime.patches import replace
 

@@ -35,7 +35,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from moepp_megatron.model.causal_attention import attend, refuse_unused
-from moepp_megatron.moe.adapter import with_submodules
+from moepp_megatron.moe.spec import with_submodules
 
 
 class ContextParallelAttention(MegatronModule):
@@ -190,7 +190,7 @@ _NORM_NAMES = {
 _DENSE_NORM_NAME = {"pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"}
 
 
-class LatentDotProductAttention(DotProductAttention):
+class _LatentDotProductAttention(DotProductAttention):
     """megatron-core's core attention, for queries and values of different widths.
 
     It takes the output's width from `TransformerConfig.kv_channels`, which must be that of values.
@@ -225,7 +225,7 @@ class _LocalLatentAttention(MLASelfAttention):
 def with_local_latent_attention(spec: ModuleSpec, is_moe: bool) -> ModuleSpec:
     """megatron-core's local spec of a layer with these modules in its attention."""
     attention = spec.submodules.self_attention
-    attention = with_submodules(attention, core_attention=LatentDotProductAttention)
+    attention = with_submodules(attention, core_attention=_LatentDotProductAttention)
     return with_submodules(
         spec,
         self_attention=dataclasses.replace(attention, module=_LocalLatentAttention),

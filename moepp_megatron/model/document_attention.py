@@ -10,11 +10,7 @@ the combined schedule pass on unchanged:
   that all other modules and the lane of router logits see [s, b] as always.
 """
 
-from typing import Any
-
 import torch
-from megatron.core.packed_seq_params import PackedSeqParams
-from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor
 
 
@@ -40,41 +36,3 @@ def document_ends(documents: Tensor) -> Tensor:
     starts[:, 1:] = documents[:, 1:] != documents[:, :-1]
     first = starts.flatten().nonzero().flatten()
     return torch.cat([first, first.new_tensor([documents.numel()])]).to(torch.int32)
-
-
-def packed_attention() -> type:
-    """Transformer Engine's core attention that takes `document_ends` as its `attention_mask`."""
-    from megatron.core.extensions.transformer_engine import TEDotProductAttention
-
-    class PackedAttention(TEDotProductAttention):
-        def forward(
-            self,
-            query: Tensor,
-            key: Tensor,
-            value: Tensor,
-            attention_mask: Tensor | None,
-            attn_mask_type: AttnMaskType,
-            **kwargs: Any,
-        ) -> Tensor:
-            """Attend within documents: [s, b, n * v] from query [s, b, n, d], key and value.
-
-            `attention_mask` are the `document_ends` of the micro-batch; None is causal attention
-            over whole sequences, as in generation.
-            """
-            if attention_mask is None:
-                context: Tensor = super().forward(query, key, value, None, attn_mask_type, **kwargs)
-                return context
-            length, size = query.shape[:2]
-            packed = [tensor.transpose(0, 1).flatten(0, 1) for tensor in (query, key, value)]
-            kwargs["packed_seq_params"] = PackedSeqParams(
-                qkv_format="thd",
-                cu_seqlens_q=attention_mask,
-                cu_seqlens_kv=attention_mask,
-                # An upper limit is enough, and needs no read from the device.
-                max_seqlen_q=length,
-                max_seqlen_kv=length,
-            )
-            output = super().forward(*packed, None, AttnMaskType.padding_causal, **kwargs)
-            return output.reshape(size, length, -1).transpose(0, 1).contiguous()
-
-    return PackedAttention

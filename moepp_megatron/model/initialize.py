@@ -42,7 +42,7 @@ def initialize_weights(chunks: Iterable[LanguageModule], seed: int) -> None:
         with _fp8_weights_as_plain(chunk):
             parameters = {p.untyped_storage().data_ptr() for p in chunk.parameters()}
             for entry in nested_values(chunk.sharded_state_dict()):
-                for tensor in sharded_tensors(entry):
+                for tensor in _sharded_tensors(entry):
                     # Buffers, such as a router's selection bias, keep what they were built with.
                     if tensor.data.untyped_storage().data_ptr() in parameters:
                         _fill(tensor, seed, config.init_method_std, branches)
@@ -51,7 +51,7 @@ def initialize_weights(chunks: Iterable[LanguageModule], seed: int) -> None:
                 torch.nn.init.zeros_(module.vectors)
 
 
-def sharded_tensors(entry: object) -> list[ShardedTensor]:
+def _sharded_tensors(entry: object) -> list[ShardedTensor]:
     """The sharded tensors behind one entry; views of parameters, so writing fills the parameter."""
     entries = nested_values(entry.build()) if isinstance(entry, ShardedTensorFactory) else [entry]
     return [e for e in entries if isinstance(e, ShardedTensor) and e.data is not None]

@@ -9,11 +9,11 @@ from torch import Tensor
 
 from moepp_megatron.model.attention import ContextParallelAttention, with_local_latent_attention
 from moepp_megatron.model.causal_attention import CausalAttention
-from moepp_megatron.moe.adapter import with_attention, with_submodules
+from moepp_megatron.moe.spec import with_attention, with_submodules
 from moepp_megatron.runtime.optional import fused_rms_norm
 
 
-class SequenceParallelRMSNorm(torch.nn.RMSNorm):
+class _SequenceParallelRMSNorm(torch.nn.RMSNorm):
     """`torch.nn.RMSNorm` with a mark by which Megatron sums its gradient over tensor ranks.
 
     megatron-core's local norm refuses sequence parallelism because torch's norm has no such mark.
@@ -48,7 +48,7 @@ def fit_local_modules(config: TransformerConfig, spec: ModuleSpec, is_moe: bool)
         spec = with_attention(spec, core_attention=CausalAttention)
     if config.normalization != "RMSNorm":
         return spec
-    norm = SequenceParallelRMSNorm
+    norm = _SequenceParallelRMSNorm
     if config.qk_layernorm:
         spec = with_attention(spec, **{"q_layernorm": norm, keys: norm})
     return with_submodules(spec, input_layernorm=norm, pre_mlp_layernorm=norm)

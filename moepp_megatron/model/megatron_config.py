@@ -62,7 +62,7 @@ def moepp_config(config: Config) -> MoEPPConfig:
 def transformer_config(config: Config) -> TransformerConfig:
     """megatron-core's configuration of the model.
 
-    `num_moe_experts` counts FFN experts; see `moepp_megatron.moe.router_config`. Weights are
+    `num_moe_experts` counts FFN experts; see `moe.upstream_settings.router_config`. Weights are
     not initialised here: `moepp_megatron.model.initialize` does it, independent of the layout.
     """
     kind = TransformerConfig if config.model.latent_attention is None else MLATransformerConfig
@@ -107,7 +107,7 @@ def transformer_fields(config: Config) -> dict[str, Any]:
         **_head_fields(config),
         **_moe_fields(config),
         **_graph_fields(config),
-        **kernel_fields(config),
+        **_kernel_fields(config),
         **_fp8_fields(config),
         **config.megatron.model_dump(exclude_defaults=True),
     )
@@ -214,7 +214,7 @@ def _graph_fields(config: Config) -> dict[str, object]:
     return {"cuda_graph_impl": "local", "cuda_graph_modules": [*dict.fromkeys(names)]}
 
 
-def kernel_fields(config: Config) -> dict[str, object]:
+def _kernel_fields(config: Config) -> dict[str, object]:
     """Fused kernels only where Transformer Engine brings them."""
     fused = have_transformer_engine()
     return {

@@ -1,6 +1,5 @@
 """The MoE++ layer for megatron-core: router, zero-computation experts, dispatcher, lane, spec.
 
-adapter.py            exchanges modules in the spec of a layer
 balance.py            the heterogeneous balance loss and how it joins the language-model loss
 budget.py             controllers that hold the FFN experts per token at a target
 capacity.py           heterogeneous expert capacities
@@ -27,7 +26,6 @@ padding.py            padding masks: tokens that a router does not route
 parameter.py          parameters that every rank of a tensor-parallel group holds whole
 reference.py          the MoE++ layer in plain PyTorch on one process
 router.py             the router: gating residuals, selection over all experts, gates, balance loss
-router_config.py      the router's configuration: megatron-core's, with the count of all experts
 selection.py          top-K selection of experts from logits, and their gates
 scores.py             from router logits to scores: the list of score functions
 spec.py               builds MoE++ layers from megatron-core's own specs

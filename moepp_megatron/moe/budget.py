@@ -11,7 +11,7 @@ a controller corrects it by feedback:
 - **bias** moves the FFN experts' selection bias, by one of two rules. Without a gain the margins of
   a step's selections (`margins`) say which bias would have given the target, and the bias moves a
   part of the way there (`BudgetController`): nothing depends on the scale of scores, the number of
-  experts or the batch. With a gain it moves by LongCat-Flash's rule (`bias_step`).
+  experts or the batch. With a gain it moves by LongCat-Flash's rule (`_bias_step`).
 - **tau** adds the error of the measured share, in log odds, to log tau (proportional part; in log
   odds the equation above is linear), and a hundredth of it per step to a running sum (integral
   part). Routers follow tau with a delay of many steps, so only an integral part would oscillate.
@@ -21,7 +21,6 @@ every rank and in every layout.
 """
 
 import math
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, assert_never
 
@@ -29,7 +28,6 @@ import torch
 from torch import Tensor
 
 from moepp_megatron.moe.config import MoEPPConfig
-from moepp_megatron.moe.layer import MoEPPLayer, moepp_layers
 from moepp_megatron.moe.margins import OUT_OF_REACH, quantile
 
 Controller = Literal["none", "bias", "tau"]
@@ -158,7 +156,7 @@ class BudgetController:
         match self.budget.controller:
             case "bias":
                 assert self.budget.gain is not None, "LongCat-Flash's rule has a gain"
-                return bias_step(measured, wanted, self._config.num_ffn_experts, self.budget.gain)
+                return _bias_step(measured, wanted, self._config.num_ffn_experts, self.budget.gain)
             case "tau":
                 self._turn_tau(measured, wanted, step)
             case "none":
@@ -207,31 +205,7 @@ class BudgetController:
                 self._integral[layer] += _INTEGRAL * missing
 
 
-def set_taus(chunks: Iterable[torch.nn.Module], taus: dict[int, float]) -> None:
-    """Set tau, by global layer number, of the balance loss from the next forward pass on."""
-    for layer in _layers(chunks):
-        layer.router.set_tau(taus[layer.layer_number])
-
-
-@torch.no_grad()
-def add_to_biases(
-    chunks: Iterable[torch.nn.Module], layer_numbers: Sequence[int], steps_LE: Tensor
-) -> None:
-    """Add [MoE layers, E] steps to the selection biases of the layers with these global numbers."""
-    if torch.cuda.is_available():
-        # The host waits for a copy from memory that is not pinned.
-        steps_LE = steps_LE.pin_memory().to(torch.cuda.current_device(), non_blocking=True)
-    for layer in _layers(chunks):
-        bias = layer.router.expert_bias
-        assert bias is not None, f"MoE layer {layer.layer_number} has no selection bias"
-        bias.add_(steps_LE[layer_numbers.index(layer.layer_number)])
-
-
-def _layers(chunks: Iterable[torch.nn.Module]) -> list[MoEPPLayer]:
-    return [layer for chunk in chunks for layer in moepp_layers(chunk)]
-
-
-def bias_step(shares_LE: Tensor, wanted: float, num_ffn_experts: int, rate: float) -> Tensor:
+def _bias_step(shares_LE: Tensor, wanted: float, num_ffn_experts: int, rate: float) -> Tensor:
     """[L, E] `delta b_i = mu (K_e/K * 1/F - T_i / (K T_all))` on FFN experts, 0 on the others.
 
     `shares_LE` are T_i / (K T_all) of each layer, `wanted` is K_e/K, `rate` mu. Source:

@@ -66,7 +66,7 @@ def within_capacity(
     num_tokens = num_local * size
     if has_padding:
         num_tokens = int((ranking >= 0).any(dim=1).sum())
-    limits = capacity_limits(tuple(capacities(config, num_tokens)), gates.device)
+    limits = _capacity_limits(tuple(capacities(config, num_tokens)), gates.device)
     positions = torch.arange(ranking.shape[0], device=gates.device)
     kept = torch.zeros_like(ranking, dtype=torch.bool)
     kept.scatter_(0, order, positions[:, None] < limits[None, :])
@@ -75,7 +75,7 @@ def within_capacity(
 
 
 @functools.lru_cache(maxsize=64)
-def capacity_limits(capacities_E: tuple[int, ...], device: torch.device) -> Tensor:
+def _capacity_limits(capacities_E: tuple[int, ...], device: torch.device) -> Tensor:
     """[E] int64 limits on the device; kept, since a copy to it makes the host wait."""
     return torch.tensor(capacities_E, device=device)
 

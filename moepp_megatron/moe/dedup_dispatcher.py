@@ -175,7 +175,7 @@ class DedupAlltoAllTokenDispatcher(MoETokenDispatcher):
         table = rows_of_tokens(self._map_TR, min(self.config.moe_router_topk, self.ep_size))
         return self._inbound.end(ticket), table
 
-    def _gather(self, rows: Tensor, counts: ExchangedRows) -> Tensor:
+    def _gather(self, rows: Tensor, counts: _ExchangedRows) -> Tensor:
         """The rows that all tensor ranks of this rank's experts received."""
         if self.tp_size == 1:
             return rows
@@ -199,10 +199,10 @@ class DedupAlltoAllTokenDispatcher(MoETokenDispatcher):
             tokens_per_expert=selections[:, :, self.ep_rank].sum(dim=(0, 1)),
         )
 
-    def counts_of_this_rank(self, rows: Tensor) -> ExchangedRows:
+    def counts_of_this_rank(self, rows: Tensor) -> _ExchangedRows:
         """This rank's part of [from expert-parallel, from tensor, to expert-parallel] counts."""
         to_here = rows[:, :, self.ep_rank]
-        return ExchangedRows(
+        return _ExchangedRows(
             sent=rows[self.ep_rank, self.tp_rank].tolist(),
             received=to_here[:, self.tp_rank].tolist(),
             of_tensor_ranks=to_here.sum(dim=0).tolist(),
@@ -210,7 +210,7 @@ class DedupAlltoAllTokenDispatcher(MoETokenDispatcher):
 
 
 @dataclass(frozen=True)
-class ExchangedRows:
+class _ExchangedRows:
     """Rows [R] that this rank sends and receives, and those received by each tensor rank."""
 
     sent: list[int]
@@ -222,6 +222,6 @@ class ExchangedRows:
 class _DispatchCounts:
     """Numbers of exchanged copies and selections, and [L] selections of each local expert."""
 
-    copies: ExchangedRows
-    selections: ExchangedRows
+    copies: _ExchangedRows
+    selections: _ExchangedRows
     tokens_per_expert: Tensor

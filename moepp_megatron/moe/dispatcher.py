@@ -153,7 +153,7 @@ class FFNAlltoAllTokenDispatcher(MoEAlltoAllTokenDispatcher):
         return Exchange(self.ep_group, home, out) if back else Exchange(self.ep_group, out, home)
 
 
-class FFNAllGatherTokenDispatcher(MoEAllGatherTokenDispatcher):
+class _FFNAllGatherTokenDispatcher(MoEAllGatherTokenDispatcher):
     """All-gather that also works on a rank whose experts no token selected.
 
     Rows are gathered into a new tensor. megatron-core gathers them into its global buffer `mpu`,
@@ -204,7 +204,7 @@ RowDispatcher = FFNAlltoAllTokenDispatcher | DedupAlltoAllTokenDispatcher | Stat
 # What `TransformerConfig.moe_token_dispatcher_type` may name; below, with `deduplicate_dispatch`.
 DISPATCHERS: dict[str, type[MoETokenDispatcher]] = {
     "alltoall": FFNAlltoAllTokenDispatcher,
-    "allgather": FFNAllGatherTokenDispatcher,
+    "allgather": _FFNAllGatherTokenDispatcher,
     "flex": FFNFlexTokenDispatcher,
 }
 DEDUPLICATING: dict[str, type[MoETokenDispatcher]] = {"alltoall": DedupAlltoAllTokenDispatcher}

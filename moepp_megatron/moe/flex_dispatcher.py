@@ -21,7 +21,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 
-def set_deepep_metadata(manager: Any, routing_map: Tensor, probs: Tensor) -> None:
+def _set_deepep_metadata(manager: Any, routing_map: Tensor, probs: Tensor) -> None:
     """Replacement of DeepEP's `setup_metadata`: indices and weights from an FFN-only map.
 
     `manager.token_indices` becomes [T, slots] int64 with -1 in unused slots, `manager.token_probs`
@@ -73,7 +73,7 @@ class FFNFlexTokenDispatcher(MoEFlexTokenDispatcher):
         super().__init__(num_local_experts, local_expert_indices, config, pg_collection)
         if backend == "deepep":
             manager = comm_manager(self)
-            manager.setup_metadata = partial(set_deepep_metadata, manager)
+            manager.setup_metadata = partial(_set_deepep_metadata, manager)
             manager._indices_to_multihot = partial(_multihot, num_local_experts)
             # In FP8 its permutation would pad the rows too, for which the host waits four times in
             # each layer and micro-batch. The experts pad without a wait.

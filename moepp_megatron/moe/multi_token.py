@@ -24,10 +24,10 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
-from moepp_megatron.moe.adapter import LayerAdapter
 from moepp_megatron.moe.config import MoEPPConfig
 from moepp_megatron.moe.lane import MoEPPTransformerLayer, pack, unpack
 from moepp_megatron.moe.spec import (
+    LayerAdapter,
     final_norm,
     get_dense_layer_spec,
     get_moepp_layer_spec,

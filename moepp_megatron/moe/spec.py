@@ -1,6 +1,7 @@
 """Builds MoE++ layers from megatron-core's own specs, for use in any Megatron loop."""
 
 import dataclasses
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -21,7 +22,6 @@ from megatron.core.transformer.transformer_block import (
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import MlpBuilder, get_transformer_layer_offset
 
-from moepp_megatron.moe.adapter import LayerAdapter, with_submodules
 from moepp_megatron.moe.config import MoEPPConfig
 from moepp_megatron.moe.cpu_experts import CPUExperts
 from moepp_megatron.moe.grouped_experts import (
@@ -33,6 +33,10 @@ from moepp_megatron.moe.layer import MoEPPLayer, VanillaMoELayer, VanillaRouter
 from moepp_megatron.moe.router import MoEPPRouter
 from moepp_megatron.moe.upstream_private import check_upstream
 from moepp_megatron.moe.upstream_settings import refuse_ignored
+
+# From the model's configuration, megatron-core's spec of a layer, and whether the layer has
+# experts, the spec with other modules around the experts.
+LayerAdapter = Callable[[TransformerConfig, ModuleSpec, bool], ModuleSpec]
 
 
 def get_moepp_layer_spec(
@@ -240,3 +244,14 @@ def final_norm(use_transformer_engine: bool, layer: ModuleSpec) -> LayerNormBuil
         return TENorm
     norm: LayerNormBuilder = layer.submodules.input_layernorm
     return norm
+
+
+def with_submodules(spec: ModuleSpec, **changes: object) -> ModuleSpec:
+    """The spec with other submodules."""
+    return dataclasses.replace(spec, submodules=dataclasses.replace(spec.submodules, **changes))
+
+
+def with_attention(layer: ModuleSpec, **changes: object) -> ModuleSpec:
+    """The layer spec with other submodules of its self-attention."""
+    attention = with_submodules(layer.submodules.self_attention, **changes)
+    return with_submodules(layer, self_attention=attention)

@@ -21,7 +21,7 @@ Use = Literal["called", "overridden", "read"]
 
 
 @dataclass(frozen=True)
-class PrivateName:
+class _PrivateName:
     """A private name.
 
     Attributes:
@@ -46,35 +46,35 @@ _DISPATCHERS = "transformer.moe.token_dispatcher"
 
 # What layers need, in any loop.
 _LAYER_NAMES = (
-    PrivateName(
+    _PrivateName(
         *_LAYER,
         "_forward_attention",
         "called",
         "first half of a layer; a CUDA graph captures it under this name",
         ("hidden_states", "attention_mask", "context", "rotary_pos_emb"),
     ),
-    PrivateName(
+    _PrivateName(
         *_LAYER,
         "_forward_mlp",
         "called",
         "second half of a layer without experts",
         ("inference_context", "padding_mask", "packed_seq_params"),
     ),
-    PrivateName(
+    _PrivateName(
         *_LAYER,
         "_forward_pre_mlp_layernorm",
         "called",
         "norm before the router, with its recomputation and offloading",
         ("hidden_states",),
     ),
-    PrivateName(
+    _PrivateName(
         *_LAYER,
         "_forward_post_mlp",
         "called",
         "residual addition, and the end of the norm's recomputation and offloading",
         ("mlp_output_with_bias", "residual"),
     ),
-    PrivateName(
+    _PrivateName(
         "transformer.moe.router",
         "TopKRouter",
         "_apply_expert_bias",
@@ -82,7 +82,7 @@ _LAYER_NAMES = (
         "megatron-core masks the selections [T, E] of padding by [T]",
         ("routing_map", "padding_mask"),
     ),
-    PrivateName(
+    _PrivateName(
         _DISPATCHERS,
         "MoEAlltoAllTokenDispatcher",
         "_maybe_dtoh_and_synchronize",
@@ -90,14 +90,14 @@ _LAYER_NAMES = (
         "the number of permuted rows comes from the routing map, and is needed on the host",
         ("point", "tokens_per_expert"),
     ),
-    PrivateName(
+    _PrivateName(
         _DISPATCHERS,
         "MoEFlexTokenDispatcher",
         "_comm_manager",
         "read",
         "DeepEP gets indices with unused slots; bytes are counted from its indices",
     ),
-    PrivateName(
+    _PrivateName(
         _DISPATCHERS,
         "_DeepepManager",
         "_indices_to_multihot",
@@ -105,7 +105,7 @@ _LAYER_NAMES = (
         "an object's is replaced, so that the host does not wait for a selection by a mask",
         ("indices", "probs"),
     ),
-    PrivateName(
+    _PrivateName(
         "models.common.model_chunk_schedule_plan",
         "TransformerLayerSchedulePlan",
         "_build_callable_nodes",
@@ -113,7 +113,7 @@ _LAYER_NAMES = (
         "nodes of the combined schedule that carry the router logits",
         ("event", "comp_stream", "comm_stream", "extra_args"),
     ),
-    PrivateName(
+    _PrivateName(
         "transformer.multi_latent_attention",
         "MLASelfAttention",
         "_qkv_down_projection",
@@ -121,28 +121,28 @@ _LAYER_NAMES = (
         "the whole gradient of the shared position key on local modules",
         ("hidden_states",),
     ),
-    PrivateName(
+    _PrivateName(
         *_MTP_LAYER,
         "_concat_embeddings",
         "overridden",
         "the router logits go past the projection",
         ("hidden_states", "decoder_input"),
     ),
-    PrivateName(
+    _PrivateName(
         *_MTP_LAYER,
         "_get_embeddings",
         "overridden",
         "the padding mask moves with the tokens, and what lies beyond the end is padding",
         ("padding_mask",),
     ),
-    PrivateName(
+    _PrivateName(
         *_MTP_LAYER,
         "_postprocess",
         "overridden",
         "the router logits go past the norm",
         ("hidden_states",),
     ),
-    PrivateName(
+    _PrivateName(
         "models.common.language_module.language_module",
         "LanguageModule",
         "_scale_logits",
@@ -150,7 +150,7 @@ _LAYER_NAMES = (
         "the scale of muP",
         ("logits",),
     ),
-    PrivateName(
+    _PrivateName(
         "models.common.embeddings.rotary_pos_embedding",
         "RotaryEmbedding",
         "_apply_scaling",
@@ -162,7 +162,7 @@ _LAYER_NAMES = (
 PRIVATE_NAMES = (
     *_LAYER_NAMES,
     # Of training/checkpoint: what is missing would be found at a run's first save.
-    PrivateName(
+    _PrivateName(
         "dist_checkpointing.strategies.torch",
         "TorchDistSaveShardedStrategy",
         "_get_save_and_finalize_callbacks",
@@ -170,14 +170,14 @@ PRIVATE_NAMES = (
         "a save that only plans which rank writes what",
         ("writer", "save_state_dict_ret", "async_strategy"),
     ),
-    PrivateName(
+    _PrivateName(
         "dist_checkpointing.strategies.torch",
         "",
         "_get_filesystem_reader",
         "read",
         "replaced while loading, so that nothing unpickles a checkpoint's index",
     ),
-    PrivateName(
+    _PrivateName(
         "dist_checkpointing.strategies.filesystem_async",
         "",
         "_results_queue",
@@ -185,7 +185,7 @@ PRIVATE_NAMES = (
         "set, so that no process is started for a queue that nothing reads",
     ),
     # Of training/optimizers.py.
-    PrivateName(
+    _PrivateName(
         "optimizer",
         "",
         "_get_megatron_emerging_optimizer",
@@ -194,7 +194,7 @@ PRIVATE_NAMES = (
         ("config", "model_chunks", "config_overrides"),
     ),
     # Of training/setup.py.
-    PrivateName(
+    _PrivateName(
         "tensor_parallel.random",
         "",
         "_get_share_storage",
@@ -202,7 +202,7 @@ PRIVATE_NAMES = (
         "compiles the extension of recompute_modules before the first step",
     ),
     # Of planning, which looks into a built model's buffers.
-    PrivateName(
+    _PrivateName(
         "distributed.param_and_grad_buffer",
         "",
         "_ParamAndGradBuffer",
@@ -217,7 +217,7 @@ class UpstreamMovedError(ImportError):
 
 
 @cache
-def check_upstream(names: tuple[PrivateName, ...] = _LAYER_NAMES) -> None:
+def check_upstream(names: tuple[_PrivateName, ...] = _LAYER_NAMES) -> None:
     """Look for names once a process: `_LAYER_NAMES`, or `PRIVATE_NAMES` for this package's trainer.
 
     Raises:
@@ -227,7 +227,7 @@ def check_upstream(names: tuple[PrivateName, ...] = _LAYER_NAMES) -> None:
     if (problem := version_problem(version())) is not None:
         raise UpstreamMovedError(problem)
     _name_undecided()
-    moved = [line for private in names for line in moved_from(private)]
+    moved = [line for private in names for line in _moved_from(private)]
     if not moved:
         return
     raise UpstreamMovedError(
@@ -251,7 +251,7 @@ def _name_undecided() -> None:
         )
 
 
-def moved_from(private: PrivateName) -> Iterator[str]:
+def _moved_from(private: _PrivateName) -> Iterator[str]:
     """The differences of one name from the tested version; empty if there are none."""
     what = f"{private.owner or private.module}.{private.name}"
     try:

@@ -12,6 +12,7 @@ run's output, and must keep its default:
     IDLE       the setting is read only with another one that is refused
 """
 
+import copy
 import re
 from collections.abc import Callable
 from dataclasses import MISSING, dataclass, fields
@@ -273,3 +274,39 @@ def refuse_setting(config: Any, name: str, user: str = "the MoE++ layer") -> Non
         f"TransformerConfig.{name} ({value}) is not supported by {user}, because "
         f"{rule.reason}; use {rule.allowed[0]}{instead}"
     )
+
+
+def router_config(config: Any, moepp: MoEPPConfig) -> Any:
+    """The `TransformerConfig` of the router only.
+
+    megatron-core sizes the router, the experts and the expert-parallel group by one number,
+    `num_moe_experts`, which here counts FFN experts; only this function converts it to the number
+    of all experts, among which the router chooses.
+
+    Raises:
+        ValueError: Where the two configurations contradict each other, the router would ignore a
+            setting, or balance over the global batch would count on from step
+            to step.
+    """
+    refuse_ignored(config, moepp)
+    _require_new_counts(config, moepp)
+    routing = copy.copy(config)
+    routing.num_moe_experts = moepp.num_experts
+    # The heterogeneous balance loss replaces megatron-core's.
+    routing.moe_router_load_balancing_type = "none"
+    routing.moe_aux_loss_coeff = 0.0
+    if routing.moe_router_dtype != "fp64":
+        routing.moe_router_dtype = "fp32"
+    return routing
+
+
+def _require_new_counts(config: Any, moepp: MoEPPConfig) -> None:
+    """Refuse balance over the global batch where nobody would reset its counts."""
+    types = config.moe_router_load_balancing_type
+    if moepp.balance_scope == "global" and "global_aux_loss" not in types:
+        raise ValueError(
+            f"TransformerConfig.moe_router_load_balancing_type ({types}) must be global_aux_loss "
+            "with balance_scope (global), because megatron-core's finalize_model_grads begins the "
+            "counts of a step only for that type; use global_aux_loss (its "
+            "moe_aux_loss_coeff may be 0), or another balance_scope"
+        )

@@ -147,7 +147,7 @@ class GPUState:
     processes: tuple[_GpuProcess, ...] = ()
 
 
-def milli(value: int) -> float:
+def _milli(value: int) -> float:
     """A number of thousandths, as NVML gives power and energy."""
     return value * 1e-3
 
@@ -174,8 +174,8 @@ _STATE: dict[str, _Query] = {
         "NVML_MEMORY_ERROR_TYPE_UNCORRECTED",
         "NVML_VOLATILE_ECC",
     ),
-    "power_limit": (milli, "nvmlDeviceGetEnforcedPowerLimit"),
-    "default_power_limit": (milli, "nvmlDeviceGetPowerManagementDefaultLimit"),
+    "power_limit": (_milli, "nvmlDeviceGetEnforcedPowerLimit"),
+    "default_power_limit": (_milli, "nvmlDeviceGetPowerManagementDefaultLimit"),
     # NVML_PSTATE_0.
     "busy_power_state": (lambda state: state == 0, "nvmlDeviceGetPerformanceState"),
     "pcie_generation": (int, "nvmlDeviceGetCurrPcieLinkGeneration"),
@@ -183,7 +183,7 @@ _STATE: dict[str, _Query] = {
     "pcie_width": (int, "nvmlDeviceGetCurrPcieLinkWidth"),
 }
 SAMPLE: dict[str, _Query] = {
-    "gpu_power_w": (milli, "nvmlDeviceGetPowerUsage"),
+    "gpu_power_w": (_milli, "nvmlDeviceGetPowerUsage"),
     "gpu_utilization": (lambda rates: rates.gpu / 100.0, "nvmlDeviceGetUtilizationRates"),
     "gpu_memory_bytes": (lambda memory: int(memory.used), "nvmlDeviceGetMemoryInfo"),
     "gpu_temperature_c": (int, "nvmlDeviceGetTemperature", "NVML_TEMPERATURE_GPU"),

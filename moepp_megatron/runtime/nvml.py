@@ -12,7 +12,6 @@ from moepp_megatron.runtime.gpu_state import (
     Driver,
     GPUState,
     Library,
-    milli,
     read_state,
 )
 
@@ -173,7 +172,7 @@ class Nvml(AbstractContextManager):
         for index in indices:
             handle = self._ask("nvmlDeviceGetHandleByIndex", index)
             counter = self._ask("nvmlDeviceGetTotalEnergyConsumption", handle)
-            energies.append(None if counter is None else milli(counter))
+            energies.append(None if counter is None else counter * 1e-3)
         return energies
 
 

@@ -43,7 +43,7 @@ features.tasks.part (megatron-core): moe_expert_capacity_factor and moe_input_ji
 training.resilience.stragglers (torch, megatron-core): collectives under every name, and Work.wait;
     while the clock runs. Because neither gloo nor NCCL says how long a rank waits; until torch
     reports the time of a collective.
-training.step_sums (megatron-core): clip_grads.l2_norm_impl; for good, on a GPU without Transformer
+training.setup (megatron-core): clip_grads.l2_norm_impl; for good, on a GPU without Transformer
     Engine and apex. Because the host waits for the device once a parameter; until megatron-core's
     own norm is one read.
 features.profile.ranges (torch, megatron-core): methods of layers, process groups and Work; while a

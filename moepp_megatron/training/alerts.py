@@ -1,9 +1,8 @@
-"""A run's records and alerts, and alerts about refused batches, failed saves, lost files."""
+"""A run's records and alerts, and alerts about failed saves and lost files."""
 
 import contextlib
 import logging
 from pathlib import Path
-from typing import Any
 
 import torch.distributed as dist
 
@@ -60,16 +59,34 @@ class RunOutput:
                 f"{folder} has lost its {CONFIG_FILE}, and maybe all else: it was removed or "
                 "renamed while the run trains in it"
             )
-            action = "write what follows there again"
-            self.send(_alert(progress, "lost_files", "tokens", condition=reason, action=action))
+            self.send(
+                Alert(
+                    step=progress.step,
+                    rule="lost_files",
+                    metric="tokens",
+                    value=progress.tokens,
+                    condition=reason,
+                    severity="critical",
+                    action="write what follows there again",
+                )
+            )
             with contextlib.suppress(OSError):
                 RunFolder(self._config).write_config()
         if checkpoints.error is not None:
             logger.error("step %d: %s (%d failed saves)", progress.step, checkpoints.error, failed)
         if failed > self._reported_failed_saves:
             self._reported_failed_saves = failed
-            fields = {"value": failed, "condition": str(checkpoints.last_failure), "action": "warn"}
-            self.send(_alert(progress, "failed_save", "failed_saves", **fields))
+            self.send(
+                Alert(
+                    step=progress.step,
+                    rule="failed_save",
+                    metric="failed_saves",
+                    value=failed,
+                    condition=str(checkpoints.last_failure),
+                    severity="critical",
+                    action="warn",
+                )
+            )
 
     def close(self) -> str | None:
         """Close all; one line on records that could not be written, None if all were."""
@@ -79,37 +96,6 @@ class RunOutput:
         except OSError as error:
             return f"the last records of metrics could not be written: {error}"
         return None
-
-
-def _alert(progress: Progress, rule: str, metric: str, **fields: Any) -> Alert:
-    """Make an alert, timed now; `value` is by default that field of `progress`."""
-    fields = {"value": getattr(progress, metric, None), "severity": "critical"} | fields
-    return Alert(step=progress.step, rule=rule, metric=metric, **fields)
-
-
-# What to do about refused batches, by action.
-_REMEDIES = {
-    "skip_batch": "look at the texts of the batch if others follow",
-    "warn": "see what the texts of these batches have in common",
-    "rollback": "lower optimizer.lr if it happens again",
-    "accept": "if the data were not meant to change, stop and mend their source",
-    "pause": "resume the run if these data are meant; else mend their source",
-    "stop": "look at the texts of these batches and at how they were prepared",
-}
-
-
-def guard_alert(progress: Progress, reason: str, action: str) -> Alert:
-    """Report that the guard refused a batch, or acts on many; `progress` is from before."""
-    fields = {"condition": reason, "action": action}
-    fields["severity"] = "critical" if action in ("rollback", "stop", "warn") else "warning"
-    fields["remedy"] = f"{_REMEDIES[action]} (docs/guard.md#batches-that-are-refused)"
-    return _alert(progress, "numerical_guard", "skipped_steps", **fields)
-
-
-def new_stage(progress: Progress, reason: str) -> Alert:
-    """Report that a new stage of the data begins."""
-    fields = {"condition": reason, "severity": "info", "action": "both guards start again"}
-    return _alert(progress, "new_stage", "tokens", **fields)
 
 
 def _settings(config: Config, progress: Progress) -> SinkSettings:

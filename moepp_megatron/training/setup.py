@@ -1,8 +1,9 @@
 """Wraps the model for training: precision, data parallelism, optimizer, schedule."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from megatron.core.distributed import (
@@ -10,13 +11,15 @@ from megatron.core.distributed import (
     DistributedDataParallelConfig,
     finalize_model_grads,
 )
-from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer import MegatronOptimizer, clip_grads
 from megatron.core.optimizer_param_scheduler import (
     OptimizerParamScheduler,
     get_canonical_lr_for_logging,
 )
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.utils import local_multi_tensor_l2_norm
+from torch import Tensor
 
 from moepp_megatron.config import Config, UnfitError
 from moepp_megatron.model.build import build_model
@@ -29,7 +32,6 @@ from moepp_megatron.runtime.fit import modules_with_extension
 from moepp_megatron.runtime.patches import replace
 from moepp_megatron.training.optimizers import build_optimizer
 from moepp_megatron.training.schedule import build_schedule
-from moepp_megatron.training.step_sums import replace_l2_norm
 
 
 @dataclass
@@ -89,7 +91,7 @@ def build_training_model(config: Config) -> TrainingModel:
         _start_a_kernel()
     if modules_with_extension(config):
         _compile_extension()
-    replace_l2_norm()
+    _replace_l2_norm()
     models = build_model(config)
     schedule_config, chunks = wrap_models(models, config)
     optimizer = build_optimizer(config, chunks)
@@ -207,3 +209,22 @@ def _connect_schedule(
     if config.parallel.overlap_grad_reduce:
         no_sync = [chunk.no_sync for chunk in chunks]
         schedule_config.no_sync_func = no_sync if len(chunks) > 1 else no_sync[0]
+
+
+def _replace_l2_norm() -> None:
+    """Replace megatron-core's own norm, where it is used on a GPU; CPU runs keep their bits."""
+    if torch.cuda.is_available() and clip_grads.l2_norm_impl is local_multi_tensor_l2_norm:
+        replace(clip_grads, "l2_norm_impl", _l2_norm)
+
+
+def _l2_norm(
+    chunk_size: int,
+    no_op: Tensor,
+    tensor_lists: Sequence[Sequence[Tensor]],
+    per_tensor: bool,
+    *unused: Any,
+) -> tuple[Tensor, None]:
+    """Compute the [1] fp32 norm of all tensors, in the form of apex's multi-tensor kernel."""
+    tensors = [tensor for tensors in tensor_lists for tensor in tensors]
+    norms = torch.stack([norm.float() for norm in torch._foreach_norm(tensors)])
+    return torch.linalg.vector_norm(norms).reshape(1), None

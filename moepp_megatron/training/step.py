@@ -8,7 +8,8 @@ from functools import partial
 from typing import Any
 
 import torch
-from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer
+import torch.distributed as dist
+from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer, clip_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
@@ -17,7 +18,7 @@ from moepp_megatron.data.conversations import PADDING
 from moepp_megatron.runtime.patches import replaced
 from moepp_megatron.training.rng import get_rng_state, set_rng_state
 from moepp_megatron.training.setup import TrainingModel
-from moepp_megatron.training.step_sums import StepSums, Summand, read_step, squared_norms, zeros
+from moepp_megatron.training.step_sums import StepSums, Summand, read_step, zeros
 
 Batch = dict[str, Tensor]
 
@@ -222,10 +223,10 @@ def forward_step(
         extra |= hook.arguments(batch)
     mask = batch.get("attention_mask")
     output = forward(batch["tokens"], batch["position_ids"], mask, labels=batch["labels"], **extra)
-    return output, partial(loss_function, model, batch, hooks)
+    return output, partial(_loss_function, model, batch, hooks)
 
 
-def loss_function(
+def _loss_function(
     chunk: torch.nn.Module, batch: Batch, hooks: Sequence[StepHooks], output: Tensor
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """Sum of token losses, number of tokens, and both for the log, without what hooks add."""
@@ -245,11 +246,36 @@ def prepare_gradients(optimizer: MegatronOptimizer) -> tuple[Tensor, bool]:
     """First half of `optimizer.step()`: gradients in place, their global norm; no state changes.
 
     Returns:
-        Squared norms (`squared_norms`), and whether gradients were found that are not finite.
+        Squared norms (`_squared_norms`), and whether gradients were found that are not finite.
     """
     assert isinstance(optimizer, ChainedOptimizer), f"{type(optimizer)} is not chained"
     found_inf = bool(optimizer.prepare_grads())
-    return squared_norms(optimizer), found_inf
+    return _squared_norms(optimizer), found_inf
+
+
+@torch.no_grad()
+def _squared_norms(optimizer: ChainedOptimizer) -> Tensor:
+    """[groups] fp32 squared gradient norms on the device, over all ranks that hold parts.
+
+    What `ChainedOptimizer.get_grad_norm` computes before it reads: one norm where all optimizers
+    reduce it over the same ranks, else one for each (dense parameters, spread experts).
+    """
+    parts = optimizer.chained_optimizers
+    if len(parts) > 1 and optimizer.grads_states_parallel_group_is_shared():
+        gradients = [[grad for part in parts for grad in part.get_grads_for_grad_norm()]]
+    else:
+        gradients = [part.get_grads_for_grad_norm() for part in parts]
+    device = torch.cuda.current_device()
+    squares = torch.zeros(len(gradients), dtype=torch.float32, device=device)
+    for square, part, grads in zip(squares.split(1), parts, gradients, strict=False):
+        if grads:
+            overflow = torch.zeros(1, dtype=torch.int, device=device)
+            norm, _ = clip_grads.multi_tensor_applier(
+                clip_grads.l2_norm_impl, overflow, [grads], False
+            )
+            square.copy_(norm**2.0)
+        dist.all_reduce(square, group=part.get_grad_stats_parallel_group())
+    return squares
 
 
 @contextmanager

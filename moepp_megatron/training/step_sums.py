@@ -8,18 +8,14 @@ a step (`Summand`) travel together, after the backward pass and before the optim
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.core.optimizer import ChainedOptimizer, clip_grads
-from megatron.core.utils import local_multi_tensor_l2_norm
 from numpy.typing import NDArray
 from torch import Tensor
-
-from moepp_megatron.runtime.patches import replace
 
 
 class Summand(Protocol):
@@ -160,47 +156,3 @@ def _norm(squares: Sequence[float]) -> float:
     """The norm of all gradients from those of each optimizer, rounded as megatron-core's."""
     norms = [square**0.5 for square in squares]
     return norms[0] if len(norms) == 1 else math.sqrt(sum(norm**2 for norm in norms))
-
-
-def replace_l2_norm() -> None:
-    """Replace megatron-core's own norm, where it is used on a GPU; CPU runs keep their bits."""
-    if torch.cuda.is_available() and clip_grads.l2_norm_impl is local_multi_tensor_l2_norm:
-        replace(clip_grads, "l2_norm_impl", _l2_norm)
-
-
-@torch.no_grad()
-def squared_norms(optimizer: ChainedOptimizer) -> Tensor:
-    """[groups] fp32 squared gradient norms on the device, over all ranks that hold parts.
-
-    What `ChainedOptimizer.get_grad_norm` computes before it reads: one norm where all optimizers
-    reduce it over the same ranks, else one for each (dense parameters, spread experts).
-    """
-    parts = optimizer.chained_optimizers
-    if len(parts) > 1 and optimizer.grads_states_parallel_group_is_shared():
-        gradients = [[grad for part in parts for grad in part.get_grads_for_grad_norm()]]
-    else:
-        gradients = [part.get_grads_for_grad_norm() for part in parts]
-    device = torch.cuda.current_device()
-    squares = torch.zeros(len(gradients), dtype=torch.float32, device=device)
-    for square, part, grads in zip(squares.split(1), parts, gradients, strict=False):
-        if grads:
-            overflow = torch.zeros(1, dtype=torch.int, device=device)
-            norm, _ = clip_grads.multi_tensor_applier(
-                clip_grads.l2_norm_impl, overflow, [grads], False
-            )
-            square.copy_(norm**2.0)
-        dist.all_reduce(square, group=part.get_grad_stats_parallel_group())
-    return squares
-
-
-def _l2_norm(
-    chunk_size: int,
-    no_op: Tensor,
-    tensor_lists: Sequence[Sequence[Tensor]],
-    per_tensor: bool,
-    *unused: Any,
-) -> tuple[Tensor, None]:
-    """Compute the [1] fp32 norm of all tensors, in the form of apex's multi-tensor kernel."""
-    tensors = [tensor for tensors in tensor_lists for tensor in tensors]
-    norms = torch.stack([norm.float() for norm in torch._foreach_norm(tensors)])
-    return torch.linalg.vector_norm(norms).reshape(1), None

@@ -13,8 +13,9 @@ from moepp_megatron.config.choices import pick
 from moepp_megatron.data.datasets import DATASETS, build_validation_sets
 from moepp_megatron.data.same_tokenizer import tokenizer_of_run
 from moepp_megatron.data.tokenizer import Tokenizer
+from moepp_megatron.observe.alerts import Alert
 from moepp_megatron.observe.metrics import StepMetrics
-from moepp_megatron.training.alerts import RunOutput, new_stage
+from moepp_megatron.training.alerts import RunOutput
 from moepp_megatron.training.batches import rank_batches
 from moepp_megatron.training.checkpoint.files import Progress, read_record
 from moepp_megatron.training.checkpoint.read import (
@@ -169,7 +170,17 @@ class Trainer:
         for why in filter(None, reasons):
             for part in self.parts:
                 self._output.send(*part.reset_baseline(self.progress.step))
-            self._output.send(new_stage(self.progress, why))
+            self._output.send(
+                Alert(
+                    step=self.progress.step,
+                    rule="new_stage",
+                    metric="tokens",
+                    value=self.progress.tokens,
+                    condition=why,
+                    severity="info",
+                    action="both guards start again",
+                )
+            )
 
     def _take_step(self, batches: list[Iterator[Batch]], stop: StopRequest) -> Step:
         """Take the next step, or refuse its batch."""

@@ -60,7 +60,7 @@ def answer_megatron():
     def counted(self, *maps):
         def exchanged(rows):
             each = [rows] * self.ep_size
-            return dedup.ExchangedRows(each, each, [rows * self.ep_size] * self.tp_size)
+            return dedup._ExchangedRows(each, each, [rows * self.ep_size] * self.tp_size)
 
         return replace(
             exchange_counts(self, *maps),

@@ -142,7 +142,7 @@ def _leave():
     get_moe_metrics_tracker().metrics.clear()
     PipelineOffloadManager.OFFLOAD_MGR = None
     # Fake tensors belong to their mode.
-    capacity.capacity_limits.cache_clear()
+    capacity._capacity_limits.cache_clear()
     extension.forget_tensors()
 
 
@@ -190,7 +190,7 @@ class _Run:
 
         self.config, self.layout, self.case, self.outcome = config, layout, case, outcome
         setup._start_a_kernel()
-        setup.replace_l2_norm()
+        setup._replace_l2_norm()
         with torch.device("cuda"):
             models = build_chunks(config)
         answers.restore_orders(models)

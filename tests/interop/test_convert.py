@@ -59,14 +59,14 @@ def names_of_model(raw):
     from moepp_megatron.config import parse_config
     from moepp_megatron.interop.moepp_rules import moepp_rules
     from moepp_megatron.interop.tensor_rules import linear_modules
-    from moepp_megatron.model.initialize import sharded_tensors
+    from moepp_megatron.model.initialize import _sharded_tensors
 
     (model,) = build(raw)
     real = {}
     for entry in nested_values(model.sharded_state_dict()):
         if isinstance(entry, ShardedObject):
             real[entry.unique_key] = None
-        for tensor in sharded_tensors(entry):
+        for tensor in _sharded_tensors(entry):
             real[tensor.key] = tuple(tensor.global_shape)
     config = parse_config(raw)
     ours = {r.key: r.shape for r in moepp_rules(config) if not r.unused}

@@ -87,9 +87,9 @@ def test_selection_bias_stays_fp32(ranks):
 def test_bias_step_follows_the_published_rule():
     import torch
 
-    from moepp_megatron.moe.budget import bias_step
+    from moepp_megatron.moe.budget import _bias_step
 
     # Half of the selections are wanted for two FFN experts, a quarter for each.
     shares = torch.tensor([[0.5, 0.25, 0.15, 0.1], [0.0, 0.25, 0.25, 0.5]])
-    steps = bias_step(shares, 0.5, 2, rate=0.1)
+    steps = _bias_step(shares, 0.5, 2, rate=0.1)
     torch.testing.assert_close(steps, torch.tensor([[-0.025, 0, 0, 0], [0.025, 0, 0, 0]]))

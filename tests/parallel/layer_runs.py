@@ -159,7 +159,7 @@ def _pieces(model):
     """(checkpoint name, global shape, global offset, gradient) of the layer's parameters."""
     from megatron.core.dist_checkpointing.dict_utils import nested_values
 
-    from moepp_megatron.model.initialize import sharded_tensors
+    from moepp_megatron.model.initialize import _sharded_tensors
 
     for parameter in model.parameters():
         parameter.main_grad = parameter.grad
@@ -168,7 +168,7 @@ def _pieces(model):
     pieces = []
     parameters = list(model.named_parameters())
     for entry in nested_values(model.sharded_state_dict()):
-        for tensor in sharded_tensors(entry):
+        for tensor in _sharded_tensors(entry):
             # The norm before the layer is stored under the layer's name, but is no part of it.
             if not tensor.key.startswith(_PREFIX) or "norm" in tensor.key:
                 continue

@@ -138,7 +138,7 @@ def _is_on(trainer, fault):
 def _changed_loss(trainer, fault, factor):
     from moepp_megatron.training import step
 
-    original = step.loss_function
+    original = step._loss_function
 
     def changed(*args):
         loss, num_tokens, report = original(*args)
@@ -147,7 +147,7 @@ def _changed_loss(trainer, fault, factor):
             return loss * factor, num_tokens, {"loss": report["loss"] * scale}
         return loss, num_tokens, report
 
-    with mock.patch.object(step, "loss_function", changed):
+    with mock.patch.object(step, "_loss_function", changed):
         yield
 
 

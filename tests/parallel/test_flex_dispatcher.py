@@ -62,12 +62,12 @@ def metadata(routing_map, gates):
 
     import torch
 
-    from moepp_megatron.moe.flex_dispatcher import set_deepep_metadata
+    from moepp_megatron.moe.flex_dispatcher import _set_deepep_metadata
 
     manager = SimpleNamespace(num_experts=4, router_topk=2)
     probs = torch.tensor(gates, requires_grad=True)
     selected = torch.tensor(routing_map).view(-1, 2, 2)
-    set_deepep_metadata(manager, selected, probs.view(-1, 2, 2))
+    _set_deepep_metadata(manager, selected, probs.view(-1, 2, 2))
     manager.token_probs.sum().backward()
     return manager.token_indices.tolist(), manager.token_probs.tolist(), probs.grad.tolist()
 

@@ -55,12 +55,12 @@ def upstream_model(config):
 def _norms_with_sequence_parallelism(needed):
     from megatron.core.transformer.torch_norm import WrappedTorchNorm
 
-    from moepp_megatron.model.local_modules import SequenceParallelRMSNorm
+    from moepp_megatron.model.local_modules import _SequenceParallelRMSNorm
 
     original = WrappedTorchNorm.__new__
 
     def build(cls, config, hidden_size, eps=1e-5, **unused):
-        return SequenceParallelRMSNorm(config, hidden_size, eps)
+        return _SequenceParallelRMSNorm(config, hidden_size, eps)
 
     if needed:
         WrappedTorchNorm.__new__ = build

@@ -424,14 +424,14 @@ def gradient_pieces(model):
     """(name, global shape, global offset, values) of every local parameter's gradient."""
     from megatron.core.dist_checkpointing.dict_utils import nested_values
 
-    from moepp_megatron.model.initialize import sharded_tensors
+    from moepp_megatron.model.initialize import _sharded_tensors
 
     by_storage = {p.untyped_storage().data_ptr(): [] for p in model.parameters()}
     for name, parameter in model.named_parameters():
         by_storage[parameter.untyped_storage().data_ptr()].append((name, parameter))
     pieces = []
     for entry in nested_values(model.sharded_state_dict()):
-        for tensor in sharded_tensors(entry):
+        for tensor in _sharded_tensors(entry):
             candidates = by_storage.get(tensor.data.untyped_storage().data_ptr(), [])
             gradient = view_of_gradient(tensor.data, candidates)
             if gradient is not None:

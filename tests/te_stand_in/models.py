@@ -71,10 +71,10 @@ def count_stand_in(monkeypatch):
 
     for module in (build, megatron_config):
         monkeypatch.setattr(module, "have_transformer_engine", lambda: True)
-    fields = megatron_config.kernel_fields
+    fields = megatron_config._kernel_fields
     monkeypatch.setattr(
         megatron_config,
-        "kernel_fields",
+        "_kernel_fields",
         # As on a GPU: Transformer Engine's modules initialise their own weights.
         lambda config: fields(config) | {"use_cpu_initialization": False},
     )

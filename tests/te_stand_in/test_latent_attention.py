@@ -9,7 +9,7 @@ from transformer_engine.pytorch.record import CALLS
 
 from moepp_megatron.config import ConfigError
 from moepp_megatron.model import build, megatron_config
-from moepp_megatron.model.initialize import sharded_tensors
+from moepp_megatron.model.initialize import _sharded_tensors
 from tests.parallel.training_runs import LATENT_WIDTHS
 from tests.te_stand_in.models import RECIPES, config_of, losses, model_of
 from tests.te_stand_in.test_model import ALL_HEADS
@@ -34,7 +34,7 @@ def attention_of(model):
     return {
         tensor.key: tensor.global_shape
         for entry in nested_values(model.sharded_state_dict())
-        for tensor in sharded_tensors(entry)
+        for tensor in _sharded_tensors(entry)
         if ".self_attention." in tensor.key
     }
 

@@ -12,7 +12,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 
 from moepp_megatron.interop import megatron_lm
 from moepp_megatron.model.megatron_config import transformer_config
-from moepp_megatron.moe.adapter import with_submodules
+from moepp_megatron.moe.spec import with_submodules
 from tests.te_stand_in.models import SEQUENCE, VOCAB, config_of, losses, model_of
 
 WHOLE = config_of(None, model={"num_layers": 2}, precision={"dtype": "fp32"})

@@ -3,9 +3,13 @@
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from moepp_megatron.config import Config, Layout
 from moepp_megatron.model.megatron_config import moepp_config
-from moepp_megatron.moe.budget import Budget, BudgetController, add_to_biases, set_taus
+from moepp_megatron.moe.budget import Budget, BudgetController
+from moepp_megatron.moe.layer import moepp_layers
 from moepp_megatron.observe.alerts import Alert
 from moepp_megatron.observe.guard_judge import CompleteRule, RuleJudge
 from moepp_megatron.training.part import Part, PartContext, State, Step, Why
@@ -25,7 +29,8 @@ class BudgetPart(Part):
     key = "budget"
 
     def __init__(self, config: Config, model: TrainingModel, routing: RoutingCountsPart) -> None:
-        self._config, self._model, self._routing = config, model, routing
+        self._config, self._routing = config, routing
+        self._layers = [layer for chunk in model.models for layer in moepp_layers(chunk)]
         # Tau of each layer in the step that is under way or has just been taken.
         self._in_force: dict[int, float] = {}
         self.load({}, "resume", 0)
@@ -58,7 +63,8 @@ class BudgetPart(Part):
     def begin_step(self, step: int, layout: Layout) -> None:
         """Set tau for `step`."""
         self._in_force = self.taus(step)
-        set_taus(self._model.models, self._in_force)
+        for layer in self._layers:
+            layer.router.set_tau(self._in_force[layer.layer_number])
 
     def taus(self, step: int) -> dict[int, float]:
         """Tau in `step` by global layer number, of all MoE layers."""
@@ -80,9 +86,20 @@ class BudgetPart(Part):
         selected_LE = self._routing.selections()
         biases = self._controller.observe(selected_LE, step, margins)
         if biases is not None:
-            add_to_biases(self._model.models, self._routing.layer_numbers, biases)
+            self._add_to_biases(biases)
         ffn = selected_LE[:, : self._config.moe.num_ffn_experts].sum(dim=1)
         return self._report(step, float((ffn / selected_LE.sum(dim=1)).mean()))
+
+    @torch.no_grad()
+    def _add_to_biases(self, steps_LE: Tensor) -> None:
+        """Add [MoE layers, E] steps, of the layers of all ranks, to this rank's biases."""
+        if torch.cuda.is_available():
+            # The host waits for a copy from memory that is not pinned.
+            steps_LE = steps_LE.pin_memory().to(torch.cuda.current_device(), non_blocking=True)
+        for layer in self._layers:
+            bias = layer.router.expert_bias
+            assert bias is not None, f"MoE layer {layer.layer_number} has no selection bias"
+            bias.add_(steps_LE[self._routing.layer_numbers.index(layer.layer_number)])
 
     def _report(self, step: int, share: float) -> list[Alert]:
         target = self.share(step)

@@ -14,7 +14,7 @@ from torch import Tensor
 from moepp_megatron.config import Layout
 from moepp_megatron.features.guard.alerts import alert_of, effective_rules
 from moepp_megatron.features.guard.copies import RouterCopies
-from moepp_megatron.features.guard.settings import MEASURED, is_watched
+from moepp_megatron.features.guard.settings import MEASURED
 from moepp_megatron.observe.alerts import Alert
 from moepp_megatron.observe.guard_judge import WHOLE_MODEL, CompleteRule, Event, RuleJudge, Values
 from moepp_megatron.observe.shift.monitor import GROUPS, Observed, ShiftMonitor, group_of
@@ -79,7 +79,8 @@ class RoutingGuardPart(Part):
     @staticmethod
     def is_wanted(run: PartContext) -> bool:
         """True if the routers are watched."""
-        return is_watched(run.config)
+        moe, guard = run.config.moe, run.config.routing_guard
+        return guard.enabled is not False and moe.num_zero_computation_experts > 0
 
     def load(self, state: State, why: Why, step: int) -> Iterable[Alert]:
         """Take over the guard; after a rollback reset all rules, with alerts of those that end."""

@@ -266,8 +266,3 @@ class RoutingGuardSection(Section):
             "leave it out, or use routing_guard.false_alarm_steps",
         ),
     }
-
-
-def is_watched(config: Config) -> bool:
-    """True if the guard watches the routers; megatron-core's own MoE layer is not watched."""
-    return config.routing_guard.enabled is not False and config.moe.num_zero_computation_experts > 0

@@ -1,8 +1,8 @@
 """Records `training.profile_steps` of `training.profile_ranks` to `RUN/profile`.
 
 `rank<k>.pt.trace.json.gz` is torch's chrome trace, `rank<k>.meta.json` what it does not say:
-groups, layout, node, clock, and the routing of each step. A rank
-that is not recorded counts nothing; it only meets the others at the barriers.
+layout, nodes, clock, and the routing of each step. A rank that is not recorded counts nothing; it
+only meets the others at the barriers.
 """
 
 import functools
@@ -157,26 +157,16 @@ def _activities() -> list[ProfilerActivity]:
 
 
 def _describe(config: Config, layout: Layout) -> dict[str, Any]:
-    """This rank's place in the run, for JSON; a collective."""
-    rank = dist.get_rank()
+    """Describe the run and this node, for JSON; a collective."""
     return {
         "format": _FORMAT,
         "name": config.run.name,
-        "rank": rank,
         "world_size": dist.get_world_size(),
         "node": socket.gethostname(),
-        "backend": dist.get_backend(),
-        "device": _device(),
-        "dtype": config.precision.dtype,
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "layout": asdict(layout),
-        "place": asdict(layout.coordinates(rank)),
         "dispatcher": config.moe.dispatcher,
-        "recompute": config.training.recompute_granularity,
-        "router_topk": config.moe.router_topk,
-        "num_ffn_experts": config.moe.num_ffn_experts,
-        "hidden_size": config.model.hidden_size,
         "nodes": gathered(socket.gethostname()),
-        "groups": _groups(),
         "steps": [],
     }
 
@@ -190,20 +180,6 @@ def _clock_at_barriers() -> list[int]:
             torch.cuda.synchronize()
         times.append(time.time_ns())
     return times
-
-
-def _groups() -> dict[str, dict[str, Any]]:
-    """Name of each process group of this rank to its ranks and its description in megatron-core."""
-    names = dist.distributed_c10d._world.pg_names
-    return {
-        name: {"ranks": dist.get_process_group_ranks(group), "description": group.group_desc}
-        for group, name in names.items()
-        if isinstance(group, dist.ProcessGroup)
-    }
-
-
-def _device() -> str:
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
 
 
 class _TrafficCounter:
@@ -241,7 +217,6 @@ def _traffic(layer: MoELayer, hidden: Tensor, routing_map: Tensor) -> dict[str, 
     # package has none.
     ranks = layer.ep_group.size()
     by_rank = routing_map.view(routing_map.shape[0], ranks, -1)
-    to_ranks = by_rank.sum(dim=(0, 2)).tolist()
     return {
         "layer": int(layer.layer_number or 0),
         # Autograd runs a recomputed forward pass inside of a node of its graph.
@@ -249,10 +224,9 @@ def _traffic(layer: MoELayer, hidden: Tensor, routing_map: Tensor) -> dict[str, 
         "dispatcher": type(layer.token_dispatcher).__name__,
         "tokens": routing_map.shape[0],
         "topk": int(layer.config.moe_router_topk),
-        "selections": int(sum(to_ranks)),
         "row_bytes": hidden.shape[-1] * hidden.element_size(),
         "ranks": ranks,
-        "to_ranks": to_ranks,
+        "to_ranks": by_rank.sum(dim=(0, 2)).tolist(),
         "copies_to_ranks": by_rank.any(dim=2).sum(dim=0).tolist(),
         "own": layer.ep_group.rank(),
     }

@@ -12,8 +12,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moepp_megatron.observe.alerts import Alert
-from moepp_megatron.training.alerts import guard_alert
 from moepp_megatron.training.batches import rank_batches
+from moepp_megatron.training.checkpoint.files import Progress
 from moepp_megatron.training.part import (
     Outcome,
     Part,
@@ -52,6 +52,16 @@ _REMEDY: dict[Cause, str] = {
     "targets": "look at how these texts were prepared; resilience.guard=false takes them",
 }
 
+# What to do about refused batches, by action.
+_ADVICE = {
+    "skip_batch": "look at the texts of the batch if others follow",
+    "warn": "see what the texts of these batches have in common",
+    "rollback": "lower optimizer.lr if it happens again",
+    "accept": "if the data were not meant to change, stop and mend their source",
+    "pause": "resume the run if these data are meant; else mend their source",
+    "stop": "look at the texts of these batches and at how they were prepared",
+}
+
 
 class RefusedBatchesPart(Part):
     """Refuses batches with a non-finite or spiking loss; after many in a row, finds out why."""
@@ -79,10 +89,10 @@ class RefusedBatchesPart(Part):
         if step.updated:
             self._guard.note_accepted(step.first_sample)
             return
-        yield guard_alert(step.progress, self._guard.last_reason, "skip_batch")
+        yield _alert(step.progress, self._guard.last_reason, "skip_batch")
         self._is_due = self._guard.note_refused(self._counts.selections())
         if many := self._guard.many_refused():
-            yield guard_alert(step.progress, many, "warn")
+            yield _alert(step.progress, many, "warn")
 
     def judge(self, step: Step) -> Iterator[Outcome]:
         """Go back, accept, pause or stop, by the cause for which batches were refused in a row."""
@@ -103,17 +113,17 @@ class RefusedBatchesPart(Part):
                 yield self._rollback(step, what)
                 return
             case "stop":
-                yield guard_alert(step.progress, what, "stop")
+                yield _alert(step.progress, what, "stop")
                 guard.forget_refused()
                 yield Stop(
                     lambda saved: NumericalFailureError(f"{what}; {saved}; {finding.remedy}")
                 )
             case "pause":
-                yield guard_alert(step.progress, what, "pause")
+                yield _alert(step.progress, what, "pause")
                 guard.accept_refused()
                 yield Pause("paused before new data")
             case "accept":
-                yield guard_alert(step.progress, what, "accept")
+                yield _alert(step.progress, what, "accept")
                 guard.accept_refused()
             case other:
                 assert_never(other)
@@ -125,7 +135,7 @@ class RefusedBatchesPart(Part):
 
         def after(checkpoint: Path) -> Sequence[Alert]:
             note = f"{what}; back to {checkpoint.name}"
-            return [guard_alert(step.progress, note, "rollback")]
+            return [_alert(step.progress, note, "rollback")]
 
         return Rollback(None, before, after)
 
@@ -160,6 +170,20 @@ class RefusedBatchesPart(Part):
         """Forget the baseline of losses."""
         self._guard.load({})
         return ()
+
+
+def _alert(progress: Progress, reason: str, action: str) -> Alert:
+    """Report that the guard refused a batch, or acts on many; `progress` is from before."""
+    return Alert(
+        step=progress.step,
+        rule="numerical_guard",
+        metric="skipped_steps",
+        value=progress.skipped_steps,
+        condition=reason,
+        severity="critical" if action in ("rollback", "stop", "warn") else "warning",
+        action=action,
+        remedy=f"{_ADVICE[action]} (docs/guard.md#batches-that-are-refused)",
+    )
 
 
 @dataclass(frozen=True)

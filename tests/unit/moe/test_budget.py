@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from moepp_megatron.moe import budget
+from moepp_megatron.features.budget.part import BudgetPart
 from moepp_megatron.moe.budget import Budget, BudgetController
 from moepp_megatron.moe.config import MoEPPConfig
 from moepp_megatron.moe.margins import count_margins
@@ -262,7 +262,7 @@ def test_restored_controller_goes_on_as_if_nothing_had_happened(name, measures):
     assert resumed.taus(9) == whole.taus(9)
 
 
-def test_each_layer_gets_its_own_tau_and_its_own_part_of_the_biases(monkeypatch):
+def test_each_layer_gets_its_own_tau_and_its_own_part_of_the_biases():
     """A pipeline stage has layers from the middle of the model, in chunks that take turns."""
     taus = {}
 
@@ -272,13 +272,17 @@ def test_each_layer_gets_its_own_tau_and_its_own_part_of_the_biases(monkeypatch)
         )
         return SimpleNamespace(layer_number=number, router=router)
 
-    chunks = [[layer(3), layer(5)], [layer(9)]]
-    monkeypatch.setattr(budget, "moepp_layers", list)
+    layers = [layer(3), layer(5), layer(9)]
     numbers = [1, 3, 5, 7, 9]
     steps = torch.arange(5.0)[:, None].expand(5, 12)
-    budget.add_to_biases(chunks, numbers, steps)
-    budget.set_taus(chunks, {number: number / 10 for number in numbers})
-    biases = {each.layer_number: each.router.expert_bias for chunk in chunks for each in chunk}
+    part = SimpleNamespace(
+        _layers=layers,
+        _routing=SimpleNamespace(layer_numbers=numbers),
+        taus=lambda step: {number: number / 10 for number in numbers},
+    )
+    BudgetPart._add_to_biases(part, steps)
+    BudgetPart.begin_step(part, 1, None)
+    biases = {each.layer_number: each.router.expert_bias for each in layers}
     assert {number: set(bias.tolist()) for number, bias in biases.items()} == {
         3: {1.5},
         5: {2.5},

@@ -5,7 +5,7 @@ import torch
 from megatron.core.optimizer import clip_grads
 from megatron.core.utils import local_multi_tensor_l2_norm
 
-from moepp_megatron.training.step_sums import _l2_norm, replace_l2_norm
+from moepp_megatron.training.setup import _l2_norm, _replace_l2_norm
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -24,12 +24,12 @@ def test_it_is_the_norm_of_all_tensors_together(dtype):
 
 def test_cpus_keep_megatron_cores(monkeypatch):
     monkeypatch.setattr(clip_grads, "l2_norm_impl", local_multi_tensor_l2_norm)
-    replace_l2_norm()
+    _replace_l2_norm()
     assert clip_grads.l2_norm_impl is local_multi_tensor_l2_norm
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    replace_l2_norm()
+    _replace_l2_norm()
     assert clip_grads.l2_norm_impl is _l2_norm
     kernel = object()
     monkeypatch.setattr(clip_grads, "l2_norm_impl", kernel)
-    replace_l2_norm()
+    _replace_l2_norm()
     assert clip_grads.l2_norm_impl is kernel

@@ -7,7 +7,7 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
 from moepp_megatron.config import count_parameters, parse_config
-from moepp_megatron.model.attention import LatentDotProductAttention
+from moepp_megatron.model.attention import _LatentDotProductAttention
 from moepp_megatron.model.build import build_model
 from moepp_megatron.model.local_modules import fit_local_modules
 from moepp_megatron.model.megatron_config import moepp_config, transformer_config
@@ -126,7 +126,7 @@ def test_width_of_values_that_the_core_does_not_know_is_refused():
     with pytest.raises(
         ValueError, match=r"v_head_dim \(12\) must be TransformerConfig.kv_channels"
     ):
-        LatentDotProductAttention(
+        _LatentDotProductAttention(
             config=config,
             layer_number=1,
             attn_mask_type=AttnMaskType.causal,

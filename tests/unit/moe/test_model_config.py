@@ -83,7 +83,7 @@ def test_weight_gradients_are_accumulated_in_the_product_where_apex_can(monkeypa
 
 def test_apex_norm_is_called_where_it_is_there(monkeypatch):
     config = transformer_config(load_config(QUICKSTART, []))
-    plain = local_modules.SequenceParallelRMSNorm(config, config.hidden_size)
+    plain = local_modules._SequenceParallelRMSNorm(config, config.hidden_size)
     x = torch.randn(3, 2, config.hidden_size)
     expected = plain(x)
     calls = []
@@ -93,6 +93,6 @@ def test_apex_norm_is_called_where_it_is_there(monkeypatch):
         return torch.nn.functional.rms_norm(x, shape, weight, eps)
 
     monkeypatch.setattr(local_modules, "fused_rms_norm", lambda: fused)
-    found = local_modules.SequenceParallelRMSNorm(config, config.hidden_size)(x)
+    found = local_modules._SequenceParallelRMSNorm(config, config.hidden_size)(x)
     assert torch.equal(found, expected)
     assert calls == [((config.hidden_size,), 1e-5)]

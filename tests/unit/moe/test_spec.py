@@ -13,8 +13,8 @@ from moepp_megatron.moe.config import MoEPPConfig
 from moepp_megatron.moe.dispatcher import build_dispatcher
 from moepp_megatron.moe.lane import MoEPPTransformerLayer
 from moepp_megatron.moe.layer import MoEPPLayer, moe_statistics
-from moepp_megatron.moe.router_config import router_config
 from moepp_megatron.moe.spec import get_moepp_block_spec, moe_layer_pattern
+from moepp_megatron.moe.upstream_settings import router_config
 from tests.unit.moe.builders import (
     HIDDEN,
     SEQUENCE,

@@ -21,10 +21,10 @@ from moepp_megatron.moe.config import MoEPPConfig
 from moepp_megatron.moe.spec import get_moepp_layer_spec
 from moepp_megatron.moe.upstream_private import (
     PRIVATE_NAMES,
-    PrivateName,
     UpstreamMovedError,
+    _moved_from,
+    _PrivateName,
     check_upstream,
-    moved_from,
 )
 from moepp_megatron.moe.upstream_versions import RENAMED, TESTED_VERSION
 from tests.unit.moe.builders import megatron_config
@@ -185,18 +185,18 @@ def test_what_only_the_trainer_needs_stops_only_the_trainer(monkeypatch):
 
 
 def test_a_class_or_an_attribute_that_is_gone_is_reported(monkeypatch):
-    gone = PrivateName("transformer.nowhere", "Nothing", "_x", "called", "a reason")
-    assert list(moved_from(gone)) == ["transformer.nowhere.Nothing is gone"]
-    in_module = PrivateName("tensor_parallel.random", "", "_X", "read", "a reason")
-    assert list(moved_from(in_module)) == ["tensor_parallel.random._X is gone (a reason)"]
+    gone = _PrivateName("transformer.nowhere", "Nothing", "_x", "called", "a reason")
+    assert list(_moved_from(gone)) == ["transformer.nowhere.Nothing is gone"]
+    in_module = _PrivateName("tensor_parallel.random", "", "_X", "read", "a reason")
+    assert list(_moved_from(in_module)) == ["tensor_parallel.random._X is gone (a reason)"]
     attribute = next(private for private in PRIVATE_NAMES if private.name == "_comm_manager")
-    assert list(moved_from(attribute)) == []
+    assert list(_moved_from(attribute)) == []
 
     def without(self):
         pass
 
     monkeypatch.setattr(MoEFlexTokenDispatcher, "__init__", without)
-    (line,) = moved_from(attribute)
+    (line,) = _moved_from(attribute)
     assert line.startswith("MoEFlexTokenDispatcher._comm_manager is gone (DeepEP gets")
 
 
