@@ -5,16 +5,18 @@ Documents for validation come last, because megatron-core splits by position.
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from moepp_megatron.config.errors import ConfigError
 from moepp_megatron.data.documents import no_usable_document
-from moepp_megatron.data.encoding import EncodedPiece, token_dtype
+from moepp_megatron.data.encoding import EncodedPiece, count_skipped
 from moepp_megatron.data.manifest import (
     CORPUS,
     DOCUMENT_SOURCES,
@@ -52,40 +54,41 @@ class SpooledCorpus:
 
 
 def spool_corpus(
-    pieces: Iterable[EncodedPiece], sources: Sequence[TextSource], vocab_size: int, path: Path
+    encoded: Iterable[EncodedPiece],
+    sources: Sequence[TextSource],
+    dtype: type[np.uint16] | type[np.int32],
+    path: Path,
+    advance: Callable[[int], None],
+    unusable: Callable[[TextSource, Counter[str]], ConfigError] = no_usable_document,
 ) -> SpooledCorpus:
     """Append every piece to a file, so that memory holds the lengths only.
 
     Raises:
-        ConfigError: a source without a single usable document.
+        ConfigError: `unusable` of a source without a single usable document.
     """
-    dtype = token_dtype(vocab_size)
     # [3, documents] of each piece: lengths, groups, data sources.
     columns: list[NDArray[np.int64]] = []
     numbers: dict[str | None, int] = {None: ALONE}
     names = list(dict.fromkeys(source.name for source in sources))
-    documents: Counter[int] = Counter()
-    tokens: Counter[int] = Counter()
-    skipped: list[Counter[str]] = [Counter() for _ in sources]
+    summaries, all_skipped = [], Counter[str]()
     with path.open("wb") as stream:
-        for encoded in pieces:
-            stream.write(encoded.tokens.astype(dtype, copy=False).tobytes())
-            count, index = len(encoded.lengths), encoded.piece.source
-            group = numbers.setdefault(encoded.piece.group, len(numbers))
-            source_id = names.index(sources[index].name)
-            places = (np.full(count, number) for number in (group, source_id))
-            columns.append(np.stack([encoded.lengths, *places]))
-            documents[index] += count
-            tokens[index] += len(encoded.tokens)
-            skipped[index] += encoded.skipped
-    for index, source in enumerate(sources):
-        if not documents[index]:
-            raise no_usable_document(source, skipped[index])
-    summaries = [
-        source.summary(documents[index], skipped[index].total(), tokens[index])
-        for index, source in enumerate(sources)
-    ]
-    all_skipped = sum(skipped, Counter[str]())
+        # Every source has a piece.
+        for index, pieces in groupby(encoded, lambda each: each.piece.source):
+            source, documents, tokens, skipped = sources[index], 0, 0, Counter[str]()
+            for each in pieces:
+                stream.write(each.tokens.astype(dtype, copy=False).tobytes())
+                count = len(each.lengths)
+                group = numbers.setdefault(each.piece.group, len(numbers))
+                places = (np.full(count, number) for number in (group, names.index(source.name)))
+                columns.append(np.stack([each.lengths, *places]))
+                documents += count
+                tokens += len(each.tokens)
+                count_skipped(skipped, each.skipped)
+                advance(each.piece.size)
+            if not documents:
+                raise unusable(source, skipped)
+            summaries.append(source.summary(documents, skipped.total(), tokens))
+            all_skipped += skipped
     lengths, groups, source_ids = np.concatenate(columns, axis=1)
     return SpooledCorpus(path, dtype, lengths, groups, source_ids, summaries, all_skipped)
 

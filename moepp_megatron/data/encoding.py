@@ -4,7 +4,7 @@ import os
 import signal
 import threading
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -39,6 +39,16 @@ class EncodedPiece:
     tokens: NDArray[np.generic]
     lengths: NDArray[np.int64]
     skipped: Counter[str]
+
+
+_MOST_REASONS = 50
+
+
+def count_skipped(skipped: Counter[str], more: Mapping[str, int]) -> None:
+    """Add documents left out; a chat template may give each another reason."""
+    for reason, count in more.items():
+        is_known = reason in skipped or len(skipped) < _MOST_REASONS
+        skipped[reason if is_known else "another reason"] += count
 
 
 def token_dtype(vocab_size: int) -> type[np.uint16] | type[np.int32]:

@@ -3,27 +3,21 @@
 import hashlib
 import os
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from moepp_megatron.config.errors import ConfigError
 from moepp_megatron.data.chat_template import ChatTemplate
-from moepp_megatron.data.corpus import (
-    SpooledCorpus,
-    WrittenCorpus,
-    spool_corpus,
-    write_indexed_dataset,
-)
+from moepp_megatron.data.corpus import WrittenCorpus, spool_corpus, write_indexed_dataset
 from moepp_megatron.data.documents import Piece, Skipped, check_usable, plan_pieces, read_piece
-from moepp_megatron.data.encoding import EncodedPiece, encode_pieces
+from moepp_megatron.data.encoding import encode_pieces, token_dtype
 from moepp_megatron.data.external_tokenizers import ExternalTokenizer, open_external
 from moepp_megatron.data.manifest import FORMAT_VERSION, Inputs, Manifest, find_reusable
 from moepp_megatron.data.prepare_chat import check_formats, write_chat
 from moepp_megatron.data.progress import track
 from moepp_megatron.data.source_files import lacks_checksum
 from moepp_megatron.data.sources import (
-    TextSource,
     content_fingerprint,
     resolve_sources,
     stat_fingerprint,
@@ -210,7 +204,17 @@ def prepare(
             tokenizer = given.tokenizer
             (partial / TOKENIZER_FILE).write_bytes(given.content)
         if template is None:
-            spooled = _tokenize(pieces, sources, tokenizer, settings, partial, console)
+            encoded = encode_pieces(
+                pieces,
+                partial / TOKENIZER_FILE,
+                tokenizer.eod_token,
+                settings.text_key,
+                settings.workers or len(os.sched_getaffinity(0)),
+                meanwhile=_import_megatron,
+            )
+            dtype = token_dtype(tokenizer.vocab_size)
+            with track(console, "tokenize", sum(piece.size for piece in pieces)) as advance:
+                spooled = spool_corpus(encoded, sources, dtype, partial / "spool", advance)
             written = write_indexed_dataset(spooled, partial, settings.seed)
         else:
             assert settings.sequence_length is not None, "the settings have been checked"
@@ -253,32 +257,6 @@ def _sample(pieces: Sequence[Piece], settings: PrepareSettings) -> Iterator[str]
                 left -= min(left, len(document))
         if not left:
             return
-
-
-def _tokenize(
-    pieces: Sequence[Piece],
-    sources: Sequence[TextSource],
-    tokenizer: Tokenizer,
-    settings: PrepareSettings,
-    partial: Path,
-    console: Console,
-) -> SpooledCorpus:
-    encoded = encode_pieces(
-        pieces,
-        partial / TOKENIZER_FILE,
-        tokenizer.eod_token,
-        settings.text_key,
-        settings.workers or len(os.sched_getaffinity(0)),
-        meanwhile=_import_megatron,
-    )
-
-    def counted(advance: Callable[[int], None]) -> Iterator[EncodedPiece]:
-        for piece in encoded:
-            yield piece
-            advance(piece.piece.size)
-
-    with track(console, "tokenize", sum(piece.size for piece in pieces)) as advance:
-        return spool_corpus(counted(advance), sources, tokenizer.vocab_size, partial / "spool")
 
 
 def _import_megatron() -> None:

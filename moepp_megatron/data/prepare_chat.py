@@ -5,20 +5,19 @@ import json
 import shlex
 from bisect import bisect_left, insort
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from moepp_megatron.config.errors import ConfigError
 from moepp_megatron.data.chat_template import ANSWERS, ChatTemplate, Message, UnusableChat
-from moepp_megatron.data.corpus import WrittenCorpus, write_documents
+from moepp_megatron.data.corpus import WrittenCorpus, spool_corpus, write_documents
 from moepp_megatron.data.documents import Piece, Skipped, is_utf8, read_records
-from moepp_megatron.data.encoding import token_dtype
-from moepp_megatron.data.manifest import CORPUS, MARKS, Conversations, SourceSummary
+from moepp_megatron.data.encoding import EncodedPiece, count_skipped, token_dtype
+from moepp_megatron.data.manifest import CORPUS, MARKS, Conversations
 from moepp_megatron.data.progress import track
 from moepp_megatron.data.sources import TextSource
 from moepp_megatron.data.tokenizer import Tokenizer
@@ -96,9 +95,6 @@ def _alpaca(record: dict[str, Any]) -> list[Any]:
     ]
 
 
-_MOST_REASONS = 50
-
-
 def check_formats(sources: Sequence[TextSource]) -> None:
     """Refuse files that hold no records.
 
@@ -132,90 +128,63 @@ def write_chat(
     """
     tokenizer = template.tokenizer
     with track(console, "encode", sum(piece.size for piece in pieces)) as advance:
-        encoded = _encode(pieces, sources, template, sequence_length, folder / "spool", advance)
-    notice = _notice_of_ends(encoded, tokenizer)
+        encoded = _encode(pieces, template, sequence_length)
+        path = folder / "spool"
+        spooled = spool_corpus(encoded, sources, np.int32, path, advance, _nothing_usable)
+    codes = np.asarray(np.memmap(path, np.int32, mode="r"))
+    conversations = [
+        codes[end - length : end]
+        for length, end in zip(spooled.lengths, spooled.lengths.cumsum(), strict=True)
+    ]
+    # The last token of answers, by how often.
+    ends, answer_tokens = Counter[int](), 0
+    for own in conversations:
+        answers = own[own & 1 == 1]
+        ends[int(answers[-1]) >> 1] += 1
+        answer_tokens += len(answers)
+    notice = _notice_of_ends(ends, tokenizer)
     if notice is not None:
         console.print_line(f"note: {notice}")
-    sequences, hashes = _write_sequences(encoded, tokenizer, sequence_length, folder, seed)
-    encoded.path.unlink()
+    sequences, hashes = _write_sequences(conversations, tokenizer, sequence_length, folder, seed)
+    path.unlink()
     text = template.text.encode()
     (folder / CHAT_TEMPLATE_FILE).write_bytes(text)
     hashes |= {CHAT_TEMPLATE_FILE: hashlib.sha256(text).hexdigest()}
     tokens = sequences * sequence_length
     return WrittenCorpus(
-        encoded.sources,
-        encoded.skipped,
+        spooled.sources,
+        spooled.skipped,
         sequences,
         tokens,
         hashes,
         chat=Conversations(
             sequence_length=sequence_length,
-            conversations=len(encoded.lengths),
-            answer_tokens=encoded.answer_tokens,
-            padding_tokens=tokens - sum(encoded.lengths),
+            conversations=len(conversations),
+            answer_tokens=answer_tokens,
+            padding_tokens=tokens - len(codes),
         ),
     )
 
 
-@dataclass
-class _Encoded:
-    """Conversations in reading order, in a temporary file, and what was left out by reason."""
-
-    # Ids int32, the conversations one after the other, twice the id plus 1 where it is learnt.
-    path: Path
-    lengths: list[int] = field(default_factory=list)
-    # The last token of answers, by how often.
-    ends: Counter[int] = field(default_factory=Counter)
-    answer_tokens: int = 0
-    sources: list[SourceSummary] = field(default_factory=list)
-    skipped: Counter[str] = field(default_factory=Counter)
-
-
 def _encode(
-    pieces: Sequence[Piece],
-    sources: Sequence[TextSource],
-    template: ChatTemplate,
-    sequence_length: int,
-    path: Path,
-    advance: Callable[[int], None],
-) -> _Encoded:
-    encoded = _Encoded(path)
-    with path.open("wb") as stream:
-        for index, source in enumerate(sources):
-            first, skipped = len(encoded.lengths), Counter[str]()
-            for piece in (piece for piece in pieces if piece.source == index):
-                for record in (r for part in piece.parts for r in read_records(part)):
-                    try:
-                        if isinstance(record, Skipped):
-                            raise UnusableChat(record.reason)
-                        _add(encoded, stream, template, sequence_length, _messages_of(record))
-                    except UnusableChat as error:
-                        # A template may give each conversation another reason.
-                        is_known = str(error) in skipped or len(skipped) < _MOST_REASONS
-                        skipped[str(error) if is_known else "another reason"] += 1
-                advance(piece.size)
-            lengths = encoded.lengths[first:]
-            if not lengths:
-                raise _nothing_usable(source, skipped)
-            encoded.skipped += skipped
-            encoded.sources.append(source.summary(len(lengths), skipped.total(), sum(lengths)))
-    return encoded
-
-
-def _add(
-    encoded: _Encoded,
-    stream: BinaryIO,
-    template: ChatTemplate,
-    sequence_length: int,
-    messages: list[Message],
-) -> None:
-    ids, is_learnt = template.encode(messages)
-    if len(ids) > sequence_length:
-        raise UnusableChat(f"longer than {sequence_length} tokens, the --seq-length")
-    stream.write((2 * np.array(ids, np.int32) + is_learnt).astype(np.int32).tobytes())
-    encoded.lengths.append(len(ids))
-    encoded.ends[ids[int(is_learnt.nonzero()[0][-1])]] += 1
-    encoded.answer_tokens += int(is_learnt.sum())
+    pieces: Sequence[Piece], template: ChatTemplate, sequence_length: int
+) -> Iterator[EncodedPiece]:
+    """Encode conversations: twice the id of each token, plus 1 where it is learnt."""
+    for piece in pieces:
+        codes, skipped = [np.empty(0, np.int32)], Counter[str]()
+        for record in (r for part in piece.parts for r in read_records(part)):
+            try:
+                if isinstance(record, Skipped):
+                    raise UnusableChat(record.reason)
+                ids, is_learnt = template.encode(_messages_of(record))
+                if len(ids) > sequence_length:
+                    raise UnusableChat(f"longer than {sequence_length} tokens, the --seq-length")
+            except UnusableChat as error:
+                count_skipped(skipped, {str(error): 1})
+                continue
+            codes.append((2 * np.array(ids, np.int32) + is_learnt).astype(np.int32))
+        lengths = np.array([len(each) for each in codes[1:]], np.int64)
+        yield EncodedPiece(piece, np.concatenate(codes), lengths, skipped)
 
 
 def _nothing_usable(source: TextSource, skipped: Counter[str]) -> ConfigError:
@@ -226,14 +195,14 @@ def _nothing_usable(source: TextSource, skipped: Counter[str]) -> ConfigError:
     )
 
 
-def _notice_of_ends(encoded: _Encoded, tokenizer: Tokenizer) -> str | None:
+def _notice_of_ends(ends: Counter[int], tokenizer: Tokenizer) -> str | None:
     """A notice where answers end with another token than the one that generation stops at."""
-    others = encoded.ends.total() - encoded.ends[tokenizer.eod]
+    others = ends.total() - ends[tokenizer.eod]
     if others == 0:
         return None
-    (common, _), *_ = encoded.ends.most_common(1)
+    (common, _), *_ = ends.most_common(1)
     return (
-        f"{others} of {encoded.ends.total()} conversations do not end with {tokenizer.eod_token}, "
+        f"{others} of {ends.total()} conversations do not end with {tokenizer.eod_token}, "
         f"the end-of-document token, the only one at which moepp generate stops; their usual last "
         f"token is {tokenizer.decode([common])!r}: name that one with --eod-token, or end answers "
         "with {{ eos_token }} in the template"
@@ -241,16 +210,19 @@ def _notice_of_ends(encoded: _Encoded, tokenizer: Tokenizer) -> str | None:
 
 
 def _write_sequences(
-    encoded: _Encoded, tokenizer: Tokenizer, sequence_length: int, folder: Path, seed: int
+    conversations: Sequence[NDArray[np.int32]],
+    tokenizer: Tokenizer,
+    sequence_length: int,
+    folder: Path,
+    seed: int,
 ) -> tuple[int, dict[str, str]]:
     """Write corpus and marks with megatron-core's builder; their number, and SHA-256 by name."""
     from moepp_megatron.data.conversations import FIRST, PADDED
 
-    codes = np.memmap(encoded.path, dtype=np.int32, mode="r")
-    ends = np.cumsum(encoded.lengths)
     # RandomState, because NumPy promises its stream across versions.
     random = np.random.RandomState(seed)
-    packs = _pack(encoded.lengths, random.permutation(len(encoded.lengths)), sequence_length)
+    lengths = [len(each) for each in conversations]
+    packs = _pack(lengths, random.permutation(len(lengths)), sequence_length)
     # Once more: the sequences for validation are the last ones, those with the most padding.
     order = random.permutation(len(packs))
     dtype = token_dtype(tokenizer.vocab_size)
@@ -261,7 +233,7 @@ def _write_sequences(
             marks = np.full(sequence_length, PADDED, np.uint8)
             start = 0
             for index in packs[number]:
-                own = codes[ends[index] - encoded.lengths[index] : ends[index]]
+                own = conversations[index]
                 tokens[start : start + len(own)] = own >> 1
                 # The lowest bit of a code is `conversations.LEARNT`.
                 marks[start : start + len(own)] = own & 1

@@ -6,8 +6,6 @@ so a model of any size passes through the memory of one tensor. The files are th
 which is what megatron-core's `torch_dist` format is.
 """
 
-from __future__ import annotations
-
 import hashlib
 import io
 import json
@@ -214,7 +212,7 @@ class ConvertedCheckpointWriter:
         if self._file.position >= _FILE_BYTES:
             self._close_file(self._file)
 
-    def _close_file(self, file: _HashedFile) -> None:
+    def _close_file(self, file: "_HashedFile") -> None:
         self._hashes[file.path.name] = file.close()
         self._file = None
 

@@ -1,7 +1,5 @@
 """All conversions, each under its name in `moepp convert`."""
 
-from __future__ import annotations
-
 import importlib
 import logging
 from pathlib import Path

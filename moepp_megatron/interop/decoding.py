@@ -4,8 +4,6 @@ No keys and values are cached, so that whatever can be scored can be continued. 
 a cache, in transformers and in servers (docs/how_to/serve.md).
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

@@ -1,7 +1,5 @@
 """A format of exports, and its limits, as rows of settings that it lacks."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from operator import attrgetter

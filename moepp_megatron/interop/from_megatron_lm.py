@@ -14,8 +14,6 @@ importing, calling or building anything that the file names: every class that it
 empty stand-in.
 """
 
-from __future__ import annotations
-
 import io
 import os
 import pickle

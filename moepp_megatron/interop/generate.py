@@ -1,7 +1,5 @@
 """Texts from a checkpoint's model: what `moepp generate` does, for it and for Python."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Sequence
 from pathlib import Path

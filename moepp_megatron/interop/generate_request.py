@@ -1,7 +1,5 @@
 """Options of `moepp generate`, checked before anything heavy is imported."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -79,7 +77,7 @@ class GenerateRequest:
         max_new_tokens: int | None = None,
         sampling: Sampling | None = None,
         chat: bool = False,
-    ) -> GenerateRequest:
+    ) -> "GenerateRequest":
         """Check a request.
 
         Args:

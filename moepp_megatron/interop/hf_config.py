@@ -4,8 +4,6 @@ The released format (`model_type: MoE++`) fixes 2 constant, 1 copy and 1 zero ex
 and gating residuals. Ours (`model_type: moepp`) holds all settings that a forward pass depends on.
 """
 
-from __future__ import annotations
-
 import ast
 from collections.abc import Iterator, Mapping
 from pathlib import Path

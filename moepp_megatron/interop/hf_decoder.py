@@ -1,7 +1,5 @@
 """Our `model` section from the fields of a `config.json` that Llama's descendants share."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from typing import Any
 

@@ -1,7 +1,5 @@
 """A Hugging Face checkpoint folder: its configuration, and its tensors by name."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any

@@ -12,8 +12,6 @@ Megatron builds:
     --moe-router-topk-scaling-factor   factor on the gates
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 import shlex

@@ -13,8 +13,6 @@ There are four ways (docs/how_to/from_megatron_lm.md):
 4. `model_provider`, for loops that still build their model through one (`get_model`).
 """
 
-from __future__ import annotations
-
 import dataclasses
 from dataclasses import dataclass
 from itertools import chain, repeat

@@ -1,7 +1,5 @@
 """The model card of an exported model: `README.md` with the front matter that the Hub reads."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator
 from pathlib import Path

@@ -5,8 +5,6 @@ and a gating residual. The names extend to what it lacks: other counts, a select
 expert and its gate, query/key norms, biases of queries, keys and values.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 from moepp_megatron.config import Config

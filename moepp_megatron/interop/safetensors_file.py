@@ -5,8 +5,6 @@ a dictionary that holds every tensor of a shard. A conversion of a model that do
 can do neither. The format is small: 8 bytes header length, a JSON header, the tensors' bytes.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import os

@@ -1,7 +1,5 @@
 """Scores tokens or a text, for `moepp score` and for callers from Python."""
 
-from __future__ import annotations
-
 import logging
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Checks a request of `moepp score` before anything heavy is imported."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -70,7 +68,7 @@ class TextWindows:
     num_bytes: int
 
     @classmethod
-    def read(cls, path: Path, tokenizer: Tokenizer, length: int) -> TextWindows:
+    def read(cls, path: Path, tokenizer: Tokenizer, length: int) -> "TextWindows":
         """Cut a file's text into windows of at most `length` tokens; ConfigError if it has none."""
         text, _ = text_of(path)
         ids = np.array([tokenizer.eod, *tokenizer.encode(text)], dtype=np.int64)
@@ -140,7 +138,7 @@ class ScoreRequest:
         world_size: int,
         logits: bool,
         text: Path | None = None,
-    ) -> ScoreRequest:
+    ) -> "ScoreRequest":
         """Check a request for tokens (an npz file or an array) or for a text file (ConfigError)."""
         _check_options(tokens, text, out, logits)
         source = f"--tokens ({tokens})" if isinstance(tokens, Path) else "tokens"
@@ -178,7 +176,7 @@ class ScoreRequest:
         *,
         out: Path | None = None,
         logits: bool = False,
-    ) -> ScoreRequest:
+    ) -> "ScoreRequest":
         """A request for [b, s] int64 tokens that fit the model `trained`.
 
         `overrides` are settings that `inference_override` has passed. ConfigError if the layout

@@ -1,7 +1,5 @@
 """Computes per-token log-probabilities of given sequences, in any layout."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

@@ -1,7 +1,5 @@
 """A stage of a MoE++ model in the loops of others, whose settings have Megatron's names."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from megatron.core.pipeline_parallel.utils import (

@@ -5,9 +5,7 @@ that it is made of. Our names are those that megatron-core's `sharded_state_dict
 compare them with a real model.
 """
 
-from __future__ import annotations
-
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,14 +17,6 @@ Shape = tuple[int, ...]
 # Keys of tensors that no model of ours has: the released model's first gating residual, which its
 # code builds and never calls, and what a format asks for although it is constant.
 UNUSED_PREFIX = "interop.unused."
-
-
-@dataclass(frozen=True)
-class HFTensor:
-    """A tensor of the Hugging Face checkpoint."""
-
-    name: str
-    shape: Shape
 
 
 def _only(tensors: Sequence[Tensor]) -> Tensor:
@@ -42,7 +32,7 @@ class TensorRule:
         key: Name in our checkpoint.
         shape: Shape of the global tensor there.
         index: The slice along the first axis (an expert), or None for the whole tensor.
-        sources: The Hugging Face tensors that it is made of.
+        sources: Names and shapes of the Hugging Face tensors that it is made of.
         pack: Function from those, in order, to the tensor (or slice, without the first axis).
         unpack: The inverse; None if there is none (upcycling).
         unused: Whether the model has no such parameter; it is kept for the way back, and optional.
@@ -50,7 +40,7 @@ class TensorRule:
 
     key: str
     shape: Shape
-    sources: tuple[HFTensor, ...]
+    sources: Mapping[str, Shape]
     index: int | None = None
     pack: Callable[[Sequence[Tensor]], Tensor] = _only
     unpack: Callable[[Tensor], list[Tensor]] | None = lambda tensor: [tensor]
@@ -64,24 +54,24 @@ class TensorRule:
 
 def same(key: str, name: str, *shape: int) -> TensorRule:
     """A tensor that is the same in both."""
-    return TensorRule(key, shape, (HFTensor(name, shape),))
+    return TensorRule(key, shape, {name: shape})
 
 
 def row(key: str, count: int, index: int, name: str, *shape: int) -> TensorRule:
     """A Hugging Face tensor that is slice `index` of `count` of ours."""
-    return TensorRule(key, (count, *shape), (HFTensor(name, shape),), index)
+    return TensorRule(key, (count, *shape), {name: shape}, index)
 
 
 def unused(name: str, *shape: int) -> TensorRule:
     """A Hugging Face tensor that no parameter of ours is; zeros unless a checkpoint kept it."""
-    return TensorRule(UNUSED_PREFIX + name, shape, (HFTensor(name, shape),), unused=True)
+    return TensorRule(UNUSED_PREFIX + name, shape, {name: shape}, unused=True)
 
 
 def stacked(
     key: str, names: Sequence[str], rows: int, columns: int, experts: tuple[int, int] | None = None
 ) -> TensorRule:
     """Matrices [rows, columns] one above the other; `experts` = (count, index) of a slice."""
-    sources = tuple(HFTensor(name, (rows, columns)) for name in names)
+    sources = dict.fromkeys(names, (rows, columns))
     shape: Shape = (len(names) * rows, columns)
     index = None
     if experts is not None:
@@ -151,10 +141,9 @@ def _qkv(
 
     what = "bias" if width is None else "weight"
     rows = {"q": heads * head, "k": groups * head, "v": groups * head}
-    sources = tuple(
-        HFTensor(f"{theirs}self_attn.{kind}_proj.{what}", (count, *columns))
-        for kind, count in rows.items()
-    )
+    sources = {
+        f"{theirs}self_attn.{kind}_proj.{what}": (count, *columns) for kind, count in rows.items()
+    }
     return TensorRule(key, (sum(rows.values()), *columns), sources, None, pack, unpack)
 
 

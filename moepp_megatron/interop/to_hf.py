@@ -1,7 +1,5 @@
 """Converts a checkpoint of ours to a Hugging Face checkpoint, tensor by tensor."""
 
-from __future__ import annotations
-
 import json
 import shlex
 from collections.abc import Iterator, Sequence
@@ -173,9 +171,9 @@ def _write_weights(
     dtypes = {key: stored[key] if key.endswith(".expert_bias") else wanted[key] for key in stored}
     main_dtype = dtypes["embedding.word_embeddings.weight"]
     plan = [
-        (source.name, dtypes.get(rule.key, main_dtype), source.shape)
+        (name, dtypes.get(rule.key, main_dtype), shape)
         for rule in rules
-        for source in rule.sources
+        for name, shape in rule.sources.items()
     ]
     total = sum(to.itemsize * torch.Size(shape).numel() for _, to, shape in plan)
     with track(console or Console(stderr=True), "converting", total) as advance:

@@ -1,7 +1,5 @@
 """Converts a Hugging Face checkpoint to ours, tensor by tensor."""
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -96,9 +94,9 @@ def write_checkpoint(
         check_tokenizer_file(hf.folder / TOKENIZER_FILE)
     target = free_folder(target)
     tensors = hf.tensors
-    rules = [rule for rule in rules if not rule.unused or rule.sources[0].name in tensors]
+    rules = [rule for rule in rules if not rule.unused or tensors.keys() & rule.sources]
     wanted = None if dtype is None else TORCH_DTYPES[dtype]
-    total = sum(tensors[source.name].nbytes for rule in rules for source in rule.sources)
+    total = sum(tensors[name].nbytes for rule in rules for name in rule.sources)
     with (
         partial_folder(target, "DST") as folder,
         track(console or Console(stderr=True), "converting", total) as advance,
@@ -108,10 +106,10 @@ def write_checkpoint(
             # Steps of a selection bias are far smaller than what bf16 resolves.
             sources = [
                 hf.read(name).to(dtype=None if name.endswith("e_score_correction_bias") else wanted)
-                for name in (source.name for source in rule.sources)
+                for name in rule.sources
             ]
             writer.add(rule.key, rule.pack(sources), rule.shape, rule.index)
-            advance(sum(tensors[source.name].nbytes for source in rule.sources))
+            advance(sum(tensors[name].nbytes for name in rule.sources))
         copy_companions(hf.folder, folder)
         # So that the way back gives what this package has no field for.
         shutil.copyfile(hf.folder / MODEL_CONFIG_FILE, folder / HF_CONFIG_FILE)
@@ -130,14 +128,14 @@ def copy_companions(source: Path, target: Path) -> None:
 def account_for(hf: HFSource, rules: Sequence[TensorRule]) -> None:
     """Refuse (ConfigError) a checkpoint that does not hold exactly what the rules read."""
     tensors = hf.tensors
-    wanted = {source.name: source.shape for rule in rules for source in rule.sources}
-    optional = {source.name for rule in rules if rule.unused for source in rule.sources}
+    wanted = {name: shape for rule in rules for name, shape in rule.sources.items()}
+    optional = {name for rule in rules if rule.unused for name in rule.sources}
     found = {name: tensor.shape for name, tensor in tensors.items()}
     problems = differences(wanted, found, "config.json", optional)
     for rule in rules:
-        dtypes = {tensors[s.name].dtype for s in rule.sources if s.name in tensors}
+        dtypes = {tensors[name].dtype for name in rule.sources if name in tensors}
         if len(dtypes) > 1:
-            names = ", ".join(source.name for source in rule.sources)
+            names = ", ".join(rule.sources)
             problems.append(f"tensors {names} must have one dtype; use --dtype fp32 or bf16")
     if problems:
         raise ConfigError("\n".join(f"{hf.folder}: {problem}" for problem in problems))

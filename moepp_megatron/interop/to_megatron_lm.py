@@ -4,8 +4,6 @@ It is what Megatron calls a release: only weights, from which a run starts at it
 takes the model from its command line, so the arguments that describe it are written next to it.
 """
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Iterator
 from pathlib import Path

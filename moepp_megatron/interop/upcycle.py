@@ -11,8 +11,6 @@ experts, router rows. Added: zero-computation experts and gating residuals, so t
   `moe.budget` takes it back in training.
 """
 
-from __future__ import annotations
-
 import hashlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,7 +25,7 @@ from moepp_megatron.config import Config, ConfigError
 from moepp_megatron.experts import LOCAL_KINDS, ExpertCounts
 from moepp_megatron.interop.hf_config import assemble
 from moepp_megatron.interop.hf_source import HFSource
-from moepp_megatron.interop.tensor_rules import HFTensor, Shape, TensorRule
+from moepp_megatron.interop.tensor_rules import Shape, TensorRule
 from moepp_megatron.interop.to_mcore import write_checkpoint
 from moepp_megatron.interop.upcycle_sources import extra_tensors, model_rules, source_kind
 from moepp_megatron.layer_settings import LayerSettings
@@ -44,9 +42,9 @@ def _router_rules(
 ) -> Iterator[TensorRule]:
     """Make rules of router rows and of the selection bias; `gate` is None for a dense source."""
     moe, width = config.moe, config.model.hidden_size
-    sources = [HFTensor(theirs + "post_attention_layernorm.weight", (width,))]
+    sources: dict[str, Shape] = {theirs + "post_attention_layernorm.weight": (width,)}
     if gate is not None:
-        sources.append(HFTensor(f"{theirs}{gate}.weight", (moe.num_ffn_experts, width)))
+        sources[f"{theirs}{gate}.weight"] = (moe.num_ffn_experts, width)
     shape = (moe.num_experts, width)
 
     def rows(tensors: Sequence[Tensor]) -> Tensor:
@@ -71,16 +69,16 @@ def _router_rules(
         least = float(ffn_bias.min()) - 1.0 - _MARGIN
         return torch.cat([ffn_bias.float(), torch.full((moe.num_zero_computation_experts,), least)])
 
-    yield TensorRule(ours + "weight", shape, tuple(sources), None, rows, None)
+    yield TensorRule(ours + "weight", shape, sources, None, rows, None)
     if not moe.selection_bias:
         return
     key = ours + "expert_bias"
     # What keeps added experts from being selected depends on the scores.
     match moe.score_function, bias:
         case "softmax", None:
-            yield TensorRule(key, (moe.num_experts,), tuple(sources), None, softmax_bias, None)
+            yield TensorRule(key, (moe.num_experts,), sources, None, softmax_bias, None)
         case "sigmoid", str():
-            own = (HFTensor(theirs + bias, (moe.num_ffn_experts,)),)
+            own = {theirs + bias: (moe.num_ffn_experts,)}
             yield TensorRule(key, (moe.num_experts,), own, None, sigmoid_bias, None)
         case other:
             raise AssertionError(f"added experts have no bias for (scores, bias) of {other}")
@@ -112,7 +110,7 @@ def _added_rules(config: Config, ours: str, has_residual: bool, seed: int) -> It
         def value(_: Sequence[Tensor]) -> Tensor:
             return (scale * _noise(seed, ours + key, shape)).to(dtype)
 
-        return TensorRule(ours + key, shape, (), None, value, None)
+        return TensorRule(ours + key, shape, {}, None, value, None)
 
     if moe.gating_residual and has_residual:
         yield made("router.residual_weight", (moe.num_experts, moe.num_experts), 0.0)

@@ -1,7 +1,5 @@
 """The kinds of models that can be upcycled, with the names of their tensors."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass

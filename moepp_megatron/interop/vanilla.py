@@ -7,8 +7,6 @@ FFN experts of zeros. Refused is all that llama.cpp's converter and graphs do no
 Not Qwen2-MoE: llama.cpp takes x sigmoid(x) / x for its shared expert's gate, no number at x = 0.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any

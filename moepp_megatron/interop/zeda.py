@@ -5,8 +5,6 @@ extend the router by experts without an FFN, whose rows come behind those of the
 names of all other tensors are Qwen3-MoE's.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from typing import Any
 

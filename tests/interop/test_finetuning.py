@@ -287,3 +287,9 @@ def test_older_transformers_is_reported(plain, tmp_path):
     message = plain(old_transformers, tmp_path)
     assert "transformers (5.7.1) must be at least 5.8" in message
     assert "needs transformers >= 5.8" in message
+
+
+def test_heads_need_not_divide_the_hidden_size():
+    from moepp_megatron.interop.hf_files.configuration_moepp import MoEPPConfig
+
+    assert MoEPPConfig(hidden_size=66, num_attention_heads=4, head_dim=24).head_dim == 24

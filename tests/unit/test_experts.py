@@ -115,15 +115,14 @@ def test_settings_are_declared_once():
 def test_the_exported_model_has_the_same_defaults():
     # Read, not imported: the file needs transformers.
     source = (files("moepp_megatron.interop.hf_files") / "configuration_moepp.py").read_text()
-    (init,) = (
-        node
-        for kind in ast.parse(source).body
-        if isinstance(kind, ast.ClassDef) and kind.name == "MoEPPConfig"
-        for node in kind.body
-        if isinstance(node, ast.FunctionDef) and node.name == "__init__"
+    (kind,) = (
+        node for node in ast.parse(source).body if getattr(node, "name", "") == "MoEPPConfig"
     )
-    defaults = map(ast.literal_eval, init.args.defaults)
-    exported = dict(zip((argument.arg for argument in init.args.args[1:]), defaults, strict=True))
+    exported = {
+        field.target.id: ast.literal_eval(field.value)
+        for field in kind.body
+        if isinstance(field, ast.AnnAssign)
+    }
     assert {name: exported[name] for name in EXPORTED} == {
         name: DECLARED[name].default for name in EXPORTED
     }

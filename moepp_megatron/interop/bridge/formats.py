@@ -1,7 +1,5 @@
 """Megatron-Bridge's bridges of MoE++ models: the released format, ours, and ZEDA's for Qwen3."""
 
-from __future__ import annotations
-
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
@@ -33,7 +31,7 @@ _EXPERTS = ".mlp.experts.experts."
 _VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")
 
 
-def _rule_mappings(rules: Iterable[TensorRule]) -> Iterator[_RuleMapping]:
+def _rule_mappings(rules: Iterable[TensorRule]) -> Iterator["_RuleMapping"]:
     """A mapping for every name that a parameter has on some back end."""
     by_key: dict[str, list[TensorRule]] = defaultdict(list)
     for rule in rules:
@@ -65,10 +63,10 @@ class _RuleMapping(MegatronParamMapping):
     def __init__(self, name: str, rules: list[TensorRule], expert: int | None = None) -> None:
         self.rules, self.expert = rules, expert
         self._own = rules if expert is None else [rules[expert]]
-        names = [source.name for rule in self._own for source in rule.sources]
+        names = [name for rule in self._own for name in rule.sources]
         super().__init__(name, names[0] if len(names) == 1 else {name: name for name in names})
 
-    def resolve(self, captures: tuple[str, ...]) -> _RuleMapping:
+    def resolve(self, captures: tuple[str, ...]) -> "_RuleMapping":
         """A mapping of its own for another task; there are no wildcards."""
         return _RuleMapping(self.megatron_param, self.rules, self.expert)
 
@@ -79,8 +77,7 @@ class _RuleMapping(MegatronParamMapping):
         if isinstance(hf_weights, Tensor):
             hf_weights = {self.hf_param: hf_weights}
         packed = {
-            rule.index: rule.pack([hf_weights[source.name] for source in rule.sources])
-            for rule in self._own
+            rule.index: rule.pack([hf_weights[name] for name in rule.sources]) for rule in self._own
         }
         whole = torch.stack(list(packed.values())) if self._is_stacked else [*packed.values()][0]
         # Transformer Engine numbers its experts on each rank anew; all have one shape.
@@ -101,8 +98,7 @@ class _RuleMapping(MegatronParamMapping):
         found: dict[str, Tensor] = {}
         for rule, tensor in slices:
             assert rule.unpack is not None, f"{rule.key} cannot be converted back"
-            names = (source.name for source in rule.sources)
-            found |= zip(names, rule.unpack(tensor), strict=True)
+            found |= zip(rule.sources, rule.unpack(tensor), strict=True)
         return found
 
     @property
@@ -211,7 +207,7 @@ class _Bridge(MegatronModelBridge):
         )
         if kwargs.get("conversion_tasks") is not None or not hasattr(hf_pretrained, "state"):
             return
-        names = {source.name for rule in self._format[1] if rule.unused for source in rule.sources}
+        names = {name for rule in self._format[1] if rule.unused for name in rule.sources}
         for name in sorted(names.intersection(hf_pretrained.state.source.get_all_keys())):
             yield HFWeightTuple(name, hf_pretrained.state[name])
 

@@ -1,7 +1,5 @@
 """Megatron-Bridge's provider of a MoE++ model: its settings, and how each stage is built."""
 
-from __future__ import annotations
-
 import dataclasses
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -51,7 +49,7 @@ class MoEPPModelProvider(GPTModelProvider):
             setattr(stage, name, value)
 
     @classmethod
-    def from_config(cls, config: Config) -> MoEPPModelProvider:
+    def from_config(cls, config: Config) -> "MoEPPModelProvider":
         """Provider of the model, precision and layout that a configuration of ours describes.
 
         ConfigError if the model has a part that is not built here.

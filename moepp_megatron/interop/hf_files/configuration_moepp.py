@@ -1,10 +1,9 @@
 """Configuration of a MoE++ model (arXiv 2410.07348) for transformers 5."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import transformers
+from huggingface_hub.dataclasses import strict
 from transformers.models.llama.configuration_llama import LlamaConfig
 
 # Earlier ones have no experts that a caller may skip.
@@ -15,6 +14,7 @@ if tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 8):
     )
 
 
+@strict
 class MoEPPConfig(LlamaConfig):
     """Llama's configuration with the settings of the experts.
 
@@ -60,75 +60,48 @@ class MoEPPConfig(LlamaConfig):
 
     model_type = "moepp"
 
-    def __init__(
-        self,
-        num_ffn_experts: int = 8,
-        num_constant_experts: int = 2,
-        num_copy_experts: int = 1,
-        num_zero_experts: int = 1,
-        num_experts_per_tok: int = 2,
-        moe_layers: list[int] | None = None,
-        moe_intermediate_size: int | None = None,
-        shared_expert_intermediate_size: int | None = None,
-        shared_expert_gate: bool = False,
-        gating_residual: bool = True,
-        gate_normalization: str = "none",
-        score_function: str = "softmax",
-        expert_input_scale: float = 1.0,
-        constant_temperature: float = 1.0,
-        two_layer_gate: bool = False,
-        logits_norm_std: float | None = None,
-        selection_bias: bool = False,
-        num_groups: int = 1,
-        group_topk: int = 1,
-        gate_scale: float = 1.0,
-        qk_norm: bool = False,
-        qk_norm_scope: str = "head",
-        qkv_bias: bool = False,
-        bos_token_id: int | None = None,
-        eos_token_id: int | list[int] | None = None,
-        tau: float = 0.75,
-        balance_scope: str = "microbatch",
-        balance_loss: str = "heterogeneous",
-        output_router_logits: bool = False,
-        router_aux_loss_coef: float = 0.01,
-        **kwargs: Any,
-    ) -> None:
-        # Llama's defaults are ordinary tokens of other vocabularies.
-        super().__init__(bos_token_id=bos_token_id, eos_token_id=eos_token_id, **kwargs)
-        self.num_ffn_experts = num_ffn_experts
-        self.num_constant_experts = num_constant_experts
-        self.num_copy_experts = num_copy_experts
-        self.num_zero_experts = num_zero_experts
-        self.num_experts_per_tok = num_experts_per_tok
-        self.moe_layers = moe_layers or [1] * self.num_hidden_layers
-        self.moe_intermediate_size = moe_intermediate_size or self.intermediate_size
-        self.shared_expert_intermediate_size = shared_expert_intermediate_size
-        self.shared_expert_gate = shared_expert_gate
-        self.gating_residual = gating_residual
-        self.gate_normalization = gate_normalization
-        self.score_function = score_function
-        self.expert_input_scale = expert_input_scale
-        self.constant_temperature = constant_temperature
-        self.two_layer_gate = two_layer_gate
-        self.logits_norm_std = logits_norm_std
-        self.selection_bias = selection_bias
-        self.num_groups = num_groups
-        self.group_topk = group_topk
-        self.gate_scale = gate_scale
-        self.qk_norm = qk_norm
-        self.qk_norm_scope = qk_norm_scope
-        self.qkv_bias = qkv_bias
-        self.tau = tau
-        self.balance_scope = balance_scope
-        self.balance_loss = balance_loss
-        self.output_router_logits = output_router_logits
-        self.router_aux_loss_coef = router_aux_loss_coef
+    num_ffn_experts: int = 8
+    num_constant_experts: int = 2
+    num_copy_experts: int = 1
+    num_zero_experts: int = 1
+    num_experts_per_tok: int = 2
+    moe_layers: Any = None
+    moe_intermediate_size: Any = None
+    shared_expert_intermediate_size: int | None = None
+    shared_expert_gate: bool = False
+    gating_residual: bool = True
+    gate_normalization: str = "none"
+    score_function: str = "softmax"
+    expert_input_scale: int | float = 1.0
+    constant_temperature: int | float = 1.0
+    two_layer_gate: bool = False
+    logits_norm_std: int | float | None = None
+    selection_bias: bool = False
+    num_groups: int = 1
+    group_topk: int = 1
+    gate_scale: int | float = 1.0
+    qk_norm: bool = False
+    qk_norm_scope: str = "head"
+    qkv_bias: bool = False
+    # Llama's defaults are ordinary tokens of other vocabularies.
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    tau: int | float = 0.75
+    balance_scope: str = "microbatch"
+    balance_loss: str = "heterogeneous"
+    output_router_logits: bool = False
+    router_aux_loss_coef: int | float = 0.01
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        """Complete what other fields decide."""
+        super().__post_init__(**kwargs)
+        self.moe_layers = self.moe_layers or [1] * self.num_hidden_layers
+        self.moe_intermediate_size = self.moe_intermediate_size or self.intermediate_size
         # Tied embeddings have an entry already.
         plan: dict[str, str] = self.base_model_tp_plan  # type: ignore[has-type]
         inherited = {name: style for name, style in plan.items() if "layers." not in name}
         self.base_model_tp_plan = inherited | self._tensor_parallel_plan()
-        if gating_residual:
+        if self.gating_residual:
             # Router logits do not cross the stages that servers divide a model into.
             self.base_model_pp_plan = None
 
@@ -169,6 +142,7 @@ class MoEPPConfig(LlamaConfig):
         )
 
 
+@strict
 class MoeConfig(MoEPPConfig):
     """The released MoE++ model's configuration, by its own field names.
 
@@ -185,39 +159,29 @@ class MoeConfig(MoEPPConfig):
 
     model_type = "MoE++"
 
-    def __init__(
-        self,
-        num_experts: list[int] | int = 32,
-        moe_expert_interval: int = 1,
-        moe_use_mixtral_gating: bool = False,
-        moe_2layer_gate: bool = True,
-        moe_use_logits_norm: bool = False,
-        moe_gate_norm_std: float = 1.0,
-        moe_feature_no_mul_topk: bool = False,
-        **kwargs: Any,
-    ) -> None:
-        count = num_experts[0] if isinstance(num_experts, list) else num_experts
-        layers = kwargs.get("num_hidden_layers", 32)
-        derived = {
-            "num_ffn_experts": count - 4,
-            "num_constant_experts": 2,
-            "num_copy_experts": 1,
-            "num_zero_experts": 1,
-            "num_experts_per_tok": 2,
-            "moe_layers": [int((i + 1) % moe_expert_interval == 0) for i in range(layers)],
-            "gate_normalization": "selected" if moe_use_mixtral_gating else "nonzero",
-            "expert_input_scale": 1.0 if moe_use_mixtral_gating or moe_feature_no_mul_topk else 2.0,
-            "two_layer_gate": moe_2layer_gate,
-            "logits_norm_std": moe_gate_norm_std if moe_use_logits_norm else None,
-        }
-        super().__init__(**(kwargs | derived))
-        self.num_experts = [count]
-        self.moe_expert_interval = moe_expert_interval
-        self.moe_use_mixtral_gating = moe_use_mixtral_gating
-        self.moe_2layer_gate = moe_2layer_gate
-        self.moe_use_logits_norm = moe_use_logits_norm
-        self.moe_gate_norm_std = moe_gate_norm_std
-        self.moe_feature_no_mul_topk = moe_feature_no_mul_topk
+    num_experts: list[int] | int = 32
+    moe_expert_interval: int = 1
+    moe_use_mixtral_gating: bool = False
+    moe_2layer_gate: bool = True
+    moe_use_logits_norm: bool = False
+    moe_gate_norm_std: int | float = 1.0
+    moe_feature_no_mul_topk: bool = False
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        """Derive the fields of `MoEPPConfig`."""
+        experts, interval = self.num_experts, self.moe_expert_interval
+        self.num_experts = experts if isinstance(experts, list) else [experts]
+        self.num_ffn_experts = self.num_experts[0] - 4
+        self.num_constant_experts = 2
+        self.num_copy_experts = self.num_zero_experts = 1
+        self.num_experts_per_tok = 2
+        self.moe_layers = [int((i + 1) % interval == 0) for i in range(self.num_hidden_layers)]
+        mixtral = self.moe_use_mixtral_gating
+        self.gate_normalization = "selected" if mixtral else "nonzero"
+        self.expert_input_scale = 1.0 if mixtral or self.moe_feature_no_mul_topk else 2.0
+        self.two_layer_gate = self.moe_2layer_gate
+        self.logits_norm_std = self.moe_gate_norm_std if self.moe_use_logits_norm else None
+        super().__post_init__(**kwargs)
 
 
 __all__ = ["MoEPPConfig", "MoeConfig"]

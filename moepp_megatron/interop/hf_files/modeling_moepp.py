@@ -4,8 +4,6 @@ Shape suffixes: T tokens, D hidden size, E all experts, K experts per token. Exp
 FFN, constant, copy, zero.
 """
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial, wraps
@@ -93,7 +91,7 @@ _SCORES: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]
 }
 
 
-class FP32Linear(nn.Module):
+class _FP32Linear(nn.Module):
     """`W x` in fp32, whatever the dtype of W.
 
     Not an `nn.Linear`: vLLM and quantisers put products in the weights' dtype in place of those.
@@ -118,14 +116,14 @@ class MoEPPGate(nn.Module):
         experts, hidden = config.total_experts, config.hidden_size
         if config.two_layer_gate:
             self.wg: nn.Module = nn.Sequential(
-                FP32Linear(hidden, 8 * experts),
+                _FP32Linear(hidden, 8 * experts),
                 nn.Tanh(),
-                FP32Linear(8 * experts, experts),
+                _FP32Linear(8 * experts, experts),
             )
         else:
-            self.wg = FP32Linear(hidden, experts)
+            self.wg = _FP32Linear(hidden, experts)
         if config.gating_residual and has_residual:
-            self.gate_map = FP32Linear(experts, experts)
+            self.gate_map = _FP32Linear(experts, experts)
         if config.selection_bias:
             bias = torch.zeros(experts, dtype=torch.float32)
             self.register_buffer("e_score_correction_bias", bias)
@@ -219,7 +217,7 @@ class MoEPPGate(nn.Module):
 
 
 @use_experts_implementation
-class FFNExperts(nn.Module):
+class _FFNExperts(nn.Module):
     """SwiGLU experts; gate and up projection are stacked in `gate_up_proj`, gate first.
 
     This loop is `experts_implementation="eager"`. transformers has others, by default `grouped_mm`,
@@ -246,13 +244,13 @@ class FFNExperts(nn.Module):
         return output_TD
 
 
-class ConstantExpert(nn.Module):
+class _ConstantExpert(nn.Module):
     """`a1 x + a2 v` with `[a1, a2] = softmax(U x / temperature)`, in its parts."""
 
     def __init__(self, config: MoEPPConfig) -> None:
         super().__init__()
         self.constant = nn.Parameter(torch.zeros(config.hidden_size))
-        self.wg = FP32Linear(config.hidden_size, 2)
+        self.wg = _FP32Linear(config.hidden_size, 2)
         self.temperature = config.constant_temperature
 
     def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -271,7 +269,7 @@ class MoEPPExperts(nn.Module):
     def __init__(self, config: MoEPPConfig) -> None:
         super().__init__()
         self.config = config
-        self.ffn = FFNExperts(config)
+        self.ffn = _FFNExperts(config)
         # Expert ids from `num_experts` on are not its own: no row of them is multiplied.
         setattr(self.ffn, "_is_expert_parallel", True)  # noqa: B010
         ffn, constants = config.num_ffn_experts, config.num_constant_experts
@@ -281,7 +279,7 @@ class MoEPPExperts(nn.Module):
         self.missing = {name: set(range(ffn)) for name, _ in self.ffn.named_parameters()}
         # Checkpoints number all experts.
         self.experts = nn.ModuleDict(
-            {str(index): ConstantExpert(config) for index in range(ffn, self.first_copy)}
+            {str(index): _ConstantExpert(config) for index in range(ffn, self.first_copy)}
         )
 
     def forward(self, x_TD: Tensor, gates_TK: Tensor, chosen_TK: Tensor) -> Tensor:
@@ -363,15 +361,7 @@ class MoEPPLayer(nn.Module):
         return output_TD, logits_TE
 
 
-class MoEPPBlock(nn.Module):
-    """The place of a MoE layer in a decoder layer; checkpoints call it `mlp.moe`."""
-
-    def __init__(self, config: MoEPPConfig, layer_idx: int) -> None:
-        super().__init__()
-        self.moe = MoEPPLayer(config, has_residual=any(config.moe_layers[:layer_idx]))
-
-
-class AllHeadsRMSNorm(nn.Module):
+class _AllHeadsRMSNorm(nn.Module):
     """RMSNorm of all heads of a token at once (OLMoE)."""
 
     def __init__(self, size: int, eps: float) -> None:
@@ -397,15 +387,17 @@ class MoEPPDecoderLayer(LlamaDecoderLayer):
     def __init__(self, config: MoEPPConfig, layer_idx: int) -> None:
         super().__init__(config, layer_idx)
         if config.moe_layers[layer_idx]:
-            self.mlp = MoEPPBlock(config, layer_idx)
+            has_residual = any(config.moe_layers[:layer_idx])
+            # Checkpoints call it `mlp.moe`.
+            self.mlp = nn.ModuleDict({"moe": MoEPPLayer(config, has_residual)})
         if config.qk_norm:
             # Llama's attention with norms of queries and keys, of each head by itself.
             self.self_attn = Qwen3Attention(config, layer_idx)
         if config.qk_norm and config.qk_norm_scope == "all_heads":
             heads, groups = config.num_attention_heads, config.num_key_value_heads
             width, eps = self.self_attn.head_dim, config.rms_norm_eps
-            self.self_attn.q_norm = AllHeadsRMSNorm(heads * width, eps)
-            self.self_attn.k_norm = AllHeadsRMSNorm(groups * width, eps)
+            self.self_attn.q_norm = _AllHeadsRMSNorm(heads * width, eps)
+            self.self_attn.k_norm = _AllHeadsRMSNorm(groups * width, eps)
         if config.qkv_bias:
             for name in ("q_proj", "k_proj", "v_proj"):
                 projection = getattr(self.self_attn, name)
@@ -427,9 +419,9 @@ class MoEPPDecoderLayer(LlamaDecoderLayer):
         attended, _ = self.self_attn(self.input_layernorm(hidden_states), *args, **kwargs)
         hidden_states = residual + attended
         x = self.post_attention_layernorm(hidden_states)
-        if not isinstance(mlp, MoEPPBlock):
+        if not isinstance(mlp, nn.ModuleDict):
             return hidden_states + mlp(x)
-        output, logits = mlp.moe(x.flatten(0, -2), lane.get(self.previous_moe_layer))
+        output, logits = mlp["moe"](x.flatten(0, -2), lane.get(self.previous_moe_layer))
         lane.setdefault(self.layer_idx, logits)
         return hidden_states + output.view_as(hidden_states)
 
@@ -450,11 +442,11 @@ class _MoEPPMixin:
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)  # type: ignore[misc]
-        if isinstance(module, (FFNExperts, FP32Linear)):
+        if isinstance(module, (_FFNExperts, _FP32Linear)):
             config: Any = self.config  # type: ignore[attr-defined]
             for weight in module.parameters(recurse=False):
                 init.normal_(weight, mean=0.0, std=config.initializer_range)
-        elif isinstance(module, ConstantExpert):
+        elif isinstance(module, _ConstantExpert):
             init.zeros_(module.constant)
         elif hasattr(module, "e_score_correction_bias"):
             init.zeros_(module.e_score_correction_bias)

@@ -3,8 +3,6 @@
 model.py  vLLM's Llama around the exported MoE layer with vLLM's fused FFN experts
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 # Whose internals model.py builds on; the extra `vllm` in pyproject.toml has the same.

@@ -6,8 +6,6 @@ a CPU has no map and gets the picks of FFN experts only, in an operator that gra
 into. Shape suffixes: T tokens, D hidden size, K experts per token, E all experts.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Iterator
 from copy import deepcopy
