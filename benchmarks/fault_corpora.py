@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from moepp_megatron.data.document_sources import SOURCES
+from moepp_megatron.data.samples import SOURCES
 
 VOCAB_SIZE = 1024
 BYTES = 1_500_000

@@ -2,10 +2,8 @@
 
 blending.py         one order of samples over several folders, stage by stage
 chat_template.py    conversations as text, and which tokens of it are answers
-conversations.py    conversations as training samples
 corpus.py           writes the Megatron indexed dataset, documents shuffled, validation last
 datasets.py         opens prepared folders as megatron-core GPT datasets: train, validation, test
-document_sources.py which data source the tokens of a sample come from
 documents.py        reads documents from source files
 encoding.py         turns documents into token ids
 external_tokenizers.py  sentencepiece, tiktoken and Hugging Face folders, turned into tokenizer.json
@@ -16,17 +14,15 @@ manifest.py         `manifest.json`: what a prepared folder holds and what it wa
 npz.py              arrays of files of numpy.savez
 prepare.py          `moepp data prepare`
 prepare_chat.py     reads conversations of every form, writes a folder of them: encoded, packed
-prepared_data.py    whether a configuration's data are there and fit its model
+prepared_data.py    whether a configuration's data are there and fit its model and tokenizer
 progress.py         progress by bytes: a bar on a terminal, a few plain lines elsewhere
-same_tokenizer.py   checks that a tokenizer is the one whose token ids a corpus or a model uses
+samples.py          samples with the data source of each token; conversations as samples
 show.py             what prepared data hold, and what a run will draw of them
 source_files.py     opens source files, compressed ones too; text columns of parquet and Arrow
 source_filters.py   which files are text: of Hugging Face datasets, of the built-in corpus
 sources.py          resolves the user's sources to a fixed order of files
 split.py            the split of a corpus's documents into train, validation and test
-token_check.py      checks samples for tokens outside the vocabulary, before they reach an embedding
-token_classes.py    the class of a token: word, fragment, keyword, number, ...
-token_groups.py     classes of token ids that metrics and rules distinguish
+token_classes.py    classes of tokens: word, fragment, keyword, ...; of token ids, by frequency too
 tokenizer.py        the tokenizer: a Hugging Face `tokenizers` file and its end-of-document token
 verify.py           checks a prepared folder by its manifest, and Megatron's own PREFIX.bin and .idx
 

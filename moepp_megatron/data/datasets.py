@@ -12,10 +12,9 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 from moepp_megatron.config import Config, ConfigError
 from moepp_megatron.config.blends import Blend, Folder, blends_of, folders_of, labels
 from moepp_megatron.data.blending import DrawnDataset, cached_in, plan_draws
-from moepp_megatron.data.conversations import ConversationDataset
-from moepp_megatron.data.document_sources import SourcedDataset, read_document_sources
 from moepp_megatron.data.manifest import CACHE, MARKS, MAX_SOURCES, Manifest
 from moepp_megatron.data.prepared_data import check_sequence_length
+from moepp_megatron.data.samples import ConversationDataset, SourcedDataset, read_document_sources
 from moepp_megatron.data.split import check_split, split_of_set
 from moepp_megatron.data.tokenizer import Tokenizer
 from moepp_megatron.data.verify import check_start, read_manifest

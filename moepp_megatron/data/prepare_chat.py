@@ -217,7 +217,7 @@ def _write_sequences(
     seed: int,
 ) -> tuple[int, dict[str, str]]:
     """Write corpus and marks with megatron-core's builder; their number, and SHA-256 by name."""
-    from moepp_megatron.data.conversations import FIRST, PADDED
+    from moepp_megatron.data.samples import FIRST, PADDED
 
     # RandomState, because NumPy promises its stream across versions.
     random = np.random.RandomState(seed)
@@ -235,7 +235,7 @@ def _write_sequences(
             for index in packs[number]:
                 own = conversations[index]
                 tokens[start : start + len(own)] = own >> 1
-                # The lowest bit of a code is `conversations.LEARNT`.
+                # The lowest bit of a code is `samples.LEARNT`.
                 marks[start : start + len(own)] = own & 1
                 marks[start] |= FIRST
                 start += len(own)

@@ -10,9 +10,8 @@ from megatron.core.utils import get_batch_on_this_cp_rank
 from torch import Tensor
 
 from moepp_megatron.config import Config
-from moepp_megatron.data.conversations import DOCUMENTS
-from moepp_megatron.data.loader import batches
-from moepp_megatron.data.token_check import vocabulary_of
+from moepp_megatron.data.loader import batches, vocabulary_of
+from moepp_megatron.data.samples import DOCUMENTS
 from moepp_megatron.model.document_attention import dense_mask, document_ends, document_numbers
 from moepp_megatron.runtime.optional import have_transformer_engine
 from moepp_megatron.training.step import Batch

@@ -14,7 +14,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from moepp_megatron.config import Config, Layout
-from moepp_megatron.data.conversations import PADDING
+from moepp_megatron.data.samples import PADDING
 from moepp_megatron.runtime.patches import replaced
 from moepp_megatron.training.rng import get_rng_state, set_rng_state
 from moepp_megatron.training.setup import TrainingModel

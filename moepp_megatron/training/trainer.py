@@ -11,7 +11,7 @@ import torch.distributed as dist
 from moepp_megatron.config import Config, Layout
 from moepp_megatron.config.choices import pick
 from moepp_megatron.data.datasets import DATASETS, build_validation_sets
-from moepp_megatron.data.same_tokenizer import tokenizer_of_run
+from moepp_megatron.data.prepared_data import tokenizer_of_run
 from moepp_megatron.data.tokenizer import Tokenizer
 from moepp_megatron.observe.alerts import Alert
 from moepp_megatron.observe.metrics import StepMetrics

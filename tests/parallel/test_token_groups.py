@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from moepp_megatron.data.token_groups import BANDS
+from moepp_megatron.data.token_classes import BANDS
 from tests.parallel.test_health import LAYOUTS
 from tests.parallel.training_runs import (
     VANILLA,

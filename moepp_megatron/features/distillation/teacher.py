@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moepp_megatron.config import Config, ConfigError, load_config, parse_config
-from moepp_megatron.data.same_tokenizer import check_model_tokenizer
+from moepp_megatron.data.prepared_data import check_model_tokenizer
 from moepp_megatron.file_names import CONFIG_FILE, MANIFEST_FILE, MODEL_CONFIG_FILE, TOKENIZER_FILE
 from moepp_megatron.training.checkpoint.files import plain_damage
 from moepp_megatron.training.checkpoint.find import find_checkpoint

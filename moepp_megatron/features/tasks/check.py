@@ -21,7 +21,7 @@ def check_tasks(config: Config) -> None:
             "package lm-eval, which is not installed; "
             f"{how_to_install('lm-eval>=0.4.13,<0.5')}, or leave it out"
         )
-    from moepp_megatron.data.same_tokenizer import tokenizer_of_run
+    from moepp_megatron.data.prepared_data import tokenizer_of_run
     from moepp_megatron.data.tokenizer import Tokenizer
     from moepp_megatron.features.tasks.lm_eval_tasks import load_tasks, try_tasks
 

@@ -10,14 +10,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from moepp_megatron.config import Config, Layout
-from moepp_megatron.data.document_sources import SOURCES, source_names
-from moepp_megatron.data.token_check import check_tokens
-from moepp_megatron.data.token_groups import (
+from moepp_megatron.data.loader import check_tokens
+from moepp_megatron.data.samples import SOURCES, source_names
+from moepp_megatron.data.token_classes import (
     BAND_EDGES,
     BANDS,
     TokenGroups,
     classes_of_vocabulary,
-    token_groups,
 )
 from moepp_megatron.data.tokenizer import Tokenizer
 from moepp_megatron.model.gpt import MoEPPGPTModel
@@ -154,7 +153,7 @@ class TokenClassesPart(Part):
         classes = None
         if isinstance(tokenizer, Tokenizer):
             classes = classes_of_vocabulary(tokenizer, size)
-        self.groups = token_groups(of_ids, classes)
+        self.groups = TokenGroups.of(of_ids, classes)
         on_device = torch.from_numpy(self.groups.of_ids).to(torch.cuda.current_device())
         self._statistics = _tag_tokens(self._run.model.models, on_device)
         for statistics in self._statistics:

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 
 from moepp_megatron.catalogue import OF_RECORD
-from moepp_megatron.data.token_groups import BANDS
+from moepp_megatron.data.token_classes import BANDS
 from moepp_megatron.tools.report import formatting
 from moepp_megatron.tools.report.blocks import Cell, Plot, Table, number
 from moepp_megatron.tools.report.curves import drawn_metrics, plain_plot

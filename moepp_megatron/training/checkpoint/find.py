@@ -13,7 +13,7 @@ from typing import Concatenate
 from moepp_megatron.config import Config, ConfigError
 from moepp_megatron.config.paths import looked_at
 from moepp_megatron.config.yaml_file import read_mapping
-from moepp_megatron.data.same_tokenizer import check_model_tokenizer
+from moepp_megatron.data.prepared_data import check_model_tokenizer
 from moepp_megatron.file_names import CONFIG_FILE, LATEST_FILE, MODEL_CONFIG_FILE, TOKENIZER_FILE
 from moepp_megatron.runtime.object_store import place
 from moepp_megatron.runtime.rank import RankEnvironment

@@ -12,8 +12,8 @@ from moepp_megatron.config.blends import Blend, Folder
 from moepp_megatron.config.errors import ConfigError
 from moepp_megatron.data.blending import plan_draws
 from moepp_megatron.data.datasets import build_datasets, build_validation_sets
-from moepp_megatron.data.document_sources import SOURCES, source_names
 from moepp_megatron.data.loader import batches
+from moepp_megatron.data.samples import SOURCES, source_names
 from moepp_megatron.data.tokenizer import Tokenizer
 from tests.unit.data.letters import prepare_letters
 from tests.unit.training.conftest import config_of

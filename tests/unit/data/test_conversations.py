@@ -13,12 +13,12 @@ from pyarrow import parquet
 
 from moepp_megatron.config import ConfigError, parse_config
 from moepp_megatron.data.chat_template import ChatTemplate, UnusableChat
-from moepp_megatron.data.conversations import DOCUMENTS, PADDING
 from moepp_megatron.data.datasets import build_datasets
 from moepp_megatron.data.manifest import Manifest
 from moepp_megatron.data.prepare import PrepareSettings, prepare
 from moepp_megatron.data.prepare_chat import _messages_of, _pack
 from moepp_megatron.data.prepared_data import check_data
+from moepp_megatron.data.samples import DOCUMENTS, PADDING
 from moepp_megatron.data.tokenizer import Tokenizer
 from moepp_megatron.data.verify import verify
 from moepp_megatron.file_names import CHAT_TEMPLATE_FILE

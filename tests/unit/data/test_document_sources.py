@@ -11,10 +11,10 @@ from typer.testing import CliRunner
 from moepp_megatron.cli.main import app
 from moepp_megatron.config.errors import ConfigError
 from moepp_megatron.data.datasets import build_datasets
-from moepp_megatron.data.document_sources import SOURCES, source_names
 from moepp_megatron.data.loader import batches
 from moepp_megatron.data.manifest import DOCUMENT_SOURCES, MAX_SOURCES, Manifest
 from moepp_megatron.data.prepare import PrepareSettings, prepare
+from moepp_megatron.data.samples import SOURCES, source_names
 from moepp_megatron.data.tokenizer import Tokenizer
 from moepp_megatron.runtime.terminal import Console
 

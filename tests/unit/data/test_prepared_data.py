@@ -7,7 +7,7 @@ import pytest
 from moepp_megatron.config import ConfigError, load_config
 from moepp_megatron.config.flops import forward_flops_per_token
 from moepp_megatron.config.parameters import count_parameters
-from moepp_megatron.data import same_tokenizer, verify
+from moepp_megatron.data import prepared_data
 from moepp_megatron.data.prepared_data import check_data
 
 REPOSITORY = Path(__file__).parents[3]
@@ -25,9 +25,9 @@ def check(monkeypatch):
             is_bare = False
             chat = None
 
-        monkeypatch.setattr(verify, "read_manifest", lambda *arguments: Prepared())
-        monkeypatch.setattr(verify, "check_start", lambda *arguments: None)
-        monkeypatch.setattr(same_tokenizer, "check_corpus_tokenizer", lambda *arguments: None)
+        monkeypatch.setattr(prepared_data, "read_manifest", lambda *arguments: Prepared())
+        monkeypatch.setattr(prepared_data, "check_start", lambda *arguments: None)
+        monkeypatch.setattr(prepared_data, "_check_corpus_tokenizer", lambda *arguments: None)
         return check_data(config)
 
     return warnings

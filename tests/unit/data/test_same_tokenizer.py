@@ -8,8 +8,8 @@ import pytest
 from moepp_megatron.config import ConfigError
 from moepp_megatron.config.blends import Folder
 from moepp_megatron.data.manifest import Manifest
-from moepp_megatron.data.same_tokenizer import (
-    check_corpus_tokenizer,
+from moepp_megatron.data.prepared_data import (
+    _check_corpus_tokenizer,
     check_model_tokenizer,
     tokenizer_of_run,
 )
@@ -48,7 +48,7 @@ def _config(folder, tokenizer=None):
 
 def _check(folder, tokenizer=None):
     place = Folder("data.path", folder)
-    check_corpus_tokenizer(_config(folder, tokenizer), Manifest.read(folder), place)
+    _check_corpus_tokenizer(_config(folder, tokenizer), Manifest.read(folder), place)
 
 
 def test_the_corpus_has_its_own(folder, tmp_path):
@@ -78,7 +78,7 @@ def test_another_end_of_document_is_refused(folder, tmp_path):
     blend = [{"path": str(each), "weight": 1.0} for each in (folder, other)]
     message = r"\(.*other\) must end documents with <.endoftext.>, .* and ends them with %"
     with pytest.raises(ConfigError, match=rf"data\.blend\[1\]\.path {message}"):
-        check_corpus_tokenizer(
+        _check_corpus_tokenizer(
             config_of(data={"blend": blend}),
             Manifest.read(other),
             Folder("data.blend[1].path", other),

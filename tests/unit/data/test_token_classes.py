@@ -5,7 +5,7 @@ import pytest
 from moepp_megatron.data.token_classes import (
     CLASSES,
     ID_CLASSES,
-    id_classes,
+    _id_classes,
     language_of,
     token_classes,
 )
@@ -106,5 +106,5 @@ def test_ids_are_classified_by_their_own_characters():
         "\ufffd": "part of a character",
         "": "part of a character",
     }
-    found = [ID_CLASSES[index] for index in id_classes(list(expected))]
+    found = [ID_CLASSES[index] for index in _id_classes(list(expected))]
     assert dict(zip(expected, found, strict=True)) == expected

@@ -195,8 +195,7 @@ def test_damaged_manifest_is_one_line(folder, content):
 @pytest.mark.parametrize(("document", "workers"), [(0, 0), (23, 2), (59, 0)])
 def test_loader_names_a_token_outside_of_the_vocabulary(folder, document, workers):
     from moepp_megatron.data.datasets import build_datasets
-    from moepp_megatron.data.loader import batches
-    from moepp_megatron.data.token_check import vocabulary_of
+    from moepp_megatron.data.loader import batches, vocabulary_of
     from moepp_megatron.data.tokenizer import Tokenizer
     from moepp_megatron.features.tokens.part import _token_counts
 
@@ -223,7 +222,7 @@ def test_loader_names_a_token_outside_of_the_vocabulary(folder, document, worker
 def test_label_behind_the_last_token_is_checked():
     import torch
 
-    from moepp_megatron.data.token_check import check_tokens
+    from moepp_megatron.data.loader import check_tokens
 
     good = {"tokens": torch.tensor([[0, 1], [2, 3]]), "labels": torch.tensor([[1, 2], [3, 4]])}
     check_tokens(None, [7, 8], good, 5)
