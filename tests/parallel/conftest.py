@@ -24,10 +24,10 @@ def corpus(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def trained(ranks):
-    """`trained(size, raw)`: the run of this many ranks with these settings."""
+    """`trained(size, raw)`: the run of this many ranks with these settings; `how` as `train`."""
 
-    def run(size, raw, steps=STEPS, prepare=None):
-        return assemble(ranks(size).run(train, raw, steps, prepare))
+    def run(size, raw, steps=STEPS, *args, how=train):
+        return assemble(ranks(size).run(how, raw, steps, *args))
 
     return run
 

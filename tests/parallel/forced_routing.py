@@ -12,40 +12,27 @@ MARGIN = 4.0
 
 def only_zero_experts(models):
     """Every token selects zero experts (there must be K of them): no FFN token anywhere."""
-    _force(models, lambda moepp, positions, length: [_zero_experts(moepp)] * len(positions))
+    _force(models, lambda moepp, is_late: _zero_experts(moepp))
 
 
 def one_ffn_expert(models):
     """Every token selects FFN expert 0 and the zero expert."""
-    _force(models, lambda moepp, positions, length: [[0, *_zero_experts(moepp)]] * len(positions))
+    _force(models, lambda moepp, is_late: [0, *_zero_experts(moepp)])
 
 
 def first_half_of_ffn_experts(models):
     """Every token selects among the first half of the FFN experts; the others get none."""
-    _force(
-        models,
-        lambda moepp, positions, length: [list(range(moepp.num_ffn_experts // 2))] * len(positions),
-    )
+    _force(models, lambda moepp, is_late: list(range(moepp.num_ffn_experts // 2)))
 
 
 def one_ffn_expert_of_each_half(models):
     """Every token selects the first FFN expert of either half, and zero experts: an even load."""
-    _force(
-        models,
-        lambda moepp, positions, length: (
-            [[0, moepp.num_ffn_experts // 2, *_zero_experts(moepp)]] * len(positions)
-        ),
-    )
+    _force(models, lambda moepp, is_late: [0, moepp.num_ffn_experts // 2, *_zero_experts(moepp)])
 
 
 def second_half_without_ffn(models):
     """Tokens of the second half of a sequence select zero experts: a rank may send no FFN token."""
-    _force(
-        models,
-        lambda moepp, positions, length: [
-            _zero_experts(moepp) if position >= length // 2 else [] for position in positions
-        ],
-    )
+    _force(models, lambda moepp, is_late: _zero_experts(moepp) if is_late else [])
 
 
 def duplicate_router_rows(models):
@@ -98,7 +85,7 @@ def _routers(models):
 
 
 def _force(models, favoured):
-    """Add MARGIN to the logits of the favoured experts."""
+    """Add MARGIN to the logits of `favoured(moepp, whether in a sequence's second half)`."""
     import torch
 
     for router in _routers(models):
@@ -106,10 +93,10 @@ def _force(models, favoured):
             for parameter in router.parameters():
                 parameter.mul_(0.1)
         length = models[0].max_sequence_length
-        favours = favoured(router.moepp, places_of_this_rank(length), length)
-        bias = torch.zeros(len(favours), 1, router.moepp.num_experts)
-        for row, experts in enumerate(favours):
-            bias[row, 0, experts] = MARGIN
+        places = places_of_this_rank(length)
+        bias = torch.zeros(len(places), 1, router.moepp.num_experts)
+        for row, place in enumerate(places):
+            bias[row, 0, favoured(router.moepp, place >= length // 2)] = MARGIN
         router.second_layer = _biased(router.second_layer, bias)
 
 

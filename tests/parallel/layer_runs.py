@@ -25,16 +25,13 @@ def run_layer(raw):
 
 def _run(config, layout):
     import torch
-    import torch.distributed as dist
     from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
     from moepp_megatron.model.build import build_model
 
     (model,) = build_model(config)
     layer = model.decoder.layers[_LAYER].mlp
-    place = layout.coordinates(dist.get_rank())
-    where = (_share(SEQUENCE, place.tp, layout.tp), _share(BATCH, place.dp, layout.dp))
-    x, previous, out_weight, logit_weight = (t[where].clone() for t in _tensors(config))
+    where, x, previous, out_weight, logit_weight = _own_tensors(config, layout)
     x.requires_grad_()
     previous.requires_grad_()
     MoEAuxLossAutoScaler.set_loss_scale(torch.tensor(1.0))
@@ -53,16 +50,13 @@ def _run(config, layout):
 def evaluate_layer(raw):
     """The layer's output of this rank's tokens in evaluation, without autograd."""
     import torch
-    import torch.distributed as dist
 
     from moepp_megatron.model.build import build_model
 
     config, layout = begin(raw)
     (model,) = build_model(config)
     model.eval()
-    place = layout.coordinates(dist.get_rank())
-    where = (_share(SEQUENCE, place.tp, layout.tp), _share(BATCH, place.dp, layout.dp))
-    x, previous, *_ = (t[where].clone() for t in _tensors(config))
+    _, x, previous, *_ = _own_tensors(config, layout)
     layer = model.decoder.layers[_LAYER].mlp
     with torch.no_grad():
         arguments = (x,) if config.moe.is_vanilla else (x, previous)
@@ -153,6 +147,15 @@ def _tensors(config):
     generator = torch.Generator().manual_seed(3)
     widths = (config.model.hidden_size, config.moe.num_experts) * 2
     return [torch.randn(SEQUENCE, BATCH, width, generator=generator) for width in widths]
+
+
+def _own_tensors(config, layout):
+    """Which part of all tokens this rank has, and its part of each of `_tensors`."""
+    import torch.distributed as dist
+
+    place = layout.coordinates(dist.get_rank())
+    where = (_share(SEQUENCE, place.tp, layout.tp), _share(BATCH, place.dp, layout.dp))
+    return where, *(tensor[where].clone() for tensor in _tensors(config))
 
 
 def _pieces(model):

@@ -1,12 +1,10 @@
 """A checkpoint of any layout resumes in any other as if nothing had happened."""
 
-from functools import cache
-
 import numpy as np
 import pytest
 
 from tests.parallel.checkpoint_runs import train_between
-from tests.parallel.training_runs import CP2, EP2, PP2, TP2, assemble, settings, train
+from tests.parallel.training_runs import CP2, EP2, PP2, TP2, settings
 
 # As between layouts without a checkpoint (test_matrix.py): sums in another order, a few units in
 # the last place (6e-8) each, carried on by six steps of Adam.
@@ -69,11 +67,6 @@ def run_settings(**sections):
     return settings(model=model, training=training, **sections)
 
 
-@cache
-def unbroken(ranks):
-    return assemble(ranks(1).run(train, run_settings(), STEPS)).losses
-
-
 def check(ranks, folder, writer, reader, **sections):
     """Losses of a run that changes its layout in the middle."""
     world_size, parallel = LAYOUTS[writer]
@@ -90,9 +83,9 @@ def check(ranks, folder, writer, reader, **sections):
     ("writer", "reader"),
     [*PAIRS, *(pytest.param(*pair, marks=pytest.mark.matrix) for pair in MORE_PAIRS)],
 )
-def test_run_goes_on_in_another_layout(ranks, tmp_path, writer, reader):
+def test_run_goes_on_in_another_layout(ranks, alone, tmp_path, writer, reader):
     losses = check(ranks, tmp_path, writer, reader)
-    np.testing.assert_allclose(losses, unbroken(ranks), rtol=FP32)
+    np.testing.assert_allclose(losses, alone(run_settings(), steps=STEPS).losses, rtol=FP32)
 
 
 @pytest.mark.matrix
@@ -101,9 +94,9 @@ def test_run_goes_on_in_another_layout(ranks, tmp_path, writer, reader):
     [{"model": {"tie_embeddings": True}}, {"moe": {"num_ffn_experts": 8, "layer_freq": 2}}],
     ids=["tied", "mixed"],
 )
-def test_other_models(ranks, tmp_path, sections):
+def test_other_models(ranks, alone, tmp_path, sections):
     losses = check(ranks, tmp_path, "pp2", "ep2", **sections)
-    expected = assemble(ranks(1).run(train, run_settings(**sections), STEPS)).losses
+    expected = alone(run_settings(**sections), steps=STEPS).losses
     np.testing.assert_allclose(losses, expected, rtol=FP32)
 
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from tests.parallel.training_runs import PP2, STEPS, TP2, assemble, compare, short, train
+from tests.parallel.training_runs import PP2, TP2, compare, short
 
 TOKENS, COLUMNS = 6, 20
 # As in tests/unit/moe/test_kernels.py: a dozen fp32 operations.
@@ -67,10 +67,13 @@ def test_shares_of_the_vocabulary(ranks, size, spread):
     assert np.abs(results[0]["fp64"][1]).max() > 0
 
 
-def run(ranks, size, kind, **sections):
-    precision = {"cross_entropy": kind, **sections.pop("precision", {})}
-    raw = short(**sections, precision=precision)
-    return assemble(ranks(size).run(train, raw, STEPS))
+@pytest.fixture
+def run(trained):
+    def run_with(size, kind, **sections):
+        precision = {"cross_entropy": kind, **sections.pop("precision", {})}
+        return trained(size, short(**sections, precision=precision))
+
+    return run_with
 
 
 @pytest.mark.parametrize(
@@ -78,9 +81,9 @@ def run(ranks, size, kind, **sections):
     [(2, {"model": {"tie_embeddings": True}, "parallel": TP2}), (2, {"parallel": PP2})],
     ids=["tp2 tied", "pp2"],
 )
-def test_training(ranks, size, sections):
+def test_training(run, size, sections):
     """Losses, gradients and routing are those of megatron-core's cross entropy in the layout."""
-    unfused, fused = (run(ranks, size, kind, **sections) for kind in ("unfused", "fused"))
+    unfused, fused = (run(size, kind, **sections) for kind in ("unfused", "fused"))
     compare(fused, unfused, LAYOUT)
     assert any(
         not np.array_equal(fused.gradients[name], unfused.gradients[name])
@@ -88,13 +91,13 @@ def test_training(ranks, size, sections):
     ), "the kernels did not run"
 
 
-def test_the_native_fusion_is_exact_where_logits_are_bf16(ranks):
+def test_the_native_fusion_is_exact_where_logits_are_bf16(run):
     """It rounds the gradient to bf16, which autograd does with megatron-core's other one too."""
     bf16 = {"dtype": "bf16"}
-    unfused, native = (run(ranks, 1, kind, precision=bf16) for kind in ("unfused", "native"))
+    unfused, native = (run(1, kind, precision=bf16) for kind in ("unfused", "native"))
     compare(native, unfused, 0.0)
 
 
-def test_a_cpu_keeps_what_it_computed(ranks):
-    unfused, auto = (run(ranks, 1, kind) for kind in ("unfused", "auto"))
+def test_a_cpu_keeps_what_it_computed(run):
+    unfused, auto = (run(1, kind) for kind in ("unfused", "auto"))
     compare(auto, unfused, 0.0)

@@ -7,7 +7,6 @@ from tests.parallel.training_runs import (
     LATENT,
     PP2,
     STEPS,
-    assemble,
     compare,
     short,
     train,
@@ -56,7 +55,7 @@ def train_with_experts(raw, steps, replays):
     ("parts", "factor", "replays"),
     [(["attn", "moe"], 4.0, 2), (["attn", "moe"], 0.2, 0), (["attn", "moe_router"], 4.0, 2)],
 )
-def test_experts_with_static_rows_are_captured(ranks, layout, parts, factor, replays):
+def test_experts_with_static_rows_are_captured(trained, layout, parts, factor, replays):
     """Without a replay where the first step's rows overflow: it is repeated, others have none."""
     sections = {
         "parallel": {"pipeline": PP2, "data parallel": {}}[layout],
@@ -65,18 +64,17 @@ def test_experts_with_static_rows_are_captured(ranks, layout, parts, factor, rep
     runs = []
     for graphs in (parts, []):
         raw = short(**sections, training={"cuda_graphs": graphs})
-        runs.append(assemble(ranks(2).run(train_with_experts, raw, STEPS + 1, replays)))
+        runs.append(trained(2, raw, STEPS + 1, replays, how=train_with_experts))
     compare(*runs, 1e-6)
     assert runs[0].repeated == [int(factor < 1.0)] * (STEPS + 1)
     assert runs[0].fills == runs[1].fills
 
 
-def with_and_without(ranks, sections):
+def with_and_without(trained, sections):
     """A run with graphs, which the second step replays in both directions, and one without."""
-    plain = assemble(ranks(2).run(train, short(**sections), STEPS))
     graphs = {"cuda_graphs": ["attn", "moe_router"]}
-    run = assemble(ranks(2).run(train_with_graphs, short(**sections, training=graphs), STEPS))
-    return run, plain
+    run = trained(2, short(**sections, training=graphs), how=train_with_graphs)
+    return run, trained(2, short(**sections))
 
 
 LAYOUTS = {
@@ -94,7 +92,7 @@ LAYOUTS = {
     ("layout", "dtype"),
     [("expert parallel, overlapped", "fp32"), ("interleaved", "fp32"), ("pipeline", "bf16")],
 )
-def test_training_equals_that_without_graphs(ranks, layout, dtype):
+def test_training_equals_that_without_graphs(trained, layout, dtype):
     """To a few units in the last place: a graph sums gradients that meet in it in its own order."""
     sections = {
         "parallel": LAYOUTS[layout],
@@ -102,10 +100,10 @@ def test_training_equals_that_without_graphs(ranks, layout, dtype):
         "moe": {"layer_freq": [1, 0, 1, 1]},
         "model": {"num_layers": 4},
     }
-    compare(*with_and_without(ranks, sections), 1e-6)
+    compare(*with_and_without(trained, sections), 1e-6)
 
 
 @pytest.mark.parametrize("layout", ["expert parallel, overlapped", "pipeline"])
-def test_latent_attention_is_captured(ranks, layout):
+def test_latent_attention_is_captured(trained, layout):
     sections = {"parallel": LAYOUTS[layout], "model": LATENT}
-    compare(*with_and_without(ranks, sections), 1e-6)
+    compare(*with_and_without(trained, sections), 1e-6)

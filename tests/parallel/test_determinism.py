@@ -7,12 +7,9 @@ from tests.parallel.training_runs import (
     CP2,
     EP2,
     PP2,
-    STEPS,
     TP2,
-    assemble,
     difference,
     short,
-    train,
 )
 
 # Ranks, layout, layers and micro-batch size.
@@ -26,7 +23,7 @@ LAYOUTS = {
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_repeated_runs_are_bitwise_equal(ranks, layout, dtype):
+def test_repeated_runs_are_bitwise_equal(trained, layout, dtype):
     world_size, parallel, num_layers, micro_batch_size = LAYOUTS[layout]
     raw = short(
         model={"num_layers": num_layers},
@@ -35,7 +32,7 @@ def test_repeated_runs_are_bitwise_equal(ranks, layout, dtype):
         training={"deterministic": True, "micro_batch_size": micro_batch_size},
         moe={"input_jitter_eps": 0.1, "capacity_factor": 1.0},
     )
-    first, second = (assemble(ranks(world_size).run(train, raw, STEPS)) for _ in range(2))
+    first, second = (trained(world_size, raw) for _ in range(2))
     assert first.losses == second.losses
     assert first.grad_norms == second.grad_norms
     found = difference(second, first)
@@ -66,11 +63,11 @@ def test_between_equal_scores_the_first_expert_wins(ranks):
 @pytest.mark.parametrize(
     "parallel", [{**TP2, **EP2}, {**CP2, **EP2}, PP2], ids=["tp2 ep2", "cp2 ep2", "pp2"]
 )
-def test_ties_break_the_same_way_in_every_layout(ranks, alone, parallel):
+def test_ties_break_the_same_way_in_every_layout(trained, alone, parallel):
     """With router rows in equal pairs, every first pick of a pair of FFN experts is a tie."""
     moe = {"router_topk": 1}
     raw = short(moe=moe, parallel=parallel)
-    run = assemble(ranks(2).run(train, raw, 1, duplicate_router_rows))
+    run = trained(2, raw, 1, duplicate_router_rows)
     reference = alone(short(moe=moe), duplicate_router_rows, steps=1)
     assert difference(run, reference).selections < 1e-12
     for share in run.routing[0]["layer_expert_share"][:1]:

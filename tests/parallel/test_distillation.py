@@ -20,10 +20,8 @@ from tests.parallel.training_runs import (
     EP2,
     FULL,
     PP2,
-    STEPS,
     TP2,
     VANILLA,
-    assemble,
     begin,
     compare,
     difference,
@@ -109,8 +107,9 @@ def taught(teacher, kind=None, **sections):
     return short(**sections, distillation={"teacher": str(teacher), "weight": 0.7, **(kind or {})})
 
 
-def distilled(ranks, size, *args, **sections):
-    return assemble(ranks(size).run(train, taught(*args, **sections), STEPS))
+@pytest.fixture
+def distilled(trained):
+    return lambda size, *args, **sections: trained(size, taught(*args, **sections))
 
 
 LAYOUTS = {
@@ -133,22 +132,21 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize("layout", list(LAYOUTS))
-def test_every_layout_is_one_process(ranks, alone, teachers, layout):
+def test_every_layout_is_one_process(distilled, alone, teachers, layout):
     size, sections = LAYOUTS[layout]
-    run = distilled(ranks, size, teachers["vanilla"], **sections)
+    run = distilled(size, teachers["vanilla"], **sections)
     reference = alone(taught(teachers["vanilla"], model=sections.get("model", {})))
     compare(run, reference, LAYOUT)
     assert run.divergences == pytest.approx(reference.divergences, rel=LAYOUT)
     assert min(reference.divergences) > 0.01
 
 
-def test_micro_batches_add_up(ranks, teachers):
+def test_micro_batches_add_up(distilled, teachers):
     # The balance loss is one of each micro-batch, by its definition.
     moe = {"balance_coeff": 0.0}
-    whole = distilled(ranks, 1, teachers["deeper"], moe=moe, training={"micro_batch_size": 4})
+    whole = distilled(1, teachers["deeper"], moe=moe, training={"micro_batch_size": 4})
     for stages in (1, 2):
         parts = distilled(
-            ranks,
             stages,
             teachers["deeper"],
             moe=moe,
@@ -163,19 +161,19 @@ def test_micro_batches_add_up(ranks, teachers):
 @pytest.mark.parametrize(
     "kind", [{"top_k": 5}, {"temperature": 2.0}, {"text_weight": 0.0}, {"divergence": "reverse_kl"}]
 )
-def test_each_kind_of_loss_is_one_process(ranks, alone, teachers, kind):
+def test_each_kind_of_loss_is_one_process(distilled, alone, teachers, kind):
     one = alone(taught(teachers["vanilla"], kind))
-    two = distilled(ranks, 2, teachers["vanilla"], kind, parallel=TP2)
+    two = distilled(2, teachers["vanilla"], kind, parallel=TP2)
     compare(two, one, LAYOUT)
     assert two.divergences == pytest.approx(one.divergences, rel=LAYOUT)
     assert one.grad_norms != alone(taught(teachers["vanilla"], model={})).grad_norms
 
 
 @pytest.mark.parametrize("size", [1, 2])
-def test_weight_0_changes_no_bit(ranks, teachers, size):
+def test_weight_0_changes_no_bit(trained, distilled, teachers, size):
     sections = {"parallel": PP2} if size == 2 else {}
-    without = assemble(ranks(size).run(train, short(**sections), STEPS))
-    measured = distilled(ranks, size, teachers["deeper"], {"weight": 0.0}, **sections)
+    without = trained(size, short(**sections))
+    measured = distilled(size, teachers["deeper"], {"weight": 0.0}, **sections)
     assert measured.losses == without.losses
     assert measured.grad_norms == without.grad_norms
     assert measured.routing == without.routing
@@ -198,12 +196,12 @@ def test_the_gradient_is_that_of_the_sum(alone, teachers):
     assert np.abs(divergence.gradients[name]).max() > 0
 
 
-def test_a_teacher_teaches_the_next_token_alone(ranks, teachers):
+def test_a_teacher_teaches_the_next_token_alone(distilled, teachers):
     """Its layers of further tokens have no place in the run's stages, and need none."""
     model = {"num_layers": 3}
-    one = distilled(ranks, 1, teachers["further"], model=model)
+    one = distilled(1, teachers["further"], model=model)
     stages = {**PP2, "pipeline_model_parallel_layout": "Ett|tL"}
-    two = distilled(ranks, 2, teachers["further"], model=model, parallel=stages)
+    two = distilled(2, teachers["further"], model=model, parallel=stages)
     compare(two, one, LAYOUT)
     assert two.divergences == pytest.approx(one.divergences, rel=LAYOUT)
 

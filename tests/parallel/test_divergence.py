@@ -8,7 +8,8 @@ pytestmark = pytest.mark.parallel
 
 TIED = {"tie_embeddings": True}
 LATE = {"overlap_grad_reduce": True, "overlap_param_gather": True}
-# Layout; parts of parameters' names on rank 1 (with PP2 a last stage) whose copies are on rank 0.
+# Layout; parts of parameters' names on rank 1 (with PP2 a last stage) whose copies are on rank 0,
+# and on rank 3 those of an expert of two times two expert-parallel ranks.
 CASES = {
     "dense weights and experts over dp": (
         {},
@@ -18,6 +19,10 @@ CASES = {
     "what is whole over tp": (
         {"parallel": TP2},
         ("input_layernorm.weight", "router.residual_weight", "zero_computation"),
+    ),
+    "an expert's copies alone": (
+        {"parallel": EP2, "training": {"micro_batch_size": 1}},
+        ("local_experts.3.linear_fc1.weight",),
     ),
     "weight shard over cp": ({"parallel": CP2}, ("self_attention.linear_proj.weight",)),
     "tied embedding over pp": ({"parallel": PP2, "model": TIED}, ("output_layer.weight",)),
@@ -65,30 +70,18 @@ def _flip_one_bit(model, part):
     return names[-1]
 
 
-def test_expert_is_compared_with_its_copies_alone(ranks):
-    """Ranks 1 and 3 of two times two expert-parallel ranks have the same experts."""
-    watch = {"divergence_interval": 1, "hang_timeout_s": 0.0, "straggler_interval": 0}
-    raw = short(parallel=EP2, training={"micro_batch_size": 1}, resilience=watch)
-    for found in ranks(4).run(train_and_flip, raw, ("local_experts.3.linear_fc1.weight",)):
-        ((_, message),) = found
-        lines = [line for line in message.splitlines() if line.startswith("  step 2: ")]
-        assert len(lines) == 1, f"one parameter was changed: {lines}"
-        assert "local_experts.3.linear_fc1.weight" in lines[0]
-        assert "rank 1 " in lines[0]
-        assert "rank 3 " in lines[0]
-
-
 @pytest.mark.parametrize("case", CASES)
 def test_one_flipped_bit_ends_every_rank(ranks, case):
     """Healthy copies agree before and after; a rank that saw no difference would not return."""
     sections, parts = CASES[case]
     watch = {"divergence_interval": 1, "hang_timeout_s": 0.0, "straggler_interval": 0}
     raw = short(**sections, resilience=watch)
-    for found in ranks(2).run(train_and_flip, raw, parts):
+    size, other = (4, 3) if "training" in sections else (2, 0)
+    for found in ranks(size).run(train_and_flip, raw, parts):
         assert len(found) == len(parts)
         for part, (_, message) in zip(parts, found, strict=True):
             lines = [line for line in message.splitlines() if line.startswith("  step 2: ")]
             assert len(lines) == 1, f"one parameter was changed: {lines}"
             assert part in lines[0] or "tied embedding" in lines[0]
-            assert "rank 0 " in lines[0]
+            assert f"rank {other} " in lines[0]
             assert "rank 1 " in lines[0]

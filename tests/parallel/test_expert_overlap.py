@@ -65,15 +65,13 @@ MODELS = {
 
 @pytest.mark.parametrize("name", MODELS)
 def test_without_pipeline(ranks, name):
-    run, reference = both(ranks, 2, train, **MODELS[name], parallel=EP2)
-    compare(run, reference, 0.0)
+    compare(*both(ranks, 2, train, **MODELS[name], parallel=EP2), 0.0)
 
 
 def test_overlapped_reduction_and_gathering(ranks):
     """Parameters are gathered by hooks of the modules, which the nodes must still call."""
     parallel = {**EP2, "overlap_grad_reduce": True, "overlap_param_gather": True}
-    run, reference = both(ranks, 2, train, model={"num_layers": 3}, parallel=parallel)
-    compare(run, reference, 0.0)
+    compare(*both(ranks, 2, train, model={"num_layers": 3}, parallel=parallel), 0.0)
 
 
 @pytest.mark.parametrize(
@@ -82,18 +80,15 @@ def test_overlapped_reduction_and_gathering(ranks):
     ids=["even", "embedding and loss alone", "latent attention"],
 )
 def test_interleaved_pipeline(ranks, stages, model):
-    run, reference = both(ranks, 4, train, model=model, parallel=STAGES | stages)
-    compare(run, reference, 0.0)
+    compare(*both(ranks, 4, train, model=model, parallel=STAGES | stages), 0.0)
 
 
 @pytest.mark.parametrize("prepare", [only_zero_experts, second_half_without_ffn])
 def test_ranks_without_ffn_tokens(ranks, prepare):
     moe = {"num_zero_experts": 2}
-    run, reference = both(ranks, 2, train, prepare, moe=moe, parallel=EP2)
-    compare(run, reference, 0.0)
+    compare(*both(ranks, 2, train, prepare, moe=moe, parallel=EP2), 0.0)
 
 
 @pytest.mark.parametrize("function", [train_with_deepep, train_with_hybridep])
 def test_flex(ranks, function):
-    run, reference = both(ranks, 2, function, moe={"dispatcher": "flex"}, parallel=EP2)
-    compare(run, reference, 0.0)
+    compare(*both(ranks, 2, function, moe={"dispatcher": "flex"}, parallel=EP2), 0.0)

@@ -8,7 +8,7 @@ from tests.parallel.forced_routing import (
     one_ffn_expert,
     only_zero_experts,
 )
-from tests.parallel.training_runs import EP2, STEPS, TP2, assemble, compare, short
+from tests.parallel.training_runs import EP2, TP2, compare, short
 
 FP32 = 1e-5
 
@@ -24,20 +24,20 @@ LAYOUTS = {
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_training_equals_one_process(ranks, alone, backend, layout):
+def test_training_equals_one_process(trained, alone, backend, layout):
     world_size, parallel = LAYOUTS[layout]
     raw = short(parallel=parallel, **FLEX)
-    run = assemble(ranks(world_size).run(BACKENDS[backend], raw, STEPS))
+    run = trained(world_size, raw, how=BACKENDS[backend])
     compare(run, alone(short()), FP32)
 
 
-def test_bytes_are_those_of_one_vector_per_token_and_rank(ranks, trained):
+def test_bytes_are_those_of_one_vector_per_token_and_rank(trained):
     """With one expert a rank no two selections share a vector: as many as the all-to-all sends."""
     moe = {"num_ffn_experts": 2}
     alltoall = trained(2, short(parallel=EP2, moe=moe), 1)
     raw = short(parallel=EP2, moe={**moe, "dispatcher": "flex"})
     for backend, train_with_flex in BACKENDS.items():
-        flex = assemble(ranks(2).run(train_with_flex, raw, 1))
+        flex = trained(2, raw, 1, how=train_with_flex)
         assert flex.routing[0]["a2a_bytes"] == alltoall.routing[0]["a2a_bytes"] > 0, backend
 
 
@@ -47,11 +47,11 @@ FORCED = {only_zero_experts: 0.0, one_ffn_expert: 0.5, first_half_of_ffn_experts
 
 @pytest.mark.parametrize("prepare", FORCED)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_ranks_and_experts_without_tokens(ranks, alone, backend, prepare):
+def test_ranks_and_experts_without_tokens(trained, alone, backend, prepare):
     """No FFN token at all; all of them on one expert; none for the second rank."""
     moe = {"num_zero_experts": 1 if prepare is one_ffn_expert else 2}
     raw = short(moe={**moe, "dispatcher": "flex"}, parallel=EP2)
-    run = assemble(ranks(2).run(BACKENDS[backend], raw, 1, prepare))
+    run = trained(2, raw, 1, prepare, how=BACKENDS[backend])
     assert run.routing[0]["ffn_fraction"] == FORCED[prepare]
     compare(run, alone(short(moe=moe), prepare, steps=1), FP32)
 

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from tests.parallel.training_runs import EP2, STEPS, assemble, begin_training, short, train
+from tests.parallel.training_runs import EP2, begin_training, short
 
 # Each gradient is summed over 2 micro-batches and 2 ranks; bf16 keeps 8 bits, so each of the four
 # sums rounds by at most 2^-9, and the norm of many of them by much less than their sum.
@@ -20,11 +20,10 @@ def raw(in_fp32):
     return short(precision=precision, parallel=EP2, training={"micro_batch_size": 1})
 
 
-def test_gradients_are_summed_in_bf16(ranks):
-    pool = ranks(2)
-    assert pool.run(buffer_types, raw(True)) == [{"torch.float32"}] * 2
-    assert pool.run(buffer_types, raw(False)) == [{"torch.bfloat16"}] * 2
-    exact, rounded = (assemble(pool.run(train, raw(in_fp32), STEPS)) for in_fp32 in (True, False))
+def test_gradients_are_summed_in_bf16(ranks, trained):
+    assert ranks(2).run(buffer_types, raw(True)) == [{"torch.float32"}] * 2
+    assert ranks(2).run(buffer_types, raw(False)) == [{"torch.bfloat16"}] * 2
+    exact, rounded = (trained(2, raw(in_fp32)) for in_fp32 in (True, False))
     assert rounded.losses[0] == exact.losses[0], "the forward pass is the same"
     np.testing.assert_allclose(rounded.grad_norms[0], exact.grad_norms[0], rtol=BF16)
     assert rounded.grad_norms[0] != exact.grad_norms[0]

@@ -9,10 +9,8 @@ from tests.parallel.layouts import ROUTINGS, parse_cells, reference_settings, ru
 from tests.parallel.matrix_cells import CORNERS, DEDUP, FAST, PAIRS
 from tests.parallel.training_runs import (
     STEPS,
-    assemble,
     compare,
     difference,
-    train,
 )
 
 LONG = 5
@@ -37,23 +35,23 @@ BF16_LOSS = 2**-7
 
 
 @pytest.mark.parametrize("cell", FAST, ids=str)
-def test_fast_layout(cell, ranks, alone, record_property):
-    check(cell, STEPS, ranks, alone, record_property)
+def test_fast_layout(cell, trained, alone, record_property):
+    check(cell, STEPS, trained, alone, record_property)
 
 
 @pytest.mark.matrix
 @pytest.mark.parametrize("cell", [*PAIRS, *CORNERS, *DEDUP], ids=str)
-def test_layout(cell, ranks, alone, record_property):
-    check(cell, LONG, ranks, alone, record_property)
+def test_layout(cell, trained, alone, record_property):
+    check(cell, LONG, trained, alone, record_property)
 
 
-def check(cell, steps, ranks, alone, record_property):
+def check(cell, steps, trained, alone, record_property):
     """Train the cell and its reference; `--junitxml` holds the differences."""
 
     def pair(cell):
         raw = learning(run_settings(cell), steps)
         routing = ROUTINGS[cell.routing]
-        run = assemble(ranks(cell.ranks).run(train, raw, steps, routing))
+        run = trained(cell.ranks, raw, steps, routing)
         return run, alone(learning(reference_settings(cell), steps), routing, steps)
 
     run, expected = pair(cell)

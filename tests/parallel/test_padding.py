@@ -26,9 +26,9 @@ def test_global_balance_equals_one_process_with_the_same_batches(trained):
     """One process whose micro-batches are as large as those of all data-parallel ranks."""
     moe = {"num_ffn_experts": 8, "balance_scope": "global"}
     raw = short(moe=moe, training={"micro_batch_size": 2})
-    one = trained(1, raw, prepare=pad_some)
+    one = trained(1, raw, STEPS, pad_some)
     raw = short(moe=moe, parallel=EP2, training={"micro_batch_size": 1})
-    found = difference(trained(2, raw, prepare=pad_some), one)
+    found = difference(trained(2, raw, STEPS, pad_some), one)
     # The balance losses themselves are means over other micro-batches.
     assert max(found.loss, found.grad_norm, found.gradient) <= RELATIVE, found
     assert found.selections < 1e-12, found

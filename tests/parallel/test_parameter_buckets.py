@@ -4,7 +4,7 @@ from functools import partial
 
 import pytest
 
-from tests.parallel.training_runs import EP2, STEPS, assemble, compare, short, train
+from tests.parallel.training_runs import EP2, compare, short, train
 
 # fp32 rounds by 6e-8; sums in another order, carried on by a step of Adam (see test_matrix).
 FP32 = 1e-5
@@ -28,8 +28,8 @@ def train_in_small_buckets(raw, steps):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_no_parameter_is_read_before_it_is_gathered(ranks, alone, layout):
+def test_no_parameter_is_read_before_it_is_gathered(trained, alone, layout):
     world_size, parallel = LAYOUTS[layout]
     raw = short(parallel=parallel, training=TRAINING)
-    run = assemble(ranks(world_size).run(train_in_small_buckets, raw, STEPS))
+    run = trained(world_size, raw, how=train_in_small_buckets)
     compare(run, alone(short(training=TRAINING)), FP32)

@@ -18,7 +18,6 @@ from tests.parallel.training_runs import (
     STEPS,
     TP2,
     VANILLA,
-    assemble,
     compare,
     short,
     train,
@@ -47,8 +46,9 @@ def of_step(folder, step, samples=4):
     return folder / f"from_sample_{samples * (step - 1):08d}.npz"
 
 
-def run(ranks, size, routes, **sections):
-    return assemble(ranks(size).run(train, short(**sections, routes=routes), STEPS))
+@pytest.fixture
+def run(trained):
+    return lambda size, routes, **sections: trained(size, short(**sections, routes=routes))
 
 
 def assert_same(found, expected):
@@ -68,14 +68,15 @@ def recorded(folder):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_replay_is_the_recorded_run(ranks, tmp_path, layout):
+def test_a_replay_is_the_recorded_run(tmp_path, layout):
     size, sections = LAYOUTS[layout]
-    plain = run(ranks, size, {}, **sections)
-    assert_same(run(ranks, size, {"record": str(tmp_path / "routes")}, **sections), plain)
-    replayed = run(ranks, size, {"replay": str(tmp_path / "routes")}, **sections)
+    plain = run(size, {}, **sections)
+    assert_same(run(size, {"record": str(tmp_path / "routes")}, **sections), plain)
+    replayed = run(size, {"replay": str(tmp_path / "routes")}, **sections)
     assert_same(replayed, plain)
 
-    layers = sum(sections.get("moe", {}).get("layer_freq", [1] * plain_layers(sections)))
+    every = [1] * sections.get("model", {}).get("num_layers", 2)
+    layers = sum(sections.get("moe", {}).get("layer_freq", every))
     for step, routes in enumerate(recorded(tmp_path / "routes")):
         assert routes.shape == (4 * 16, layers, 2)
         loads = []
@@ -86,35 +87,30 @@ def test_a_replay_is_the_recorded_run(ranks, tmp_path, layout):
         assert plain.routing[step]["max_ffn_load"] == pytest.approx(max(loads))
 
 
-def plain_layers(sections):
-    layers = sections.get("model", {}).get("num_layers", 2)
-    return layers
-
-
-def test_routes_of_one_layout_serve_another(ranks, tmp_path):
-    run(ranks, 1, {"record": str(tmp_path / "one")})
+def test_routes_of_one_layout_serve_another(run, tmp_path):
+    run(1, {"record": str(tmp_path / "one")})
     layout = {"parallel": TP2 | PP2 | EP2, "training": FULL}
-    run(ranks, 4, {"replay": str(tmp_path / "one"), "record": str(tmp_path / "four")}, **layout)
+    run(4, {"replay": str(tmp_path / "one"), "record": str(tmp_path / "four")}, **layout)
     for one, four in zip(recorded(tmp_path / "one"), recorded(tmp_path / "four"), strict=True):
         np.testing.assert_array_equal(one, four)
-    run(ranks, 1, {"record": str(tmp_path / "first"), "steps": 1})
+    run(1, {"record": str(tmp_path / "first"), "steps": 1})
     assert [path.name for path in (tmp_path / "first").iterdir()] == ["from_sample_00000000.npz"]
 
 
 @pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "one process"])
-def test_other_routes_are_repeated_too(ranks, tmp_path, layout):
+def test_other_routes_are_repeated_too(run, tmp_path, layout):
     """Routes that no router selects: as in one process, where layers are not computed again."""
     size, sections = LAYOUTS[layout]
     alone = {name: sections[name] for name in ("model", "moe") if name in sections}
     num_experts = 8 if "vanilla" in layout else 12
-    plain = run(ranks, 1, {"record": str(tmp_path / "own")}, **alone)
+    plain = run(1, {"record": str(tmp_path / "own")}, **alone)
     for step, own in enumerate(recorded(tmp_path / "own"), 1):
         (tmp_path / "other").mkdir(exist_ok=True)
         np.savez(of_step(tmp_path / "other", step), routed_experts=(own + 1) % num_experts)
     routes = {"replay": str(tmp_path / "other")}
-    reference = run(ranks, 1, routes, **alone)
+    reference = run(1, routes, **alone)
     # Sums of fp32 numbers in another order.
-    compare(run(ranks, size, routes, **sections), reference, 1e-5)
+    compare(run(size, routes, **sections), reference, 1e-5)
     assert reference.losses != plain.losses
     for name, gradient in reference.gradients.items():
         # Of live gates.

@@ -13,11 +13,9 @@ from tests.parallel.training_runs import (
     SELECTIVE,
     STEPS,
     TP2,
-    assemble,
     begin_training,
     compare,
     short,
-    train,
 )
 
 CASES = {
@@ -44,37 +42,34 @@ CASES = {
     "further tokens": (1, {"model": {"mtp_num_layers": 1}}),
     "documents": (2, {"parallel": EP2, "data": {"reset_attention_mask": True}}),
     "shared": (2, {"parallel": EP2, "moe": {"shared_expert_ffn_hidden_size": 24}}),
-    "selective": (
-        1,
-        {"training": SELECTIVE},
-    ),
+    "selective": (1, {"training": SELECTIVE}),
     "capacity": (1, {"moe": {"capacity_factor": 1.0}}),
 }
 
 
-def runs(ranks, world, sections, *factors):
+def runs(trained, world, sections, *factors):
     """A run with each of these values of `moe.static_rows`."""
     made = []
     for factor in factors:
         moe = sections.get("moe", {}) | {"static_rows": factor}
-        made.append(assemble(ranks(world).run(train, short(**sections | {"moe": moe}), STEPS)))
+        made.append(trained(world, short(**sections | {"moe": moe})))
     return made
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_static_rows_train_the_same(ranks, case):
+def test_static_rows_train_the_same(trained, case):
     world, sections = CASES[case]
-    static, dynamic = runs(ranks, world, sections, 4.0, None)
+    static, dynamic = runs(trained, world, sections, 4.0, None)
     assert static.repeated == [0] * STEPS
     assert all(0.0 < fill <= 1.0 for fill in static.fills)
     compare(static, dynamic, 1e-6)
 
 
 @pytest.mark.parametrize("case", ["one", "data", "pipeline", "full", "experts"])
-def test_steps_that_overflow_are_repeated_to_the_bit(ranks, case):
+def test_steps_that_overflow_are_repeated_to_the_bit(trained, case):
     world, sections = CASES[case]
     noisy = sections | {"moe": {"input_jitter_eps": 0.1, "bias_update_rate": 0.0}}
-    small, dynamic = runs(ranks, world, noisy, 0.2, None)
+    small, dynamic = runs(trained, world, noisy, 0.2, None)
     # The second step takes the other path at once.
     assert small.repeated == [1] * STEPS
     assert all(fill > 1.0 for fill in small.fills)

@@ -24,10 +24,6 @@ class Recipe:
         return issubclass(cls, DelayedScaling)
 
     @classmethod
-    def float8_current_scaling(cls):
-        return issubclass(cls, Float8CurrentScaling)
-
-    @classmethod
     def float8_block_scaling(cls):
         return issubclass(cls, Float8BlockScaling)
 

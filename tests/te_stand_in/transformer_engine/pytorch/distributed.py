@@ -1,30 +1,13 @@
 """Random streams and recomputation."""
 
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 
 import torch
 from transformer_engine.pytorch.quantization import FP8GlobalStateManager
 
 
 class CudaRNGStatesTracker:
-    def __init__(self):
-        self.reset()
-
-    def reset(self):
-        self.states_ = {}
-
-    def get_states(self):
-        return dict(self.states_)
-
-    def set_states(self, states):
-        self.states_ = dict(states)
-
-    def add(self, name, seed):
-        self.states_[name] = torch.Generator().manual_seed(seed).get_state()
-
-    @contextmanager
-    def fork(self, name="model-parallel-rng"):
-        yield
+    """megatron-core's own derives from it where graphs are captured, which no CPU does."""
 
 
 def activation_recompute_forward(activation_recompute=False, recompute_phase=False):

@@ -19,10 +19,6 @@ def moe_permute_with_probs(inp, probs, routing_map, num_out_tokens):
     return inp.index_select(0, token), probs[token, expert], token
 
 
-def moe_permute_and_pad_with_probs(inp, probs, routing_map, tokens_per_expert, align_size):
-    raise NotImplementedError("needs DeepEP, which the stand-in does not reach")
-
-
 def moe_unpermute(
     inp,
     row_id_map,

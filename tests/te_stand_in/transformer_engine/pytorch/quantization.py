@@ -18,10 +18,6 @@ class FP8GlobalStateManager:
         return cls.fp8_enabled
 
     @classmethod
-    def is_fp8_calibration(cls):
-        return False
-
-    @classmethod
     def with_fp8_parameters(cls):
         return cls.fp8_parameters
 
