@@ -2,7 +2,7 @@
 # Everything that needs a GPU, on one card (an H100), into one file:
 #
 #   benchmarks/gpu.sh [--steps NAME,...] [--shapes NAME,...] [--taus TAU,...] [--limit SECONDS]
-#                     [--work DIR] [--out DIR] [--again] [--rehearse]
+#                     [--work DIR] [--out DIR] [--again] [--rehearse | --wide]
 #
 # card     the card's own matrix products and copy, without which there is no record
 # kernels  tests/gpu of kernels and layer
@@ -17,7 +17,7 @@
 #          micro-batches of 16, in bf16 and FP8, and of 4, there with static rows too; the 7B model
 #          with four layers
 # resume   the run of train, from its checkpoint
-# graphs   the runs of train with attention and router as CUDA graphs
+# graphs   the runs of train with attention and router as CUDA graphs; with whole MoE parts, static rows
 # serve    an export and a Mixtral of its size in transformers, decoding compiled, at three batches
 # trace    torch's trace of two steps of the 0.6B model: kernels, gaps, waits
 # counters Nsight Compute's counters of moepp_combine_*, at 2 and 30 constants
@@ -33,7 +33,7 @@
 # this machine cannot do (a second GPU, or FP8 without Transformer Engine: launch/env.sh --te).
 # Nothing is downloaded, given an environment (docs/gpu.md).
 # --rehearse (or --allow-cpu) runs every part with tiny sizes where there is no GPU; its numbers are
-# no card's and go to WORK.
+# no card's and go to WORK. --wide does so at full width: few layers and tokens, the parts' real models.
 set -euo pipefail
 command="benchmarks/gpu.sh $*"
 root=$(cd -P -- "$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")/.." && pwd)
@@ -44,7 +44,7 @@ formats='bf16|fp8_(delayed|tensorwise|blockwise)'
 files=(training documents moments nvml bench)
 known_one="layer_($formats|bf16_(no_kernels|cutlass|constants_(2|30|62)))|step_($formats|micro4|7b)"
 known_one+="|tests_($(IFS='|' && printf '%s' "${files[*]}"))"
-work=$root/runs/gpu_sh out='' allow_cpu='' again='' limit='' shapes='' taus=''
+work=$root/runs/gpu_sh out='' allow_cpu='' wide='' again='' limit='' shapes='' taus=''
 
 die() {
     printf 'error: %s\n' "$1" >&2
@@ -58,12 +58,13 @@ while (($#)); do
             shift
             ;;
         --allow-cpu | --rehearse) allow_cpu=--allow-cpu ;;
+        --wide) allow_cpu=--allow-cpu wide=1 ;;
         --again) again=1 ;;
         -h | --help)
             sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p;}' "${BASH_SOURCE[0]}"
             exit 0
             ;;
-        *) die "argument ($1) must be --steps, --shapes, --taus, --limit, --work, --out, --again or --rehearse" ;;
+        *) die "argument ($1) must be --steps, --shapes, --taus, --limit, --work, --out, --again, --rehearse or --wide" ;;
     esac
     shift
 done
@@ -182,7 +183,7 @@ corpus() {
 }
 
 # Saved once, to be resumed: 8 GB of the 0.6B model.
-saves=() once=(checkpoint.save_interval=20)
+saves=() once=(checkpoint.save_interval=20) further=30
 length=(training.train_iters=20 checkpoint.save_interval=0 optimizer.warmup_iters=0)
 if ((gpus > 0)); then
     # A micro-batch of eight sequences of the paper's length.
@@ -210,7 +211,7 @@ else
     one=("${all[@]}") many=("${all[@]}")
     precisions=(bf16)
     card=(--size 256 --megabytes 16)
-    once=(checkpoint.save_interval=2) micro4=(moe.static_rows=1.25)
+    once=(checkpoint.save_interval=2) further=4 micro4=(moe.static_rows=1.25)
     tiny=(model.num_layers=2 training.micro_batch_size=1)
     # Two sequences a step, so that two ranks have one each.
     model=(configs/quickstart.yaml parallel.expert_model_parallel_size=1 training.global_batch_size=2
@@ -219,6 +220,17 @@ else
     step=(configs/quickstart.yaml run.dir=unused parallel.expert_model_parallel_size=1
         training.global_batch_size=1 "${tiny[@]}" --rounds 2)
     large=("${step[@]}")
+    if [[ -n $wide ]]; then
+        layer=(--tokens 2048 --rounds 1)
+        all=(--shapes 7B --taus 0.75)
+        one=("${all[@]}") many=("${all[@]}")
+        tiny=(model.num_layers=2 training.micro_batch_size=1 training.global_batch_size=2)
+        model=(configs/models/moepp_0.6b_8_4.yaml "data.path=$work/corpus" "${tiny[@]}" "${length[@]}"
+            training.train_iters=2)
+        step=(configs/models/moepp_0.6b_8_4.yaml run.dir=unused "${tiny[@]}" --rounds 1)
+        large=(configs/models/moepp_7b_16_4.yaml run.dir=unused model.num_layers=1 --rounds 1
+            parallel.expert_model_parallel_size=1 training.micro_batch_size=1 training.global_batch_size=1)
+    fi
     export MOEPP_TESTS_CARD=cpu
     tests=(--collect-only -q) many_at_once=()
 fi
@@ -275,14 +287,16 @@ bench step_7b step "${large[@]}" precision.dtype=bf16
 if has resume; then
     [[ -e $work/run_first ]] || { corpus && without_te train first "${once[@]}"; }
     without_te run resume "$MOEPP_BIN/moepp" train "${model[@]}" "run.dir=$work/run_first" --resume \
-        training.train_iters=30
+        "training.train_iters=$further"
 fi
 if has graphs && ((gpus > 0)); then
     corpus
     train_both_ways graphs 'training.cuda_graphs=[attn,moe_router]'
+    without_te train graphs_static 'training.cuda_graphs=[attn,moe]' moe.static_rows=1.25
 fi
 if has serve; then
-    serve=("$MOEPP_BIN/python" -m benchmarks.serve_throughput "$work/serve.jsonl" --compiled ${allow_cpu:+--tiny})
+    serve=("$MOEPP_BIN/python" -m benchmarks.serve_throughput "$work/serve.jsonl" --compiled)
+    [[ -z $allow_cpu || -n $wide ]] || serve+=(--tiny)
     "$MOEPP_BIN/python" -c 'import transformers' 2>/dev/null ||
         serve=(bash -c 'echo "transformers is not installed"; exit 3')
     passed serve || rm -f -- "$work/serve.jsonl"

@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks import one_architecture
+from moepp_megatron.config.load import load_config
+from moepp_megatron.config.parameters import checkpoint_bytes
 
 ROOT = Path(__file__).parents[4]
 CALLS = range(1, 4)
@@ -51,26 +53,30 @@ def test_every_test_of_a_gpu_is_in_a_part():
 
 
 def rehearse(folder, *command):
-    """The record of a rehearsal, with the greatest number of checkpoints at once."""
+    """The record of a rehearsal, with the most checkpoints and bytes that lay there at once."""
     name, *arguments = command
     process = subprocess.Popen(
-        [str(ROOT / "benchmarks" / name), *arguments, "--rehearse", "--work", str(folder)],
+        [str(ROOT / "benchmarks" / name), *arguments, "--work", str(folder)],
         env=os.environ | {"MOEPP_COMMIT": "abc", "OUT": str(folder / "out")},
         stdout=subprocess.DEVNULL,
         cwd=folder,
     )
-    most = 0
+    checkpoints = peak = 0
     while process.poll() is None:
-        most = max(most, len(list(folder.glob("run_*/checkpoints/step_*"))))
-        time.sleep(0.1)
-    return json.loads((folder / "out/cpu.json").read_text()) | {"checkpoints": most}
+        checkpoints = max(checkpoints, len(list(folder.glob("run_*/checkpoints/step_*"))))
+        # Files go while they are counted.
+        used = subprocess.run(["du", "-sb", folder], capture_output=True, text=True, check=False)
+        peak = max(peak, int(used.stdout.split()[0]))
+        time.sleep(0.2)
+    record = json.loads((folder / "out/cpu.json").read_text())
+    return record | {"checkpoints": checkpoints, "peak": peak}
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_every_call_within_its_limit_and_disk(tmp_path):
     for call in map(str, CALLS):
-        found = rehearse(tmp_path, "lent_gpu.sh", call)
+        found = rehearse(tmp_path, "lent_gpu.sh", call, "--rehearse")
         # 8 GB each of the 0.6B model; one is being written when another is removed.
         assert found["checkpoints"] <= 2
         (packed,) = (tmp_path / "out").glob(f"call_{call}.tar.gz.*")
@@ -80,11 +86,31 @@ def test_every_call_within_its_limit_and_disk(tmp_path):
         assert "./card.log" in names
     assert any(name.startswith("./run_trace/profile/") for name in names)
     rest = "layer_bf16_constants_30,layer_bf16_constants_62,pair"
-    found = rehearse(tmp_path, "gpu.sh", "--steps", rest, "--out", str(tmp_path / "out"))
+    found = rehearse(tmp_path, "gpu.sh", "--rehearse", "--steps", rest)
     steps = {step["name"]: step["exit_status"] for step in found["steps"]}
     assert {"step_bf16", "step_7b", "layer_bf16_constants_62", "run_ep", "resume"} <= steps.keys()
     assert set(steps.values()) == {0}
     assert found["step"]["7b"]["moepp_j"] is None
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(7200)
+def test_every_part_at_full_width_and_its_disk(tmp_path):
+    layers = "layer_bf16,layer_bf16_constants_30,layer_bf16_constants_62"
+    parts = f"train,{layers},step_bf16,step_micro4,step_7b,resume,pair"
+    found = rehearse(tmp_path, "gpu.sh", "--wide", "--steps", parts)
+    assert {
+        step["name"]: step["exit_status"] for step in found["steps"] if step["exit_status"]
+    } == {}
+    whole, two = (
+        checkpoint_bytes(load_config(ROOT / "configs/models/moepp_0.6b_8_4.yaml", changes))
+        for changes in ([], ["model.num_layers=2"])
+    )
+    # Beside checkpoints lie corpus, traces and records, whatever the model's size.
+    print(f"peak {found['peak'] / 1e9:.2f} GB, of it 2 checkpoints of {two / 1e9:.2f} GB")
+    assert found["checkpoints"] <= 2
+    assert found["peak"] <= 2 * two + (rest := 1e9)
+    assert 2 * whole + rest <= 64e9
 
 
 def piece(sm, code):
