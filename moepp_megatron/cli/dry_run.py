@@ -1,7 +1,4 @@
-"""Prints the output of `moepp train --dry-run`: grid, stages, parameters, without any device.
-
-With `--build-rank` it also builds that rank and compares it.
-"""
+"""Prints the output of `moepp train --dry-run`: grid, stages, parameters, without any device."""
 
 from bisect import bisect_right
 from collections.abc import Sequence
@@ -57,41 +54,6 @@ def print_plan(config: Config, layout: Layout, gpu: str | None = None) -> None:
 
 def _number(count: int, one: str, several: str) -> str:
     return f"{count:,} {one if count == 1 else several}"
-
-
-def build_and_check(config: Config, layout: Layout, rank: int) -> bool:
-    """Build a rank of the layout on this machine, print every comparison with the plan.
-
-    Returns:
-        Whether all agree.
-
-    Raises:
-        UnfitError: If this machine lacks packages for modules of the model.
-    """
-    from moepp_megatron.runtime.fit import check_fit
-
-    check_fit(config)
-    from moepp_megatron.runtime.optional import quiet
-
-    quiet()
-    from moepp_megatron.tools.planning.built_rank import build_rank, check_rank
-    from moepp_megatron.tools.planning.workload import Workload
-
-    built = build_rank(config, layout, rank)
-    table = Table("", "built", "expected", "", title=f"rank {rank} of {layout.world_size:,}, built")
-    checks = check_rank(config, layout, built)
-    for check in checks:
-        style = None if check.holds else "bold red"
-        verdict = "same" if check.holds else "DIFFERS"
-        table.add_row(check.name, check.built, check.expected, verdict, style=style)
-    numbers = Workload.from_config(config).numbers
-    state = numbers.moments_bytes + numbers.master_bytes
-    print_uncut(
-        table,
-        f"gradients with what aligns them: {built.aligned_bytes:,} bytes; optimizer state of this "
-        f"rank's own shard: {built.shard * state:,} bytes",
-    )
-    return all(check.holds for check in checks)
 
 
 def _parameters(config: Config) -> Table:

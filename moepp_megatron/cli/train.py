@@ -22,7 +22,6 @@ from moepp_megatron.cli.options import (
 from moepp_megatron.cli.ranks import machines, refusing_for_all
 from moepp_megatron.cli.run_end import is_given, resume_command
 from moepp_megatron.config import ConfigError
-from moepp_megatron.config.exit_codes import FAILED
 
 if TYPE_CHECKING:
     from moepp_megatron.runtime.launch import LaunchOptions
@@ -100,15 +99,6 @@ def train(
             metavar="NAME",
         ),
     ] = None,
-    build_rank: Annotated[
-        int | None,
-        Option(
-            min=0,
-            help="With --dry-run, build this rank here, without its peers or its memory, and "
-            "compare groups, layers, parameters and memory with what is printed.",
-            metavar="RANK",
-        ),
-    ] = None,
 ) -> None:
     """Train the model that CONFIG describes.
 
@@ -130,17 +120,15 @@ def train(
     start = Start(resume=resume, overwrite=overwrite, resume_command=resume_command(words))
     with refusing_for_all(None if dry_run else nodes):
         request = TrainRequest.read(config, overrides or [], options, start, warn)
-        _check_dry_options(dry_run, gpu, build_rank, request.layout.world_size)
+        if gpu is not None and not dry_run:
+            raise ConfigError(f"--gpu ({gpu}) must come with --dry-run; add --dry-run")
         if dry_run:
-            from moepp_megatron.cli.dry_run import build_and_check, print_plan
+            from moepp_megatron.cli.dry_run import print_plan
             from moepp_megatron.cli.path_problems import path_problems
 
-            settings, layout = request.config, request.layout
-            print_plan(settings, layout, gpu)
-            problems, warnings = path_problems(settings)
+            print_plan(request.config, request.layout, gpu)
+            problems, warnings = path_problems(request.config)
             warn(*(f"a start here would be refused: {each}" for each in problems), *warnings)
-            if build_rank is not None and not build_and_check(settings, layout, build_rank):
-                raise typer.Exit(FAILED)
             return
         if not ignore_memory and not has_launcher():
             from moepp_megatron.cli.memory_fit import refuse_too_large
@@ -186,16 +174,3 @@ def _words(options: LaunchOptions) -> list[str]:
     if options.log_dir is not None:
         words += ["--log-dir", str(options.log_dir)]
     return words if options.nodes is None else [*words, *options.nodes.moepp_options()]
-
-
-def _check_dry_options(
-    dry_run: bool, gpu: str | None, build_rank: int | None, world_size: int
-) -> None:
-    for name, value in (("--build-rank", build_rank), ("--gpu", gpu)):
-        if value is not None and not dry_run:
-            raise ConfigError(f"{name} ({value}) must come with --dry-run; add --dry-run")
-    if build_rank is not None and build_rank >= world_size:
-        raise ConfigError(
-            f"--build-rank ({build_rank}) must be below the number of ranks ({world_size}); use "
-            f"{world_size - 1} for the last one"
-        )

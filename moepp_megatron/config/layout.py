@@ -99,24 +99,3 @@ class Layout:
             ep=within_stage // self.etp % self.ep,
             edp=within_stage // (self.etp * self.ep),
         )
-
-    def members(self, rank: int, varying: tuple[str, ...], whole: tuple[str, ...]) -> list[int]:
-        """Ranks of the group of `rank` in which only some coordinates differ.
-
-        Args:
-            rank: One of them.
-            varying: Names of the coordinates that differ.
-            whole: All coordinates of the grid in question: attention's (tp, cp, dp, pp) or the
-                experts' (etp, ep, edp, pp).
-        """
-        fixed = [name for name in whole if name not in varying]
-        own_coordinates = self.coordinates(rank)
-        return [
-            place.rank
-            for place in self.grid()
-            if all(getattr(place, name) == getattr(own_coordinates, name) for name in fixed)
-        ]
-
-    def grid(self) -> list[RankCoordinates]:
-        """The coordinates of every rank, in rank order."""
-        return [self.coordinates(rank) for rank in range(self.world_size)]

@@ -99,9 +99,6 @@ class LatentAttention:
     rotary_dim: int  # width of the part with position, shared by all heads' keys
     v_dim: int  # width of a value
     has_norms: bool = True  # the compressed vectors are normalised
-    # Compressions are split over the ranks and see all tokens, as megatron-core's local modules do
-    # it (a rank built without Transformer Engine).
-    splits_compressions: bool = False
 
     @property
     def qk_dim(self) -> int:
@@ -123,8 +120,6 @@ class LatentAttention:
         return down, compressed, up, expanded, output
 
     def _compression(self, width: int, hidden: int, tp: int) -> _Matmul:
-        if self.splits_compressions:
-            return _Matmul(width // tp, hidden)
         return _Matmul(width, hidden, is_sequence_parallel=True)
 
     def norm_parameters(self) -> int:

@@ -181,29 +181,6 @@ def test_what_this_machine_lacks_is_refused_here_and_planned_elsewhere(
     assert said in capsys.readouterr().err
 
 
-def test_a_rank_is_built_only_of_what_is_there(command, capsys):
-    assert command("moe.dispatcher=flex ep=2", 2, "--dry-run", "--build-rank", "1") == 3
-    assert "moe.dispatcher (flex)" in capsys.readouterr().err
-    assert command("ep=2", 2, "--build-rank", "1") == 2
-    assert "--build-rank (1) must come with --dry-run" in capsys.readouterr().err
-    assert command("ep=2", 2, "--dry-run", "--build-rank", "2") == 2
-    assert "--build-rank (2) must be below the number of ranks (2)" in capsys.readouterr().err
-
-
-def test_a_rank_that_differs_is_a_failure(command, monkeypatch):
-    asked = []
-
-    def differs(config, layout, rank):
-        asked.append((layout.world_size, rank))
-        return False
-
-    monkeypatch.setattr("moepp_megatron.cli.dry_run.build_and_check", differs)
-    assert (
-        command("ep=2 training.global_batch_size=1024", 1024, "--dry-run", "--build-rank", "7") == 1
-    )
-    assert asked == [(1024, 7)]
-
-
 def test_what_a_start_would_say_of_the_data_is_said(command, monkeypatch, capsys):
     monkeypatch.setattr(
         "moepp_megatron.data.prepared_data.check_data", lambda config, whole_index: ["of the data"]

@@ -54,7 +54,7 @@ def test_coordinates_are_those_of_megatron(minimal, world_size, tp, pp, cp, ep, 
     order = "tp-cp-ep-dp-pp"  # the default of initialize_model_parallel
     dense = RankGenerator(tp=tp, ep=1, dp=layout.dp, pp=pp, cp=cp, order=order)
     expert = RankGenerator(tp=etp, ep=ep, dp=layout.edp, pp=pp, cp=1, order=order)
-    grid = layout.grid()
+    grid = [layout.coordinates(rank) for rank in range(layout.world_size)]
     for generator, names in (
         (dense, {"tp": "tp", "cp": "cp", "dp": "dp", "pp": "pp"}),
         (expert, {"tp": "etp", "ep": "ep", "dp": "edp", "pp": "pp"}),
