@@ -1,15 +1,18 @@
 """The search against the configuration's own rules, and the plan that comes of it."""
 
 import itertools
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
-from moepp_megatron.config import ConfigError, Layout, parse_config
+from moepp_megatron.config import ConfigError, Layout, load_config, parse_config
 from moepp_megatron.config.hardware import load_hardware
 from moepp_megatron.tools.planning.grid import FULL, Grid
 from moepp_megatron.tools.planning.layout_costs import LayoutCosts
 from moepp_megatron.tools.planning.machine import machine_of
+from moepp_megatron.tools.planning.memory import GIB
 from moepp_megatron.tools.planning.overlay import config_of
 from moepp_megatron.tools.planning.plan import TIE, complexity, make_plan
 from moepp_megatron.tools.planning.search import Space
@@ -256,3 +259,15 @@ def test_a_margin_of_memory_stays_free(h100):
     plan = make_plan(config, WORLD, full, top=3)
     assert plan.best is not None
     assert all(one.memory_gib * 2**30 <= full.usable_bytes for one in plan.layouts if one.fits)
+
+
+PLANNED = sorted((Path(__file__).parents[4] / "configs/h100").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", PLANNED, ids=lambda path: path.stem)
+def test_a_planned_configuration_says_what_it_costs_today(h100, path):
+    header, config = path.read_text().partition("\n")[0], load_config(path)
+    world = int(re.search(r"for (\d+)", header)[1])
+    costs, grid = LayoutCosts(Workload.from_config(config), h100), Grid.from_config(config, world)
+    said = f"{costs.seconds(grid):.3f} s per step, {costs.memory(grid) / GIB:.1f} GiB per GPU"
+    assert said in header
