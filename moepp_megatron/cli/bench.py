@@ -32,8 +32,8 @@ _FP8_RECIPES = ("delayed", "tensorwise", "blockwise")
 _FUSED: dict[str, Fused] = {"auto": "auto", "true": True, "false": False}
 
 
-@app.command()
-def layer(
+@app.command("layer")
+def _layer(
     shapes: Annotated[
         str,
         Option(
@@ -147,8 +147,8 @@ def _refuse_unfit_fp8(recipe: str) -> None:
         raise UnfitError(f"--dtype (fp8) cannot be measured here: {reason}; use bf16")
 
 
-@app.command()
-def step(
+@app.command("step")
+def _step(
     config: ConfigArgument,
     overrides: OverridesArgument = None,
     nproc: NprocOption = 1,

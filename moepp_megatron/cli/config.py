@@ -25,8 +25,8 @@ app = typer.Typer(
 _WIDTH = 100
 
 
-@app.command()
-def show(
+@app.command("show")
+def _show(
     config: ConfigArgument,
     overrides: OverridesArgument = None,
     changed: Annotated[bool, Option("--changed", help="Leave out what is at its default.")] = False,
@@ -60,8 +60,8 @@ def show(
         echo(line if origin is None else f"{line:<{width}}  # {origin}")
 
 
-@app.command()
-def keys(
+@app.command("keys")
+def _keys(
     prefix: Annotated[
         str | None,
         Argument(
@@ -110,7 +110,7 @@ def keys(
 
 
 @app.command("from-megatron")
-def from_megatron(
+def _from_megatron(
     file: Annotated[
         Path,
         Argument(

@@ -65,7 +65,7 @@ AllowPickle = Annotated[
 
 
 @app.command("hf-to-mcore")
-def hf_to_mcore(
+def _hf_to_mcore(
     source: Source, target: Target, dtype: ChosenDtype = None, allow_pickle: AllowPickle = False
 ) -> None:
     """Convert a MoE++ or ZEDA model in Hugging Face format to a checkpoint of ours.
@@ -83,7 +83,7 @@ def hf_to_mcore(
 
 
 @app.command("mcore-to-hf")
-def mcore_to_hf(
+def _mcore_to_hf(
     source: OwnSource,
     target: Target,
     layout: Annotated[
@@ -140,7 +140,7 @@ def mcore_to_hf(
 
 
 @app.command("upcycle")
-def upcycle(
+def _upcycle(
     source: Source,
     target: Target,
     zero: Annotated[
@@ -218,7 +218,7 @@ def upcycle(
 
 
 @app.command("megatron-lm")
-def megatron_lm(
+def _megatron_lm(
     source: Annotated[
         Path,
         Argument(
@@ -264,7 +264,7 @@ def megatron_lm(
 
 
 @app.command("to-megatron-lm")
-def to_megatron_lm(source: Source, target: Target) -> None:
+def _to_megatron_lm(source: Source, target: Target) -> None:
     """Convert a checkpoint or a run to one that Megatron-LM's own loop takes with --load.
 
     It has only the weights.

@@ -28,8 +28,8 @@ app = typer.Typer(
 )
 
 
-@app.command()
-def prepare(
+@app.command("prepare")
+def _prepare(
     sources: Annotated[
         list[str],
         Argument(
@@ -174,8 +174,8 @@ def _print_summary(manifest: Manifest) -> None:
     echo(f"vocabulary: {manifest.vocab_size:,} tokens, end of document {manifest.eod_id}")
 
 
-@app.command()
-def verify(
+@app.command("verify")
+def _verify(
     folder: Annotated[
         Path,
         Argument(metavar="DIR", help="Check this folder, which moepp data prepare wrote."),
@@ -227,8 +227,8 @@ def _print_states(states: list[FileState]) -> None:
     print_uncut(table)
 
 
-@app.command()
-def show(
+@app.command("show")
+def _show(
     what: Annotated[
         Path,
         Argument(

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from moepp_megatron.tools.bench.bounds import card_obstacle, measure_card
+from moepp_megatron.tools.bench.bounds import _card_obstacle, measure_card
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("cuda")]
 
@@ -25,7 +25,7 @@ def test_card():
     found = measure_card(("fp32", "bf16", "fp8"))
     assert found.device != "cpu"
     assert set(found.matmul_tflops) == {"fp32", "bf16"} | (
-        {"fp8"} if card_obstacle("fp8") is None else set()
+        {"fp8"} if _card_obstacle("fp8") is None else set()
     )
 
 

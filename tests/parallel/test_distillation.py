@@ -298,7 +298,7 @@ def test_what_is_refused(teachers, tmp_path):
     from moepp_megatron.config.hardware import load_hardware
     from moepp_megatron.features.distillation.teacher import TeacherModel
     from moepp_megatron.tools.planning.machine import machine_of
-    from moepp_megatron.tools.planning.plan import make_plan
+    from moepp_megatron.tools.planning.plan import _make_plan
 
     def refused(match, **sections):
         with pytest.raises(ConfigError, match=match):
@@ -315,7 +315,7 @@ def test_what_is_refused(teachers, tmp_path):
     refused("nothing would be learnt", distillation={**teacher, "weight": 0.0, "text_weight": 0.0})
     refused("top_k", distillation={**teacher, "top_k": 65})
     with pytest.raises(ConfigError, match="must be null for a plan"):
-        make_plan(
+        _make_plan(
             parse_config(settings(distillation=teacher)), 8, machine_of(load_hardware("h100_sxm"))
         )
     (tmp_path / "config.json").write_text("{}")

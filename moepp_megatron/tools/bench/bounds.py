@@ -69,7 +69,7 @@ def measure_card(
     device = _device()
     on_gpu = device.type == "cuda"
     size = size or (_GPU_SIZE if on_gpu else _CPU_SIZE)
-    fit = [dtype for dtype in dtypes if card_obstacle(dtype) is None]
+    fit = [dtype for dtype in dtypes if _card_obstacle(dtype) is None]
     return CardResult(
         device=torch.cuda.get_device_name(device) if on_gpu else "cpu",
         matmul_tflops={dtype: _matmul_tflops(dtype, size) for dtype in fit},
@@ -77,7 +77,7 @@ def measure_card(
     )
 
 
-def card_obstacle(dtype: str) -> str | None:
+def _card_obstacle(dtype: str) -> str | None:
     """Why this GPU has no fast product of a number format; None where it has."""
     if dtype != "fp8":
         return None
@@ -90,11 +90,11 @@ def card_obstacle(dtype: str) -> str | None:
 
 def _matmul_tflops(dtype: str, size: int) -> float:
     """Measure TFLOP/s of a square product: fp8 with a scale a tensor, fp32 without TF32."""
-    product = matmul(dtype, size)
+    product = _matmul(dtype, size)
     return 2.0 * size**3 / _median_seconds(product) / 1e12
 
 
-def matmul(dtype: str, size: int) -> Callable[[], Tensor]:
+def _matmul(dtype: str, size: int) -> Callable[[], Tensor]:
     """The product that `_matmul_tflops` times."""
     device = _device()
     # Ordinary numbers: the power that a product draws, and so its speed, depends on its bits.

@@ -40,7 +40,7 @@ def settle() -> None:
 
 
 @dataclass(frozen=True)
-class Timed:
+class _Timed:
     """Times of one contestant.
 
     Attributes:
@@ -58,7 +58,7 @@ class Timed:
         return statistics.median(self.seconds) * 1e3
 
 
-def speedup(slow: Timed, fast: Timed) -> float:
+def speedup(slow: _Timed, fast: _Timed) -> float:
     """Return the speed-up of `fast`: the median over rounds of the ratio within a round."""
     pairs = zip(slow.seconds, fast.seconds, strict=True)
     return statistics.median(s / f for s, f in pairs)
@@ -71,7 +71,7 @@ def interleaved(
     *,
     queued: bool = False,
     energy: Callable[[], float | None] = lambda: None,
-) -> dict[str, Timed]:
+) -> dict[str, _Timed]:
     """Run all contestants once per round; each round begins with another one.
 
     The GPU is idle before a contestant's turn, so that times do not mix.
@@ -102,7 +102,7 @@ def interleaved(
                 after = energy()
                 times[name].append(seconds(began, ended))
                 joules[name].append(None if before is None or after is None else after - before)
-    return {name: Timed(values, _mean(joules[name])) for name, values in times.items()}
+    return {name: _Timed(values, _mean(joules[name])) for name, values in times.items()}
 
 
 def _mean(values: list[float | None]) -> float | None:

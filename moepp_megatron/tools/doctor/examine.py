@@ -51,7 +51,7 @@ class Request:
 
 
 @dataclass(frozen=True)
-class Cards:
+class _Cards:
     """The node's GPUs as NVML reports them, or why it does not."""
 
     cards: list[GPUState]
@@ -59,7 +59,7 @@ class Cards:
     error: NvmlUnavailableError | None = None
 
     @classmethod
-    def read(cls, library: Any = None) -> Cards:
+    def read(cls, library: Any = None) -> _Cards:
         """Query NVML once; `library` replaces pynvml."""
         try:
             nvml = Nvml(library)
@@ -75,11 +75,11 @@ def expected_gpus(environment: Mapping[str, str] = os.environ) -> int | None:
     return int(value) if value.isdigit() else None
 
 
-class NodeExaminer:
+class _NodeExaminer:
     """Examines this node; `own_pids` of this examination may hold memory on the GPUs."""
 
     def __init__(
-        self, request: Request, cards: Cards, own_pids: frozenset[int] = frozenset()
+        self, request: Request, cards: _Cards, own_pids: frozenset[int] = frozenset()
     ) -> None:
         self.request, self.cards = request, cards
         self.hardware = _hardware(request, cards)
@@ -141,7 +141,7 @@ class NodeExaminer:
         ]
 
 
-def _hardware(request: Request, cards: Cards) -> Hardware | None:
+def _hardware(request: Request, cards: _Cards) -> Hardware | None:
     """The description to judge by: the one named, the GPU's, or a CPU machine's."""
     if request.hardware is not None:
         return load_hardware(request.hardware)
@@ -167,8 +167,8 @@ class _RankReport:
 
 def examine_machine(request: Request) -> list[Finding]:
     """Examine this machine from one process: every GPU in turn, or the CPU."""
-    cards = Cards.read()
-    examiner = NodeExaminer(request, cards)
+    cards = _Cards.read()
+    examiner = _NodeExaminer(request, cards)
     findings = examiner.node_findings()
     loaded: list[GPUState] = []
     speeds = []
@@ -180,7 +180,7 @@ def examine_machine(request: Request) -> list[Finding]:
 def examine_ranks(request: Request, rank: RankEnvironment) -> list[Finding] | None:
     """Findings of all nodes of a launched job on rank 0, None elsewhere; every rank must call."""
     # Before this rank's own process holds memory on the GPUs.
-    cards = Cards.read() if rank.local_rank == 0 else Cards([])
+    cards = _Cards.read() if rank.local_rank == 0 else _Cards([])
     device = distributed.start(rank, timeout=timedelta(minutes=3))
     try:
         return _examine_started(request, rank, cards, device)
@@ -189,13 +189,13 @@ def examine_ranks(request: Request, rank: RankEnvironment) -> list[Finding] | No
 
 
 def _examine_started(
-    request: Request, rank: RankEnvironment, cards: Cards, device: torch.device
+    request: Request, rank: RankEnvironment, cards: _Cards, device: torch.device
 ) -> list[Finding] | None:
     loaded: list[GPUState] = []
     node = socket.gethostname()
     name = _name(device) if device.type == "cuda" else f"CPU, rank {rank.rank}"
     device_speed = speed.DeviceSpeed(name, _matmul(device, loaded), node)
-    examiner = NodeExaminer(request, cards, _siblings()) if rank.local_rank == 0 else None
+    examiner = _NodeExaminer(request, cards, _siblings()) if rank.local_rank == 0 else None
     mine = examiner.node_findings() if examiner is not None else []
     findings = [finding.on(node) for finding in mine]
     report = _RankReport(node, device_speed, findings, loaded)
@@ -213,7 +213,7 @@ def _examine_started(
 
 
 def _together(
-    examiner: NodeExaminer,
+    examiner: _NodeExaminer,
     rank: RankEnvironment,
     reports: list[_RankReport],
     collectives: list[speed.CollectiveSpeed],

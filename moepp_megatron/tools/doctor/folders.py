@@ -19,7 +19,7 @@ _GIB = 2**30
 
 
 @dataclass(frozen=True)
-class ProbedFolder:
+class _ProbedFolder:
     """The state of a folder.
 
     Attributes:
@@ -36,7 +36,7 @@ class ProbedFolder:
     error: str | None = None
 
 
-def probe_folder(name: str, path: Path, probe_bytes: int = PROBE_BYTES) -> ProbedFolder:
+def probe_folder(name: str, path: Path, probe_bytes: int = PROBE_BYTES) -> _ProbedFolder:
     """Write and remove a file where the folder is or would be made."""
     place = path.absolute()
     while not place.exists():
@@ -45,13 +45,13 @@ def probe_folder(name: str, path: Path, probe_bytes: int = PROBE_BYTES) -> Probe
         free = free_bytes(place)
         if free < 2 * probe_bytes:
             # A probe must not be what fills a disk.
-            return ProbedFolder(name, path, free, None)
-        return ProbedFolder(name, path, free, _write_rate(place, probe_bytes))
+            return _ProbedFolder(name, path, free, None)
+        return _ProbedFolder(name, path, free, _write_rate(place, probe_bytes))
     except OSError as error:
-        return ProbedFolder(name, path, None, None, error.strerror or str(error))
+        return _ProbedFolder(name, path, None, None, error.strerror or str(error))
 
 
-def check_folder(folder: ProbedFolder, thresholds: Thresholds, needed: int = 0) -> Finding:
+def check_folder(folder: _ProbedFolder, thresholds: Thresholds, needed: int = 0) -> Finding:
     """The finding of one folder, in which `needed` bytes must be free."""
     name, path = f"{folder.name} folder", folder.path
     if folder.error is not None:

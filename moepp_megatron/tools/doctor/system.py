@@ -31,7 +31,7 @@ class Limits:
 
 
 @dataclass(frozen=True)
-class NetworkPort:
+class _NetworkPort:
     """A port under /sys/class/infiniband (InfiniBand or RoCE).
 
     Attributes:
@@ -47,13 +47,13 @@ class NetworkPort:
     link_layer: str
 
 
-def read_ports(root: Path = Path("/sys/class/infiniband")) -> list[NetworkPort]:
+def read_ports(root: Path = Path("/sys/class/infiniband")) -> list[_NetworkPort]:
     """All RDMA ports; none where there is no such device."""
     ports = []
     for folder in sorted(root.glob("*/ports/*")):
         rate = _read(folder / "rate").split(" ")[0]
         ports.append(
-            NetworkPort(
+            _NetworkPort(
                 f"{folder.parent.parent.name}/{folder.name}",
                 _read(folder / "state").rpartition(":")[2].strip() or "unknown",
                 float(rate) if rate.replace(".", "", 1).isdigit() else None,
@@ -111,7 +111,7 @@ def check_limits(limits: Limits, thresholds: Thresholds, has_rdma: bool) -> list
 
 
 def check_ports(
-    ports: list[NetworkPort], num_cards: int, rate_per_gpu: float | None
+    ports: list[_NetworkPort], num_cards: int, rate_per_gpu: float | None
 ) -> list[Finding]:
     """Check that RDMA ports are up, and fast enough for the GPUs together (Gbit/s per GPU)."""
     if not ports:

@@ -15,7 +15,7 @@ from moepp_megatron.config.hardware import Hardware
 
 
 @dataclass(frozen=True)
-class Efficiencies:
+class _Efficiencies:
     """Reached shares of rated numbers; seconds where a name ends in `_s`."""
 
     # Share of the bf16 rate in a product that fills the GPU. The best shape reaches 0.80 on an H100
@@ -74,7 +74,7 @@ class Efficiencies:
         return self.attention_scale * max(share, 0.25 * low[index])
 
     @classmethod
-    def of(cls, values: Mapping[str, float], source: str) -> Efficiencies:
+    def of(cls, values: Mapping[str, float], source: str) -> _Efficiencies:
         """The usual ones with these changes, such as a hardware file's `reached:`.
 
         Raises:
@@ -94,7 +94,7 @@ class Efficiencies:
         return cls(**changed)
 
 
-DEFAULT = Efficiencies()
+DEFAULT = _Efficiencies()
 _NEEDED = ("memory_gb", "memory_bandwidth_gb_s", "network_gbit_s_per_gpu", "gpus_per_node")
 
 
@@ -104,7 +104,7 @@ class Machine:
     """Reached rates of a GPU, in SI units."""
 
     hardware: Hardware  # the description it comes from
-    reached: Efficiencies  # shares of the rated numbers
+    reached: _Efficiencies  # shares of the rated numbers
     multiprocessors: int  # multiprocessors of a GPU
     memory_bytes: float  # device memory
     memory_rate: float  # bytes per second in kernels that only move data
@@ -131,7 +131,7 @@ class Machine:
         return tflops * 1e12
 
 
-def machine_of(hardware: Hardware, reached: Efficiencies | None = None) -> Machine:
+def machine_of(hardware: Hardware, reached: _Efficiencies | None = None) -> Machine:
     """The machine of a description, with its own `reached` or these.
 
     Raises:
@@ -143,7 +143,7 @@ def machine_of(hardware: Hardware, reached: Efficiencies | None = None) -> Machi
             f"hardware ({hardware.name}) must give {', '.join(lacking)} for a plan; add "
             f"{'it' if len(lacking) == 1 else 'them'} to a YAML file of your own and name that"
         )
-    reached = reached or Efficiencies.of(hardware.reached, f"hardware ({hardware.name})")
+    reached = reached or _Efficiencies.of(hardware.reached, f"hardware ({hardware.name})")
     network = hardware.network_gbit_s_per_gpu or 0.0
     nvlink = hardware.nvlink_gb_s
     return Machine(

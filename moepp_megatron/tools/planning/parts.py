@@ -264,11 +264,11 @@ def _row_copies(load: Workload, rows: float) -> tuple[float, int]:
 
 def _zero_computation(load: Workload, grid: Grid) -> LayerPart:
     """`y = s x + A V`: no token is gathered, sorted or sent."""
-    ahead, back = local_work(load, grid)
+    ahead, back = _local_work(load, grid)
     return LayerPart("zero_computation", ahead, back, _again(grid, "moe", ahead))
 
 
-def local_form(load: Workload, grid: Grid) -> Literal["combined", "apart", "plain"]:
+def _local_form(load: Workload, grid: Grid) -> Literal["combined", "apart", "plain"]:
     """The form in which zero-computation experts are computed.
 
     Combined: in the kernel that returns FFN experts' rows to their tokens, where nothing travels.
@@ -284,13 +284,13 @@ def _mixing_logits(load: Workload) -> int:
     return sum(n for n, k in load.experts.local_matmuls(load.hidden) if k == load.hidden)
 
 
-def local_work(load: Workload, grid: Grid) -> tuple[Work, Work]:
+def _local_work(load: Workload, grid: Grid) -> tuple[Work, Work]:
     """Forward and backward work of `y = s x + A V`, without `U x`."""
     tokens = grid.tokens(load.seq)
     tensor = tokens * load.hidden * load.numbers.activation_bytes
     matmuls = [(n, k) for n, k in load.experts.local_matmuls(load.hidden) if k != load.hidden]
     ahead, back = linear_products(tokens, matmuls, load.numbers.dtype)
-    form = local_form(load, grid)
+    form = _local_form(load, grid)
     if form == "plain":
         forward = Work(ahead, moved=3.0 * tensor, kernels=5)
         return forward, Work(back, moved=6.0 * tensor, kernels=8)

@@ -143,10 +143,10 @@ def plan(
         config = load_config(config, overrides)
     elif overrides:
         config = with_overrides(config, overrides)
-    return make_plan(config, gpus, machine_of(load_hardware(gpu)), taus, top)
+    return _make_plan(config, gpus, machine_of(load_hardware(gpu)), taus, top)
 
 
-def make_plan(
+def _make_plan(
     config: Config,
     world: int,
     machine: Machine,
@@ -224,7 +224,7 @@ def _simplest(config: Config, search: Search) -> Iterator[tuple[Grid, float, boo
     """Layouts within `TIE` of the fastest, the simplest first; equals by time."""
     ties = [entry for entry in search.best if entry[0] <= search.best[0][0] * (1.0 + TIE)]
     # Sorting keeps the order of equals.
-    for _, grid, held in sorted(ties, key=lambda tie: complexity(tie[1], config))[:_TRIED]:
+    for _, grid, held in sorted(ties, key=lambda tie: _complexity(tie[1], config))[:_TRIED]:
         if _in_layout(config, grid) is not None:
             yield grid, held, True
             return
@@ -246,7 +246,7 @@ def _in_both(planned: Planned, config: Config, grid: Grid | None, machine: Machi
     return replace(planned, shared_step_s=step.total)
 
 
-def complexity(grid: Grid, config: Config) -> int:
+def _complexity(grid: Grid, config: Config) -> int:
     """Count a layout's extras: degrees, schedules, recomputation, packages."""
     other = grid.dispatcher not in (None, config.moe.dispatcher)
     return sum(map(len, (grid.splits, grid.recompute, grid.states))) + grid.expert_overlap + other

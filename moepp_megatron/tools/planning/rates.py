@@ -18,7 +18,7 @@ _TILE_SHARE = {256 * 128: 1.0, 128 * 128: 0.9, 128 * 64: 0.75, 64 * 64: 0.55}
 
 
 @dataclass(frozen=True, slots=True)
-class Product:
+class _Product:
     """Matrix products [m, k] x [k, n], `groups` of them in one kernel."""
 
     m: float  # rows of the result of one group; a mean, so not always whole
@@ -42,16 +42,16 @@ class Product:
 
 def linear_products(
     rows: float, shapes: Sequence[tuple[float, float]], number: str, groups: int = 1
-) -> tuple[tuple[Product, ...], tuple[Product, ...]]:
+) -> tuple[tuple[_Product, ...], tuple[_Product, ...]]:
     """Forward and backward products of weights [n, k] on `rows` rows; gradients of inputs first."""
-    forward = [Product(rows, n, k, groups, number) for n, k in shapes]
-    backward = [Product(rows, k, n, groups, number) for n, k in shapes]
-    backward += [Product(n, k, rows, groups, number) for n, k in shapes]
+    forward = [_Product(rows, n, k, groups, number) for n, k in shapes]
+    backward = [_Product(rows, k, n, groups, number) for n, k in shapes]
+    backward += [_Product(n, k, rows, groups, number) for n, k in shapes]
     return tuple(forward), tuple(backward)
 
 
 @lru_cache(maxsize=200_000)
-def product_seconds(product: Product, machine: Machine) -> float:
+def _product_seconds(product: _Product, machine: Machine) -> float:
     """Time of a product: its tiles in waves over the multiprocessors, or its bytes.
 
     The last wave is rarely full (NVIDIA, "Matrix Multiplication Background User's Guide", wave
@@ -65,7 +65,7 @@ def product_seconds(product: Product, machine: Machine) -> float:
     return max(computing, product.moved / machine.memory_rate)
 
 
-def _filled(product: Product, tile: tuple[int, int], multiprocessors: int) -> float:
+def _filled(product: _Product, tile: tuple[int, int], multiprocessors: int) -> float:
     """Useful share of the tiles' work, times the efficiency of a tile of this size."""
     rows: float = ceil(product.m / tile[0])
     if product.groups > 1:
@@ -84,7 +84,7 @@ def _filled(product: Product, tile: tuple[int, int], multiprocessors: int) -> fl
 class Work:
     """Work of one part of one pass on a rank."""
 
-    products: tuple[Product, ...] = ()  # matrix products
+    products: tuple[_Product, ...] = ()  # matrix products
     core_flop: float = 0.0  # FLOP of the attention's core, masked scores left out
     core_seq: int = 0  # sequence length of the core, which its speed depends on
     moved: float = 0.0  # bytes that kernels without products read and write
@@ -106,7 +106,7 @@ class Work:
 
 def work_seconds(work: Work, machine: Machine) -> float:
     """Time of a part on one rank, without communication."""
-    seconds = sum(product_seconds(product, machine) for product in work.products)
+    seconds = sum(_product_seconds(product, machine) for product in work.products)
     if work.core_flop:
         share = machine.reached.attention_share(work.core_seq, work.is_backward)
         seconds += work.core_flop / (machine.rated_flops(work.core_number) * share)

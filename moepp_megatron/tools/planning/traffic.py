@@ -12,7 +12,7 @@ from moepp_megatron.tools.planning.workload import Workload
 
 
 @dataclass(frozen=True)
-class Placement:
+class _Placement:
     """Distribution of a group's ranks over nodes."""
 
     size: int  # ranks
@@ -24,13 +24,13 @@ class Placement:
         return ceil(self.size / self.per_node)
 
 
-def placement(grid: Grid, name: GroupName, per_node: int) -> Placement:
+def placement(grid: Grid, name: GroupName, per_node: int) -> _Placement:
     """The placement of a group if node after node is filled with `per_node` ranks."""
     size, stride = group_shape(grid, name)
-    return Placement(size, min(size, max(per_node // stride, 1)))
+    return _Placement(size, min(size, max(per_node // stride, 1)))
 
 
-def gather_seconds(place: Placement, total_bytes: float, machine: Machine) -> float:
+def gather_seconds(place: _Placement, total_bytes: float, machine: Machine) -> float:
     """All-gather of a tensor of `total_bytes`, or its reduce-scatter, in rings over all ports."""
     if place.size == 1:
         return 0.0
@@ -43,7 +43,7 @@ def gather_seconds(place: Placement, total_bytes: float, machine: Machine) -> fl
     return max(inside, across) + reached.network_latency_s + reached.hop_s * (place.nodes - 1)
 
 
-def all_to_all_seconds(place: Placement, sent_bytes: float, machine: Machine) -> float:
+def _all_to_all_seconds(place: _Placement, sent_bytes: float, machine: Machine) -> float:
     """Time of an all-to-all: every rank sends `sent_bytes`, evenly to all ranks and itself."""
     # Times inside the node and across nodes add up, as in measurements.
     if place.size == 1:
@@ -53,8 +53,8 @@ def all_to_all_seconds(place: Placement, sent_bytes: float, machine: Machine) ->
     return _start(place, machine) + inside / machine.nvlink + across / machine.network
 
 
-def hierarchical_seconds(
-    place: Placement, inside_bytes: float, across_bytes: float, machine: Machine
+def _hierarchical_seconds(
+    place: _Placement, inside_bytes: float, across_bytes: float, machine: Machine
 ) -> float:
     """DeepEP's and HybridEP's exchange: once to each node, from there on by NVLink meanwhile."""
     if place.size == 1:
@@ -70,7 +70,7 @@ def send_seconds(is_across: bool, sent_bytes: float, machine: Machine) -> float:
     return machine.reached.nvlink_latency_s + sent_bytes / machine.nvlink
 
 
-def _start(place: Placement, machine: Machine) -> float:
+def _start(place: _Placement, machine: Machine) -> float:
     reached = machine.reached
     return reached.nvlink_latency_s if place.nodes == 1 else reached.network_latency_s
 
@@ -157,15 +157,15 @@ def _expert_seconds(load: Workload, grid: Grid, machine: Machine, skew: float = 
             pass
         case "alltoall":
             rows = rows_with_room(load, grid, skew * tokens * taken)
-            seconds = all_to_all_seconds(place, rows * row, machine)
+            seconds = _all_to_all_seconds(place, rows * row, machine)
         case "alltoall_dedup":
             copies = tokens * distinct_targets(place.size, taken, experts)
-            seconds = all_to_all_seconds(place, skew * copies * row, machine)
+            seconds = _all_to_all_seconds(place, skew * copies * row, machine)
         case "flex":
             most_nodes = load.experts.most_nodes_of(place.nodes)
-            inside, across = hierarchical_rows(place, taken, experts, most_nodes)
+            inside, across = _hierarchical_rows(place, taken, experts, most_nodes)
             inside, across = skew * tokens * inside * row, skew * tokens * across * row
-            seconds = hierarchical_seconds(place, inside, across, machine)
+            seconds = _hierarchical_seconds(place, inside, across, machine)
         case "allgather":
             seconds = gather_seconds(place, tokens * place.size * row, machine)
         case other:
@@ -177,8 +177,8 @@ def _expert_seconds(load: Workload, grid: Grid, machine: Machine, skew: float = 
     return 2 * seconds
 
 
-def hierarchical_rows(
-    place: Placement, taken: float, experts: int, most_nodes: int | None = None
+def _hierarchical_rows(
+    place: _Placement, taken: float, experts: int, most_nodes: int | None = None
 ) -> tuple[float, float]:
     """Rows per token over NVLink and over the network, for `taken` different experts of a token.
 

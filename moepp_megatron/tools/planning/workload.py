@@ -23,7 +23,7 @@ class _Matmul:
 
 
 @dataclass(frozen=True)
-class GroupedQuery:
+class _GroupedQuery:
     """Grouped-query attention (arXiv 2305.13245). Sizes are of one tensor-parallel rank of `tp`."""
 
     heads: int  # query heads
@@ -86,7 +86,7 @@ class GroupedQuery:
 
 @dataclass(frozen=True)
 class LatentAttention:
-    """Multi-head latent attention (arXiv 2405.04434, section 2.1), sizes as in `GroupedQuery`.
+    """Multi-head latent attention (arXiv 2405.04434, section 2.1), sizes as in `_GroupedQuery`.
 
     With Transformer Engine's modules, compressions are whole on every tensor-parallel rank and see
     its own tokens; their results are gathered, expansions are split over the ranks.
@@ -145,10 +145,10 @@ class LatentAttention:
         return self.heads // tp * (self.qk_dim + self.v_dim)
 
 
-Attention = GroupedQuery | LatentAttention
+Attention = _GroupedQuery | LatentAttention
 
 
-def attention_of(config: Config) -> Attention:
+def _attention_of(config: Config) -> Attention:
     """The attention that `config` describes, with Transformer Engine's modules."""
     model, latent = config.model, config.model.latent_attention
     if latent is not None:
@@ -161,7 +161,7 @@ def attention_of(config: Config) -> Attention:
             v_dim=latent.v_head_dim,
             has_norms=model.qk_layernorm,
         )
-    return GroupedQuery(
+    return _GroupedQuery(
         model.num_attention_heads,
         model.query_groups,
         model.head_dim,
@@ -281,7 +281,7 @@ class Workload:
             seq=model.seq_length,
             is_moe=tuple(config.moe.moe_layer_pattern(model.num_layers)),
             dense_size=model.ffn_hidden_size,
-            attention=attention_of(config),
+            attention=_attention_of(config),
             experts=_experts(config),
             tied=model.tie_embeddings,
             batch=config.training.global_batch_size,

@@ -163,7 +163,7 @@ class Pass(BaseModel):
     copies_to_ranks: list[_Count]
 
 
-class Passes(BaseModel):
+class _Passes(BaseModel):
     """The passes of a recorded step."""
 
     step: int
@@ -188,7 +188,7 @@ class About(BaseModel):
     layout: dict[str, _Count] = {}
     dispatcher: str | None = None
     clock: _Clock = _Clock()
-    steps: list[Passes] = []
+    steps: list[_Passes] = []
 
 
 @dataclass

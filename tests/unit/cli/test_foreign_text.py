@@ -15,9 +15,9 @@ from moepp_megatron.cli.echo import echo
 from moepp_megatron.observe.status import StatusSink, read_status
 from moepp_megatron.runtime.printable import make_logs_printable
 from moepp_megatron.tools.experiments.pilot.page import print_pilot
-from moepp_megatron.tools.experiments.pilot.pilot import ArmOutcome, PilotResult
+from moepp_megatron.tools.experiments.pilot.pilot import PilotResult, _ArmOutcome
 from moepp_megatron.tools.experiments.pilot.verdict import Verdict
-from moepp_megatron.tools.experiments.scaling.page import ScaleRecord, print_records
+from moepp_megatron.tools.experiments.scaling.page import _ScaleRecord, print_records
 from moepp_megatron.tools.experiments.statistics import Interval
 from moepp_megatron.tools.report.profile import _table
 from moepp_megatron.tools.report.terminal import wide_console
@@ -103,7 +103,7 @@ def test_profile(capsys, monkeypatch):
 def test_pilot(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "400")
     number = Interval(1.0)
-    arm = ArmOutcome("moepp", HOSTILE, 1, number, None, None, number)
+    arm = _ArmOutcome("moepp", HOSTILE, 1, number, None, None, number)
     verdict = Verdict("pays", *[number] * 6, speeds_agree=True)
     print_pilot(PilotResult("", [1], 0, 3, 0.1, [arm, arm], verdict, HOSTILE))
     # A cell may be cut, for escapes are wider than what they stand for.
@@ -114,7 +114,7 @@ def test_scaling(capsys, monkeypatch):
     monkeypatch.setattr("moepp_megatron.tools.report.terminal.LOG_WIDTH", 400)
     # A layout is parts of a name and a number.
     layout = f"ep={HOSTILE.replace('=', '')}"
-    print_records([ScaleRecord(1, layout, "moepp", "weak", 1, 1.0, 1.0, 1.0, 1.0, 1, None)])
+    print_records([_ScaleRecord(1, layout, "moepp", "weak", 1, 1.0, 1.0, 1.0, 1.0, 1, None)])
     assert f"EP{SHOWN[:20]}" in harmless(capsys.readouterr().out)
 
 

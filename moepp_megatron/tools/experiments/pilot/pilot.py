@@ -122,7 +122,7 @@ class Pilot:
 
 
 @dataclass(frozen=True)
-class ArmOutcome:
+class _ArmOutcome:
     """The outcome of an arm's runs, means over seeds; losses in nats, less vanilla's."""
 
     kind: ArmKind
@@ -147,7 +147,7 @@ class PilotResult:
     look: int  # the newest; 0 before the first one, so that nothing is decided
     next_seeds: int
     level: float  # one-sided
-    arms: list[ArmOutcome]  # vanilla first
+    arms: list[_ArmOutcome]  # vanilla first
     verdict: Verdict
     sentence: str
 
@@ -190,14 +190,14 @@ def result_of(pilot: Pilot) -> tuple[PilotResult, Outcomes] | None:
     return result, runs
 
 
-def _arm_outcome(arm: Arm, runs: Outcomes, losses: PooledLosses) -> ArmOutcome:
+def _arm_outcome(arm: Arm, runs: Outcomes, losses: PooledLosses) -> _ArmOutcome:
     mine, ratio, difference = list(runs[arm.kind].values()), None, None
     if arm.kind != "vanilla":
         difference = losses.difference(arm.kind, "vanilla").interval()
     # Vanilla has no ratio to itself, whatever its steps.
     if arm.kind not in ("vanilla", "short"):
         ratio = _log_time_ratio(runs[arm.kind], runs["vanilla"]).factor()
-    return ArmOutcome(
+    return _ArmOutcome(
         kind=arm.kind,
         name=arm.name,
         steps=arm.steps,

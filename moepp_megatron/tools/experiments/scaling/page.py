@@ -45,7 +45,7 @@ _HEAD = (
 
 
 @dataclass(frozen=True)
-class ScaleRecord:
+class _ScaleRecord:
     """One model at one point in one mode, an object of scale.json.
 
     Attributes:
@@ -76,7 +76,7 @@ class ScaleRecord:
     a2a_time_s: float | None
 
 
-def scale_records(results: Mapping[Point, BothSteps]) -> list[ScaleRecord]:
+def scale_records(results: Mapping[Point, BothSteps]) -> list[_ScaleRecord]:
     """Records of the finished points, by mode, rank count, layout and kind."""
     records = []
     for mode in MODES:
@@ -89,7 +89,7 @@ def scale_records(results: Mapping[Point, BothSteps]) -> list[ScaleRecord]:
         for point, both in done:
             for kind, first in reference.items():
                 rate = _rate(both, kind)
-                record = ScaleRecord(
+                record = _ScaleRecord(
                     nproc=point.nproc,
                     layout=point.layout,
                     kind=kind,
@@ -112,19 +112,19 @@ def _rate(both: BothSteps, kind: str) -> float:
     return both.tokens / milliseconds * 1e3
 
 
-def write_records(path: Path, records: Sequence[ScaleRecord]) -> None:
+def write_records(path: Path, records: Sequence[_ScaleRecord]) -> None:
     """Write the records as a list of objects."""
     content = json.dumps([asdict(record) for record in records], indent=1)
     write_atomic(path, f"{content}\n".encode())
 
 
-def print_records(records: Sequence[ScaleRecord]) -> None:
+def print_records(records: Sequence[_ScaleRecord]) -> None:
     """Print the table."""
     print_uncut(table_of(_table(records)))
 
 
 def write_scaling_page(
-    path: Path, name: str, records: Sequence[ScaleRecord], missing: Sequence[str]
+    path: Path, name: str, records: Sequence[_ScaleRecord], missing: Sequence[str]
 ) -> None:
     """Write the page, which needs no other file and no network.
 
@@ -146,7 +146,7 @@ def write_scaling_page(
     write_blocks(path, page)
 
 
-def _table(records: Sequence[ScaleRecord]) -> Table:
+def _table(records: Sequence[_ScaleRecord]) -> Table:
     rows = []
     for r in records:
         rows.append(
@@ -172,7 +172,7 @@ def _short_layout(layout: str) -> str:
     return " ".join(f"{key.upper()}{number}" for key, number in pairs if number != "1") or "-"
 
 
-def _plot(mode: str, records: Sequence[ScaleRecord]) -> Plot:
+def _plot(mode: str, records: Sequence[_ScaleRecord]) -> Plot:
     """Efficiency over rank counts, of each model in its fastest layout."""
     lines = []
     for (kind, name), colour in zip(_NAMES.items(), LINE_COLOURS, strict=False):

@@ -152,9 +152,9 @@ def error_range(config: Config, machine: Machine) -> Range | None:
 
 @lru_cache(maxsize=1)
 def _errors_by_family() -> dict[str, FamilyErrors]:
-    return family_errors(held_out(), scopes=("in", "near")) if HELD_OUT.is_file() else {}
+    return family_errors(_held_out(), scopes=("in", "near")) if HELD_OUT.is_file() else {}
 
 
-def held_out() -> list[Comparison]:
+def _held_out() -> list[Comparison]:
     """The published runs that set no number, with the model."""
     return [compare(run) for run in read_runs(HELD_OUT)]

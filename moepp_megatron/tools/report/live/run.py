@@ -96,7 +96,7 @@ class _RunHealth:
         return self.state in ("finished", "stopped", "died")
 
 
-def judge(
+def _judge(
     history: _History,
     total_steps: int | None,
     record_age_s: float | None,
@@ -225,7 +225,7 @@ class LiveRun:
     def health(self) -> _RunHealth:
         """State of the run: continues, ended, or silent."""
         total = self.config.training.train_iters if self.config is not None else None
-        return judge(self.history, total, self.record_age_s, self._status, self._clock())
+        return _judge(self.history, total, self.record_age_s, self._status, self._clock())
 
     def _read_config(self) -> None:
         path = self.folder / CONFIG_FILE

@@ -15,7 +15,7 @@ from moepp_megatron.tools.bench.bounds import (
     expert_flops,
     layer_work,
 )
-from moepp_megatron.tools.bench.clock import Timed, interleaved, speedup
+from moepp_megatron.tools.bench.clock import _Timed, interleaved, speedup
 from moepp_megatron.tools.bench.layer import parts_ms
 from moepp_megatron.tools.bench.shapes import PaperShape
 
@@ -112,7 +112,7 @@ def test_the_paper_is_within_the_rates_of_an_h100():
 def test_card_measures_products_and_copies():
     result = bounds.measure_card(("fp32", "bf16", "fp8"), size=64, num_bytes=2**16)
     assert set(result.matmul_tflops) >= {"fp32", "bf16"}
-    assert ("fp8" in result.matmul_tflops) == (bounds.card_obstacle("fp8") is None)
+    assert ("fp8" in result.matmul_tflops) == (bounds._card_obstacle("fp8") is None)
     assert min(result.matmul_tflops.values()) > 0
     assert result.copy_gb_s > 0
 
@@ -123,7 +123,7 @@ def test_each_product_is_a_product(dtype):
     torch.manual_seed(0)
     if dtype == "fp8" and torch.__version__.startswith("2.11."):
         pytest.skip("torch 2.11 multiplies no FP8 matrices on a CPU")
-    output = bounds.matmul(dtype, 64)()
+    output = bounds._matmul(dtype, 64)()
     torch.manual_seed(0)
     left, right = torch.randn(64, 64), torch.randn(64, 64)
     number = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn}[dtype]
@@ -193,4 +193,4 @@ def test_contestants_take_turns():
     assert "".join(order) == "baabbaab"
     assert [len(timed.seconds) for timed in times.values()] == [3, 3]
     assert [timed.joules for timed in times.values()] == [2.0, 3.0]
-    assert speedup(Timed([2.0, 9.0, 4.0]), Timed([1.0, 3.0, 2.0])) == 2.0
+    assert speedup(_Timed([2.0, 9.0, 4.0]), _Timed([1.0, 3.0, 2.0])) == 2.0

@@ -7,7 +7,7 @@ import pytest
 
 from moepp_megatron.config import hardware
 from moepp_megatron.tools.doctor import folders, packages, system
-from moepp_megatron.tools.doctor.examine import Cards, NodeExaminer, Request, expected_gpus
+from moepp_megatron.tools.doctor.examine import Request, _Cards, _NodeExaminer, expected_gpus
 from moepp_megatron.tools.doctor.finding import Severity, worst
 from moepp_megatron.tools.doctor.gpu_checks import TorchCuda
 from moepp_megatron.tools.doctor.speed import DeviceSpeed
@@ -28,7 +28,7 @@ def _sound_node(monkeypatch):
 
 
 def examiner(*cards, **request):
-    return NodeExaminer(Request(**request), Cards.read(FakeNvml(*cards)))
+    return _NodeExaminer(Request(**request), _Cards.read(FakeNvml(*cards)))
 
 
 def test_a_sound_node_is_fit():
@@ -48,29 +48,29 @@ def test_a_sick_card_makes_the_node_unfit():
 def test_a_card_is_looked_at_under_load():
     slow = answers(0, **(BUSY | {"nvmlDeviceGetCurrPcieLinkGeneration": 1}))
     node = examiner(answers(0))
-    loaded = Cards.read(FakeNvml(slow)).cards
+    loaded = _Cards.read(FakeNvml(slow)).cards
     found = node.speed_findings([DeviceSpeed("GPU 0", 720.0)], loaded)
     assert [f.check for f in found if f.severity > Severity.OK] == ["PCIe"]
 
 
 def test_a_broken_driver_is_an_error_and_no_driver_is_not():
-    broken = NodeExaminer(
-        Request(), Cards.read(FakeNvml(init_error=pynvml.NVMLError_DriverNotLoaded()))
+    broken = _NodeExaminer(
+        Request(), _Cards.read(FakeNvml(init_error=pynvml.NVMLError_DriverNotLoaded()))
     )
     assert worst(broken.node_findings()) == Severity.ERROR
-    cards = Cards.read(FakeNvml(init_error=pynvml.NVMLError_LibraryNotFound()))
-    cpu = NodeExaminer(Request(), cards)
+    cards = _Cards.read(FakeNvml(init_error=pynvml.NVMLError_LibraryNotFound()))
+    cpu = _NodeExaminer(Request(), cards)
     assert cpu.hardware.kind == "cpu"
     gpu, *_ = cpu.node_findings()
     assert (gpu.check, gpu.severity) == ("GPU count", Severity.NOTE)
-    wanted, *_ = NodeExaminer(Request(expected_gpus=8), cards).node_findings()
+    wanted, *_ = _NodeExaminer(Request(expected_gpus=8), cards).node_findings()
     assert (wanted.check, wanted.severity) == ("GPU count", Severity.ERROR)
 
 
 def test_without_descriptions_nothing_is_judged_by_rated_numbers(monkeypatch, tmp_path):
     monkeypatch.setattr(hardware, "HARDWARE_FOLDER", tmp_path)
     for cards in (FakeNvml(answers(0)), FakeNvml(init_error=pynvml.NVMLError_LibraryNotFound())):
-        node = NodeExaminer(Request(), Cards.read(cards))
+        node = _NodeExaminer(Request(), _Cards.read(cards))
         assert node.hardware is None
         assert worst(node.node_findings()) < Severity.WARNING
 

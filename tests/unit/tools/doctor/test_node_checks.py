@@ -12,9 +12,9 @@ from moepp_megatron.moe.upstream_versions import BEYOND, OLDEST, TESTED_VERSION
 from moepp_megatron.runtime.backends import Backend
 from moepp_megatron.tools.doctor import folders, packages, speed, system
 from moepp_megatron.tools.doctor.finding import Finding, Severity, error, warning, worst
-from moepp_megatron.tools.doctor.folders import PROBE_BYTES, ProbedFolder
+from moepp_megatron.tools.doctor.folders import PROBE_BYTES, _ProbedFolder
 from moepp_megatron.tools.doctor.speed import CollectiveSpeed, DeviceSpeed, expected_seconds
-from moepp_megatron.tools.doctor.system import Limits, NetworkPort
+from moepp_megatron.tools.doctor.system import Limits, _NetworkPort
 
 GIB, MIB = 2**30, 2**20
 THRESHOLDS = Thresholds()
@@ -63,7 +63,7 @@ def test_ports_are_read_from_sysfs(tmp_path):
     _port(tmp_path, "mlx5_1", "1: DOWN", "2.5 Gb/sec (1X SDR)")
     _port(tmp_path, "mlx5_2", "1: DOWN", "10 Gb/sec (1X)", "Ethernet")
     ports = system.read_ports(tmp_path)
-    assert ports[0] == NetworkPort("mlx5_0/1", "ACTIVE", 400.0, "InfiniBand")
+    assert ports[0] == _NetworkPort("mlx5_0/1", "ACTIVE", 400.0, "InfiniBand")
     (down,) = system.check_ports(ports, num_cards=1, rate_per_gpu=400.0)
     assert (down.severity, down.found) == (WARNING, "mlx5_1/1 is DOWN")
     slow = system.check_ports(ports[:1], num_cards=8, rate_per_gpu=400.0)
@@ -94,12 +94,12 @@ def test_a_dispatch_comes_back(monkeypatch, sent_back, problem):
 @pytest.mark.parametrize(
     ("folder", "needed", "severity", "found"),
     [
-        (ProbedFolder("run", Path("/r"), 100 * GIB, 2e9), 0, OK, "writes 2000 MB/s"),
-        (ProbedFolder("run", Path("/r"), 100 * GIB, 2e6), 0, WARNING, "writes 2 MB/s"),
-        (ProbedFolder("run", Path("/r"), 100 * GIB, None), 0, OK, "100.0 GiB free"),
-        (ProbedFolder("run", Path("/r"), GIB, 2e9), 2 * GIB, ERROR, "1.0 GiB free"),
-        (ProbedFolder("run", Path("/r"), PROBE_BYTES, None), 0, ERROR, "0.1 GiB free"),
-        (ProbedFolder("run", Path("/r"), None, None, "Permission denied"), 0, ERROR, "denied"),
+        (_ProbedFolder("run", Path("/r"), 100 * GIB, 2e9), 0, OK, "writes 2000 MB/s"),
+        (_ProbedFolder("run", Path("/r"), 100 * GIB, 2e6), 0, WARNING, "writes 2 MB/s"),
+        (_ProbedFolder("run", Path("/r"), 100 * GIB, None), 0, OK, "100.0 GiB free"),
+        (_ProbedFolder("run", Path("/r"), GIB, 2e9), 2 * GIB, ERROR, "1.0 GiB free"),
+        (_ProbedFolder("run", Path("/r"), PROBE_BYTES, None), 0, ERROR, "0.1 GiB free"),
+        (_ProbedFolder("run", Path("/r"), None, None, "Permission denied"), 0, ERROR, "denied"),
     ],
 )
 def test_folder(folder, needed, severity, found):

@@ -15,7 +15,7 @@ from moepp_megatron.tools.planning.activations import kept_bytes, output_bytes
 from moepp_megatron.tools.planning.grid import FULL, Grid
 from moepp_megatron.tools.planning.layer_time import HOST, METADATA, layer_time
 from moepp_megatron.tools.planning.layout_costs import LayoutCosts
-from moepp_megatron.tools.planning.machine import Efficiencies, machine_of
+from moepp_megatron.tools.planning.machine import _Efficiencies, machine_of
 from moepp_megatron.tools.planning.memory import fullest_rank, fullest_rows, memory_of
 from moepp_megatron.tools.planning.parts import Layer, layer_parts, output_part
 from moepp_megatron.tools.planning.pipeline import (
@@ -25,15 +25,15 @@ from moepp_megatron.tools.planning.pipeline import (
     layout_string,
     stage_sizes,
 )
-from moepp_megatron.tools.planning.rates import Product, linear_work, product_seconds
+from moepp_megatron.tools.planning.rates import _Product, _product_seconds, linear_work
 from moepp_megatron.tools.planning.step import step_time
 from moepp_megatron.tools.planning.traffic import (
-    Placement,
+    _hierarchical_rows,
+    _Placement,
     exchanged_bytes,
-    hierarchical_rows,
     layer_traffic,
 )
-from moepp_megatron.tools.planning.workload import GroupedQuery, NumberFormats, Workload
+from moepp_megatron.tools.planning.workload import NumberFormats, Workload, _GroupedQuery
 
 
 def configured(**moe):
@@ -96,17 +96,17 @@ def test_backward_costs_twice_forward_plus_recomputed_scores():
 
 def test_large_products_reach_the_rate_and_small_ones_do_not(h100):
     def share(product):
-        return product.flop / product_seconds(product, h100) / h100.flops(product.number)
+        return product.flop / _product_seconds(product, h100) / h100.flops(product.number)
 
-    assert share(Product(16384, 16384, 16384)) > 0.95
+    assert share(_Product(16384, 16384, 16384)) > 0.95
     # 64 tiles of 64 x 64 leave half of 132 multiprocessors without work.
-    assert share(Product(128, 2048, 2048)) < 0.5
+    assert share(_Product(128, 2048, 2048)) < 0.5
     # 132 tiles fill the card once; one more row of tiles takes a second wave.
-    full = Product(128 * 12, 256 * 11, 8192)
-    assert share(full) > 1.6 * share(Product(128 * 12 + 1, 256 * 11, 8192)) * 12 / 13
+    full = _Product(128 * 12, 256 * 11, 8192)
+    assert share(full) > 1.6 * share(_Product(128 * 12 + 1, 256 * 11, 8192)) * 12 / 13
     # One row and a large weight: as long as reading it takes.
-    thin = Product(1, 8192, 8192)
-    assert product_seconds(thin, h100) >= 2 * 8192 * 8192 / h100.memory_rate
+    thin = _Product(1, 8192, 8192)
+    assert _product_seconds(thin, h100) >= 2 * 8192 * 8192 / h100.memory_rate
 
 
 def test_interleaving_shrinks_the_bubble_and_keeps_more_in_flight():
@@ -165,7 +165,7 @@ def _kept(load=LOAD, **grid):
 @pytest.mark.parametrize(("tp", "heads"), [(1, 16 + 8), (4, 4 + 2), (16, 1 + 1)])
 def test_norms_keep_queries_and_keys(tp, heads):
     """On a rank with several key heads, and where two ranks share one; heads wider than usual."""
-    load = replace(LOAD, attention=GroupedQuery(heads=16, groups=8, head_dim=256))
+    load = replace(LOAD, attention=_GroupedQuery(heads=16, groups=8, head_dim=256))
     normed = replace(load, attention=replace(load.attention, has_qk_norm=True))
     for recompute in ((), ("core_attn",)):
         grid = {"world": 16, "tp": tp, "recompute": recompute}
@@ -240,7 +240,7 @@ def seconds_of(load, grid, machine):
 
 
 def with_reached(**values):
-    return machine_of(load_hardware("h100_sxm"), Efficiencies.of(values, "a test"))
+    return machine_of(load_hardware("h100_sxm"), _Efficiencies.of(values, "a test"))
 
 
 def test_a_slow_host_decides_over_many_small_kernels():
@@ -392,7 +392,7 @@ def test_backward_one_of_three_tensor_collectives_is_exposed(h100):
 @pytest.mark.parametrize(("ranks", "counted"), [(16, 5.77), (32, 6.43), (64, 6.80)])
 def test_rows_over_nvlink_are_those_of_different_experts(ranks, counted):
     """By drawing 8 of 128 experts: every wanted rank but the one where the token lands."""
-    found, _ = hierarchical_rows(Placement(ranks, 8), 8, 128)
+    found, _ = _hierarchical_rows(_Placement(ranks, 8), 8, 128)
     rng = random.Random(1)
     draws = 4000
     copies = 0
@@ -412,7 +412,7 @@ def test_groups_bound_the_nodes_of_a_token():
     assert [experts.most_nodes_of(nodes) for nodes in (4, 8, 16, 64)] == [4, 4, 8, 32]
     free = Workload.from_config(configured(num_ffn_experts=128, router_topk=8)).experts
     assert free.most_nodes_of(16) is None
-    across = [hierarchical_rows(Placement(64, 8), 8, 128, most)[1] for most in (None, 4)]
+    across = [_hierarchical_rows(_Placement(64, 8), 8, 128, most)[1] for most in (None, 4)]
     assert across[1] == 4 * 7 / 8 < across[0]
 
 

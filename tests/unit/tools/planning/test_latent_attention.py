@@ -9,7 +9,7 @@ from moepp_megatron.config.flops import forward_flops_per_token
 from moepp_megatron.tools.planning.grid import Grid
 from moepp_megatron.tools.planning.memory import fullest_rank, memory_of, rank_memory
 from moepp_megatron.tools.planning.pipeline import even_stages
-from moepp_megatron.tools.planning.workload import LatentAttention, Workload, attention_of
+from moepp_megatron.tools.planning.workload import LatentAttention, Workload, _attention_of
 from tests.unit.tools.planning.rank_builds import WORLD, SplitCompressions, build
 from tests.unit.tools.planning.test_built_rank import settings
 
@@ -41,13 +41,13 @@ def test_deepseek_is_what_was_published():
     per_layer = counts.per_ffn_expert
     taken = counts.active + 58 * per_layer * 8 * (1 - config.moe.ffn_share)
     assert taken == pytest.approx(37e9, rel=0.02)
-    assert attention_of(config) == LatentAttention(128, 1536, 512, 128, 64, 128)
+    assert _attention_of(config) == LatentAttention(128, 1536, 512, 128, 64, 128)
 
 
 @pytest.mark.parametrize("kind", MODELS)
 def test_sizes_agree_with_the_configuration(kind):
     config = parse_config(settings({}, model=MODELS[kind]))
-    attention = attention_of(config)
+    attention = _attention_of(config)
     hidden, layers = config.model.hidden_size, config.model.num_layers
     weights = sum(one.outputs * one.inputs for one in attention.matmuls(hidden, 1))
     counted = count_parameters(config).attention
@@ -56,7 +56,7 @@ def test_sizes_agree_with_the_configuration(kind):
     # Twice the heads in the same sizes: what is left of the FLOP has no attention in it.
     wider = parse_config(settings({}, model=MODELS[kind] | {"num_attention_heads": 16}))
     more = forward_flops_per_token(wider, 1.0) - forward_flops_per_token(config, 1.0)
-    doubled = sum(one.outputs * one.inputs for one in attention_of(wider).matmuls(hidden, 1))
+    doubled = sum(one.outputs * one.inputs for one in _attention_of(wider).matmuls(hidden, 1))
     assert more == layers * 2 * (doubled - weights + scores)
 
 
@@ -68,7 +68,7 @@ def test_ranks_are_what_the_plan_says(elsewhere, kind, rank):
     # With Transformer Engine a rank holds the compressions whole, which the plan counts.
     config = parse_config(raw)
     layout = Layout.from_config(config, WORLD)
-    attention = attention_of(config)
+    attention = _attention_of(config)
     assert isinstance(attention, LatentAttention)
     split = SplitCompressions(**vars(attention))
     whole, parts = (

@@ -7,11 +7,11 @@ import pytest
 
 from moepp_megatron.tools.planning.grid import Grid
 from moepp_megatron.tools.planning.traffic import (
-    Placement,
-    all_to_all_seconds,
+    _all_to_all_seconds,
+    _hierarchical_seconds,
+    _Placement,
     distinct_targets,
     gather_seconds,
-    hierarchical_seconds,
     placement,
 )
 
@@ -25,7 +25,7 @@ HYBRID = {8: (661, 624), 16: (1485, 1688), 32: (3064, 3088), 64: (4626, 4398)}
 def test_plain_exchange_takes_the_measured_times(h100):
     errors = []
     for ranks, (dispatch, combine) in PLAIN.items():
-        seconds = all_to_all_seconds(Placement(ranks, 8), TOKENS * TOPK * ROW, h100)
+        seconds = _all_to_all_seconds(_Placement(ranks, 8), TOKENS * TOPK * ROW, h100)
         errors += [seconds * 1e6 / dispatch - 1, seconds * 1e6 / combine - 1]
     # Two bandwidths and two latencies for eight times; dispatch and combine differ by up to 5%
     # among themselves.
@@ -49,8 +49,8 @@ def test_hierarchical_exchange_takes_the_measured_times(h100):
         # Up to 8 ranks, groups are ranks; beyond, several ranks share a group.
         inside = of_four_groups(8) * 7 / 8 if nodes == 1 else 0.0
         across = of_four_groups(nodes) * (nodes - 1) / nodes
-        seconds = hierarchical_seconds(
-            Placement(ranks, 8), inside * TOKENS * ROW, across * TOKENS * ROW, h100
+        seconds = _hierarchical_seconds(
+            _Placement(ranks, 8), inside * TOKENS * ROW, across * TOKENS * ROW, h100
         )
         errors += [seconds * 1e6 / dispatch - 1, seconds * 1e6 / combine - 1]
     # The same bandwidths as above. 16 ranks take longer than their bytes say, by 11% and 22%: a
@@ -65,21 +65,21 @@ def test_ranks_fill_nodes_in_order():
     where = {
         name: placement(grid, name, per_node=8) for name in ("tp", "cp", "dp", "pp", "ep", "edp")
     }
-    assert where["tp"] == Placement(2, 2)
-    assert where["cp"] == Placement(2, 2)
+    assert where["tp"] == _Placement(2, 2)
+    assert where["cp"] == _Placement(2, 2)
     # Neighbours of a data-parallel group are 4 ranks apart: two on a node.
-    assert where["dp"] == Placement(8, 2)
+    assert where["dp"] == _Placement(8, 2)
     assert where["dp"].nodes == 4
-    assert where["pp"] == Placement(2, 1)
-    assert where["ep"] == Placement(16, 8)
-    assert where["edp"] == Placement(2, 1)
+    assert where["pp"] == _Placement(2, 1)
+    assert where["ep"] == _Placement(16, 8)
+    assert where["edp"] == _Placement(2, 1)
 
 
 def test_a_group_of_one_costs_nothing(h100):
-    alone = Placement(1, 1)
+    alone = _Placement(1, 1)
     assert gather_seconds(alone, 1e9, h100) == 0
-    assert all_to_all_seconds(alone, 1e9, h100) == 0
-    assert hierarchical_seconds(alone, 1e9, 1e9, h100) == 0
+    assert _all_to_all_seconds(alone, 1e9, h100) == 0
+    assert _hierarchical_seconds(alone, 1e9, 1e9, h100) == 0
 
 
 def test_distinct_targets():

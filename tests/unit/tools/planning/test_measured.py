@@ -13,10 +13,10 @@ from moepp_megatron.tools.planning.machine import machine_of
 from moepp_megatron.tools.planning.measured.compare import (
     HELD_OUT,
     SET_NUMBERS,
+    _held_out,
     compare,
     error_range,
     family_errors,
-    held_out,
     pair_errors,
 )
 from moepp_megatron.tools.planning.measured.rows import read_runs
@@ -34,7 +34,7 @@ def chosen_by():
 
 @pytest.fixture(scope="module")
 def shown_on():
-    return held_out()
+    return _held_out()
 
 
 def rows():

@@ -14,7 +14,7 @@ from moepp_megatron.tools.planning.layout_costs import LayoutCosts
 from moepp_megatron.tools.planning.machine import machine_of
 from moepp_megatron.tools.planning.memory import GIB
 from moepp_megatron.tools.planning.overlay import config_of
-from moepp_megatron.tools.planning.plan import TIE, complexity, make_plan
+from moepp_megatron.tools.planning.plan import TIE, _complexity, _make_plan
 from moepp_megatron.tools.planning.search import Space
 from moepp_megatron.tools.planning.workload import Workload
 
@@ -123,7 +123,7 @@ def test_a_configuration_becomes_its_grid_again():
 
 def test_the_plan_is_the_best_of_all_layouts(h100):
     config = configured(batch=96)
-    plan = make_plan(config, WORLD, h100, taus=(0.25,), top=3)
+    plan = _make_plan(config, WORLD, h100, taus=(0.25,), top=3)
     space = Space.of(config, WORLD, 8)
     costs = space.costs(h100)
     fitting = {
@@ -137,8 +137,8 @@ def test_the_plan_is_the_best_of_all_layouts(h100):
     # The plan is a tie with it, and none of the ties is simpler.
     assert plan.best.step.total <= fastest * (1 + TIE)
     ties = [grid for grid, total in fitting.items() if total <= fastest * (1 + TIE)]
-    least = min(complexity(costs.named(grid), config) for grid in ties)
-    assert complexity(plan.best.grid, config) == least
+    least = min(_complexity(costs.named(grid), config) for grid in ties)
+    assert _complexity(plan.best.grid, config) == least
     times = [planned.step.total for planned in plan.layouts[1:]]
     assert times == sorted(times)
     assert [(baseline.kind, baseline.tau) for baseline in plan.baselines] == [
@@ -154,7 +154,7 @@ def test_the_plan_is_the_best_of_all_layouts(h100):
 
 def test_a_budget_is_planned_beside_taus_and_vanilla(h100):
     config = configured(moe={"budget": {"target_ffn_per_token": 1.2}}, batch=96)
-    plan = make_plan(config, WORLD, h100, taus=(0.25,), top=1)
+    plan = _make_plan(config, WORLD, h100, taus=(0.25,), top=1)
     assert plan.best.ffn_share == pytest.approx(0.6)
     assert [baseline.kind for baseline in plan.baselines] == ["vanilla", "moepp"]
 
@@ -162,7 +162,7 @@ def test_a_budget_is_planned_beside_taus_and_vanilla(h100):
 def test_a_model_that_does_not_fit_names_what_comes_closest(h100):
     # Too little for any layout, with a margin or without.
     tiny = replace(h100, memory_bytes=1e9)
-    plan = make_plan(configured(), 1, tiny)
+    plan = _make_plan(configured(), 1, tiny)
     assert plan.best is None
     assert plan.search.too_large == plan.search.legal
     assert plan.layouts
@@ -182,7 +182,7 @@ def test_states_are_kept_in_bf16_only_for_room(h100):
     # Room for both in bf16, and not for fp32: with the margin that stays free.
     margin = h100.memory_bytes / h100.usable_bytes
     small = replace(h100, memory_bytes=1.0001 * margin * least[states])
-    best = make_plan(config, 4, small).best
+    best = _make_plan(config, 4, small).best
     assert best is not None
     assert best.grid.states == states
     changed = config_of(config, best.grid)
@@ -193,16 +193,16 @@ def test_states_are_kept_in_bf16_only_for_room(h100):
     for other in ({"optimizer": {"lr": 1e-3, "adam_beta2": 0.999}}, {"precision": {}}):
         assert set(Space.of(configured(**other), WORLD, 8).states) == {()}
     # What fits in fp32 is not given up for little.
-    assert make_plan(config, 4, h100).best.grid.states == ()
+    assert _make_plan(config, 4, h100).best.grid.states == ()
 
 
 def test_what_cannot_be_planned_is_refused(h100):
     with pytest.raises(ConfigError, match=r"--gpus \(7\) must allow a legal layout"):
-        make_plan(configured(), 7, h100)
+        _make_plan(configured(), 7, h100)
     ampere = machine_of(load_hardware("a100_sxm"))
     fp8 = configured(precision={"dtype": "bf16", "fp8": "hybrid"})
     with pytest.raises(ConfigError, match=r"precision.fp8 \(hybrid\) must be a format of a100"):
-        make_plan(fp8, 8, ampere)
+        _make_plan(fp8, 8, ampere)
     with pytest.raises(ConfigError, match=r"hardware \(cpu\) must give memory_gb"):
         machine_of(load_hardware("cpu"))
 
@@ -256,7 +256,7 @@ def test_a_margin_of_memory_stays_free(h100):
     held = costs.memory(grid)
     full = replace(h100, memory_bytes=held * 1.005)
     assert full.usable_bytes < held < full.memory_bytes
-    plan = make_plan(config, WORLD, full, top=3)
+    plan = _make_plan(config, WORLD, full, top=3)
     assert plan.best is not None
     assert all(one.memory_gib * 2**30 <= full.usable_bytes for one in plan.layouts if one.fits)
 

@@ -9,11 +9,11 @@ from moepp_megatron.tools.planning.grid import FULL, Grid
 from moepp_megatron.tools.planning.layer_time import EXCHANGE, layer_time
 from moepp_megatron.tools.planning.parts import (
     Layer,
+    _local_form,
+    _local_work,
     layer_parts,
-    local_form,
-    local_work,
 )
-from moepp_megatron.tools.planning.rates import Product, work_seconds
+from moepp_megatron.tools.planning.rates import _Product, work_seconds
 from moepp_megatron.tools.planning.workload import Workload
 from tests.unit.tools.planning.test_costs import LOAD, configured
 
@@ -35,9 +35,9 @@ def time_of(load, grid, machine):
 def test_gate_and_mixing_logits_are_one_product():
     """16 FFN, 2 constant, a copy and a zero expert; two mixing logits for each constant one."""
     products = parts_of(LOAD, Grid(8), has_residual=False)["router"].forward.products
-    assert products == (Product(LOAD.seq, 20 + 2 * 2, LOAD.hidden),)
+    assert products == (_Product(LOAD.seq, 20 + 2 * 2, LOAD.hidden),)
     with_residual = parts_of(LOAD, Grid(8))["router"].forward.products
-    assert with_residual == (*products, Product(LOAD.seq, 20, 20))
+    assert with_residual == (*products, _Product(LOAD.seq, 20, 20))
     # The first layer of a gate of two has the mixing logits beside it.
     deep = Workload.from_config(configured(two_layer_gate=True))
     hidden = parts_of(deep, Grid(8))["router"].forward.products
@@ -57,13 +57,13 @@ def test_gate_and_mixing_logits_are_one_product():
     ],
 )
 def test_the_form_is_that_of_the_layer(dispatcher, grid, form):
-    assert local_form(LOAD.with_dispatcher(dispatcher), grid) == form
-    assert local_form(WITHOUT_KERNELS.with_dispatcher(dispatcher), grid) == "plain"
+    assert _local_form(LOAD.with_dispatcher(dispatcher), grid) == form
+    assert _local_form(WITHOUT_KERNELS.with_dispatcher(dispatcher), grid) == "plain"
 
 
 def test_kernels_move_less_the_more_they_do_at_once(h100):
     combined, apart, plain = (
-        local_work(load, grid)
+        _local_work(load, grid)
         for load, grid in ((LOAD, Grid(8)), (LOAD, EP4), (WITHOUT_KERNELS, EP4))
     )
     for which in (0, 1):

@@ -3,7 +3,7 @@
 import pytest
 
 from moepp_megatron.tools.profiling.measures.expert_load import expert_load
-from moepp_megatron.tools.profiling.trace import About, Pass, Passes, RankTrace, TracedGroup
+from moepp_megatron.tools.profiling.trace import About, Pass, RankTrace, TracedGroup, _Passes
 
 
 def routed(layer, to_ranks):
@@ -27,7 +27,7 @@ def trace(rank, ranks, *sent, etp=1):
     return RankTrace(
         rank,
         groups={"9": TracedGroup("9", ranks, "EXPERT_MODEL_PARALLEL_GROUP")},
-        about=About(steps=[Passes(step=5, passes=passes)], layout={"etp": etp}),
+        about=About(steps=[_Passes(step=5, passes=passes)], layout={"etp": etp}),
     )
 
 
