@@ -108,6 +108,7 @@ def _layer(
     quiet()
     if chosen_dtype == "fp8":
         _refuse_unfit_fp8(recipe)
+    from moepp_megatron.runtime.atomic import write_json
     from moepp_megatron.tools.bench.contestants import single_process
     from moepp_megatron.tools.bench.layer import run_layer_benchmark
     from moepp_megatron.tools.report import bench
@@ -130,7 +131,7 @@ def _layer(
         )
     bench.print_layers(results)
     if json_file is not None:
-        bench.write_records(json_file, results)
+        write_json(json_file, results)
         echo(f"results      {json_file}")
 
 
@@ -191,6 +192,7 @@ def _step_on_rank(config: Config, layout: Layout, rounds: int, json_file: Path |
 
     quiet()
     from moepp_megatron.runtime import distributed
+    from moepp_megatron.runtime.atomic import write_json
     from moepp_megatron.runtime.rank import RankEnvironment
     from moepp_megatron.tools.bench.step import run_step_benchmark
     from moepp_megatron.tools.report import bench
@@ -203,5 +205,5 @@ def _step_on_rank(config: Config, layout: Layout, rounds: int, json_file: Path |
         return
     bench.print_step(result)
     if json_file is not None:
-        bench.write_records(json_file, result)
+        write_json(json_file, result)
         echo(f"result       {json_file}")

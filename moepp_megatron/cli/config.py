@@ -1,6 +1,5 @@
 """`moepp config`: what a configuration sets and where, and every setting that there is."""
 
-import json
 import textwrap
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -46,12 +45,12 @@ def _show(
     if changed:
         values = [value for value in values if value[2] != DEFAULT]
     if json_file is not None:
-        from moepp_megatron.runtime.atomic import write_result
+        from moepp_megatron.runtime.atomic import write_json
 
         content = nested(
             (names, {"value": value, "origin": origin}) for names, value, origin in values
         )
-        write_result(json_file, json.dumps(content, indent=2).encode() + b"\n")
+        write_json(json_file, content)
         echo(f"configuration {json_file}")
         return
     lines = list(_yaml_lines(values))
@@ -96,9 +95,9 @@ def _keys(
             f"PREFIX ({wanted}) must be the beginning or a part of a setting's name; {remedy}"
         )
     if json_file is not None:
-        from moepp_megatron.runtime.atomic import write_result
+        from moepp_megatron.runtime.atomic import write_json
 
-        write_result(json_file, json.dumps([asdict(one) for one in matching], indent=2).encode())
+        write_json(json_file, [asdict(one) for one in matching])
         echo(f"settings     {json_file}")
         return
     for one in matching:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -116,13 +115,12 @@ def doctor(
 
 
 def _show(findings: list[Finding], preflight: bool, json_file: Path | None) -> None:
-    from moepp_megatron.runtime.atomic import write_result
+    from moepp_megatron.runtime.atomic import write_json
     from moepp_megatron.runtime.terminal import Console
     from moepp_megatron.tools.doctor.finding import Severity, counts, findings_table
 
     if json_file is not None:
-        content = {"findings": [finding.as_dict() for finding in findings]}
-        write_result(json_file, (json.dumps(content, indent=2) + "\n").encode())
+        write_json(json_file, {"findings": [finding.as_dict() for finding in findings]})
     if preflight:
         for finding in findings:
             if finding.severity >= Severity.WARNING:

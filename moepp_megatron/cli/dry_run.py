@@ -1,16 +1,12 @@
 """Prints the output of `moepp train --dry-run`: grid, stages, parameters, without any device."""
 
-from bisect import bisect_right
-from collections.abc import Sequence
-from functools import partial
-
 from rich.table import Table
 
 from moepp_megatron.cli.memory_fit import GIB, Target, fits, needed_bytes, target_of
 from moepp_megatron.config import Config, Layout, count_parameters, stage_layers
 from moepp_megatron.tools.planning.machine import DEFAULT
 from moepp_megatron.tools.planning.memory import RankMemory, rank_memory
-from moepp_megatron.tools.report.terminal import plain_table, print_uncut, wide_console
+from moepp_megatron.tools.report.terminal import plain_table, print_uncut
 
 # Of a large grid the first and last ranks suffice.
 _MOST_RANKS = 16
@@ -142,12 +138,6 @@ def _grid(layout: Layout) -> Table:
     return table
 
 
-_WIDTH = 40
-# Heights of a column, lowest first, for terminals with and without Unicode.
-_LEVELS = "\u2581\u2582\u2583\u2584\u2585\u2586\u2587\u2588"
-_ASCII_LEVELS = "_.-~=+*#"
-
-
 def _schedule_lines(config: Config) -> list[str]:
     """The learning rate, and the batch size where it is ramped.
 
@@ -159,31 +149,14 @@ def _schedule_lines(config: Config) -> list[str]:
     from moepp_megatron.training.schedule import batch_stages, learning_rate, planned_samples
 
     last = config.training.train_iters
-    columns = min(last, _WIDTH)
-    shown = [1 + place * (last - 1) // max(columns - 1, 1) for place in range(columns)]
-    rates = [learning_rate(config, step) for step in shown]
-    levels = _ASCII_LEVELS if wide_console().options.ascii_only else _LEVELS
-    spark = partial(_columns, levels=levels)
-    # Where the rate is highest: the last step of warmup.
+    # The rate is highest in the last step of warmup.
     top = max(config.warmup_iters, 1)
-    lines = [
-        f"learning rate  {spark(rates)}  {rates[0]:.3g} at step 1, "
-        f"{learning_rate(config, top):.3g} at step {top:,}, {rates[-1]:.3g} at step {last:,}"
-    ]
+    steps = sorted({1, top, *(max(last * part // 4, 1) for part in range(1, 5))})
+    rates = (f"{learning_rate(config, step):.3g} at step {step:,}" for step in steps)
+    lines = [f"learning rate  {', '.join(rates)}"]
     if config.training.batch_ramp is not None:
-        stages = batch_stages(config)
-        firsts = [stage.first_step for stage in stages]
-        sizes = [float(stages[bisect_right(firsts, step) - 1].size) for step in shown]
-        later = "".join(f", {stage.size:,} from step {stage.first_step:,}" for stage in stages[1:])
+        first, *stages = batch_stages(config)
+        later = "".join(f", {stage.size:,} from step {stage.first_step:,}" for stage in stages)
         tokens = planned_samples(config) * config.model.seq_length
-        lines.append(
-            f"batch          {spark(sizes)}  {stages[0].size:,} sequences{later}; "
-            f"{tokens:,} tokens in all"
-        )
+        lines.append(f"batch          {first.size:,} sequences{later}; {tokens:,} tokens in all")
     return lines
-
-
-def _columns(values: Sequence[float], levels: str) -> str:
-    low, high = min(values), max(values)
-    scale = (len(levels) - 1) / (high - low) if high > low else 0.0
-    return "".join(levels[round((value - low) * scale)] for value in values)

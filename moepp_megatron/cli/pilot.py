@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 import sys
 from dataclasses import asdict
@@ -122,7 +121,7 @@ def _list_missing(whole: Pilot) -> None:
 
 def _show(whole: Pilot) -> None:
     """Write and print the results of seeds that every arm has finished."""
-    from moepp_megatron.runtime.atomic import write_atomic
+    from moepp_megatron.runtime.atomic import write_json
     from moepp_megatron.tools.experiments.pilot.page import print_pilot, write_pilot_page
     from moepp_megatron.tools.experiments.pilot.pilot import result_of
 
@@ -131,7 +130,7 @@ def _show(whole: Pilot) -> None:
         echo("no seed is finished by every model yet", err=True)
         return
     numbers, page = whole.folder / "pilot.json", whole.folder / "pilot.html"
-    write_atomic(numbers, (json.dumps(asdict(found[0]), indent=1) + "\n").encode())
+    write_json(numbers, asdict(found[0]))
     write_pilot_page(*found, page)
     print_pilot(found[0])
     echo(f"results      {numbers}")

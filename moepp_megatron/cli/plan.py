@@ -116,6 +116,7 @@ def _ignored_options(context: typer.Context) -> Iterator[str]:
 
 def _hold_to_runs(measured: list[Path], json_file: Path | None) -> None:
     """Print predicted and measured for files of rows."""
+    from moepp_megatron.runtime.atomic import write_json
     from moepp_megatron.tools.planning.measured.compare import compare
     from moepp_megatron.tools.planning.measured.rows import read_runs
     from moepp_megatron.tools.report import measured as report
@@ -123,7 +124,7 @@ def _hold_to_runs(measured: list[Path], json_file: Path | None) -> None:
     comparisons = [compare(run) for file in measured for run in read_runs(file)]
     report.print_measured(comparisons)
     if json_file is not None:
-        report.write_measured(json_file, comparisons)
+        write_json(json_file, [comparison.record() for comparison in comparisons])
         echo(f"rows         {json_file}")
 
 

@@ -32,9 +32,7 @@ def profile(
         moepp profile runs/mine
         moepp profile runs/mine --step 21 --json profile.json
     """
-    import json
-
-    from moepp_megatron.runtime.atomic import write_result
+    from moepp_megatron.runtime.atomic import write_json
     from moepp_megatron.tools.profiling.analysis import analyse
     from moepp_megatron.tools.profiling.document import document
     from moepp_megatron.tools.report.profile import print_profile
@@ -42,5 +40,5 @@ def profile(
     profile = analyse(run, step)
     numbers = document(profile)
     if json_file is not None:
-        write_result(json_file, json.dumps(numbers, indent=1).encode())
+        write_json(json_file, numbers)
     print_profile(profile, numbers)

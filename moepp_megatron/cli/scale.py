@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -175,6 +176,7 @@ def _run_all(trials: list[TimedStepTrial], impossible: dict[str, str]) -> list[R
 
 def _collect(out: Path, name: str, trials: dict[Point, TimedStepTrial]) -> None:
     """Write and print what was measured."""
+    from moepp_megatron.runtime.atomic import write_json
     from moepp_megatron.tools.experiments.scaling import page
 
     results = {point: trial.result() for point, trial in trials.items()}
@@ -183,7 +185,7 @@ def _collect(out: Path, name: str, trials: dict[Point, TimedStepTrial]) -> None:
         echo("no point is measured yet", err=True)
         return
     page.print_records(records)
-    page.write_records(out / "scale.json", records)
+    write_json(out / "scale.json", [asdict(record) for record in records])
     missing = [point.name for point, both in results.items() if both is None]
     page.write_scaling_page(out / "scaling.html", name, records, missing)
     echo(f"results      {out / 'scale.json'}")

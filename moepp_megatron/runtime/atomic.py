@@ -4,12 +4,14 @@ import contextlib
 import ctypes
 import errno
 import fcntl
+import json
 import os
 import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from moepp_megatron.config.errors import ConfigError, UnfitError
 from moepp_megatron.runtime.disk import NO_SPACE, is_full, show_bytes, write_error
@@ -46,6 +48,11 @@ def write_result(path: Path, content: bytes) -> None:
     """Same as `write_atomic`, for a file that a user has named: make missing folders."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, content)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a value as JSON to a file that a user has named."""
+    write_result(path, (json.dumps(value, indent=1) + "\n").encode())
 
 
 @contextmanager

@@ -39,12 +39,12 @@ def train(path):
 def bench(path, overrides, out):
 
     from moepp_megatron.config import load_config
+    from moepp_megatron.runtime.atomic import write_json
     from moepp_megatron.tools.bench.step import run_step_benchmark
-    from moepp_megatron.tools.report.bench import write_records
 
     config = load_config(path, overrides)
     layout = join(config)
-    write_records(Path(out), run_step_benchmark(config, layout, rounds=2))
+    write_json(Path(out), run_step_benchmark(config, layout, rounds=2))
 
 
 def test_pilot_from_runs_to_answer(ranks, corpus, tmp_path, monkeypatch, capsys):

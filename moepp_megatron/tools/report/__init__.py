@@ -1,7 +1,7 @@
 """Pages of runs: plots and numbers, only from ``config.yaml`` and ``metrics.jsonl``.
 
 alerts.py              A run's alerts on its page: a table, and marks where they fall on curves
-bench.py               results of `moepp bench`: tables and JSON
+bench.py               results of `moepp bench` as tables
 blocks.py              a page as a list of plots, tables and texts, which one template draws
 comparison.py          the page of several runs: curves over each other, settings that differ
 curves.py              plots over the course of training
@@ -11,7 +11,7 @@ formatting.py          numbers as a reader wants them
 router_health_plots.py plots of the routers' health; docs/routing.md says what each number means
 inspection.py          the page of `moepp inspect`
 lines.py               the plot of lines that most curves are
-measured.py            `moepp plan --measured` on the terminal and as JSON
+measured.py            `moepp plan --measured` on the terminal
 page.py                the page itself: numbers, plots and configuration put into the template
 plan.py                `moepp plan` on the terminal and as JSON
 profile.py             `moepp profile` on the terminal

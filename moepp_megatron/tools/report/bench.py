@@ -1,11 +1,8 @@
-"""Results of `moepp bench`: tables and JSON."""
+"""Results of `moepp bench` as tables."""
 
-import json
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
-from moepp_megatron.runtime.atomic import write_result
 from moepp_megatron.runtime.terminal import Console
 from moepp_megatron.tools.report.terminal import titled_table, wide_console
 
@@ -90,8 +87,3 @@ def print_step(result: _Result) -> None:
         f"MoE++ is {result['speedup']:.2f} times as fast (median of the rounds' ratios); "
         f"without anything but FFN experts it could be {1 / result['phi']:.2f} times"
     )
-
-
-def write_records(path: Path, results: _Result | Sequence[_Result]) -> None:
-    """Write a step's result, or a list of those of layers, as JSON."""
-    write_result(path, (json.dumps(results, indent=1) + "\n").encode())

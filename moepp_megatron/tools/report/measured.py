@@ -1,15 +1,12 @@
-"""`moepp plan --measured` on the terminal and as JSON."""
+"""`moepp plan --measured` on the terminal."""
 
-import json
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from difflib import get_close_matches
-from pathlib import Path
 
 from rich import box
 from rich.table import Table
 
-from moepp_megatron.runtime.atomic import write_result
 from moepp_megatron.tools.planning.measured.compare import (
     Comparison,
     FamilyErrors,
@@ -77,9 +74,3 @@ def _families(title: str, families: dict[str, FamilyErrors]) -> Table:
             f"{errors.tenth:.2f} to {errors.nine_tenths:.2f}",
         )
     return table
-
-
-def write_measured(path: Path, comparisons: Iterable[Comparison]) -> None:
-    """Write one entry for every row, in their order."""
-    records = [comparison.record() for comparison in comparisons]
-    write_result(path, (json.dumps(records, indent=1) + "\n").encode())

@@ -1,12 +1,11 @@
 """`moepp plan` on the terminal and as JSON."""
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from rich.table import Table
 
-from moepp_megatron.runtime.atomic import write_result
+from moepp_megatron.runtime import atomic
 from moepp_megatron.tools.planning.measured.compare import Range, error_range
 from moepp_megatron.tools.planning.memory import GIB, fullest_rows
 from moepp_megatron.tools.planning.plan import Plan, Planned
@@ -140,8 +139,7 @@ def write_json(path: Path, plan: Plan, tokens: float, price: float | None) -> No
         record["run"] = {"tokens": tokens, "days": days, "money": money}
         record["step_time_range_s"] = errors and errors.of(planned.step.total)
         records.append(record)
-    text = json.dumps(records, indent=1)
-    write_result(path, (text + "\n").encode())
+    atomic.write_json(path, records)
 
 
 def _models_table(plan: Plan, tokens: float, price: float | None, errors: Range | None) -> Table:

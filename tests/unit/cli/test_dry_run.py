@@ -315,12 +315,12 @@ def test_long_grids_are_abbreviated(command, capsys, ranks, rows):
         assert rest[after + 1][0] == str(ranks - 1)
 
 
-def test_the_schedule_is_drawn(command, capsys):
+def test_the_schedule_is_said(command, capsys):
     wsd = "optimizer.warmup_iters=10 optimizer.decay_style=WSD optimizer.wsd_decay_iters=20"
     assert command(f"{wsd} training.batch_ramp=[[0,8],[81920,16]]", 2, "--dry-run") == 0
     *_, title, rates, sizes = capsys.readouterr().out.splitlines()
     assert title == "Schedule (optimizer.decay_style WSD)"
-    assert rates.startswith("learning rate  ")
-    assert rates.endswith("  0.0001 at step 1, 0.001 at step 10, 0 at step 100")
+    assert rates.startswith("learning rate  0.0001 at step 1, 0.001 at step 10, 0.001 at step 25, ")
+    assert rates.endswith(", 0.001 at step 75, 0 at step 100")
     # 80 steps of 8 sequences of 128 tokens, then 20 of 16.
-    assert sizes.endswith("  8 sequences, 16 from step 81; 122,880 tokens in all")
+    assert sizes == "batch          8 sequences, 16 from step 81; 122,880 tokens in all"

@@ -10,14 +10,12 @@ were measured at the smallest count, the fastest one is the reference. MoE++ is 
 vanilla with vanilla.
 """
 
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from moepp_megatron.runtime.atomic import write_atomic
 from moepp_megatron.tools.experiments.scaling.points import MODES, Point
 from moepp_megatron.tools.experiments.timed_step import BothSteps
 from moepp_megatron.tools.report import formatting
@@ -110,12 +108,6 @@ def _rate(both: BothSteps, kind: str) -> float:
     """Tokens per second, all ranks."""
     milliseconds: float = getattr(both, f"{kind}_ms")
     return both.tokens / milliseconds * 1e3
-
-
-def write_records(path: Path, records: Sequence[_ScaleRecord]) -> None:
-    """Write the records as a list of objects."""
-    content = json.dumps([asdict(record) for record in records], indent=1)
-    write_atomic(path, f"{content}\n".encode())
 
 
 def print_records(records: Sequence[_ScaleRecord]) -> None:
