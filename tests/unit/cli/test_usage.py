@@ -88,7 +88,7 @@ def test_json_to_stdout_is_all_of_it(tmp_path):
     written = CliRunner().invoke(main.app, ["config", "keys", "moe.tau", "--json", str(file)])
     printed = CliRunner().invoke(main.app, ["config", "keys", "moe.tau", "--json", "-"])
     assert str(file) in written.stdout
-    assert printed.stdout == file.read_text() + "\n"
+    assert printed.stdout == file.read_text()
     assert '"moe.tau"' in printed.stdout
 
 
