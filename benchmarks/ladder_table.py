@@ -41,8 +41,8 @@ LENGTHS = {"steps": "equal steps", "flop": "equal FLOP"}
 # Where the arms of equal FFN work were run: stage, size, and the corpora that are compared.
 CELLS: dict[str, tuple[str, str, Sequence[str]]] = {
     "S": ("equal", "S", ()),
-    "M": ("equal", "M", ()),
-    "L, other texts": ("proof", "L", ()),
+    "M": ("equal power", "M", ()),
+    "L, other texts": ("proof power", "L", ()),
     "XL, other texts": ("beyond", "XL", ()),
     "control": ("control", "S", KINDS["control"]["hard"]),
 }
@@ -297,9 +297,17 @@ def equal_work(ladder: Ladder) -> Iterator[str]:
 
 
 def _less(
-    ladder: Ladder, arm: str, other: str, stage: str, size: str, kinds: Sequence[str]
+    ladder: Ladder, arm: str, other: str, stages: str, size: str, kinds: Sequence[str]
 ) -> list[float]:
-    return less(*(ladder.get((stage, each, size, "steps"), {}) for each in (arm, other)), kinds)
+    cells = [
+        {
+            seed: x
+            for stage in stages.split()
+            for seed, x in ladder.get((stage, each, size, "steps"), {}).items()
+        }
+        for each in (arm, other)
+    ]
+    return less(*cells, kinds)
 
 
 def _topk(arm: str) -> int:
