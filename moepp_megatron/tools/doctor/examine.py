@@ -7,7 +7,6 @@ import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import psutil
@@ -23,11 +22,12 @@ from moepp_megatron.config.hardware import (
     load_hardware,
 )
 from moepp_megatron.runtime import distributed
-from moepp_megatron.runtime.nvml import Driver, GPUState, Nvml, NvmlUnavailableError
+from moepp_megatron.runtime.nvml import GPUState, Nvml
 from moepp_megatron.runtime.optional import flex_backend
 from moepp_megatron.runtime.rank import RankEnvironment
 from moepp_megatron.tools.doctor import card_checks, folders, gpu_checks, packages, speed, system
 from moepp_megatron.tools.doctor.finding import Finding, Judge
+from moepp_megatron.tools.doctor.gpu_checks import Cards
 
 # What only a GPU at work shows.
 _UNDER_LOAD = ("GPU throttling", "PCIe")
@@ -50,25 +50,6 @@ class Request:
     expected_gpus: int | None = None
 
 
-@dataclass(frozen=True)
-class _Cards:
-    """The node's GPUs as NVML reports them, or why it does not."""
-
-    cards: list[GPUState]
-    driver: Driver | None = None
-    error: NvmlUnavailableError | None = None
-
-    @classmethod
-    def read(cls, library: Any = None) -> _Cards:
-        """Query NVML once; `library` replaces pynvml."""
-        try:
-            nvml = Nvml(library)
-        except NvmlUnavailableError as error:
-            return cls([], error=error)
-        with nvml:
-            return cls([nvml.card(index) for index in range(nvml.count())], nvml.driver())
-
-
 def expected_gpus(environment: Mapping[str, str] = os.environ) -> int | None:
     """GPUs of this node that Slurm has given to the job; None outside of a job with GPUs."""
     value = environment.get("SLURM_GPUS_ON_NODE", "")
@@ -79,7 +60,7 @@ class _NodeExaminer:
     """Examines this node; `own_pids` of this examination may hold memory on the GPUs."""
 
     def __init__(
-        self, request: Request, cards: _Cards, own_pids: frozenset[int] = frozenset()
+        self, request: Request, cards: Cards, own_pids: frozenset[int] = frozenset()
     ) -> None:
         self.request, self.cards = request, cards
         self.hardware = _hardware(request, cards)
@@ -92,8 +73,16 @@ class _NodeExaminer:
 
     def node_findings(self) -> list[Finding]:
         """All findings except those of speeds."""
-        software = packages.check_packages(self.request.config)
-        return [*self._gpu(), *self._system(), *self._folders(), *software]
+        request, thresholds, cards = self.request, self.judge.thresholds, self.cards.cards
+        rate = self.hardware.network_gbit_s_per_gpu if self.hardware is not None else None
+        described = request.hardware is None
+        return [
+            *gpu_checks.check_together(self.cards, self.hardware, described, request.expected_gpus),
+            *(card_checks.check_cards(cards, self.judge) if cards else []),
+            *system.check_system(thresholds, len(cards), rate),
+            *folders.check_folders(request.config, thresholds),
+            *packages.check_packages(request.config),
+        ]
 
     def speed_findings(
         self, speeds: list[speed.DeviceSpeed], loaded: list[GPUState] | None = None
@@ -106,42 +95,8 @@ class _NodeExaminer:
             findings += card_checks.signs(loaded or [], self.judge, name)
         return findings
 
-    def _gpu(self) -> list[Finding]:
-        cards, expected = self.cards, self.request.expected_gpus
-        if cards.error is not None and cards.error.has_driver:
-            return [gpu_checks.check_driver_fault(str(cards.error))]
-        if not cards.cards:
-            reason = str(cards.error) if cards.error is not None else "the driver finds none"
-            return [gpu_checks.no_cards(reason, expected)]
-        assert cards.driver is not None, "NVML answered"
-        described = self.request.hardware is None
-        return [
-            gpu_checks.check_count(cards.cards, expected),
-            gpu_checks.check_model(cards.cards, self.hardware, described),
-            gpu_checks.check_driver(cards.driver, packages.torch_cuda(), len(cards.cards)),
-            *card_checks.check_cards(cards.cards, self.judge),
-        ]
 
-    def _system(self) -> list[Finding]:
-        thresholds, num_cards = self.judge.thresholds, len(self.cards.cards)
-        ports = system.read_ports()
-        rate = self.hardware.network_gbit_s_per_gpu if self.hardware is not None else None
-        return [
-            system.check_shared_memory(system.shared_memory_bytes(), thresholds, num_cards > 0),
-            *system.check_limits(system.Limits.read(), thresholds, bool(ports)),
-            *system.check_ports(ports, num_cards, rate),
-        ]
-
-    def _folders(self) -> list[Finding]:
-        config = self.request.config
-        wanted = {"current": (Path.cwd(), 0)} if config is None else folders.config_folders(config)
-        return [
-            folders.check_folder(folders.probe_folder(name, path), self.judge.thresholds, needed)
-            for name, (path, needed) in wanted.items()
-        ]
-
-
-def _hardware(request: Request, cards: _Cards) -> Hardware | None:
+def _hardware(request: Request, cards: Cards) -> Hardware | None:
     """The description to judge by: the one named, the GPU's, or a CPU machine's."""
     if request.hardware is not None:
         return load_hardware(request.hardware)
@@ -167,7 +122,7 @@ class _RankReport:
 
 def examine_machine(request: Request) -> list[Finding]:
     """Examine this machine from one process: every GPU in turn, or the CPU."""
-    cards = _Cards.read()
+    cards = Cards.read()
     examiner = _NodeExaminer(request, cards)
     findings = examiner.node_findings()
     loaded: list[GPUState] = []
@@ -180,7 +135,7 @@ def examine_machine(request: Request) -> list[Finding]:
 def examine_ranks(request: Request, rank: RankEnvironment) -> list[Finding] | None:
     """Findings of all nodes of a launched job on rank 0, None elsewhere; every rank must call."""
     # Before this rank's own process holds memory on the GPUs.
-    cards = _Cards.read() if rank.local_rank == 0 else _Cards([])
+    cards = Cards.read() if rank.local_rank == 0 else Cards([])
     device = distributed.start(rank, timeout=timedelta(minutes=3))
     try:
         return _examine_started(request, rank, cards, device)
@@ -189,7 +144,7 @@ def examine_ranks(request: Request, rank: RankEnvironment) -> list[Finding] | No
 
 
 def _examine_started(
-    request: Request, rank: RankEnvironment, cards: _Cards, device: torch.device
+    request: Request, rank: RankEnvironment, cards: Cards, device: torch.device
 ) -> list[Finding] | None:
     loaded: list[GPUState] = []
     node = socket.gethostname()
@@ -219,7 +174,6 @@ def _together(
     collectives: list[speed.CollectiveSpeed],
 ) -> list[Finding]:
     """Findings of all nodes, and of their collectives."""
-    thresholds, hardware = examiner.judge.thresholds, examiner.hardware
     findings = [finding for report in reports for finding in report.findings]
     nodes = list(dict.fromkeys(report.node for report in reports))
     for node in nodes:
@@ -228,16 +182,11 @@ def _together(
         speeds = [report.speed for report in node_reports]
         findings += [finding.on(node) for finding in examiner.speed_findings(speeds, loaded)]
     if rank.world_size > 1:
-        findings.append(speed.check_slowest([report.speed for report in reports], thresholds))
-    link = hardware.nvlink_gb_s if hardware is not None else None
-    network = hardware.network_gbit_s_per_gpu if hardware is not None else None
-    # Rated in both directions together.
-    rates = None if link is None else link / 2 * 1e9, None if network is None else network / 8 * 1e9
-    for collective in collectives:
-        sizes = rank.world_size, rank.local_world_size
-        expected = speed.expected_seconds(collective, *sizes, *rates)
-        bad = examiner.judge.unfit_now
-        findings.append(speed.check_collective(collective, expected, thresholds, bad))
+        findings.append(
+            speed.check_slowest([report.speed for report in reports], examiner.judge.thresholds)
+        )
+    sizes = rank.world_size, rank.local_world_size
+    findings += [speed.check_collective(each, *sizes, examiner.judge) for each in collectives]
     return _once(findings)
 
 

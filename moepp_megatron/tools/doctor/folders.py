@@ -18,6 +18,15 @@ _MB = 1e6
 _GIB = 2**30
 
 
+def check_folders(config: Config | None, thresholds: Thresholds) -> list[Finding]:
+    """Check the folders of a run, or without one the working folder."""
+    wanted = {"current": (Path.cwd(), 0)} if config is None else _config_folders(config)
+    return [
+        _check_folder(_probe_folder(name, path), thresholds, needed)
+        for name, (path, needed) in wanted.items()
+    ]
+
+
 @dataclass(frozen=True)
 class _ProbedFolder:
     """The state of a folder.
@@ -36,7 +45,7 @@ class _ProbedFolder:
     error: str | None = None
 
 
-def probe_folder(name: str, path: Path, probe_bytes: int = PROBE_BYTES) -> _ProbedFolder:
+def _probe_folder(name: str, path: Path, probe_bytes: int = PROBE_BYTES) -> _ProbedFolder:
     """Write and remove a file where the folder is or would be made."""
     place = path.absolute()
     while not place.exists():
@@ -51,7 +60,7 @@ def probe_folder(name: str, path: Path, probe_bytes: int = PROBE_BYTES) -> _Prob
         return _ProbedFolder(name, path, None, None, error.strerror or str(error))
 
 
-def check_folder(folder: _ProbedFolder, thresholds: Thresholds, needed: int = 0) -> Finding:
+def _check_folder(folder: _ProbedFolder, thresholds: Thresholds, needed: int = 0) -> Finding:
     """The finding of one folder, in which `needed` bytes must be free."""
     name, path = f"{folder.name} folder", folder.path
     if folder.error is not None:
@@ -82,7 +91,7 @@ def check_folder(folder: _ProbedFolder, thresholds: Thresholds, needed: int = 0)
     )
 
 
-def config_folders(config: Config) -> dict[str, tuple[Path, int]]:
+def _config_folders(config: Config) -> dict[str, tuple[Path, int]]:
     """The folders of a run with the bytes that must be free in them.
 
     One checkpoint must fit. More may be kept, but a resumed run has some of them already.

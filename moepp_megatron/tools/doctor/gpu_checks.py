@@ -1,22 +1,73 @@
 """Checks of a node's GPUs together: their number, their model, and driver against torch."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
+
+import torch
 
 from moepp_megatron.config.hardware import Hardware
-from moepp_megatron.runtime.gpu_state import Driver, GPUState
+from moepp_megatron.runtime.nvml import Driver, GPUState, Nvml, NvmlUnavailableError
 from moepp_megatron.tools.doctor.finding import Finding, Severity, error, judged, note, warning
 
 
 @dataclass(frozen=True)
-class TorchCuda:
+class Cards:
+    """The node's GPUs as NVML reports them, or why it does not."""
+
+    cards: list[GPUState]
+    driver: Driver | None = None
+    error: NvmlUnavailableError | None = None
+
+    @classmethod
+    def read(cls, library: Any = None) -> Cards:
+        """Query NVML once; `library` replaces pynvml."""
+        try:
+            nvml = Nvml(library)
+        except NvmlUnavailableError as error:
+            return cls([], error=error)
+        with nvml:
+            return cls([nvml.card(index) for index in range(nvml.count())], nvml.driver())
+
+
+def check_together(
+    found: Cards, hardware: Hardware | None, described: bool, expected: int | None
+) -> list[Finding]:
+    """Check number, model and driver.
+
+    `described` is false where the user has given the description, `expected` the GPUs of the job.
+    """
+    if found.error is not None and found.error.has_driver:
+        return [_check_driver_fault(str(found.error))]
+    if not found.cards:
+        reason = str(found.error) if found.error is not None else "the driver finds none"
+        return [_no_cards(reason, expected)]
+    assert found.driver is not None, "NVML answered"
+    return [
+        _check_count(found.cards, expected),
+        _check_model(found.cards, hardware, described),
+        _check_driver(found.driver, _torch_cuda()),
+    ]
+
+
+@dataclass(frozen=True)
+class _TorchCuda:
     """The CUDA version torch was built with, as (13, 0), and whether torch can use a GPU."""
 
     built_with: tuple[int, int] | None
     available: bool
 
 
-def check_count(cards: Sequence[GPUState], expected: int | None) -> Finding:
+def _torch_cuda() -> _TorchCuda:
+    built = torch.version.cuda
+    parts = None if built is None else tuple(int(part) for part in built.split(".")[:2])
+    assert parts is None or len(parts) == 2, f"CUDA version {built} has no minor part"
+    return _TorchCuda(parts and (parts[0], parts[1]), torch.cuda.is_available())
+
+
+def _check_count(cards: Sequence[GPUState], expected: int | None) -> Finding:
     """Check that there are as many GPUs as the job expects."""
     count = f"{len(cards)} GPUs" if len(cards) != 1 else "1 GPU"
     return judged(
@@ -29,13 +80,8 @@ def check_count(cards: Sequence[GPUState], expected: int | None) -> Finding:
     )
 
 
-def check_model(
-    cards: Sequence[GPUState], hardware: Hardware | None, described: bool = True
-) -> Finding:
-    """Check that all GPUs are of one kind, and that this kind is described.
-
-    `described` is false where the user has given the description.
-    """
+def _check_model(cards: Sequence[GPUState], hardware: Hardware | None, described: bool) -> Finding:
+    """Check that all GPUs are of one kind, and that this kind is described."""
     names = sorted({card.name for card in cards if card.name})
     models = ", ".join(names) or "unknown"
     if len(names) > 1:
@@ -61,7 +107,7 @@ def check_model(
     return Finding("GPU model", f"{models} ({hardware.name})")
 
 
-def check_driver(driver: Driver, torch_cuda: TorchCuda, num_cards: int) -> Finding:
+def _check_driver(driver: Driver, torch_cuda: _TorchCuda) -> Finding:
     """Check that the driver supports the CUDA version that torch was built with.
 
     A driver supports every CUDA of its own major version and of older ones (NVIDIA's CUDA
@@ -69,8 +115,6 @@ def check_driver(driver: Driver, torch_cuda: TorchCuda, num_cards: int) -> Findi
     """
     served = "unknown" if driver.cuda is None else f"{driver.cuda[0]}.{driver.cuda[1]}"
     versions = f"driver {driver.version or 'unknown'} for CUDA {served}"
-    if num_cards == 0:
-        return Finding("GPU driver", versions)
     if torch_cuda.built_with is None:
         return error(
             "GPU driver",
@@ -97,7 +141,7 @@ def check_driver(driver: Driver, torch_cuda: TorchCuda, num_cards: int) -> Findi
     return Finding("GPU driver", versions)
 
 
-def check_driver_fault(message: str) -> Finding:
+def _check_driver_fault(message: str) -> Finding:
     """The finding for a driver that is installed but refuses."""
     return error(
         "GPU driver",
@@ -107,8 +151,8 @@ def check_driver_fault(message: str) -> Finding:
     )
 
 
-def no_cards(reason: str, expected: int | None) -> Finding:
+def _no_cards(reason: str, expected: int | None) -> Finding:
     """The finding for a machine without NVIDIA driver: fine, unless the job expects GPUs."""
     if not expected:
         return note("GPU count", f"no GPU: {reason}; GPU checks skipped")
-    return check_count([], expected)
+    return _check_count([], expected)

@@ -6,6 +6,9 @@ import platform
 import sys
 from pathlib import Path
 
+import torch
+import torch.distributed as dist
+
 from moepp_megatron.config import Config, UnfitError
 from moepp_megatron.moe import upstream_versions
 from moepp_megatron.runtime.backends import (
@@ -19,7 +22,6 @@ from moepp_megatron.runtime.fit import check_fit, compiler_obstacle
 from moepp_megatron.runtime.optional import OF_ALL, have_triton, how_to_install
 from moepp_megatron.runtime.rank_environment import with_rank_variables
 from moepp_megatron.tools.doctor.finding import Finding, Severity, error, judged, note, warning
-from moepp_megatron.tools.doctor.gpu_checks import TorchCuda
 
 
 def check_packages(config: Config | None) -> list[Finding]:
@@ -28,7 +30,7 @@ def check_packages(config: Config | None) -> list[Finding]:
     # Of what is imported, which a path can put before what is installed.
     megatron = version_of("megatron-core") and upstream_versions.version()
     findings = [_python(), _torch(), _check_megatron(megatron), _nccl(), _extra()]
-    on_gpu = torch_cuda().available
+    on_gpu = torch.cuda.is_available()
     findings += [_check_backend(backend, on_gpu) for backend in backends]
     findings += [_check_compiler(), _check_caches()] if have_triton() else []
     loss = "auto" if config is None else config.precision.cross_entropy
@@ -37,16 +39,6 @@ def check_packages(config: Config | None) -> list[Finding]:
         if config is not None:
             findings.append(_check_config(config))
     return [finding for finding in findings if finding is not None]
-
-
-def torch_cuda() -> TorchCuda:
-    """The CUDA version that torch was built for, and whether torch can use a GPU."""
-    import torch
-
-    built = torch.version.cuda
-    parts = None if built is None else tuple(int(part) for part in built.split(".")[:2])
-    assert parts is None or len(parts) == 2, f"CUDA version {built} has no minor part"
-    return TorchCuda(parts and (parts[0], parts[1]), torch.cuda.is_available())
 
 
 def _check_megatron(version: str | None) -> Finding:
@@ -132,17 +124,12 @@ def _python() -> Finding:
 
 
 def _torch() -> Finding:
-    import torch
-
     build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU only"
     return Finding("torch", f"{torch.__version__}, built for {build}")
 
 
 def _nccl() -> Finding | None:
     """NCCL's version, where torch was built with it."""
-    import torch
-    import torch.distributed as dist
-
     if not torch.cuda.is_available() or not dist.is_nccl_available():
         return note("NCCL", "not used without a GPU: gloo carries collectives")
     version = torch.cuda.nccl.version()

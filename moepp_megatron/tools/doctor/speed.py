@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from moepp_megatron.config.hardware import Hardware, Thresholds
-from moepp_megatron.tools.doctor.finding import Finding, Severity, error, judged
+from moepp_megatron.tools.doctor.finding import Finding, Judge, Severity, error, judged
 
 # Large enough to fill any GPU (1.1 TFLOP each), and enough of them to look at the GPU meanwhile;
 # on a CPU small, for laptops.
@@ -112,7 +112,7 @@ def check_dispatch(
     )
 
 
-def expected_seconds(
+def _expected_seconds(
     collective: CollectiveSpeed,
     num_ranks: int,
     ranks_per_node: int,
@@ -190,26 +190,29 @@ def check_slowest(speeds: Sequence[DeviceSpeed], thresholds: Thresholds) -> Find
 
 
 def check_collective(
-    collective: CollectiveSpeed, expected: float | None, thresholds: Thresholds, bad: Severity
+    collective: CollectiveSpeed, num_ranks: int, ranks_per_node: int, judge: Judge
 ) -> Finding:
-    """Compare a collective with the time that rated links need.
-
-    Without `expected` seconds the time is reported, not judged. `bad` is the severity of a slow
-    one.
-    """
+    """Compare a collective with the time that rated links need; without rates it is reported."""
     name, seconds = collective.name, collective.seconds
     observation = f"{collective.num_bytes / 2**20:.0f} MiB a rank in {seconds * 1e3:.3g} ms"
+    link = network = None
+    if judge.hardware is not None:
+        # NVLink is rated in both directions together.
+        link = judge.hardware.nvlink_gb_s and judge.hardware.nvlink_gb_s / 2 * 1e9
+        network = judge.hardware.network_gbit_s_per_gpu
+        network = network and network / 8 * 1e9
+    expected = _expected_seconds(collective, num_ranks, ranks_per_node, link, network)
     if expected is None:
         return Finding(name, f"{observation} (no rated speed to compare with)")
     share = expected / seconds
     return judged(
-        share >= thresholds.collective_fraction,
+        share >= judge.thresholds.collective_fraction,
         name,
         f"{observation}, {share:.0%} of the rated links",
-        f"should reach {thresholds.collective_fraction:.0%}",
+        f"should reach {judge.thresholds.collective_fraction:.0%}",
         "look at NVLink and network ports of every node, then at NCCL_DEBUG=INFO for the "
         "transport that NCCL chose",
-        bad,
+        judge.unfit_now,
     )
 
 

@@ -11,8 +11,20 @@ from moepp_megatron.config.hardware import Thresholds
 from moepp_megatron.tools.doctor.finding import Finding, Severity, judged, note, warning
 
 
+def check_system(
+    thresholds: Thresholds, num_cards: int, rate_per_gpu: float | None
+) -> list[Finding]:
+    """Check shared memory, limits and network ports (`rate_per_gpu` in Gbit/s)."""
+    ports = _read_ports()
+    return [
+        _check_shared_memory(_shared_memory_bytes(), thresholds, num_cards > 0),
+        *_check_limits(_Limits.read(), thresholds, bool(ports)),
+        *_check_ports(ports, num_cards, rate_per_gpu),
+    ]
+
+
 @dataclass(frozen=True)
-class Limits:
+class _Limits:
     """Soft limits of this process, in files and bytes; None is unlimited.
 
     RDMA locks its buffers. The process may raise `open_files` up to `open_files_hard`.
@@ -23,7 +35,7 @@ class Limits:
     locked_memory: int | None
 
     @classmethod
-    def read(cls) -> Limits:
+    def read(cls) -> _Limits:
         """Read the limits of this process, which the ranks inherit."""
         files, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         locked, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
@@ -47,7 +59,7 @@ class _NetworkPort:
     link_layer: str
 
 
-def read_ports(root: Path = Path("/sys/class/infiniband")) -> list[_NetworkPort]:
+def _read_ports(root: Path = Path("/sys/class/infiniband")) -> list[_NetworkPort]:
     """All RDMA ports; none where there is no such device."""
     ports = []
     for folder in sorted(root.glob("*/ports/*")):
@@ -63,7 +75,7 @@ def read_ports(root: Path = Path("/sys/class/infiniband")) -> list[_NetworkPort]
     return ports
 
 
-def shared_memory_bytes(folder: Path = Path("/dev/shm")) -> int | None:
+def _shared_memory_bytes(folder: Path = Path("/dev/shm")) -> int | None:
     """Size of the shared-memory file system; None where there is none."""
     try:
         return shutil.disk_usage(folder).total
@@ -71,7 +83,7 @@ def shared_memory_bytes(folder: Path = Path("/dev/shm")) -> int | None:
         return None
 
 
-def check_shared_memory(size: int | None, thresholds: Thresholds, has_gpu: bool) -> Finding:
+def _check_shared_memory(size: int | None, thresholds: Thresholds, has_gpu: bool) -> Finding:
     """Check the size of /dev/shm, through which NCCL and data loader workers pass data."""
     size = size or 0
     return judged(
@@ -85,7 +97,7 @@ def check_shared_memory(size: int | None, thresholds: Thresholds, has_gpu: bool)
     )
 
 
-def check_limits(limits: Limits, thresholds: Thresholds, has_rdma: bool) -> list[Finding]:
+def _check_limits(limits: _Limits, thresholds: Thresholds, has_rdma: bool) -> list[Finding]:
     """Check the limits of open files and, with RDMA devices, of locked memory."""
     files, hard, least = limits.open_files, limits.open_files_hard, thresholds.open_files
     can_raise = hard is None or hard >= least
@@ -110,7 +122,7 @@ def check_limits(limits: Limits, thresholds: Thresholds, has_rdma: bool) -> list
     return [open_files, locked_memory] if has_rdma else [open_files]
 
 
-def check_ports(
+def _check_ports(
     ports: list[_NetworkPort], num_cards: int, rate_per_gpu: float | None
 ) -> list[Finding]:
     """Check that RDMA ports are up, and fast enough for the GPUs together (Gbit/s per GPU)."""

@@ -6,9 +6,8 @@ import pytest
 from moepp_megatron.config.hardware import load_hardware
 from moepp_megatron.runtime.gpu_state import Driver
 from moepp_megatron.tools.doctor import card_checks, gpu_checks
-from moepp_megatron.tools.doctor.examine import _Cards
 from moepp_megatron.tools.doctor.finding import Judge, Severity
-from moepp_megatron.tools.doctor.gpu_checks import TorchCuda
+from moepp_megatron.tools.doctor.gpu_checks import Cards, _TorchCuda
 from tests.unit.tools.doctor.fake_nvml import LINKS, FakeNvml, answers, process
 
 H100 = load_hardware("h100_sxm")
@@ -21,7 +20,7 @@ def judge(preflight=False):
 
 
 def complaints(*cards, preflight=False):
-    read = _Cards.read(FakeNvml(*cards)).cards
+    read = Cards.read(FakeNvml(*cards)).cards
     found = card_checks.check_cards(read, judge(preflight))
     return [finding for finding in found if finding.severity > Severity.OK]
 
@@ -34,7 +33,7 @@ BUSY = {
 @pytest.mark.parametrize("state", [{}, BUSY], ids=["idle", "busy"])
 def test_healthy_cards_have_one_ok_finding_a_check(state):
     cards = [answers(index, **state) for index in range(8)]
-    findings = card_checks.check_cards(_Cards.read(FakeNvml(*cards)).cards, judge(preflight=True))
+    findings = card_checks.check_cards(Cards.read(FakeNvml(*cards)).cards, judge(preflight=True))
     assert {finding.severity for finding in findings} == {Severity.OK}
     assert len({finding.check for finding in findings}) == len(findings) == 10
     assert "18 links up" in next(f.found for f in findings if f.check == "NVLink")
@@ -159,28 +158,28 @@ def test_what_is_no_sickness(changes):
 
 
 def test_without_a_description_the_card_is_measured_by_itself():
-    read = _Cards.read(FakeNvml(answers(0, nvmlDeviceGetEnforcedPowerLimit=450_000))).cards
+    read = Cards.read(FakeNvml(answers(0, nvmlDeviceGetEnforcedPowerLimit=450_000))).cards
     undescribed = Judge(None, H100.thresholds)
     found = card_checks.check_cards(read, undescribed)
     assert [f.check for f in found if f.severity > Severity.OK] == ["GPU power cap"]
 
 
 def test_count():
-    cards = _Cards.read(FakeNvml(answers(0), answers(1))).cards
-    assert gpu_checks.check_count(cards, None).severity == Severity.OK
-    assert gpu_checks.check_count(cards, 2).severity == Severity.OK
-    few = gpu_checks.check_count(cards, 8)
+    cards = Cards.read(FakeNvml(answers(0), answers(1))).cards
+    assert gpu_checks._check_count(cards, None).severity == Severity.OK
+    assert gpu_checks._check_count(cards, 2).severity == Severity.OK
+    few = gpu_checks._check_count(cards, 8)
     assert (few.severity, few.found, few.rule) == (Severity.ERROR, "2 GPUs", "must be 8")
 
 
 def test_model():
-    same = _Cards.read(FakeNvml(answers(0), answers(1))).cards
-    assert gpu_checks.check_model(same, H100).severity == Severity.OK
-    assert gpu_checks.check_model(same, None).severity == Severity.NOTE
-    named = gpu_checks.check_model(same, load_hardware("a100_sxm"), described=False)
+    same = Cards.read(FakeNvml(answers(0), answers(1))).cards
+    assert gpu_checks._check_model(same, H100, True).severity == Severity.OK
+    assert gpu_checks._check_model(same, None, True).severity == Severity.NOTE
+    named = gpu_checks._check_model(same, load_hardware("a100_sxm"), described=False)
     assert (named.severity, named.rule) == (Severity.WARNING, "should be a a100_sxm")
-    mixed = _Cards.read(FakeNvml(answers(0), answers(1, nvmlDeviceGetName="NVIDIA H200"))).cards
-    found = gpu_checks.check_model(mixed, H100)
+    mixed = Cards.read(FakeNvml(answers(0), answers(1, nvmlDeviceGetName="NVIDIA H200"))).cards
+    found = gpu_checks._check_model(mixed, H100, True)
     assert found.severity == Severity.WARNING
     assert "NVIDIA H200" in found.found
 
@@ -188,22 +187,22 @@ def test_model():
 @pytest.mark.parametrize(
     ("cuda", "torch_cuda", "severity", "found"),
     [
-        ((13, 0), TorchCuda((13, 2), True), Severity.OK, "driver 580.95.05 for CUDA 13.0"),
-        ((13, 0), TorchCuda((12, 8), True), Severity.OK, "torch for CUDA 12.8"),
-        ((12, 8), TorchCuda((13, 0), False), Severity.ERROR, "torch for CUDA 13.0"),
-        ((13, 0), TorchCuda(None, False), Severity.ERROR, "torch without CUDA"),
-        ((13, 0), TorchCuda((13, 0), False), Severity.ERROR, "torch finds no GPU"),
+        ((13, 0), _TorchCuda((13, 2), True), Severity.OK, "driver 580.95.05 for CUDA 13.0"),
+        ((13, 0), _TorchCuda((12, 8), True), Severity.OK, "torch for CUDA 12.8"),
+        ((12, 8), _TorchCuda((13, 0), False), Severity.ERROR, "torch for CUDA 13.0"),
+        ((13, 0), _TorchCuda(None, False), Severity.ERROR, "torch without CUDA"),
+        ((13, 0), _TorchCuda((13, 0), False), Severity.ERROR, "torch finds no GPU"),
     ],
 )
 def test_driver(cuda, torch_cuda, severity, found):
-    finding = gpu_checks.check_driver(Driver("580.95.05", cuda), torch_cuda, num_cards=8)
+    finding = gpu_checks._check_driver(Driver("580.95.05", cuda), torch_cuda)
     assert finding.severity == severity
     assert found in finding.found
 
 
 def test_reading_the_driver_closes_nvml():
     library = FakeNvml(answers(0), cuda=12080)
-    read = _Cards.read(library)
+    read = Cards.read(library)
     assert read.driver == Driver("580.95.05", (12, 8))
     assert not library.is_open
 
@@ -217,6 +216,6 @@ def test_reading_the_driver_closes_nvml():
     ],
 )
 def test_nvml_that_does_not_start(error, has_driver):
-    read = _Cards.read(FakeNvml(init_error=error))
+    read = Cards.read(FakeNvml(init_error=error))
     assert read.cards == []
     assert read.error.has_driver == has_driver

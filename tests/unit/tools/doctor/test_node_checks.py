@@ -7,14 +7,14 @@ import pytest
 import torch
 
 from moepp_megatron.config import load_config
-from moepp_megatron.config.hardware import Thresholds, load_hardware
+from moepp_megatron.config.hardware import Hardware, Thresholds, load_hardware
 from moepp_megatron.moe.upstream_versions import BEYOND, OLDEST, TESTED_VERSION
 from moepp_megatron.runtime.backends import Backend
 from moepp_megatron.tools.doctor import folders, packages, speed, system
-from moepp_megatron.tools.doctor.finding import Finding, Severity, error, warning, worst
+from moepp_megatron.tools.doctor.finding import Finding, Judge, Severity, error, warning, worst
 from moepp_megatron.tools.doctor.folders import PROBE_BYTES, _ProbedFolder
-from moepp_megatron.tools.doctor.speed import CollectiveSpeed, DeviceSpeed, expected_seconds
-from moepp_megatron.tools.doctor.system import Limits, _NetworkPort
+from moepp_megatron.tools.doctor.speed import CollectiveSpeed, DeviceSpeed, _expected_seconds
+from moepp_megatron.tools.doctor.system import _Limits, _NetworkPort
 
 GIB, MIB = 2**30, 2**20
 THRESHOLDS = Thresholds()
@@ -27,26 +27,26 @@ OK, NOTE, WARNING, ERROR = Severity.OK, Severity.NOTE, Severity.WARNING, Severit
     [(8 * GIB, True, OK), (64 * MIB, True, ERROR), (64 * MIB, False, WARNING), (None, True, ERROR)],
 )
 def test_shared_memory(size, has_gpu, severity):
-    assert system.check_shared_memory(size, THRESHOLDS, has_gpu).severity == severity
+    assert system._check_shared_memory(size, THRESHOLDS, has_gpu).severity == severity
 
 
 @pytest.mark.parametrize(
     ("limits", "rdma", "severities"),
     [
-        (Limits(None, None, None), True, [OK, OK]),
-        (Limits(65536, 65536, 64 * 1024), False, [OK]),
-        (Limits(65536, 65536, 64 * 1024), True, [OK, ERROR]),
-        (Limits(1024, 524288, None), False, [WARNING]),
+        (_Limits(None, None, None), True, [OK, OK]),
+        (_Limits(65536, 65536, 64 * 1024), False, [OK]),
+        (_Limits(65536, 65536, 64 * 1024), True, [OK, ERROR]),
+        (_Limits(1024, 524288, None), False, [WARNING]),
     ],
 )
 def test_limits(limits, rdma, severities):
-    found = system.check_limits(limits, THRESHOLDS, rdma)
+    found = system._check_limits(limits, THRESHOLDS, rdma)
     assert [finding.severity for finding in found] == severities
 
 
 def test_who_can_raise_the_limit_of_open_files():
-    (own,) = system.check_limits(Limits(1024, 524288, None), THRESHOLDS, has_rdma=False)
-    (admin,) = system.check_limits(Limits(1024, 1024, None), THRESHOLDS, has_rdma=False)
+    (own,) = system._check_limits(_Limits(1024, 524288, None), THRESHOLDS, has_rdma=False)
+    (admin,) = system._check_limits(_Limits(1024, 1024, None), THRESHOLDS, has_rdma=False)
     assert own.remedy == "ulimit -n 4096"
     assert "slurmd" in admin.remedy
 
@@ -62,15 +62,15 @@ def test_ports_are_read_from_sysfs(tmp_path):
     _port(tmp_path, "mlx5_0", "4: ACTIVE", "400 Gb/sec (4X NDR)")
     _port(tmp_path, "mlx5_1", "1: DOWN", "2.5 Gb/sec (1X SDR)")
     _port(tmp_path, "mlx5_2", "1: DOWN", "10 Gb/sec (1X)", "Ethernet")
-    ports = system.read_ports(tmp_path)
+    ports = system._read_ports(tmp_path)
     assert ports[0] == _NetworkPort("mlx5_0/1", "ACTIVE", 400.0, "InfiniBand")
-    (down,) = system.check_ports(ports, num_cards=1, rate_per_gpu=400.0)
+    (down,) = system._check_ports(ports, num_cards=1, rate_per_gpu=400.0)
     assert (down.severity, down.found) == (WARNING, "mlx5_1/1 is DOWN")
-    slow = system.check_ports(ports[:1], num_cards=8, rate_per_gpu=400.0)
+    slow = system._check_ports(ports[:1], num_cards=8, rate_per_gpu=400.0)
     assert [(f.check, f.severity) for f in slow] == [("network rate", NOTE)]
-    (fine,) = system.check_ports(ports[:1], num_cards=1, rate_per_gpu=400.0)
+    (fine,) = system._check_ports(ports[:1], num_cards=1, rate_per_gpu=400.0)
     assert fine.severity == OK
-    assert system.read_ports(tmp_path / "none") == []
+    assert system._read_ports(tmp_path / "none") == []
 
 
 @pytest.mark.parametrize(
@@ -103,13 +103,13 @@ def test_a_dispatch_comes_back(monkeypatch, sent_back, problem):
     ],
 )
 def test_folder(folder, needed, severity, found):
-    finding = folders.check_folder(folder, THRESHOLDS, needed)
+    finding = folders._check_folder(folder, THRESHOLDS, needed)
     assert finding.severity == severity
     assert found in finding.found
 
 
 def test_a_folder_is_probed_where_it_would_be_made_and_left_clean(tmp_path):
-    found = folders.probe_folder("run", tmp_path / "a/b", probe_bytes=2 * MIB)
+    found = folders._probe_folder("run", tmp_path / "a/b", probe_bytes=2 * MIB)
     assert found.error is None
     assert found.write_rate is not None
     assert list(tmp_path.iterdir()) == []
@@ -117,16 +117,16 @@ def test_a_folder_is_probed_where_it_would_be_made_and_left_clean(tmp_path):
 
 def test_a_folder_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
-    found = folders.probe_folder("run", tmp_path / "file/run", probe_bytes=MIB)
+    found = folders._probe_folder("run", tmp_path / "file/run", probe_bytes=MIB)
     assert found.error == "Not a directory"
 
 
 def test_a_checkpoint_must_fit():
     config = load_config(ROOT / "configs/quickstart.yaml", ["checkpoint.save_interval=10"])
-    _, needed = folders.config_folders(config)["checkpoint"]
+    _, needed = folders._config_folders(config)["checkpoint"]
     assert needed == folders.checkpoint_bytes(config) > 0
     never = load_config(ROOT / "configs/quickstart.yaml", ["checkpoint.save_interval=0"])
-    assert set(folders.config_folders(never)) == {"run"}
+    assert set(folders._config_folders(never)) == {"run"}
 
 
 def test_the_pinned_megatron_is_the_one_asked_for():
@@ -187,22 +187,24 @@ def test_time_that_rated_links_need():
     )
     link, network = 450e9, 50e9
     # One node of 8: 2 * 7/8 of the buffer, and 7 parts of 8.
-    assert expected_seconds(reduce, 8, 8, link, None) == pytest.approx(1.75 * one_gib / link)
-    assert expected_seconds(exchange, 8, 8, link, None) == pytest.approx(one_gib * 7 / 8 / link)
+    assert _expected_seconds(reduce, 8, 8, link, None) == pytest.approx(1.75 * one_gib / link)
+    assert _expected_seconds(exchange, 8, 8, link, None) == pytest.approx(one_gib * 7 / 8 / link)
     # Two nodes: 8 ports of 50 GB/s are less than NVLink; half of an all-to-all crosses.
-    assert expected_seconds(reduce, 16, 8, link, network) == pytest.approx(
+    assert _expected_seconds(reduce, 16, 8, link, network) == pytest.approx(
         2 * 15 / 16 * one_gib / 400e9
     )
-    assert expected_seconds(exchange, 16, 8, link, network) == pytest.approx(one_gib / 2 / network)
-    assert expected_seconds(reduce, 16, 8, link, None) is None
-    assert expected_seconds(reduce, 2, 2, None, None) is None
+    assert _expected_seconds(exchange, 16, 8, link, network) == pytest.approx(one_gib / 2 / network)
+    assert _expected_seconds(reduce, 16, 8, link, None) is None
+    assert _expected_seconds(reduce, 2, 2, None, None) is None
 
 
 def test_collectives_against_rated_links():
     reduced = CollectiveSpeed("all-reduce", GIB, 0.010)
 
     def check(expected):
-        return speed.check_collective(reduced, expected, THRESHOLDS, ERROR)
+        rated = expected and 2 * 1.75 * GIB / 1e9 / expected
+        judge = Judge(Hardware(name="x", nvlink_gb_s=rated), THRESHOLDS, preflight=True)
+        return speed.check_collective(reduced, 8, 8, judge)
 
     assert check(None).severity == OK
     assert check(0.006).severity == OK
