@@ -112,7 +112,7 @@ def _layer(
     from moepp_megatron.tools.bench.contestants import single_process
     from moepp_megatron.tools.bench.layer import run_layer_benchmark
     from moepp_megatron.tools.report import bench
-    from moepp_megatron.tools.report.progress import progress
+    from moepp_megatron.tools.report.terminal import progress
 
     total = len(shape_names) * len(tau_values) * len(pass_names)
     with single_process(), progress(total) as advance:

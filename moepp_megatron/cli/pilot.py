@@ -70,7 +70,7 @@ def pilot(
     from moepp_megatron.tools.experiments.pilot.pilot import SESSIONS, Pilot
     from moepp_megatron.tools.experiments.pilot.verdict import LOOK
     from moepp_megatron.tools.experiments.runner import Interrupted, RunFailed
-    from moepp_megatron.tools.report.progress import progress
+    from moepp_megatron.tools.report.terminal import progress
 
     first = settings.training.seed
     whole = Pilot(

@@ -157,7 +157,7 @@ def scale(
 def _run_all(trials: list[TimedStepTrial], impossible: dict[str, str]) -> list[RunFailed]:
     """Measure everything that is missing, on this machine; return what has failed."""
     from moepp_megatron.tools.experiments.runner import missing, run_missing
-    from moepp_megatron.tools.report.progress import progress
+    from moepp_megatron.tools.report.terminal import progress
 
     for what, reason in impossible.items():
         echo(f"left out: {what}: {reason}", err=True)

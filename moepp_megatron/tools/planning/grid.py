@@ -119,26 +119,3 @@ def layer_key(grid: Grid) -> Grid:
         recomputed_layers=grid.recomputed_layers,
         unpaired=grid.unpaired,
     )
-
-
-GroupName = Literal["tp", "cp", "dp", "pp", "etp", "ep", "edp", "dp_cp"]
-
-
-def group_shape(grid: Grid, name: GroupName) -> tuple[int, int]:
-    """Size of a process group and the distance between its neighbours in rank numbers.
-
-    megatron-core numbers ranks in the order "tp-cp-ep-dp-pp", the first fastest: attention with
-    ep = 1, experts with cp = 1 (megatron/core/parallel_state.py, `RankGenerator`).
-    """
-    within_stage = grid.world // grid.pp
-    shapes = {
-        "tp": (grid.tp, 1),
-        "cp": (grid.cp, grid.tp),
-        "dp": (grid.dp, grid.tp * grid.cp),
-        "dp_cp": (grid.dp * grid.cp, grid.tp),
-        "pp": (grid.pp, within_stage),
-        "etp": (grid.etp, 1),
-        "ep": (grid.ep, grid.etp),
-        "edp": (grid.edp, grid.etp * grid.ep),
-    }
-    return shapes[name]

@@ -6,7 +6,7 @@ from math import ceil, exp, lgamma
 from typing import assert_never
 
 from moepp_megatron.layer_settings import static_rows
-from moepp_megatron.tools.planning.grid import Grid, GroupName, group_shape
+from moepp_megatron.tools.planning.grid import Grid
 from moepp_megatron.tools.planning.machine import Machine
 from moepp_megatron.tools.planning.workload import Workload
 
@@ -24,9 +24,23 @@ class _Placement:
         return ceil(self.size / self.per_node)
 
 
-def placement(grid: Grid, name: GroupName, per_node: int) -> _Placement:
-    """The placement of a group if node after node is filled with `per_node` ranks."""
-    size, stride = group_shape(grid, name)
+def placement(grid: Grid, name: str, per_node: int) -> _Placement:
+    """The placement of a group if node after node is filled with `per_node` ranks.
+
+    megatron-core numbers ranks in the order "tp-cp-ep-dp-pp", the first fastest: attention with
+    ep = 1, experts with cp = 1 (megatron/core/parallel_state.py, `RankGenerator`).
+    """
+    # Size, and the distance between neighbours in rank numbers.
+    shapes = {
+        "tp": (grid.tp, 1),
+        "cp": (grid.cp, grid.tp),
+        "dp_cp": (grid.dp * grid.cp, grid.tp),
+        "pp": (grid.pp, grid.world // grid.pp),
+        "etp": (grid.etp, 1),
+        "ep": (grid.ep, grid.etp),
+        "edp": (grid.edp, grid.etp * grid.ep),
+    }
+    size, stride = shapes[name]
     return _Placement(size, min(size, max(per_node // stride, 1)))
 
 

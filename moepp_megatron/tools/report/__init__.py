@@ -15,11 +15,10 @@ measured.py            `moepp plan --measured` on the terminal
 page.py                the page itself: numbers, plots and configuration put into the template
 plan.py                `moepp plan` on the terminal and as JSON
 profile.py             `moepp profile` on the terminal
-progress.py            how far a measurement is
 run_data.py            what a report is made of
 savings.py             what the zero-computation experts saved against a vanilla layer
 series.py              the one way to a run's numbers over its steps
 summary.py             the numbers of a run that the page shows, computed from its records
-terminal.py            tables on a terminal that are whole wherever they are printed
+terminal.py            tables on a terminal that are whole wherever they are printed; progress
 token_groups.py        sources, classes of tokens and tasks: a table, and plots over steps
 """

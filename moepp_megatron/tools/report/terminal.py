@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from rich import box
@@ -91,3 +92,11 @@ def _keep_lines(console: Console, table: Table) -> None:
 
 def _measure(console: Console, part: RenderableType) -> Measurement:
     return Measurement.get(console, console.options.update(width=10_000), part)
+
+
+@contextmanager
+def progress(total: int) -> Iterator[Callable[[str], None]]:
+    """A function that prints the name of each of `total` measurements on stderr."""
+    console = Console(stderr=True)
+    done = iter(range(1, total + 1))
+    yield lambda what: console.print(f"[{next(done)}/{total}] {what}")

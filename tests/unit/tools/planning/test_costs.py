@@ -14,7 +14,6 @@ from moepp_megatron.config.hardware import load_hardware
 from moepp_megatron.tools.planning.activations import kept_bytes, output_bytes
 from moepp_megatron.tools.planning.grid import FULL, Grid
 from moepp_megatron.tools.planning.layer_time import HOST, METADATA, layer_time
-from moepp_megatron.tools.planning.layout_costs import LayoutCosts
 from moepp_megatron.tools.planning.machine import _Efficiencies, machine_of
 from moepp_megatron.tools.planning.memory import fullest_rank, fullest_rows, memory_of
 from moepp_megatron.tools.planning.parts import Layer, layer_parts, output_part
@@ -26,6 +25,7 @@ from moepp_megatron.tools.planning.pipeline import (
     stage_sizes,
 )
 from moepp_megatron.tools.planning.rates import _Product, _product_seconds, linear_work
+from moepp_megatron.tools.planning.search import _LayoutCosts
 from moepp_megatron.tools.planning.step import step_time
 from moepp_megatron.tools.planning.traffic import (
     _hierarchical_rows,
@@ -216,7 +216,7 @@ def test_a_fused_loss_needs_the_logits_alone():
 @pytest.mark.parametrize("overlap", [False, True])
 def test_costs_are_those_of_the_step_and_of_the_fullest_rank(h100, overlap):
     load = replace(LOAD, is_moe=(False, False, *(True,) * 6), extra_layers=2)
-    costs, grid = LayoutCosts(load, h100), Grid(64, 2, 1, 4, 2, 8, expert_overlap=overlap)
+    costs, grid = _LayoutCosts(load, h100), Grid(64, 2, 1, 4, 2, 8, expert_overlap=overlap)
     step = step_time(load, grid, h100)
     assert costs.seconds(grid) == pytest.approx(step.total, rel=1e-9)
     held = fullest_rank(load, grid, even_stages(load.layers, 4, 2), step.load.p99).total

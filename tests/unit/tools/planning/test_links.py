@@ -63,13 +63,13 @@ def test_hierarchical_exchange_takes_the_measured_times(h100):
 def test_ranks_fill_nodes_in_order():
     grid = Grid(64, tp=2, cp=2, pp=2, ep=16)
     where = {
-        name: placement(grid, name, per_node=8) for name in ("tp", "cp", "dp", "pp", "ep", "edp")
+        name: placement(grid, name, per_node=8) for name in ("tp", "cp", "dp_cp", "pp", "ep", "edp")
     }
     assert where["tp"] == _Placement(2, 2)
     assert where["cp"] == _Placement(2, 2)
-    # Neighbours of a data-parallel group are 4 ranks apart: two on a node.
-    assert where["dp"] == _Placement(8, 2)
-    assert where["dp"].nodes == 4
+    # Neighbours of a data-parallel group are 2 ranks apart: four on a node.
+    assert where["dp_cp"] == _Placement(16, 4)
+    assert where["dp_cp"].nodes == 4
     assert where["pp"] == _Placement(2, 1)
     assert where["ep"] == _Placement(16, 8)
     assert where["edp"] == _Placement(2, 1)

@@ -10,12 +10,11 @@ import pytest
 from moepp_megatron.config import ConfigError, Layout, load_config, parse_config
 from moepp_megatron.config.hardware import load_hardware
 from moepp_megatron.tools.planning.grid import FULL, Grid
-from moepp_megatron.tools.planning.layout_costs import LayoutCosts
 from moepp_megatron.tools.planning.machine import machine_of
 from moepp_megatron.tools.planning.memory import GIB
 from moepp_megatron.tools.planning.overlay import config_of
 from moepp_megatron.tools.planning.plan import TIE, _complexity, _make_plan
-from moepp_megatron.tools.planning.search import Space
+from moepp_megatron.tools.planning.search import Space, _LayoutCosts
 from moepp_megatron.tools.planning.workload import Workload
 
 WORLD = 16
@@ -251,7 +250,7 @@ def test_latent_attention_may_repeat_its_expansions():
 
 def test_a_margin_of_memory_stays_free(h100):
     config = configured(model={"num_layers": 2})
-    costs = LayoutCosts(Workload.from_config(config), h100)
+    costs = _LayoutCosts(Workload.from_config(config), h100)
     grid = Grid(WORLD, tp=2, ep=2)
     held = costs.memory(grid)
     full = replace(h100, memory_bytes=held * 1.005)
@@ -268,6 +267,6 @@ PLANNED = sorted((Path(__file__).parents[4] / "configs/h100").glob("*.yaml"))
 def test_a_planned_configuration_says_what_it_costs_today(h100, path):
     header, config = path.read_text().partition("\n")[0], load_config(path)
     world = int(re.search(r"for (\d+)", header)[1])
-    costs, grid = LayoutCosts(Workload.from_config(config), h100), Grid.from_config(config, world)
+    costs, grid = _LayoutCosts(Workload.from_config(config), h100), Grid.from_config(config, world)
     said = f"{costs.seconds(grid):.3f} s per step, {costs.memory(grid) / GIB:.1f} GiB per GPU"
     assert said in header

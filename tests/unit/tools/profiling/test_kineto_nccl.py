@@ -5,11 +5,10 @@ from pathlib import Path
 import pytest
 
 from moepp_megatron.config.hardware import load_hardware
-from moepp_megatron.tools.profiling.analysis import analyse
+from moepp_megatron.tools.profiling.analysis import _load_profile, analyse
 from moepp_megatron.tools.profiling.formats.c10d import _bytes_of_type, operation_of
 from moepp_megatron.tools.profiling.formats.kineto import _parse_kineto
 from moepp_megatron.tools.profiling.formats.records import whole_list
-from moepp_megatron.tools.profiling.load import load_profile
 from moepp_megatron.tools.profiling.measures.classes import _link_of
 from moepp_megatron.tools.profiling.measures.purpose import Place, place_of
 from moepp_megatron.tools.profiling.trace import Operation
@@ -86,7 +85,7 @@ def test_bytes_and_routing(profile):
 
 
 def test_network_between_nodes():
-    call, h100 = load_profile(SAMPLE)[0].collectives[0], load_hardware("h100_sxm")
+    call, h100 = _load_profile(SAMPLE)[0].collectives[0], load_hardware("h100_sxm")
     # 400 Gbit/s a card.
     assert _link_of(call, ["node-a", "node-b"], h100, True) == ("network", 50.0)
     assert _link_of(call, ["node-a"], h100, True) == ("unknown", None)
