@@ -50,12 +50,11 @@ class Cell:
 
     text: str
     look: Literal["text", "number", "comment", "code", "critical", "warning", "info"] = "text"
-    note: str = ""
 
 
-def number(text: str, note: str = "") -> Cell:
+def number(text: str) -> Cell:
     """The cell of a number."""
-    return Cell(text, "number", note)
+    return Cell(text, "number")
 
 
 @dataclass(frozen=True)

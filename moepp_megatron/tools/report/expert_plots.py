@@ -73,7 +73,7 @@ def _layer_heat_map(run: RunData) -> Plot:
     return Plot(
         title,
         "Numbers: an expert's share of the layer's selections in percent, mean over the last tenth "
-        f"of the records ({window(run)}); a row sums to 100%. Colour: that share "
+        f"of the records ({window(run)}). Colour: that share "
         "over the one under perfect balance, orange for more, purple for less. Rows: MoE layers by "
         "their number in the model.",
         svg_data_uri(figure),
@@ -109,9 +109,8 @@ def _name_experts(axes: Axes, config: RunConfig) -> None:
 
 
 def _number_cells(axes: Axes, shares: np.ndarray, balanced: np.ndarray) -> None:
-    texts = [formatting.shares(row.tolist()) for row in shares]
     for (layer, expert), share in np.ndenumerate(shares):
         extreme = not 0.35 < share / balanced[expert] < 1.65
         colour = "white" if extreme else CELL_INK
-        text = texts[layer][expert].removesuffix("%")
+        text = formatting.percent(share).removesuffix("%")
         axes.text(expert, layer, text, ha="center", va="center", color=colour, fontsize=8.5)

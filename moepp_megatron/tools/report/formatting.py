@@ -1,7 +1,6 @@
 """Formats numbers for readers."""
 
 import math
-from collections.abc import Sequence
 
 NOT_FINITE = "not finite"
 
@@ -23,23 +22,6 @@ def significant(value: float) -> str:
 def percent(fraction: float) -> str:
     """A fraction as a percentage with one decimal."""
     return f"{100 * fraction:.1f}%" if math.isfinite(fraction) else NOT_FINITE
-
-
-def shares(fractions: Sequence[float]) -> list[str]:
-    """Parts of a whole as percentages that add up to 100.0% as they are shown.
-
-    Each is rounded down to a tenth, and the tenths that are then missing go to those that lost
-    most by it. Fractions that do not add up to 1 are shown as `percent` does.
-    """
-    total = math.fsum(fractions)
-    if not math.isfinite(total) or abs(total - 1.0) > 1e-6:
-        return [percent(fraction) for fraction in fractions]
-    tenths = [math.floor(1000 * fraction + 1e-9) for fraction in fractions]
-    lost = [1000 * fraction - part for fraction, part in zip(fractions, tenths, strict=True)]
-    places = sorted(range(len(tenths)), key=lambda place: -lost[place])
-    for place in places[: 1000 - sum(tenths)]:
-        tenths[place] += 1
-    return [f"{part / 10:.1f}%" for part in tenths]
 
 
 def count(value: float) -> str:

@@ -135,7 +135,7 @@ def _table(head: str, groups: Sequence[TokenGroup], title: str = "") -> Table:
         name = Cell(_visible(group.name), "code") if title else Cell(group.name)
         error = "" if math.isnan(group.ffn_error) else f" \u00b1 {group.ffn_error:.2f}"
         texts = [formatting.count(group.count), f"{group.ffn:.2f}{error}"]
-        texts += [*formatting.shares(group.kinds), _loss(group.loss)]
+        texts += [*map(formatting.percent, group.kinds), _loss(group.loss)]
         rows.append([name, *map(number, texts)])
     return Table((head, *_COLUMNS), rows, title=title)
 

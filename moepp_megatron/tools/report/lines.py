@@ -146,18 +146,15 @@ def _draw(axes: Axes, line: PlotLine) -> None:
 
 
 def _words(line: PlotLine, frame: Frame) -> str:
+    """The last value, for readers who do not see the picture."""
     x, y = line.points
-    show = frame.show
-    at = (lambda place: "") if frame.x else (lambda place: f" at step {x[place]:.0f}")
-    if line.band is not None:
-        low, high = (show(float(edge[-1])) for edge in line.band)
-        return f"{line.label} {show(float(y[-1]))}{at(-1)}, layers from {low} to {high}"
-    if len(x) == 1:
-        return f"{line.label}: {show(float(y[0]))}{at(0)}"
-    ends = (
-        f"{line.label}: {show(float(y[0]))}{at(0)}, {show(float(y[-1]))}{at(-1) or ' at the end'}"
+    text = f"{line.label}: {frame.show(float(y[-1]))}" + (
+        "" if frame.x else f" at step {x[-1]:.0f}"
     )
-    return f"{ends}, between {show(float(np.min(y)))} and {show(float(np.max(y)))}"
+    if line.band is None:
+        return text
+    low, high = (frame.show(float(edge[-1])) for edge in line.band)
+    return f"{text}, layers from {low} to {high}"
 
 
 def _too_few(title: str, lines: Sequence[PlotLine], frame: Frame) -> str:

@@ -64,7 +64,12 @@ def _page(run: RunData) -> Page:
         title=run.config.run.name,
         lead=_sentence(run, summary),
         facts=_facts(run),
-        cards=[*_headline_cards(run, summary, savings), *_hardware_cards(run)],
+        cards=[
+            *_loss_cards(summary),
+            *_saving_cards(run, summary, savings),
+            *_speed_cards(summary),
+            *_hardware_cards(run),
+        ],
         sections=sections,
         sources="config.yaml, metrics.jsonl and alerts.jsonl",
         command="moepp report RUN",
@@ -182,11 +187,6 @@ def _sentence(run: RunData, summary: RunSummary) -> str:
     )
 
 
-def _headline_cards(run: RunData, summary: RunSummary, savings: Savings) -> list[Card]:
-    """The headline numbers in the order of the page."""
-    return [*_loss_cards(summary), *_saving_cards(run, summary, savings), *_speed_cards(summary)]
-
-
 def _loss_cards(summary: RunSummary) -> list[Card]:
     note = f"nats, step {summary.last_step:,}"
     if summary.tail_count > 1:
@@ -210,16 +210,21 @@ def _loss_cards(summary: RunSummary) -> list[Card]:
 def _saving_cards(run: RunData, summary: RunSummary, savings: Savings) -> list[Card]:
     if run.config.experts.num_zero_computation_experts == 0:
         return [Card("FFN share", formatting.percent(summary.ffn_fraction), "vanilla: no others")]
-    share, saved = formatting.shares([savings.ffn_fraction, 1.0 - savings.ffn_fraction])
+    share = summary.tail_ffn_fraction
     note = f"{summary.window}; phi is {formatting.percent(summary.phi)}"
     cards = [
-        Card("FFN share", share, note, accent=True),
-        Card("Expert work saved", saved, f"1 - FFN share, {summary.window}", accent=True),
+        Card("FFN share", formatting.percent(share), note, accent=True),
+        Card(
+            "Expert work saved",
+            formatting.percent(1.0 - share),
+            f"1 - FFN share, {summary.window}",
+            accent=True,
+        ),
     ]
     if not summary.a2a_bytes:
         cards.append(Card("All-to-all saved", "none", "no hidden vector left its rank"))
     elif savings.vanilla_a2a_bytes is not None:
-        less = formatting.data_size(savings.vanilla_a2a_bytes - savings.a2a_bytes)
+        less = formatting.data_size(savings.vanilla_a2a_bytes - summary.a2a_bytes)
         whole = formatting.data_size(savings.vanilla_a2a_bytes)
         note = f"in the whole run, of {whole} of a vanilla layer"
         cards.append(Card("All-to-all saved", less, note, accent=True))

@@ -74,7 +74,7 @@ def histogram_table(run: RunData) -> Table | None:
     if shares is None:
         return None
     rows = [
-        [number(str(layer)), *map(number, formatting.shares(row.tolist()))]
+        [number(str(layer)), *(number(formatting.percent(share)) for share in row)]
         for layer, row in zip(
             layer_numbers(run.config.moe_layers, len(shares)), shares, strict=True
         )

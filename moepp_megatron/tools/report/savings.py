@@ -31,15 +31,12 @@ class Savings:
     """A run against the vanilla layer of the same size.
 
     Attributes:
-        ffn_fraction: FFN share of the tail (see `RunSummary`); the work is computed from it.
-        a2a_bytes: All-to-all bytes of the run, measured.
+        measured: Work with the FFN share of the tail (see `RunSummary`).
         vanilla_a2a_bytes: Bytes that the vanilla layer would have sent; None if unknown.
     """
 
     measured: _LayerFlops
     vanilla: _LayerFlops
-    ffn_fraction: float
-    a2a_bytes: float
     vanilla_a2a_bytes: float | None
 
 
@@ -63,13 +60,11 @@ def vanilla_a2a_bytes(dispatcher: str, measured: float, ffn_fraction: float) -> 
 
 def compute_savings(config: RunConfig, summary: RunSummary) -> Savings:
     """Compares a run with the vanilla layer of the same size."""
-    fraction, sent = summary.tail_ffn_fraction, summary.a2a_bytes
+    sent, fraction = summary.a2a_bytes, summary.ffn_fraction
     return Savings(
-        measured=_flops(config, config.experts, fraction),
+        measured=_flops(config, config.experts, summary.tail_ffn_fraction),
         vanilla=_flops(config, config.experts.vanilla, 1.0),
-        ffn_fraction=fraction,
-        a2a_bytes=sent,
-        vanilla_a2a_bytes=vanilla_a2a_bytes(config.moe.dispatcher, sent, summary.ffn_fraction),
+        vanilla_a2a_bytes=vanilla_a2a_bytes(config.moe.dispatcher, sent, fraction),
     )
 
 
@@ -87,7 +82,7 @@ def savings_table(run: RunData, summary: RunSummary, savings: Savings) -> Table:
     Its columns: the quantity, that of the vanilla layer, of this run, the difference as a share of
     the vanilla value (in bytes for a total of the run), and how it is computed.
     """
-    topk, fraction = run.config.moe.router_topk, savings.ffn_fraction
+    topk, fraction = run.config.moe.router_topk, summary.tail_ffn_fraction
     vanilla, measured = savings.vanilla, savings.measured
     ffn = "6 D H for each FFN expert taken: three matrices of a gated expert, 2 FLOP a weight"
     total = "with router, gating residual and zero-computation experts, as if all tokens took them"
@@ -102,7 +97,7 @@ def savings_table(run: RunData, summary: RunSummary, savings: Savings) -> Table:
         _difference(
             "All of the layer's work", total, vanilla.total, measured.total, formatting.flops
         ),
-        _traffic(run.config.moe.dispatcher, savings),
+        _traffic(run.config.moe.dispatcher, summary.a2a_bytes, savings.vanilla_a2a_bytes),
     ]
     caption = (
         f"The vanilla layer has the same {run.config.experts.num_ffn_experts} FFN experts and the "
@@ -118,18 +113,17 @@ def savings_table(run: RunData, summary: RunSummary, savings: Savings) -> Table:
     return Table(_HEAD, rows, caption, strong=(2, 3))
 
 
-def _traffic(dispatcher: str, savings: Savings) -> Row:
-    name, sent = "All-to-all bytes of the run", formatting.data_size(savings.a2a_bytes)
-    if not savings.a2a_bytes:
+def _traffic(dispatcher: str, measured: float, whole: float | None) -> Row:
+    name, sent = "All-to-all bytes of the run", formatting.data_size(measured)
+    if not measured:
         return _row(name, "no hidden vector left its rank in this run", "none", "none", "none")
-    whole = savings.vanilla_a2a_bytes
     if whole is None:
         reason = f"vanilla's traffic does not follow from this run's (moe.dispatcher: {dispatcher})"
         return _row(name, reason, "not known", sent, "not known")
     rule = "the same" if dispatcher == "allgather" else "measured / FFN share of the whole run"
     how = f"forward, all ranks, MoE layers and steps; vanilla: {rule}, in the same layout"
     # Early steps are in it, so that its share of vanilla is another; bytes cannot be confused.
-    saved = formatting.data_size(whole - savings.a2a_bytes)
+    saved = formatting.data_size(whole - measured)
     return _row(name, how, formatting.data_size(whole), sent, saved)
 
 

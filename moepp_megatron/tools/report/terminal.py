@@ -53,7 +53,7 @@ def table_of(block: blocks.Table) -> Table:
         is_number = bool(block.rows) and block.rows[0][place].look == "number"
         _add_columns(table, [name], words=0 if is_number else 1)
     for row in block.rows:
-        table.add_row(*(f"{c.text} [{c.note}]" if c.note else c.text for c in row))
+        table.add_row(*(cell.text for cell in row))
     return table
 
 

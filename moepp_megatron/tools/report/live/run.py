@@ -18,6 +18,7 @@ from moepp_megatron.observe.metrics import StepMetrics
 from moepp_megatron.observe.numbers import Labels, numbers
 from moepp_megatron.observe.status import RunStatus, read_status
 from moepp_megatron.observe.tail import Tail
+from moepp_megatron.tools.report.formatting import duration
 from moepp_megatron.tools.report.run_data import (
     ReportError,
     RunConfig,
@@ -115,7 +116,7 @@ def _judge(
     if newest is not None and total_steps is not None and step >= total_steps:
         return _RunHealth("finished", f"finished {_ago(record_age_s)}")
     if status is not None and status.state == "ended":
-        since = f"{_short_time(max(0.0, now - status.time))} ago"
+        since = f"{duration(max(0.0, now - status.time))} ago"
         return _RunHealth("stopped", f"stopped {since}", status.resume_command_here())
     gone = status is not None and status.is_gone()
     if newest is None or record_age_s is None:
@@ -128,8 +129,8 @@ def _judge(
         return _RunHealth("died", f"its process is gone; last record {_ago(record_age_s)}")
     interval = history.record_interval_s
     if record_age_s > _silent_after_s(history):
-        usual = f"; one came every {_short_time(interval)}" if math.isfinite(interval) else ""
-        return _RunHealth("silent", f"no record for {_short_time(record_age_s)}{usual}")
+        usual = f"; one came every {duration(interval)}" if math.isfinite(interval) else ""
+        return _RunHealth("silent", f"no record for {duration(record_age_s)}{usual}")
     return _RunHealth("running", f"running, last record {_ago(record_age_s)}")
 
 
@@ -141,27 +142,8 @@ def _silent_after_s(history: _History) -> float:
     return max(_SILENT_AT_LEAST_S, _SILENT_INTERVALS * interval)
 
 
-def _short_time(seconds: float) -> str:
-    """A time in its largest unit or two: 5 s, 3 min, 2 h 10 min, 3 days."""
-    if not math.isfinite(seconds):
-        return "unknown"
-    if seconds < 1:
-        return f"{1000 * seconds:.0f} ms"
-    if seconds < 10:
-        return f"{seconds:.1f} s"
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    if minutes < 60:
-        return f"{minutes} min"
-    hours, minutes = divmod(minutes, 60)
-    if hours < 48:
-        return f"{hours} h {minutes:02d} min"
-    return f"{hours // 24} days"
-
-
 def _ago(seconds: float | None) -> str:
-    return "at an unknown time" if seconds is None else f"{_short_time(seconds)} ago"
+    return "at an unknown time" if seconds is None else f"{duration(seconds)} ago"
 
 
 class LiveRun:

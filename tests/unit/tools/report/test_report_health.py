@@ -80,11 +80,11 @@ def test_numbers_in_words_are_those_of_the_last_measured_step(make_run):
 
     plots = plots_of(make_run(edit=edit))
     margin = plots["Selection margin"].alt
-    assert margin == "Selection margin: mean 0.25 at step 60, layers from 0.1 to 0.4."
+    assert margin == "Selection margin: mean: 0.25 at step 60, layers from 0.1 to 0.4."
     # The first layer has no residual, which is not a residual of 0.
-    assert "mean 0.6 at step 60, layers from 0.5 to 0.7" in plots["Gating residual"].alt
-    assert "mean 50.0% at step 60" in plots["Entropy of the gates"].alt
-    assert "mean 0.75 at step 60, layers from 0 to 1" in plots["Idlest FFN expert"].alt
+    assert "mean: 0.6 at step 60, layers from 0.5 to 0.7" in plots["Gating residual"].alt
+    assert "mean: 50.0% at step 60" in plots["Entropy of the gates"].alt
+    assert "mean: 0.75 at step 60, layers from 0 to 1" in plots["Idlest FFN expert"].alt
 
 
 def test_tokens_by_their_ffn_experts_are_a_table(make_run):

@@ -30,32 +30,6 @@ def read_records(run):
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize(
-    ("fractions", "shown"),
-    [
-        ([0.5, 0.5], ["50.0%", "50.0%"]),
-        # Each alone would be rounded to 33.3%, together 99.9%; of equals the first gets the tenth.
-        ([1 / 3, 1 / 3, 1 / 3], ["33.4%", "33.3%", "33.3%"]),
-        # Rounded by themselves they would be 100.1%.
-        ([0.0005, 0.0005, 0.999], ["0.1%", "0.0%", "99.9%"]),
-        # What lost most by rounding down gets the tenth.
-        ([0.62988, 0.37012], ["63.0%", "37.0%"]),
-        # 0.29 * 1000 is a little below 290 in floating point.
-        ([0.29, 0.71], ["29.0%", "71.0%"]),
-        ([1.0], ["100.0%"]),
-        # No parts of a whole: each as it is.
-        ([0.2, 0.2], ["20.0%", "20.0%"]),
-        ([], []),
-    ],
-)
-def test_parts_of_a_whole_add_up_as_shown(fractions, shown):
-    assert formatting.shares(fractions) == shown
-
-
-def test_parts_that_are_not_finite():
-    assert formatting.shares([math.nan, 0.5]) == [formatting.NOT_FINITE, "50.0%"]
-
-
 def test_summary_of_a_run(make_run):
     run = make_run(steps=60)
     records = read_records(run)
@@ -89,8 +63,6 @@ def test_savings_against_the_vanilla_layer(make_run):
 
     run = load_run(make_run(steps=10, edit=fix))
     savings = compute_savings(run.config, summarize(run))
-    assert savings.ffn_fraction == pytest.approx(0.6)
-    assert savings.a2a_bytes == pytest.approx(6000)
     assert savings.vanilla_a2a_bytes == pytest.approx(10000)
     # 4 layers, D 128, H 256, F 8, E 12, 2 constant experts, K 2.
     assert savings.vanilla.ffn == 4 * 2 * 6 * 128 * 256
@@ -113,10 +85,10 @@ def test_every_share_and_saving_is_of_the_last_tenth_of_the_records(make_run):
     summary = summarize(run)
     savings = compute_savings(run.config, summary)
     assert summary.window == "steps 46 to 50"
-    assert savings.ffn_fraction == pytest.approx(0.5)
+    assert summary.tail_ffn_fraction == pytest.approx(0.5)
     assert savings.measured.ffn == pytest.approx(0.5 * savings.vanilla.ffn)
     # Totals of the run are totals.
-    assert savings.a2a_bytes == pytest.approx(45 * 900 + 5 * 500)
+    assert summary.a2a_bytes == pytest.approx(45 * 900 + 5 * 500)
     table = savings_table(run, summary, savings)
     shares = {row[0].text: row[3].text for row in table.rows if row[3].text.endswith("%")}
     assert shares["FFN experts a token takes"] == "50.0%"
@@ -168,13 +140,6 @@ def test_more_work_is_not_called_a_negative_saving(make_run):
     more = savings.measured.total / savings.vanilla.total - 1
     assert saved["All of the layer's work"] == f"{100 * more:.1f}% more"
     assert not any(text.startswith("-") for text in saved.values())
-
-
-def test_shares_of_any_whole_add_up():
-    rng = np.random.default_rng(3)
-    for count in range(1, 40):
-        shown = formatting.shares(rng.dirichlet(np.ones(count)).tolist())
-        assert math.fsum(float(text[:-1]) for text in shown) == pytest.approx(100.0, abs=1e-9)
 
 
 def test_means_leave_out_what_is_not_finite():

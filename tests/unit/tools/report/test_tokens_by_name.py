@@ -55,7 +55,7 @@ def test_table_and_plots_of_the_page(run):
         "FFN experts by frequency of the token",
         "FFN experts by kind of token",
     ]
-    assert ", 4.7600 at step 14, between" in plots["Loss by data source"].alt
+    assert ": 4.7600 at step 14" in plots["Loss by data source"].alt
     page = _render_page(_page(data))
     assert "Data sources and kinds of tokens" in page
     assert "web &lt;b&gt;" in page
