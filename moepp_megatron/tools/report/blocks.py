@@ -123,7 +123,6 @@ class Page:
 
     Attributes:
         kind: What it is: "MoE++ pilot".
-        name: Whose page it is, where the title does not say.
         lead: The result in a sentence, or a line for each.
         warnings: What a reader has to know before believing the numbers.
         sources: The files that it is made of.
@@ -134,7 +133,6 @@ class Page:
     title: str
     sources: str
     command: str
-    name: str = ""
     lead: str = ""
     facts: Sequence[str] = ()
     warnings: Sequence[str] = ()

@@ -100,7 +100,7 @@ def test_states(make_run, tmp_path):
     assert polled(run).health().state == "running"
     silent = polled(run, HOUR).health()
     assert silent.state == "silent"
-    assert silent.text.startswith("no record for 1 h 00 min; one came every 4")
+    assert silent.text.startswith("no record for 1 h 00 min; one came every 0.")
     assert not silent.is_over
     # This process is alive, and yet there is no record.
     set_status(run)

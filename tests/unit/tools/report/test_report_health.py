@@ -92,7 +92,7 @@ def test_tokens_by_their_ffn_experts_are_a_table(make_run):
     assert table.head == ("MoE layer", "0 FFN", "1 FFN", "2 FFN")
     assert [row[0].text for row in table.rows] == ["1", "2", "3", "4"]
     for _, *shares in table.rows:
-        assert sum(float(cell.text[:-1]) for cell in shares) == pytest.approx(100)
+        assert sum(float(cell.text[:-1]) for cell in shares) == pytest.approx(100, abs=0.2)
 
 
 def test_what_was_not_measured_has_no_plot(make_run):
