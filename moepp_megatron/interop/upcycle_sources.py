@@ -274,7 +274,7 @@ def _deepseek_attention(config: Config, layer: int, is_moe: bool) -> Iterator[Te
     assert latent is not None, "the model has another attention"
     assert latent.q_lora_rank is not None, "queries that are not compressed were refused"
     ours, theirs = f"decoder.layers.{layer}.", f"model.layers.{layer}."
-    # As in `moepp_megatron.model.attention`.
+    # As in `moepp_megatron.model.local_modules`.
     ffn_norm = "pre_mlp_layernorm.weight" if is_moe else "mlp.linear_fc1.layer_norm_weight"
     width, heads = model.hidden_size, model.num_attention_heads
     yield same(ours + "input_layernorm.weight", theirs + "input_layernorm.weight", width)

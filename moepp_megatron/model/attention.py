@@ -1,41 +1,151 @@
-"""Attention for megatron-core's local modules: context parallelism, and latent attention.
+"""Causal attention for megatron-core's local modules, of whole sequences and of spread ones.
 
-megatron-core's `DotProductAttention` refuses context parallelism. This one is used where
-Transformer Engine, whose attention supports it, is not installed.
+megatron-core's own `DotProductAttention` writes the scores of all pairs of tokens and keeps them
+for the backward pass: 4 bytes * heads * s^2 a sequence and layer (two 16-bit matrices). torch's
+`scaled_dot_product_attention` has kernels that never write them. It also refuses context
+parallelism. These are used where Transformer Engine, whose attention has both, is not installed.
 
-A sequence of s tokens is cut into 2 * cp chunks, and rank r holds chunks r and 2 * cp - 1 - r (the
-zigzag of `megatron.core.utils.get_batch_on_this_cp_rank`), so that all ranks have the same work
-under the causal mask. Keys and values are gathered, queries are not.
-
-megatron-core 0.19 splits the compressions of latent attention (arXiv 2405.04434, section 2.1) over
-the tensor-parallel ranks where Transformer Engine is not there. It then lacks a core attention that
-is given the widths of queries and values, and the whole gradient of the position key that all heads
-share: each rank keeps its own heads' part (0.19.2; on two ranks gradients were off by half).
+With context parallelism a sequence of s tokens is cut into 2 * cp chunks, and rank r holds chunks r
+and 2 * cp - 1 - r (the zigzag of `megatron.core.utils.get_batch_on_this_cp_rank`), so that all
+ranks have the same work under the causal mask. Keys and values are gathered, queries are not.
 
 Shape suffixes: S a rank's tokens, s all tokens of a sequence, b sequences, n query heads and g
 key/value heads of this tensor-parallel rank, d channels of a head's query or key, v of its value.
 """
 
-import dataclasses
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel.mappings import (
-    gather_from_tensor_model_parallel_region,
-    scatter_to_sequence_parallel_region,
-)
-from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
-from megatron.core.transformer.multi_latent_attention import MLASelfAttention
-from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from moepp_megatron.model.causal_attention import attend, refuse_unused
-from moepp_megatron.moe.spec import with_submodules
+
+class CausalAttention(MegatronModule):
+    """Core attention of a layer whose sequences are whole on this rank.
+
+    `softmax_scale` is 1 / sqrt(d) where None. Unused are groups, dropout and the widths of heads,
+    which the tensors have. ValueError if the mask is not causal.
+    """
+
+    @staticmethod
+    def suits(config: TransformerConfig) -> bool:
+        """True if this class can replace `DotProductAttention` on this GPU."""
+        return (
+            torch.cuda.is_available()
+            and config.context_parallel_size == 1
+            and config.attention_dropout == 0.0
+            and config.window_size is None
+            and config.softmax_type == "vanilla"
+            and not config.qk_clip
+            and not config.apply_query_key_layer_scaling
+        )
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        softmax_scale: float | None = None,
+        **unused: object,
+    ) -> None:
+        super().__init__(config=config)
+        if attn_mask_type is not AttnMaskType.causal:
+            raise ValueError(
+                f"attn_mask_type ({attn_mask_type}) must be causal with CausalAttention; use "
+                "Transformer Engine"
+            )
+        self.layer_number = layer_number
+        self.softmax_scale = softmax_scale
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        attn_mask_type: AttnMaskType | None = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+    ) -> Tensor:
+        """Attend from each token to all tokens up to it: [S, b, n * v], dtype of `query`.
+
+        Args:
+            query: [S, b, n, d], the last S of s tokens (all of them in training).
+            key: [s, b, g, d]; n is a multiple of g.
+            value: [s, b, g, v].
+            attention_mask: [b, 1, S, s] bool, True where a query must not see a key, later keys
+                included (`document_attention.dense_mask`); None is the causal mask.
+            attn_mask_type: Unused; the constructor's value decides.
+
+        Raises:
+            ValueError: If there is a bias or packed sequences.
+        """
+        _refuse_unused(
+            type(self).__name__, attention_bias=attention_bias, packed_seq_params=packed_seq_params
+        )
+        last, num_tokens = query.shape[0], key.shape[0]
+        mask = None if attention_mask is None else ~attention_mask
+        if mask is None and 1 < last < num_tokens:
+            # Behind tokens whose keys are kept already.
+            positions = torch.arange(num_tokens, device=query.device)
+            mask = positions[-last:].unsqueeze(1) >= positions
+        if value.requires_grad:
+            # Values are a view of the projection's output, all of which would stay until the
+            # backward pass, although rotation has made new queries and keys.
+            value = value.contiguous()
+        is_causal = mask is None and 1 < last == num_tokens
+        context = _attend(query, key, value, mask, self.softmax_scale, is_causal=is_causal)
+        return context.flatten(start_dim=2)
+
+
+def _attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scale: float | None,
+    *,
+    is_causal: bool = False,
+) -> Tensor:
+    """[S, b, n, v] attention by torch's kernels, which do not write the scores; dtype of `query`.
+
+    `query` is [S, b, n, d], `key` [s, b, g, d] (n is a multiple of g), `value` [s, b, g, v]; `mask`
+    [S, s] or [b, 1, S, s] bool, True where a query sees a key. `scale` is 1 / sqrt(d) where None.
+    With `is_causal` a query sees the keys up to its position; S is s, and there is no mask.
+    """
+    repeats = query.shape[2] // key.shape[2]
+    if repeats > 1 and not _takes_shared_keys(query, mask):
+        key, value = (tensor.repeat_interleave(repeats, dim=2) for tensor in (key, value))
+    context_bncd = F.scaled_dot_product_attention(
+        query.permute(1, 2, 0, 3),
+        key.permute(1, 2, 0, 3),
+        value.permute(1, 2, 0, 3),
+        attn_mask=mask,
+        is_causal=is_causal,
+        scale=scale,
+        enable_gqa=query.shape[2] != key.shape[2],
+    )
+    return context_bncd.permute(2, 0, 1, 3)
+
+
+def _takes_shared_keys(query: Tensor, mask: Tensor | None) -> bool:
+    """True if a kernel supports grouped-query attention: in torch 2.11, flash attention."""
+    return query.device.type == "cpu" or (mask is None and query.dtype is not torch.float32)
+
+
+def _refuse_unused(name: str, **given: object) -> None:
+    """Refuse (ValueError) what a causal core attention over whole sequences would not honour."""
+    for argument, value in given.items():
+        if value is not None:
+            raise ValueError(
+                f"{argument} ({type(value).__name__}) must be None in {name}, which is causal over "
+                "whole sequences; use Transformer Engine's attention"
+            )
 
 
 class ContextParallelAttention(MegatronModule):
@@ -94,7 +204,7 @@ class ContextParallelAttention(MegatronModule):
         Raises:
             ValueError: If there is a bias or packed sequences, or S is odd.
         """
-        refuse_unused(
+        _refuse_unused(
             type(self).__name__, attention_bias=attention_bias, packed_seq_params=packed_seq_params
         )
         gathered = _GatherSequence.apply(torch.cat([key, value], dim=-1), self.cp_group)
@@ -118,7 +228,7 @@ class ContextParallelAttention(MegatronModule):
             seen = query_positions.unsqueeze(1) >= torch.arange(end, device=query.device)
         else:
             seen = ~mask[..., :end]
-        return attend(query, key[:end], value[:end], seen, self.softmax_scale)
+        return _attend(query, key[:end], value[:end], seen, self.softmax_scale)
 
 
 def _chunk_starts(num_local_tokens: int, group: torch.distributed.ProcessGroup) -> tuple[int, int]:
@@ -179,55 +289,3 @@ def _refuse_unsupported(
                 f"context_parallel_size ({config.context_parallel_size}) > 1 where Transformer "
                 f"Engine is not there; use {allowed[0]}, or Transformer Engine"
             )
-
-
-# Where Transformer Engine's modules hold a norm's weight inside the next product, and checkpoints
-# with it: the same names for both.
-_NORM_NAMES = {
-    "self_attention.q_layernorm.": "self_attention.linear_q_up_proj.layer_norm_",
-    "self_attention.kv_layernorm.": "self_attention.linear_kv_up_proj.layer_norm_",
-}
-_DENSE_NORM_NAME = {"pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"}
-
-
-class _LatentDotProductAttention(DotProductAttention):
-    """megatron-core's core attention, for queries and values of different widths.
-
-    It takes the output's width from `TransformerConfig.kv_channels`, which must be that of values.
-    """
-
-    def __init__(
-        self, *, k_channels: int | None = None, v_channels: int | None = None, **kwargs: Any
-    ) -> None:
-        super().__init__(**kwargs)
-        width = self.hidden_size_per_attention_head
-        if v_channels not in (None, width):
-            raise ValueError(
-                f"v_head_dim ({v_channels}) must be TransformerConfig.kv_channels ({width}) with "
-                "megatron-core's local attention, which takes its output's width from there; "
-                "use the same"
-            )
-
-
-class _LocalLatentAttention(MLASelfAttention):
-    """Latent attention whose compressions are split over tensor-parallel ranks."""
-
-    def _qkv_down_projection(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
-        """Compress q and kv; gather kv here, with a sum of gradients that megatron-core's lacks."""
-        queries, keys = super()._qkv_down_projection(hidden_states)
-        if self.config.tensor_model_parallel_size > 1:
-            keys = gather_from_tensor_model_parallel_region(keys, group=self.tp_group)
-            if self.config.sequence_parallel:
-                keys = scatter_to_sequence_parallel_region(keys, group=self.tp_group)
-        return queries, keys
-
-
-def with_local_latent_attention(spec: ModuleSpec, is_moe: bool) -> ModuleSpec:
-    """megatron-core's local spec of a layer with these modules in its attention."""
-    attention = spec.submodules.self_attention
-    attention = with_submodules(attention, core_attention=_LatentDotProductAttention)
-    return with_submodules(
-        spec,
-        self_attention=dataclasses.replace(attention, module=_LocalLatentAttention),
-        sharded_state_dict_keys_map=_NORM_NAMES if is_moe else _NORM_NAMES | _DENSE_NORM_NAME,
-    )

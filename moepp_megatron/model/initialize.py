@@ -16,7 +16,6 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.fp8_utils import (
     copy_tensor_to_quantized_param,
-    dequantize_fp8_tensor,
     is_float8tensor,
 )
 from megatron.core.models.common.language_module.language_module import LanguageModule
@@ -109,11 +108,6 @@ def _fp8_weights_as_plain(model: torch.nn.Module) -> Iterator[None]:
         for module, name, parameter, plain in exchanged:
             module._parameters[name] = parameter
             _write(parameter, plain.detach())
-
-
-def plain_value(tensor: Tensor) -> Tensor:
-    """The values of a weight, in FP8 or not, as a plain tensor of its dtype."""
-    return dequantize_fp8_tensor(tensor) if is_float8tensor(tensor) else tensor
 
 
 @torch.no_grad()

@@ -9,7 +9,6 @@ experts of the two groups take it.
 from typing import assert_never
 
 import torch
-from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from torch import Tensor
 
 from moepp_megatron.moe.config import MoEPPConfig
@@ -132,14 +131,11 @@ def attached_loss(
 ) -> Tensor:
     """This rank's `loss` times `coeff` (beta), to count once whatever divides gradients later.
 
+    `MoEAuxLossAutoScaler` then gives it a gradient: megatron-core's auxiliary-loss mechanism.
+
     `num_tokens` are those of the micro-batch without padding, on all ranks that share its
     sequences. With `TransformerConfig.calculate_per_token_loss` gradients are divided by the tokens
     of the global batch at the end of the step, so the loss is multiplied by those of the
     micro-batch (`moe/router.py: attach_and_log_load_balancing_loss`).
     """
     return loss * (coeff * num_tokens if per_token_loss else coeff)
-
-
-def attach_loss(activation: Tensor, loss: Tensor) -> Tensor:
-    """Give `loss` a gradient and return `activation`: megatron-core's auxiliary-loss mechanism."""
-    return MoEAuxLossAutoScaler.apply(activation, loss)

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from moepp_megatron.moe.dedup_dispatcher import DedupAlltoAllTokenDispatcher
 from moepp_megatron.moe.exchange import Exchange
-from moepp_megatron.moe.flex_dispatcher import FFNFlexTokenDispatcher, vectors_sent
+from moepp_megatron.moe.flex_dispatcher import FFNFlexTokenDispatcher
 from moepp_megatron.moe.static_dispatcher import StaticTokenDispatcher
 from moepp_megatron.moe.upstream_settings import refuse_setting
 
@@ -264,5 +264,5 @@ def bytes_sent(dispatcher: MoETokenDispatcher, hidden: Tensor) -> int | Tensor:
         others = dispatcher.tp_size * dispatcher.ep_size - 1
         return 2 * hidden[..., 0].numel() * others * row
     if isinstance(dispatcher, MoEFlexTokenDispatcher):
-        return 2 * vectors_sent(dispatcher) * row
+        return 2 * dispatcher.vectors_sent() * row
     raise TypeError(f"no byte count is defined for {type(dispatcher).__name__}")

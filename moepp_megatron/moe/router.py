@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
@@ -15,7 +16,6 @@ from moepp_megatron.layer_settings import BalanceScope
 from moepp_megatron.moe.balance import (
     GlobalBatchFractions,
     NumTokens,
-    attach_loss,
     attached_loss,
     local_balance_loss,
     loss_weights,
@@ -257,7 +257,7 @@ class MoEPPRouter(TopKRouter):
             avg_group=self.tp_dp_cp_group,
         )
         attached = attached_loss(loss, coeff, num_tokens, self.calculate_per_token_loss)
-        return attach_loss(logits, attached)
+        return MoEAuxLossAutoScaler.apply(logits, attached)
 
     def _choose(self, logits: Tensor, padded: Tensor | None = None) -> Routing:
         logits_TE = self.apply_z_loss(logits.view(-1, self.moepp.num_experts), padded)
@@ -367,4 +367,4 @@ class MoEPPRouter(TopKRouter):
         if self.health.enabled:
             assert chosen.logits is not None, "a router's result has its logits"
             self.health.watch_gradients(chosen.logits, attached)
-        return attach_loss(gates_TE, attached)
+        return MoEAuxLossAutoScaler.apply(gates_TE, attached)

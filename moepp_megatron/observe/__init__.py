@@ -14,5 +14,4 @@ status.py           `RUN/status.json`: the training processes, the resume comman
 tail.py             reads new lines of a file that another process appends to and sometimes rewrites
 tensorboard.py      writes to TensorBoard: scalars, and histograms of a record's lists
 wandb_sink.py        Weights & Biases
-webhook.py           sends alerts to a web address from a separate thread
 """

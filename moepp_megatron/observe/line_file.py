@@ -3,9 +3,11 @@
 import logging
 import mmap
 import os
+import socket
 from pathlib import Path
 
-from moepp_megatron.observe.status import refuse_taken_over
+from moepp_megatron.config import ConfigError
+from moepp_megatron.observe.status import inherited_claim, read_status
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +76,7 @@ class LineFile:
                 return
         except FileNotFoundError:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-        refuse_taken_over(self.path.parent)
+        _refuse_taken_over(self.path.parent)
         before, self._fd = self._fd, _open(self.path)
         what = "renamed" if os.fstat(before).st_nlink else "removed, with all that was in it"
         os.close(before)
@@ -83,3 +85,23 @@ class LineFile:
 
 def _open(path: Path, flags: int = 0) -> int:
     return os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | flags, 0o666)
+
+
+def _refuse_taken_over(run_dir: Path) -> None:
+    """Refuse to write on where this run's folder was moved away and another run has its name.
+
+    Raises:
+        ConfigError: If it is so; names that run's process.
+    """
+    status, claim = read_status(run_dir), inherited_claim()
+    if status is None or status.state == "ended" or status.is_gone():
+        return
+    own_ids = {(socket.gethostname(), os.getpid())} | (
+        {(claim.host, claim.pid)} if claim else set()
+    )
+    if (status.host, status.pid) in own_ids:
+        return
+    raise ConfigError(
+        f"run.dir ({run_dir}) must stay this run's while it trains, and process {status.pid} on "
+        f"{status.host} has taken it; this run ends here, so resume it where its folder is now"
+    )

@@ -15,7 +15,6 @@ from typing import Literal
 import psutil
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from moepp_megatron.config.errors import ConfigError
 from moepp_megatron.config.regular_file import check_regular
 from moepp_megatron.file_names import STATUS_FILE
 from moepp_megatron.observe.metrics import StepMetrics
@@ -186,26 +185,6 @@ class StatusSink:
         """Record that training has ended in order."""
         ended = RunStatus.of_rank().model_copy(update={"state": "ended"})
         write_status(self._run_dir, ended)
-
-
-def refuse_taken_over(run_dir: Path) -> None:
-    """Refuse to write on where this run's folder was moved away and another run has its name.
-
-    Raises:
-        ConfigError: If it is so; names that run's process.
-    """
-    status, claim = read_status(run_dir), inherited_claim()
-    if status is None or status.state == "ended" or status.is_gone():
-        return
-    own_ids = {(socket.gethostname(), os.getpid())} | (
-        {(claim.host, claim.pid)} if claim else set()
-    )
-    if (status.host, status.pid) in own_ids:
-        return
-    raise ConfigError(
-        f"run.dir ({run_dir}) must stay this run's while it trains, and process {status.pid} on "
-        f"{status.host} has taken it; this run ends here, so resume it where its folder is now"
-    )
 
 
 def read_status(run_dir: Path) -> RunStatus | None:

@@ -21,7 +21,7 @@ from moepp_megatron.runtime.terminal import lasting_output
 from moepp_megatron.training.checkpoint.files import package_versions
 from moepp_megatron.training.checkpoint.find import NoStartError
 from moepp_megatron.training.run_folder import RunFolder, Start, checkpoint_folder
-from moepp_megatron.training.train_request import Say, TrainRequest, handing_over
+from moepp_megatron.training.train_request import Say, TrainRequest
 
 if TYPE_CHECKING:
     from torch.distributed import Store
@@ -156,7 +156,7 @@ def _start_ranks(request: TrainRequest) -> TrainResult:
         os.environ[RESUME_COMMAND] = start.resume_command or ""
     arguments = ["train", *flags, "--", *request.words]
     options = replace(request.options, alike=_must_be_alike(request.config))
-    with handing_over(request.config):
+    with request.handing_over():
         status = run_ranks(options, "moepp_megatron.cli.main", arguments)
     if status not in (0, STOPPED):
         raise RanksFailedError(status)

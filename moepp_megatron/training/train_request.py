@@ -172,6 +172,12 @@ class TrainRequest:
             check_start(loads, checkpoint_folder(config))
         return replace(self, start=start, loads=loads)
 
+    def handing_over(self) -> AbstractContextManager[None]:
+        """Context: ranks that are started take this configuration."""
+        content = json.dumps(self.config.model_dump(mode="json", exclude_unset=True)).encode()
+        # Compressed, since Linux takes 128 KiB of a variable.
+        return environment(**{RESOLVED: base64.b64encode(zlib.compress(content)).decode()})
+
     def _settled_start(self) -> Start:
         """Start options, adjusted to the run's earlier start and its settings."""
         start, checkpoint = self.start, self.config.checkpoint
@@ -179,13 +185,6 @@ class TrainRequest:
         goes_on_by_itself = checkpoint.load == "auto" and checkpoint.load_optimizer
         resume = start.resume or start.restarted or (goes_on_by_itself and not overwrite)
         return replace(start, resume=resume, overwrite=overwrite)
-
-
-def handing_over(config: Config) -> AbstractContextManager[None]:
-    """Context: ranks that are started take this configuration."""
-    content = json.dumps(config.model_dump(mode="json", exclude_unset=True))
-    # Compressed, since Linux takes 128 KiB of a variable.
-    return environment(**{RESOLVED: base64.b64encode(zlib.compress(content.encode())).decode()})
 
 
 def _handed_over() -> Config | None:
@@ -232,7 +231,7 @@ def _check_sinks(config: Config) -> None:
         )
     if variable is None:
         return
-    from moepp_megatron.observe.webhook import WebhookAddressError, read_address
+    from moepp_megatron.observe.alert_sinks import WebhookAddressError, read_address
 
     try:
         read_address(variable)

@@ -17,7 +17,7 @@ import pytest
 import torch
 from megatron.core.fp8_utils import get_fp8_context
 
-from moepp_megatron.model.initialize import plain_value
+from moepp_megatron.training.resilience.supervisor import _plain_value
 from tests.gpu.test_layer import relative_l2
 from tests.te_stand_in.experts import FFN, layer_of, routing_to, run
 from tests.te_stand_in.models import RECIPES, config_of, losses, model_of
@@ -220,7 +220,7 @@ def test_weights_in_fp8_alone_train(card, recipe, monkeypatch):
     assert len(weights) == 4 * (2 + 2 * FFN), "of each layer two of attention, two an expert"
     assert not any("router" in name or "zero_computation" in name for name in weights)
     for name, weight in weights.items():
-        error = (plain_value(weight) - plain[name]).abs().max()
+        error = (_plain_value(weight) - plain[name]).abs().max()
         # Half a step of e4m3 at the largest value, with the scale's own rounding in blocks.
         assert error <= (2**-4 + 2**-8) * plain[name].abs().max(), name
     curve = []

@@ -42,7 +42,7 @@ def divergence_of_shares(temperature, top_k, reverse):
     import torch.distributed as dist
     import torch.nn.functional as F
 
-    from moepp_megatron.features.distillation.kl_divergence import kl_divergence
+    from moepp_megatron.features.distillation.part import _kl_divergence
 
     group, rank, size = dist.group.WORLD, dist.get_rank(), dist.get_world_size()
     torch.manual_seed(3)
@@ -52,7 +52,7 @@ def divergence_of_shares(temperature, top_k, reverse):
     own = slice(rank * COLUMNS, (rank + 1) * COLUMNS)
     share = logits[..., own].clone().requires_grad_()
     kind = (group, temperature, top_k, reverse)
-    found = kl_divergence(share * 1, teacher[..., own].clone(), *kind)
+    found = _kl_divergence(share * 1, teacher[..., own].clone(), *kind)
     found.backward(grad)
 
     whole = logits.double().requires_grad_()
@@ -64,7 +64,7 @@ def divergence_of_shares(temperature, top_k, reverse):
     terms = F.kl_div(to.log_softmax(-1), of.log_softmax(-1), reduction="none", log_target=True)
     wanted = terms.sum(-1) * temperature**2
     wanted.backward(grad.double())
-    same = kl_divergence(share.detach(), share.detach().clone(), *kind)
+    same = _kl_divergence(share.detach(), share.detach().clone(), *kind)
     return {
         "ours": (found.detach().numpy(), share.grad.numpy()),
         "fp64": (wanted.detach().numpy(), whole.grad[..., own].numpy()),

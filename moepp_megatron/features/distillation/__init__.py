@@ -3,5 +3,4 @@
 settings.py       the section `distillation`
 part.py           the teacher's forward pass, and the loss that compares both models
 teacher.py        finds, checks and builds the teacher
-kl_divergence.py  the divergence of the model's next tokens from the teacher's
 """

@@ -103,19 +103,6 @@ def newest_again[**P, T](
     return wrapped
 
 
-def start_candidates(config: Config, folder: Path) -> list[Path]:
-    """The checkpoints that `checkpoint.load` may mean, newest first, complete or not.
-
-    `auto` means those in `folder`, the run's own.
-    """
-    name = config.checkpoint.load
-    if name is None:
-        return []
-    if name == "auto":
-        return list_checkpoints(folder)
-    return checkpoints_of(name, Path(os.path.abspath(config.run.dir)))
-
-
 def checkpoints_of(name: str, run: Path) -> list[Path]:
     """The checkpoints that `name` may mean, newest first; see `find_checkpoint`."""
     path = place(name)
@@ -125,29 +112,24 @@ def checkpoints_of(name: str, run: Path) -> list[Path]:
     return [checkpoint for each in folders for checkpoint in list_checkpoints(each)]
 
 
-def check_start(config: Config, folder: Path) -> None:
-    """Refuse (ConfigError), before any rank starts, a `checkpoint.load` that does not fit.
+def chosen_start(
+    config: Config,
+    folder: Path,
+    first: Callable[[list[Path]], tuple[Path | None, list[str]]],
+) -> Path | None:
+    """The checkpoint that `checkpoint.load` means, among those that it may mean, newest first.
 
-    There is none of that name, all are damaged, one has a newer format, or its model has other
-    shapes or other tokens. Hashes no tensors.
+    `first` picks the first valid one, as `first_valid`. `auto` means those in `folder`, the run's
+    own, and starts from scratch (None) where there are none. NoStartError if nothing can be read.
     """
     name = config.checkpoint.load
     if name is None:
-        return
-    start, skipped = first_valid(start_candidates(config, folder), plain_damage)
-    if start is None:
-        refuse_no_start(name, skipped)
-        return
-    check_compatible(start, config)
-    check_model_tokenizer(config, start / TOKENIZER_FILE)
-
-
-def refuse_no_start(name: str, skipped: list[str]) -> None:
-    """Raise NoStartError if `checkpoint.load` names nothing that can be read.
-
-    `auto` starts from scratch where there is no checkpoint at all; `skipped` has a line for each
-    that is damaged.
-    """
+        return None
+    run = Path(os.path.abspath(config.run.dir))
+    found = list_checkpoints(folder) if name == "auto" else checkpoints_of(name, run)
+    start, skipped = first(found)
+    if start is not None:
+        return start
     if name != "auto":
         why = f" ({'; '.join(skipped)})" if skipped else ""
         raise NoStartError(
@@ -160,6 +142,19 @@ def refuse_no_start(name: str, skipped: list[str]) -> None:
             f"{len(skipped)} is: {'; '.join(skipped)}; restore one of them, or move them away to "
             "start from scratch"
         )
+    return None
+
+
+def check_start(config: Config, folder: Path) -> None:
+    """Refuse (ConfigError), before any rank starts, a `checkpoint.load` that does not fit.
+
+    There is none of that name, all are damaged, one has a newer format, or its model has other
+    shapes or other tokens. Hashes no tensors.
+    """
+    start = chosen_start(config, folder, lambda found: first_valid(found, plain_damage))
+    if start is not None:
+        check_compatible(start, config)
+        check_model_tokenizer(config, start / TOKENIZER_FILE)
 
 
 def _checkpoint_folders(name: str | Path, sibling: Path | None = None) -> list[Path]:

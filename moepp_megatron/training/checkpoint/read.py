@@ -24,10 +24,9 @@ from moepp_megatron.training.checkpoint.files import (
     read_record,
 )
 from moepp_megatron.training.checkpoint.find import (
+    chosen_start,
     first_valid,
     list_checkpoints,
-    refuse_no_start,
-    start_candidates,
     warn_skipped,
 )
 from moepp_megatron.training.checkpoint.state import (
@@ -49,14 +48,9 @@ def find_start(config: Config, folder: Path) -> Path | None:
     None where training starts from scratch; `auto` looks into `folder`, the run's own. NoStartError
     if there are only damaged ones, or none of the name that was given.
     """
-    name = config.checkpoint.load
-    if name is None:
-        return None
-    start, skipped = _first_agreed(start_candidates(config, folder))
-    if start is None:
-        refuse_no_start(name, skipped)
-        if dist.get_rank() == 0:
-            logger.warning("no checkpoint in %s: training starts from scratch", folder)
+    start = chosen_start(config, folder, _first_agreed)
+    if start is None and config.checkpoint.load is not None and dist.get_rank() == 0:
+        logger.warning("no checkpoint in %s: training starts from scratch", folder)
     return start
 
 

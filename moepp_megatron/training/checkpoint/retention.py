@@ -51,15 +51,6 @@ def lack_of_space(config: Config, folder: Path, step: int) -> str | None:
     )
 
 
-def space_text(needed: int, folder: Path) -> str:
-    """The needed and the free bytes, in brackets, for a message about a full disk."""
-    try:
-        free = show_bytes(free_bytes(folder))
-    except OSError:
-        return ""
-    return f" ({show_bytes(needed)} needed, {free} free in {folder})"
-
-
 logger = logging.getLogger(__name__)
 
 # Hidden, so that no listing takes them for checkpoints.

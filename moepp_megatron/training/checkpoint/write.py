@@ -19,7 +19,7 @@ from moepp_megatron.file_names import (
     TOKENIZER_CONFIG_FILE,
     TOKENIZER_FILE,
 )
-from moepp_megatron.runtime.disk import NO_SPACE
+from moepp_megatron.runtime.disk import NO_SPACE, free_bytes, show_bytes
 from moepp_megatron.runtime.distributed import Agreement
 from moepp_megatron.runtime.object_store import ObjectPath, StoreError
 from moepp_megatron.training import rng
@@ -35,7 +35,6 @@ from moepp_megatron.training.checkpoint.retention import (
     Pruner,
     incomplete_name,
     remove_leftovers,
-    space_text,
 )
 from moepp_megatron.training.checkpoint.save import Save, Written
 from moepp_megatron.training.checkpoint.state import saved_state
@@ -228,7 +227,7 @@ class CheckpointWriter:
             if reason is not None:
                 save.remove()
                 if NO_SPACE in reason:
-                    reason += space_text(sum(size for size, _ in parts), self._staging)
+                    reason += _space_text(sum(size for size, _ in parts), self._staging)
         reason = self._agreement.from_first(reason)
         if self._uploads:
             shutil.rmtree(save.folder, ignore_errors=True)
@@ -285,3 +284,12 @@ def _tokenizer_files(path: Path) -> dict[str, bytes]:
     if template.is_file():
         files[CHAT_TEMPLATE_FILE] = template.read_bytes()
     return files
+
+
+def _space_text(needed: int, folder: Path) -> str:
+    """The needed and the free bytes, in brackets, for a message about a full disk."""
+    try:
+        free = show_bytes(free_bytes(folder))
+    except OSError:
+        return ""
+    return f" ({show_bytes(needed)} needed, {free} free in {folder})"

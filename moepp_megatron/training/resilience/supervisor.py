@@ -9,10 +9,10 @@ from typing import Self
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from megatron.core.fp8_utils import dequantize_fp8_tensor, is_float8tensor
 from torch import Tensor
 
 from moepp_megatron.config import Config
-from moepp_megatron.model.initialize import plain_value
 from moepp_megatron.runtime.distributed import gathered
 from moepp_megatron.training.resilience.stragglers import StragglerDetector
 from moepp_megatron.training.resilience.watchdog import FIRST_STEP, STEP, Activity, Watchdog
@@ -86,7 +86,7 @@ def _differences(parameters: Named, group: dist.ProcessGroup) -> list[str]:
     """A line per parameter that differs within the group."""
     if not parameters:
         return []
-    mine = torch.stack([_checksum(plain_value(parameter)) for _, parameter in parameters])
+    mine = torch.stack([_checksum(_plain_value(parameter)) for _, parameter in parameters])
     everyone = [torch.empty_like(mine) for _ in range(group.size())]
     dist.all_gather(everyone, mine, group=group)
     by_rank = torch.stack(everyone).tolist()
@@ -97,6 +97,11 @@ def _differences(parameters: Named, group: dist.ProcessGroup) -> list[str]:
         if len(set(sums)) > 1:
             lines.append(f"{name} {list(parameter.shape)}: {_who(ranks, sums)}")
     return lines
+
+
+def _plain_value(tensor: Tensor) -> Tensor:
+    """The values of a weight, in FP8 or not, as a plain tensor of its dtype."""
+    return dequantize_fp8_tensor(tensor) if is_float8tensor(tensor) else tensor
 
 
 def _who(ranks: list[int], sums: list[int]) -> str:

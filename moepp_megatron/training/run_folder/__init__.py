@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moepp_megatron.config import Config, ConfigError, load_config
-from moepp_megatron.file_names import CONFIG_FILE, METRICS_FILE, RUN_FILES, STATUS_FILE
+from moepp_megatron.file_names import CONFIG_FILE, METRICS_FILE, RUN_FILES, RUN_FOLDERS, STATUS_FILE
 from moepp_megatron.observe.status import RunStatus, inherited_claim, read_status, write_status
 from moepp_megatron.runtime.atomic import write_atomic
 from moepp_megatron.runtime.disk import is_full
@@ -29,14 +29,12 @@ from moepp_megatron.training.run_folder.move_aside import configuration_files, m
 from moepp_megatron.training.run_folder.ownership import (
     OwnerMark,
     beating,
-    check_kinds,
+    check_kind,
     existing,
     is_same,
     locked,
-    outside_of,
     refuse_running,
     refuse_unshared,
-    refusing_unwritable,
 )
 from moepp_megatron.version import __version__
 
@@ -94,7 +92,7 @@ class RunFolder:
         folders = self._folders()
         with ExitStack() as undo:
             undo.enter_context(_empty_folders_removed(folders))
-            with refusing_unwritable(self.path), locked(self._made(folders)):
+            with self._refusing_unwritable(), locked(self._made(folders)):
                 if not start.restarted:
                     refuse_running(self.path)
                 # Again: somebody else may have been here meanwhile.
@@ -211,7 +209,7 @@ class RunFolder:
 
     def refuse_unwritable(self) -> None:
         """Refuse (ConfigError) folders that cannot be written, with path and cause; makes none."""
-        with refusing_unwritable(self.path):
+        with self._refusing_unwritable():
             if not (nearest := existing(self.path)).is_dir():
                 raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(nearest))
             self._check_kinds()
@@ -228,7 +226,7 @@ class RunFolder:
 
     def _folders(self) -> list[Path]:
         """The folders that a run has for itself: its own, and that of its checkpoints elsewhere."""
-        outside = outside_of(self.path, self.checkpoints)
+        outside = OwnerMark(self.path, self.checkpoints).outside
         return [self.path, *([] if outside is None else [outside])]
 
     def _made(self, folders: list[Path]) -> list[Path]:
@@ -240,9 +238,28 @@ class RunFolder:
         return folders
 
     def _check_kinds(self) -> None:
+        """Refuse what is of another kind than a run writes, cannot be made, or is read-only."""
+        for name in RUN_FILES:
+            check_kind(self.path / name, "file")
+        for name in RUN_FOLDERS:
+            check_kind(self.path / name, "folder")
         is_far = isinstance(self.checkpoints, ObjectPath)
         setting = "checkpoint.staging" if is_far else "checkpoint.dir"
-        check_kinds(self.path, self.local_checkpoints, setting)
+        check_kind(self.local_checkpoints, "folder", setting)
+
+    @contextmanager
+    def _refusing_unwritable(self) -> Iterator[None]:
+        """Turn an OSError in the block into a ConfigError that names the folder and the cause."""
+        try:
+            yield
+        except OSError as error:
+            at = error.filename if isinstance(error.filename, str) else str(self.path)
+            where = "" if Path(at) == self.path else f" at {at}"
+            remedy = "make room there" if is_full(error) else "make it writable"
+            raise ConfigError(
+                f"run.dir ({self.path}) must be a folder that can be written "
+                f"({error.strerror or error}{where}); {remedy}, or choose another run.dir"
+            ) from None
 
     def _write(self, claim: RunStatus, mark: OwnerMark) -> None:
         try:

@@ -20,10 +20,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from moepp_megatron.config import ConfigError, load_config
-from moepp_megatron.file_names import CONFIG_FILE, OWNER_FILE, RUN_FILES, RUN_FOLDERS, STATUS_FILE
+from moepp_megatron.file_names import CONFIG_FILE, OWNER_FILE, STATUS_FILE
 from moepp_megatron.observe.status import CLAIM, RunStatus, read_status
 from moepp_megatron.runtime.atomic import create_atomic, lock, write_atomic
-from moepp_megatron.runtime.disk import is_full
 from moepp_megatron.runtime.object_store import ObjectPath
 from moepp_megatron.runtime.rank import environment
 from moepp_megatron.training.checkpoint.find import NoStartError, list_checkpoints
@@ -46,13 +45,6 @@ def is_inside(path: Path, folder: Path) -> bool:
         return False
     real, home = Path(os.path.realpath(path)), Path(os.path.realpath(folder))
     return real == home or home in real.parents
-
-
-def outside_of(run: Path, checkpoints: Path) -> Path | None:
-    """A checkpoint folder of this machine outside of its run's; links are resolved."""
-    if isinstance(checkpoints, ObjectPath) or is_inside(checkpoints, run):
-        return None
-    return Path(os.path.realpath(checkpoints))
 
 
 def refuse_running(folder: Path) -> None:
@@ -140,15 +132,19 @@ class OwnerMark:
     """The mark of a run in its checkpoint folder, where that is outside of the run's own.
 
     There is none inside of the run's folder, nor in object storage.
+
+    Attributes:
+        outside: That folder, its links resolved; None if there is no mark.
     """
 
     def __init__(self, run: Path, checkpoints: Path) -> None:
         self._run, self._checkpoints = run, checkpoints
-        self._outside = outside_of(run, checkpoints)
+        is_elsewhere = not (isinstance(checkpoints, ObjectPath) or is_inside(checkpoints, run))
+        self.outside = Path(os.path.realpath(checkpoints)) if is_elsewhere else None
 
     def is_set(self) -> bool:
         """True if the run has marked the folder."""
-        marked = None if self._outside is None else marked_owner(self._outside)
+        marked = None if self.outside is None else marked_owner(self.outside)
         return marked is not None and is_same(marked, self._run)
 
     def refuse_other(self) -> None:
@@ -165,24 +161,24 @@ class OwnerMark:
 
         FileExistsError if another run has marked it, OSError if it cannot be written.
         """
-        if self._outside is None or self.is_set():
+        if self.outside is None or self.is_set():
             return
-        mark = self._outside / OWNER_FILE
-        if mark.exists() and marked_owner(self._outside) is None:
+        mark = self.outside / OWNER_FILE
+        if mark.exists() and marked_owner(self.outside) is None:
             mark.unlink()
         create_atomic(mark, _content(self._run))
 
     def remove(self) -> None:
         """Remove the mark if it is the run's own."""
-        if self._outside is not None and self.is_set():
+        if self.outside is not None and self.is_set():
             with contextlib.suppress(OSError):
-                (self._outside / OWNER_FILE).unlink()
+                (self.outside / OWNER_FILE).unlink()
 
     def carry(self, checkpoints: Path | None, run: Path) -> None:
         """Take the mark along to where the run and its checkpoints, if it has any, are now."""
-        if self._outside is None:
+        if self.outside is None:
             return
-        (self._outside / OWNER_FILE).unlink(missing_ok=True)
+        (self.outside / OWNER_FILE).unlink(missing_ok=True)
         if checkpoints is not None:
             write_atomic(checkpoints / OWNER_FILE, _content(run))
 
@@ -191,13 +187,13 @@ class OwnerMark:
         checkpoints = self._checkpoints
         if is_inside(checkpoints, self._run):
             return None
-        if self._outside is not None:
-            marked = marked_owner(self._outside)
+        if self.outside is not None:
+            marked = marked_owner(self.outside)
             if marked is not None:
                 return marked
             # Of a run that has not saved yet, too.
-            if checkpoints.name == "checkpoints" and read_status(self._outside.parent) is not None:
-                return self._outside.parent
+            if checkpoints.name == "checkpoints" and read_status(self.outside.parent) is not None:
+                return self.outside.parent
         for checkpoint in list_checkpoints(checkpoints):
             try:
                 owner = Path(load_config(checkpoint / CONFIG_FILE).run.dir)
@@ -219,21 +215,6 @@ def marked_owner(checkpoints: Path) -> Path | None:
 
 def _content(run: Path) -> bytes:
     return os.fsencode(os.path.realpath(run)) + b"\n"
-
-
-@contextmanager
-def refusing_unwritable(run: Path) -> Iterator[None]:
-    """Turn an OSError in the block into a ConfigError that names the run's folder and the cause."""
-    try:
-        yield
-    except OSError as error:
-        at = error.filename if isinstance(error.filename, str) else str(run)
-        where = "" if Path(at) == run else f" at {at}"
-        remedy = "make room there" if is_full(error) else "make it writable"
-        raise ConfigError(
-            f"run.dir ({run}) must be a folder that can be written "
-            f"({error.strerror or error}{where}); {remedy}, or choose another run.dir"
-        ) from None
 
 
 def refuse_unshared(setting: str, folder: Path, looks: bool = True) -> None:
@@ -265,19 +246,6 @@ def refuse_unshared(setting: str, folder: Path, looks: bool = True) -> None:
 def existing(path: Path) -> Path:
     """The path, or the nearest parent that exists."""
     return next(place for place in (path, *path.parents) if os.path.lexists(place))
-
-
-def check_kinds(run: Path, checkpoints: Path, setting: str) -> None:
-    """Refuse what is of another kind than a run writes, cannot be made there, or is read-only.
-
-    `setting` places the local folder `checkpoints`. ConfigError, but OSError where the run's folder
-    cannot be written.
-    """
-    for name in RUN_FILES:
-        check_kind(run / name, "file")
-    for name in RUN_FOLDERS:
-        check_kind(run / name, "folder")
-    check_kind(checkpoints, "folder", setting)
 
 
 def check_kind(path: Path, kind: str, setting: str = "run.dir") -> None:

@@ -11,7 +11,7 @@ import torch
 from megatron.core.distributed.finalize_model_grads import reset_model_temporary_tensors
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
-from moepp_megatron.moe.balance import GlobalBatchFractions, attach_loss, attached_loss
+from moepp_megatron.moe.balance import GlobalBatchFractions, attached_loss
 from moepp_megatron.moe.config import MoEPPConfig
 from moepp_megatron.moe.reference import balance_loss
 from tests.unit.moe.builders import DEFINED_SCORES, HIDDEN, build_layer, of_kinds
@@ -136,7 +136,7 @@ def test_attached_loss_keeps_the_activation_and_gets_a_gradient(per_token_loss, 
     MoEAuxLossAutoScaler.set_loss_scale(torch.tensor(0.5))
     activation = torch.randn(3, 4, requires_grad=True)
     loss = torch.tensor(2.0, requires_grad=True)
-    attached = attach_loss(activation, attached_loss(loss, 1.0, 30, per_token_loss))
+    attached = MoEAuxLossAutoScaler.apply(activation, attached_loss(loss, 1.0, 30, per_token_loss))
     assert torch.equal(attached, activation)
     (attached * 7).sum().backward()
     assert torch.equal(activation.grad, torch.full_like(activation, 7))

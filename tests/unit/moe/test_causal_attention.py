@@ -6,8 +6,7 @@ from megatron.core.datasets.gpt_dataset import _get_ltor_masks_and_position_ids
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.enums import AttnMaskType
 
-from moepp_megatron.model import causal_attention
-from moepp_megatron.model.causal_attention import CausalAttention
+from moepp_megatron.model.attention import CausalAttention
 from moepp_megatron.model.document_attention import dense_mask, document_ends, document_numbers
 from moepp_megatron.model.local_modules import fit_local_modules
 from moepp_megatron.moe.config import MoEPPConfig
@@ -127,7 +126,8 @@ def test_repeated_keys_give_what_shared_ones_do(monkeypatch, masked):
     mask = dense_mask(documents) if masked else None
     module = attention(CausalAttention, 2, torch.float32)
     shared = outcome(module, leaves(9, 2, torch.float32), mask)
-    monkeypatch.setattr(causal_attention, "_takes_shared_keys", lambda query, mask: False)
+    takes = "moepp_megatron.model.attention._takes_shared_keys"
+    monkeypatch.setattr(takes, lambda query, mask: False)
     repeated = outcome(module, leaves(9, 2, torch.float32), mask)
     for actual, expected in zip(repeated, shared, strict=True):
         torch.testing.assert_close(actual, expected, rtol=0, atol=3e-6)

@@ -7,9 +7,8 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
 from moepp_megatron.config import count_parameters, parse_config
-from moepp_megatron.model.attention import _LatentDotProductAttention
 from moepp_megatron.model.build import build_model
-from moepp_megatron.model.local_modules import fit_local_modules
+from moepp_megatron.model.local_modules import _LatentDotProductAttention, fit_local_modules
 from moepp_megatron.model.megatron_config import moepp_config, transformer_config
 from moepp_megatron.moe.spec import get_dense_layer_spec, get_moepp_layer_spec
 from tests.unit.moe.latent_reference import decoder_logits

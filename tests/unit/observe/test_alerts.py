@@ -9,9 +9,15 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from moepp_megatron.observe.alert_sinks import AlertSinks, _AlertFile, open_alert_sinks
+from moepp_megatron.observe.alert_sinks import (
+    AlertSinks,
+    WebhookAddressError,
+    _AlertFile,
+    _Webhook,
+    open_alert_sinks,
+    read_address,
+)
 from moepp_megatron.observe.alerts import Alert, read_alerts
-from moepp_megatron.observe.webhook import Webhook, WebhookAddressError, read_address
 
 SECRET = "/services/T000/B000/do-not-log-me"
 
@@ -135,7 +141,7 @@ def test_an_alert_is_posted(service, tmp_path, monkeypatch):
 
 def test_a_service_that_recovers_gets_the_alert(service, caplog):
     server = service(500, 503, 200)
-    hook = Webhook(server.address, "quick", retry_s=0.01)
+    hook = _Webhook(server.address, "quick", retry_s=0.01)
     hook.send(make_alert())
     hook.close()
     assert len(server.bodies) == 3
@@ -145,7 +151,7 @@ def test_a_service_that_recovers_gets_the_alert(service, caplog):
 @pytest.mark.parametrize(("code", "posts"), [(404, 1), (302, 1), (500, 3)])
 def test_failures_are_told_once_and_without_the_address(service, caplog, code, posts):
     server = service(code)
-    hook = Webhook(server.address, "quick", retry_s=0.01)
+    hook = _Webhook(server.address, "quick", retry_s=0.01)
     with caplog.at_level(logging.DEBUG):
         hook.send(make_alert(1))
         hook.send(make_alert(2))
@@ -161,7 +167,7 @@ def test_failures_are_told_once_and_without_the_address(service, caplog, code, p
 
 def test_a_service_that_hangs_holds_nobody_up(service, caplog):
     server = service(200, delay_s=30.0)
-    hook = Webhook(server.address, "quick", timeout_s=0.05, retry_s=0.01)
+    hook = _Webhook(server.address, "quick", timeout_s=0.05, retry_s=0.01)
     for step in range(200):
         hook.send(make_alert(step))
     # A second attempt while the first one's answer is still to come: the first was given up.
