@@ -137,12 +137,12 @@ def _layer(
 
 def _refuse_unfit_fp8(recipe: str) -> None:
     from moepp_megatron.config import UnfitError
-    from moepp_megatron.runtime.fit import FP8Machine, fp8_obstacle
+    from moepp_megatron.runtime.fit import FP8Machine
     from moepp_megatron.tools.bench.contestants import layer_config
     from moepp_megatron.tools.bench.shapes import SHAPES
 
     config = layer_config(SHAPES["0.6B"], 0.75, "fp8", False, recipe)
-    obstacle = fp8_obstacle(config, FP8Machine.this())
+    obstacle = FP8Machine.this().obstacle(config)
     if obstacle is not None:
         reason, _, _ = obstacle.partition("; ")
         raise UnfitError(f"--dtype (fp8) cannot be measured here: {reason}; use bf16")

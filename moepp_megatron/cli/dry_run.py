@@ -146,7 +146,7 @@ def _schedule_lines(config: Config) -> list[str]:
     from moepp_megatron.runtime.optional import quiet
 
     quiet()
-    from moepp_megatron.training.schedule import batch_stages, learning_rate, planned_samples
+    from moepp_megatron.training.schedule import BatchSizes, learning_rate
 
     last = config.training.train_iters
     # The rate is highest in the last step of warmup.
@@ -155,8 +155,9 @@ def _schedule_lines(config: Config) -> list[str]:
     rates = (f"{learning_rate(config, step):.3g} at step {step:,}" for step in steps)
     lines = [f"learning rate  {', '.join(rates)}"]
     if config.training.batch_ramp is not None:
-        first, *stages = batch_stages(config)
+        batches = BatchSizes(config)
+        first, *stages = batches.stages()
         later = "".join(f", {stage.size:,} from step {stage.first_step:,}" for stage in stages)
-        tokens = planned_samples(config) * config.model.seq_length
+        tokens = batches.planned_samples() * config.model.seq_length
         lines.append(f"batch          {first.size:,} sequences{later}; {tokens:,} tokens in all")
     return lines

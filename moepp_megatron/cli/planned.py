@@ -9,6 +9,6 @@ def planned_samples(config: Config) -> int:
     if training.batch_ramp is None:
         return training.train_iters * training.global_batch_size
     # Seconds of imports: megatron-core computes the ramp.
-    from moepp_megatron.training.schedule import planned_samples
+    from moepp_megatron.training.schedule import BatchSizes
 
-    return planned_samples(config)
+    return BatchSizes(config).planned_samples()

@@ -93,7 +93,7 @@ def print_end(request: TrainRequest, result: TrainResult, prints_command: bool) 
         prints_command: Whether a launcher prints how to resume a run that was asked to stop.
     """
     from moepp_megatron.config.exit_codes import STOPPED
-    from moepp_megatron.observe.status import inherited_claim
+    from moepp_megatron.observe.status import RunStatus
     from moepp_megatron.runtime.launch import leave
 
     is_rank_0 = request.rank.rank == 0 and not request.starts_ranks
@@ -101,7 +101,7 @@ def print_end(request: TrainRequest, result: TrainResult, prints_command: bool) 
         if is_rank_0:
             echo(f"{result.pause_reason or 'stopped on request'} at step {result.step}, saved")
         # Said last: by the launcher that has claimed the folder, if one has.
-        own_claim = is_rank_0 and inherited_claim() is None
+        own_claim = is_rank_0 and RunStatus.inherited() is None
         if own_claim or (request.starts_ranks and prints_command):
             echo(f"to resume:\n{request.start.resume_command}")
         leave(STOPPED)

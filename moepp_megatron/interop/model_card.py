@@ -16,7 +16,7 @@ from moepp_megatron.file_names import (
 )
 from moepp_megatron.interop.hf_source import read_json
 from moepp_megatron.observe.metrics import MetricsError, read_metrics
-from moepp_megatron.training.checkpoint.files import Progress, read_record
+from moepp_megatron.training.checkpoint.files import Progress, SavedRecord
 
 UNKNOWN_LICENSE = "unknown"
 # The run's configuration beside the exported weights.
@@ -112,7 +112,7 @@ def _facts(
 
 def _progress(folder: Path) -> Progress | None:
     try:
-        record = read_record(folder)
+        record = SavedRecord.read(folder)
     except ValueError:
         return None
     return None if record is None else record.progress

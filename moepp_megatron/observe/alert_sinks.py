@@ -94,6 +94,34 @@ class AlertSinks:
     def __init__(self, sinks: Sequence[_AlertSink]) -> None:
         self._sinks = list(sinks)
 
+    @classmethod
+    def open(
+        cls,
+        run_dir: Path,
+        run_name: str,
+        say: Callable[[str], None],
+        *,
+        start_over: bool = False,
+        webhook_url_env: str | None = None,
+    ) -> "AlertSinks":
+        """`RUN/alerts.jsonl`, a line on the console, and the webhook if one is set.
+
+        Args:
+            start_over: Whether the run begins at its first step; else earlier alerts are kept.
+        """
+        wanted: dict[str, Callable[[], _AlertSink]] = {
+            ALERTS_FILE: lambda: _AlertFile(run_dir / ALERTS_FILE, start_over)
+        }
+        if webhook_url_env is not None:
+            wanted["webhook"] = lambda: _Webhook(read_address(webhook_url_env), run_name)
+        sinks: list[_AlertSink] = [_AlertLines(say)]
+        for name, make in wanted.items():
+            try:
+                sinks.append(make())
+            except (OSError, ValueError) as error:  # telling must not keep a run from starting
+                logger.warning("no %s: %s", name, error)
+        return cls(sinks)
+
     def send(self, alert: Alert) -> None:
         """Pass the alert on; nothing is raised, since an alert must not end a training run."""
         for sink in self._sinks:
@@ -114,33 +142,6 @@ class AlertSinks:
                 sink.close()
             except Exception as error:
                 logger.warning("%s could not be closed: %s", type(sink).__name__, error)
-
-
-def open_alert_sinks(
-    run_dir: Path,
-    run_name: str,
-    say: Callable[[str], None],
-    *,
-    start_over: bool = False,
-    webhook_url_env: str | None = None,
-) -> AlertSinks:
-    """`RUN/alerts.jsonl`, a line on the console, and the webhook if one is set.
-
-    Args:
-        start_over: Whether the run begins at its first step; else earlier alerts are kept.
-    """
-    wanted: dict[str, Callable[[], _AlertSink]] = {
-        ALERTS_FILE: lambda: _AlertFile(run_dir / ALERTS_FILE, start_over)
-    }
-    if webhook_url_env is not None:
-        wanted["webhook"] = lambda: _Webhook(read_address(webhook_url_env), run_name)
-    sinks: list[_AlertSink] = [_AlertLines(say)]
-    for name, make in wanted.items():
-        try:
-            sinks.append(make())
-        except (OSError, ValueError) as error:  # telling must not keep a run from starting
-            logger.warning("no %s: %s", name, error)
-    return AlertSinks(sinks)
 
 
 class WebhookAddressError(ValueError):

@@ -47,6 +47,14 @@ class Alert(BaseModel):
     moved: list[str] | None = None
     remedy: str | None = None
 
+    @classmethod
+    def parse(cls, line: bytes) -> "Alert | None":
+        """The alert of one line; None if the line is not an alert."""
+        try:
+            return cls.model_validate_json(line)
+        except ValidationError:
+            return None
+
     def to_json_line(self) -> str:
         """One line of JSON with its line end."""
         # None is left out, but a value that is not finite must stay: as null, as in metrics.jsonl.
@@ -62,14 +70,6 @@ class Alert(BaseModel):
         return text if self.remedy is None else f"{text}; {self.remedy}"
 
 
-def parse_alert(line: bytes) -> Alert | None:
-    """The alert of one line; None if the line is not an alert."""
-    try:
-        return Alert.model_validate_json(line)
-    except ValidationError:
-        return None
-
-
 def read_alerts(path: Path) -> list[Alert]:
     """The alerts of a run in the order of time; none where there is no file.
 
@@ -82,6 +82,6 @@ def read_alerts(path: Path) -> list[Alert]:
         check_regular(path)
         with path.open("rb") as file:
             lines = iter(partial(file.readline, LONGEST_LINE), b"")
-            return list(filter(None, map(parse_alert, lines)))
+            return list(filter(None, map(Alert.parse, lines)))
     except FileNotFoundError:
         return []

@@ -7,7 +7,7 @@ import socket
 from pathlib import Path
 
 from moepp_megatron.config import ConfigError
-from moepp_megatron.observe.status import inherited_claim, read_status
+from moepp_megatron.observe.status import RunStatus
 
 logger = logging.getLogger(__name__)
 
@@ -93,7 +93,7 @@ def _refuse_taken_over(run_dir: Path) -> None:
     Raises:
         ConfigError: If it is so; names that run's process.
     """
-    status, claim = read_status(run_dir), inherited_claim()
+    status, claim = RunStatus.read(run_dir), RunStatus.inherited()
     if status is None or status.state == "ended" or status.is_gone():
         return
     own_ids = {(socket.gethostname(), os.getpid())} | (

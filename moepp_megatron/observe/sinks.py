@@ -106,6 +106,22 @@ class Sinks:
         self._optional = list(optional)
         self.say = say
 
+    @classmethod
+    def open(cls, run: "SinkSettings") -> "Sinks":
+        """The sinks of a training run: `metrics.jsonl`, the console, `VIEWS` and plugins."""
+        jsonl = JsonlSink(run.run_dir / METRICS_FILE, run.resume_step)
+        console = ConsoleSink(run.total_steps, phi=run.phi)
+        optional: list[Sink] = [console]
+        for name in (*VIEWS, *run.plugins):
+            try:
+                sink = pick(VIEWS, "observe.sinks", name, "sinks")(run)
+            except Exception as error:  # a view must not keep a run from starting
+                logger.warning("no %s: %s", name, error)
+                continue
+            if sink is not None:
+                optional.append(sink)
+        return cls([_RetryingSink(jsonl)], optional, console.message)
+
     def write(self, record: StepMetrics) -> None:
         """Pass the record to every sink, required ones first.
 
@@ -195,19 +211,3 @@ VIEWS: dict[str, Callable[[SinkSettings], Sink | None]] = {
     "TensorBoard output": _tensorboard,
     "W&B output": _wandb,
 }
-
-
-def open_sinks(run: SinkSettings) -> Sinks:
-    """The sinks of a training run: `metrics.jsonl`, the console, `VIEWS` and plugins."""
-    jsonl = JsonlSink(run.run_dir / METRICS_FILE, run.resume_step)
-    console = ConsoleSink(run.total_steps, phi=run.phi)
-    optional: list[Sink] = [console]
-    for name in (*VIEWS, *run.plugins):
-        try:
-            sink = pick(VIEWS, "observe.sinks", name, "sinks")(run)
-        except Exception as error:  # a view must not keep a run from starting
-            logger.warning("no %s: %s", name, error)
-            continue
-        if sink is not None:
-            optional.append(sink)
-    return Sinks([_RetryingSink(jsonl)], optional, console.message)

@@ -110,7 +110,7 @@ class RunStatus(BaseModel):
     @classmethod
     def of_rank(cls) -> "RunStatus":
         """The status of this process as a training rank; keeps the claim of its launcher."""
-        own, claim = cls.own(is_configured=True), inherited_claim()
+        own, claim = cls.own(is_configured=True), cls.inherited()
         if claim is None:
             return own
         known = claim.model_copy(
@@ -120,6 +120,27 @@ class RunStatus(BaseModel):
             return known
         launcher = _ProcessId(pid=claim.pid, started=claim.started)
         return known.model_copy(update={"launcher": launcher})
+
+    @classmethod
+    def inherited(cls) -> "RunStatus | None":
+        """The status with which this rank's launcher, or this process, has claimed the folder."""
+        try:
+            return cls.model_validate_json(os.environ.get(CLAIM, ""))
+        except ValidationError:
+            return None
+
+    @classmethod
+    def read(cls, run_dir: Path) -> "RunStatus | None":
+        """The status of a run; None where it has none that can be read."""
+        try:
+            check_regular(run_dir / STATUS_FILE)
+            return cls.model_validate_json((run_dir / STATUS_FILE).read_bytes())
+        except (OSError, ValidationError):
+            return None
+
+    def write(self, run_dir: Path) -> None:
+        """Replace the run's status; OSError if the folder cannot be written."""
+        write_atomic(run_dir / STATUS_FILE, self.model_dump_json().encode() + b"\n")
 
     def resume_command_here(self) -> str | None:
         """`resume_command` for a shell in this process's folder."""
@@ -142,23 +163,6 @@ class RunStatus(BaseModel):
         return None if None in answers else True
 
 
-def inherited_claim() -> RunStatus | None:
-    """The status with which this rank's launcher, or this process, has claimed the folder."""
-    try:
-        return RunStatus.model_validate_json(os.environ.get(CLAIM, ""))
-    except ValidationError:
-        return None
-
-
-def write_status(run_dir: Path, status: RunStatus) -> None:
-    """Replace the run's status.
-
-    Raises:
-        OSError: If the folder cannot be written.
-    """
-    write_atomic(run_dir / STATUS_FILE, status.model_dump_json().encode() + b"\n")
-
-
 class StatusSink:
     """Keeps `RUN/status.json`: `running` from here on, `ended` once closed.
 
@@ -171,26 +175,16 @@ class StatusSink:
 
     def __init__(self, run_dir: Path) -> None:
         self._run_dir = run_dir
-        write_status(run_dir, RunStatus.of_rank())
+        RunStatus.of_rank().write(run_dir)
 
     def write(self, record: StepMetrics) -> None:
         """Write the status if it is gone; a record does not change it."""
         if not (self._run_dir / STATUS_FILE).exists():
-            write_status(self._run_dir, RunStatus.of_rank())
+            RunStatus.of_rank().write(self._run_dir)
 
     def go_back(self, step: int) -> None:
         """Do nothing: a rollback does not change the status."""
 
     def close(self) -> None:
         """Record that training has ended in order."""
-        ended = RunStatus.of_rank().model_copy(update={"state": "ended"})
-        write_status(self._run_dir, ended)
-
-
-def read_status(run_dir: Path) -> RunStatus | None:
-    """The status of a run; None where it has none that can be read."""
-    try:
-        check_regular(run_dir / STATUS_FILE)
-        return RunStatus.model_validate_json((run_dir / STATUS_FILE).read_bytes())
-    except (OSError, ValidationError):
-        return None
+        RunStatus.of_rank().model_copy(update={"state": "ended"}).write(self._run_dir)

@@ -199,26 +199,22 @@ def optional_backends() -> list[Backend]:
     ]
 
 
-def package_warnings() -> list[str]:
-    """Warnings about this machine's packages before a run on GPUs; imports torch."""
+def package_lines(config: Config) -> list[str]:
+    """Warnings about this machine's packages, and the choices made, for a run's log.
+
+    Neither on a CPU, for which the packages have no use. Imports torch.
+    """
     import torch
 
-    backends = optional_backends()
+    backends, on_gpu = optional_backends(), torch.cuda.is_available()
     broken = [backend for backend in backends if backend.failure is not None]
-    warnings = [f"{backend.line()}; {backend.remedy}" for backend in broken]
+    lines = [f"warning: {backend.line()}; {backend.remedy}" for backend in broken]
     engine = backends[0]
-    if torch.cuda.is_available() and not engine.used and engine.failure is None:
-        warnings.append(f"{engine.line()}. Steps are slower; {engine.remedy}")
-    return warnings
-
-
-def choices_to_log(config: Config) -> str | None:
-    """The choices for a run's log; none on a CPU, for which the packages have no use."""
-    import torch
-
-    if torch.cuda.is_available() or any(backend.used for backend in optional_backends()):
-        return _choices_line(config.precision.cross_entropy)
-    return None
+    if on_gpu and not engine.used and engine.failure is None:
+        lines.append(f"warning: {engine.line()}. Steps are slower; {engine.remedy}")
+    if on_gpu or any(backend.used for backend in backends):
+        lines.append(_choices_line(config.precision.cross_entropy))
+    return lines
 
 
 def _choices_line(cross_entropy: CrossEntropy = "auto") -> str:

@@ -55,7 +55,7 @@ def check_fit(config: Config) -> None:
     _check_extension(config)
     if config.model.latent_attention is not None and not have_transformer_engine():
         _check_local_latent_attention(config)
-    obstacle = config.precision.fp8 and fp8_obstacle(config, FP8Machine.this())
+    obstacle = config.precision.fp8 and FP8Machine.this().obstacle(config)
     if obstacle is not None:
         raise UnfitError(obstacle)
 
@@ -307,43 +307,42 @@ class FP8Machine:
         cuda = None if built is None else tuple(int(part) for part in built.split("."))
         return cls(engine, capability, cuda)
 
-
-def fp8_obstacle(config: Config, machine: FP8Machine) -> str | None:
-    """Explain in one line why a machine cannot run a configuration's FP8, or None."""
-    precision = config.precision
-    recipe = precision.recipe
-    if recipe is None:
-        return None
-    off = "set precision.fp8 to null"
-    start = f"precision.fp8 ({precision.fp8}) must have"
-    if machine.transformer_engine is None or machine.capability is None:
-        return (
-            f"{start} Transformer Engine and a GPU, which this machine lacks; {off}, or install "
-            f"it where there is a GPU: {TRANSFORMER_ENGINE}"
-        )
-    name = f"precision.fp8_recipe ({recipe}) must have"
-    needed, without = _CAPABILITY[recipe], _FIRST_WITHOUT.get(recipe)
-    if machine.capability < needed or (without is not None and machine.capability >= without):
-        below, card = "", "H100: 9.0"
-        if without is not None:
-            below, card = f" and below {_text(without)}", "B200: 10.0"
-        return (
-            f"{name} a GPU of compute capability {_text(needed)}{below}, not "
-            f"{_text(machine.capability)}; {off}, or use another GPU ({card})"
-        )
-    if recipe == "blockwise" and (machine.cuda is None or machine.cuda < _CUDA_OF_BLOCKWISE):
-        built_for = _text(machine.cuda) if machine.cuda else "none"
-        return (
-            f"{name} torch built for CUDA {_text(_CUDA_OF_BLOCKWISE)} or newer, not {built_for}; "
-            "use tensorwise, or a newer torch"
-        )
-    for setting, wanted in _engine_versions(config, recipe):
-        if machine.transformer_engine < wanted:
+    def obstacle(self, config: Config) -> str | None:
+        """Explain in one line why it cannot run a configuration's FP8, or None."""
+        precision = config.precision
+        recipe = precision.recipe
+        if recipe is None:
+            return None
+        off = "set precision.fp8 to null"
+        start = f"precision.fp8 ({precision.fp8}) must have"
+        if self.transformer_engine is None or self.capability is None:
             return (
-                f"{setting} must have Transformer Engine {_text(wanted)} or newer, not "
-                f"{_text(machine.transformer_engine)}; install a newer one, or change the setting"
+                f"{start} Transformer Engine and a GPU, which this machine lacks; {off}, or "
+                f"install it where there is a GPU: {TRANSFORMER_ENGINE}"
             )
-    return None
+        name = f"precision.fp8_recipe ({recipe}) must have"
+        needed, without = _CAPABILITY[recipe], _FIRST_WITHOUT.get(recipe)
+        if self.capability < needed or (without is not None and self.capability >= without):
+            below, card = "", "H100: 9.0"
+            if without is not None:
+                below, card = f" and below {_text(without)}", "B200: 10.0"
+            return (
+                f"{name} a GPU of compute capability {_text(needed)}{below}, not "
+                f"{_text(self.capability)}; {off}, or use another GPU ({card})"
+            )
+        if recipe == "blockwise" and (self.cuda is None or self.cuda < _CUDA_OF_BLOCKWISE):
+            built_for = _text(self.cuda) if self.cuda else "none"
+            return (
+                f"{name} torch built for CUDA {_text(_CUDA_OF_BLOCKWISE)} or newer, not "
+                f"{built_for}; use tensorwise, or a newer torch"
+            )
+        for setting, wanted in _engine_versions(config, recipe):
+            if self.transformer_engine < wanted:
+                return (
+                    f"{setting} must have Transformer Engine {_text(wanted)} or newer, not "
+                    f"{_text(self.transformer_engine)}; install a newer one, or change the setting"
+                )
+        return None
 
 
 def _engine_versions(config: Config, recipe: str) -> list[tuple[str, Version]]:

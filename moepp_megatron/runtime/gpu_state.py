@@ -146,6 +146,15 @@ class GPUState:
     links: tuple[_NvLink, ...] = ()
     processes: tuple[_GpuProcess, ...] = ()
 
+    @classmethod
+    def read(cls, library: Library, handle: Any, index: int) -> "GPUState":
+        """Everything about GPU `index`, with the errors of the queries."""
+        faults: list[str] = []
+        found = library.answers(handle, _STATE, faults)
+        found["links"] = _links(library, handle, faults)
+        (action,) = library.fields(handle, library.module.NVML_FI_DEV_GET_GPU_RECOVERY_ACTION)
+        return cls(index, faults=tuple(faults), recovery_action=action, **found)
+
 
 def _milli(value: int) -> float:
     """A number of thousandths, as NVML gives power and energy."""
@@ -197,15 +206,6 @@ SAMPLE: dict[str, _Query] = {
         for way in ("tx", "rx")
     },
 }
-
-
-def read_state(library: Library, handle: Any, index: int) -> GPUState:
-    """Everything about GPU `index`, with the errors of the queries."""
-    faults: list[str] = []
-    found = library.answers(handle, _STATE, faults)
-    found["links"] = _links(library, handle, faults)
-    (action,) = library.fields(handle, library.module.NVML_FI_DEV_GET_GPU_RECOVERY_ACTION)
-    return GPUState(index, faults=tuple(faults), recovery_action=action, **found)
 
 
 def _links(library: Library, handle: Any, faults: list[str]) -> tuple[_NvLink, ...]:

@@ -12,7 +12,6 @@ from moepp_megatron.runtime.gpu_state import (
     Driver,
     GPUState,
     Library,
-    read_state,
 )
 
 # "MIG-GPU-<uuid>/<instance>/<slice>" is the name of a MIG device up to driver 470.
@@ -77,7 +76,7 @@ class Nvml(AbstractContextManager):
         handle = self._ask("nvmlDeviceGetHandleByIndex", index, faults=faults)
         if handle is None:
             return GPUState(index, faults=tuple(faults) or ("no handle",))
-        return read_state(self._library, handle, index)
+        return GPUState.read(self._library, handle, index)
 
     def index_of(self, uuids: Sequence[str]) -> list[int]:
         """NVML numbers of the GPUs with these UUIDs, in this order; unknown ones are left out.

@@ -8,10 +8,10 @@ import torch.distributed as dist
 
 from moepp_megatron.config import Config
 from moepp_megatron.file_names import CONFIG_FILE
-from moepp_megatron.observe.alert_sinks import AlertSinks, open_alert_sinks
+from moepp_megatron.observe.alert_sinks import AlertSinks
 from moepp_megatron.observe.alerts import Alert
 from moepp_megatron.observe.metrics import StepMetrics
-from moepp_megatron.observe.sinks import Sinks, SinkSettings, open_sinks
+from moepp_megatron.observe.sinks import Sinks, SinkSettings
 from moepp_megatron.training.checkpoint.files import Progress
 from moepp_megatron.training.checkpoint.write import CheckpointWriter
 from moepp_megatron.training.run_folder import RunFolder
@@ -27,8 +27,8 @@ class RunOutput:
         self._sinks, self._alerts = Sinks(()), AlertSinks(())
         if dist.get_rank() == 0:
             RunFolder(config).write_config()
-            self._sinks = open_sinks(_settings(config, progress))
-            self._alerts = open_alert_sinks(
+            self._sinks = Sinks.open(_settings(config, progress))
+            self._alerts = AlertSinks.open(
                 Path(config.run.dir),
                 config.run.name,
                 self._sinks.say,

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from moepp_megatron.config import Config, ConfigError, UnfitError
 from moepp_megatron.config.exit_codes import STOPPED
 from moepp_megatron.file_names import METRICS_FILE
-from moepp_megatron.observe.status import RESUME_COMMAND, inherited_claim
+from moepp_megatron.observe.status import RESUME_COMMAND, RunStatus
 from moepp_megatron.runtime.launch import LaunchOptions
 from moepp_megatron.runtime.terminal import lasting_output
 from moepp_megatron.training.checkpoint.files import package_versions
@@ -136,7 +136,7 @@ def run(request: TrainRequest, say: Say, callbacks: Sequence[object] = ()) -> Tr
 
 def _entering(request: TrainRequest, say: Say) -> AbstractContextManager[None]:
     """Claim the run's folder in the block, or check it if another process claims it."""
-    if inherited_claim() is not None:
+    if RunStatus.inherited() is not None:
         return contextlib.nullcontext()
     folder = RunFolder(request.config)
     if request.leads:
@@ -192,12 +192,10 @@ def _run_rank(request: TrainRequest, say: Say, callbacks: Sequence[object]) -> T
             RunFolder(config).refuse_unshared(looks=rank.local_rank == 0)
         distributed.build_groups(config, request.layout)
         if rank.rank == 0:
-            from moepp_megatron.runtime.backends import choices_to_log, package_warnings
+            from moepp_megatron.runtime.backends import package_lines
 
-            for warning in package_warnings():
-                say(f"warning: {warning}")
-            if (choices := choices_to_log(config)) is not None:
-                say(choices)
+            for line in package_lines(config):
+                say(line)
         trainer = Trainer(config, request.layout, callbacks, request.loads)
         if rank.rank == 0:
             for line in trainer.start_lines:

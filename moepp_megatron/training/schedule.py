@@ -68,6 +68,15 @@ def learning_rate(config: Config, step: int) -> float:
     return float(schedule.get_lr({}))
 
 
+@dataclass(frozen=True)
+class _BatchStage:
+    """Steps of one batch size, from `first_step`, as long as no batch is refused."""
+
+    first_step: int
+    size: int
+    consumed_samples: int
+
+
 class BatchSizes:
     """The batch size by the sequences that a run has read, refused batches included.
 
@@ -75,8 +84,7 @@ class BatchSizes:
     """
 
     def __init__(self, config: Config) -> None:
-        training = config.training
-        self._micro_batch_size = training.micro_batch_size
+        training = self._training = config.training
         self._calculator: ConstantNumMicroBatchesCalculator | StepBatchsizeNumMicroBatchesCalculator
         # With one data-parallel rank it divides by nothing that depends on the layout.
         if training.batch_ramp is None:
@@ -100,35 +108,24 @@ class BatchSizes:
 
     def layout(self, layout: Layout, consumed_samples: int) -> Layout:
         """The rank grid with the number of micro-batches of that batch."""
-        per_rank = self._micro_batch_size * layout.dp
+        per_rank = self._training.micro_batch_size * layout.dp
         return replace(layout, num_microbatches=self.at(consumed_samples) // per_rank)
 
+    def stages(self) -> list[_BatchStage]:
+        """The batch sizes of a run; one stage where `training.batch_ramp` is null."""
+        stages, consumed = list[_BatchStage](), 0
+        for step in range(1, self._training.train_iters + 1):
+            size = self.at(consumed)
+            if not stages or size != stages[-1].size:
+                stages.append(_BatchStage(step, size, consumed))
+            if size == self._training.global_batch_size:
+                break
+            consumed += size
+        return stages
 
-@dataclass(frozen=True)
-class _BatchStage:
-    """Steps of one batch size, from `first_step`, as long as no batch is refused."""
-
-    first_step: int
-    size: int
-    consumed_samples: int
-
-
-def batch_stages(config: Config) -> list[_BatchStage]:
-    """The batch sizes of a run; one stage where `training.batch_ramp` is null."""
-    sizes, stages, consumed = BatchSizes(config), list[_BatchStage](), 0
-    for step in range(1, config.training.train_iters + 1):
-        size = sizes.at(consumed)
-        if not stages or size != stages[-1].size:
-            stages.append(_BatchStage(step, size, consumed))
-        if size == config.training.global_batch_size:
-            break
-        consumed += size
-    return stages
-
-
-def planned_samples(config: Config) -> int:
-    """Sequences that `training.train_iters` steps read."""
-    stages = batch_stages(config)
-    first_steps = [*(stage.first_step for stage in stages), config.training.train_iters + 1]
-    steps = [last - first for first, last in pairwise(first_steps)]
-    return sum(stage.size * count for stage, count in zip(stages, steps, strict=True))
+    def planned_samples(self) -> int:
+        """Sequences that `training.train_iters` steps read."""
+        stages = self.stages()
+        first_steps = [*(stage.first_step for stage in stages), self._training.train_iters + 1]
+        steps = [last - first for first, last in pairwise(first_steps)]
+        return sum(stage.size * count for stage, count in zip(stages, steps, strict=True))

@@ -25,7 +25,7 @@ from moepp_megatron.config.plugins import check_plugins, load_plugin
 from moepp_megatron.config.sections import used
 from moepp_megatron.features.registry import FILE_CHECKS, START_CHECKS, named
 from moepp_megatron.file_names import CONFIG_FILE
-from moepp_megatron.observe.status import inherited_claim
+from moepp_megatron.observe.status import RunStatus
 from moepp_megatron.runtime.launch import LaunchOptions, has_launcher
 from moepp_megatron.runtime.nodes import interface_of_rank
 from moepp_megatron.runtime.object_store import check_store, place
@@ -143,7 +143,7 @@ class TrainRequest:
         if self.rank.local_rank == 0 and not has_launcher():
             _check_stores(config)
         start = self._settled_start()
-        if self.leads and inherited_claim() is None:
+        if self.leads and RunStatus.inherited() is None:
             # At once; looking for packages imports torch.
             RunFolder(config).refuse_occupied(start)
         speaks_first = self.speaks and not has_launcher()

@@ -17,7 +17,7 @@ from moepp_megatron.observe.alerts import Alert
 from moepp_megatron.observe.metrics import StepMetrics
 from moepp_megatron.training.alerts import RunOutput
 from moepp_megatron.training.batches import rank_batches
-from moepp_megatron.training.checkpoint.files import Progress, read_record
+from moepp_megatron.training.checkpoint.files import Progress, SavedRecord
 from moepp_megatron.training.checkpoint.read import (
     find_start,
     newest_valid,
@@ -30,7 +30,7 @@ from moepp_megatron.training.part import Outcome, PartContext, Parts, Pause, Rol
 from moepp_megatron.training.parts.order import STATES, build_parts, states_of
 from moepp_megatron.training.resilience.supervisor import Supervisor
 from moepp_megatron.training.run_folder import checkpoint_folder
-from moepp_megatron.training.schedule import BatchSizes, planned_samples
+from moepp_megatron.training.schedule import BatchSizes
 from moepp_megatron.training.setup import TrainingModel, build_training_model
 from moepp_megatron.training.signals import StopRequest
 from moepp_megatron.training.step import Batch, training_step
@@ -73,11 +73,11 @@ class Trainer:
         build = pick(DATASETS, "data.dataset", config.data.dataset, "datasets")
         tokenizer = Tokenizer.load(tokenizer_file)
         validation = config.training.eval_iters * config.training.global_batch_size
-        samples = planned_samples(config), validation, 0
+        self._sizes = BatchSizes(config)
+        samples = self._sizes.planned_samples(), validation, 0
         self._train_set, valid_set, _ = build(config, tokenizer, samples)
         valid_sets = build_validation_sets(config, tokenizer, validation)
         self.supervisor = Supervisor(config, self.model)
-        self._sizes = BatchSizes(config)
         self.stopped = False
         self.pause_reason: str | None = None
         self._lost_records: str | None = None
@@ -296,6 +296,6 @@ class Trainer:
             return Progress(), {}
         weights_only = not config.checkpoint.load_optimizer
         loaded = read_checkpoint(start, self.model, config, weights_only)
-        record = None if weights_only else read_record(start)
+        record = None if weights_only else SavedRecord.read(start)
         self.start_lines = start_lines(start, record, config, self.layout)
         return loaded

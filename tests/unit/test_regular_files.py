@@ -9,7 +9,7 @@ from moepp_megatron.config import ConfigError
 from moepp_megatron.config.regular_file import check_regular
 from moepp_megatron.interop.score_request import read_input_ids, text_of
 from moepp_megatron.observe.metrics import MetricsError, read_metrics
-from moepp_megatron.observe.status import read_status
+from moepp_megatron.observe.status import RunStatus
 from moepp_megatron.observe.tail import Tail
 from moepp_megatron.tools.planning.measured.rows import read_runs
 from tests.unit.tools.report.conftest import synthetic_config, synthetic_records, write_run
@@ -56,7 +56,7 @@ def test_readers_refuse_a_pipe(pipe, tmp_path):
     with pytest.raises(OSError, match="Not a regular file"):
         Tail(pipe).poll()
     os.mkfifo(tmp_path / "status.json")
-    assert read_status(tmp_path) is None
+    assert RunStatus.read(tmp_path) is None
 
 
 @pytest.fixture

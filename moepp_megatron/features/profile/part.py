@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from moepp_megatron.config import Config, Layout
-from moepp_megatron.features.profile.ranges import Ranges, name_collectives, name_layers, range_
+from moepp_megatron.features.profile.ranges import Ranges, range_
 from moepp_megatron.observe.alerts import Alert
 from moepp_megatron.runtime.atomic import whole_file, write_atomic
 from moepp_megatron.runtime.distributed import gathered
@@ -125,7 +125,7 @@ class ProfilePart(Part):
     def _put_ranges(self) -> None:
         ranges, model = self._ranges, self._model
         for chunk in model.models:
-            name_layers(ranges, chunk)
+            ranges.name_layers(chunk)
             self._traffic.watch(ranges, chunk)
         for chunk in model.chunks:
             ranges.around(chunk, "forward", "forward")
@@ -137,7 +137,7 @@ class ProfilePart(Part):
         # Functions of a module are its attributes too.
         ranges.around(step_module, "prepare_gradients", "optimizer")
         ranges.around(model.optimizer, "step", "optimizer")
-        name_collectives(ranges)
+        ranges.name_collectives()
 
     def _write(self, recorded: profile) -> None:
         rank = dist.get_rank()

@@ -71,6 +71,77 @@ class Ranges(Replacements):
         """Show calls of a method as `moepp/NAME` in the trace."""
         self.replace(owner, method, functools.partial(_named, name))
 
+    def name_layers(self, model: torch.nn.Module) -> None:
+        """Put ranges around the parts of every layer of a model or model chunk.
+
+        MoE layers, ours and megatron-core's: router, dispatch, experts, zero_computation,
+        shared_experts, combine. All layers: attention; those without experts: ffn. Around them:
+        `model/embedding`, `model/output_layer`, `model/loss`.
+        """
+        for owner, method, part in (
+            (getattr(model, "embedding", None), "forward", "embedding"),
+            (getattr(model, "output_layer", None), "forward", "output_layer"),
+            (model, "compute_language_model_loss", "loss"),
+        ):
+            if owner is not None and hasattr(owner, method):
+                self.around(owner, method, f"model/{part}")
+        for module in model.modules():
+            if isinstance(module, MoELayer):
+                self._name_moe(module)
+            elif hasattr(module, "self_attention") and hasattr(module, "layer_number"):
+                layer = f"layer{module.layer_number}"
+                self.around(module.self_attention, "forward", f"{layer}/attention")
+                mlp = getattr(module, "mlp", None)
+                if mlp is not None and not isinstance(mlp, MoELayer):
+                    self.around(mlp, "forward", f"{layer}/ffn")
+
+    def _name_moe(self, layer: MoELayer) -> None:
+        dispatcher = layer.token_dispatcher
+        parts: list[tuple[str, Any, tuple[str, ...]]] = [
+            ("router", layer.router, ("forward",)),
+            ("dispatch", layer, ("preprocess", "dispatch")),
+            ("dispatch", dispatcher, ("dispatch_postprocess",)),
+            ("experts", layer.experts, ("forward",)),
+            ("shared_experts", getattr(layer, "shared_experts", None), ("forward",)),
+            (
+                "zero_computation",
+                getattr(layer, "zero_computation", None),
+                ("forward", "ingredients"),
+            ),
+            ("combine", dispatcher, ("combine_preprocess", "combine_rows")),
+            ("combine", layer, ("combine", "postprocess")),
+        ]
+        for part, owner, methods in parts:
+            for method in methods:
+                if owner is not None and hasattr(owner, method):
+                    self.around(owner, method, f"layer{layer.layer_number}/{part}")
+
+    def name_collectives(self) -> None:
+        """Put ranges around every collective from now on, numbered from 0."""
+        calls: Counter[tuple[str, str]] = Counter()
+
+        def numbered(method: str, function: Callable[..., Any]) -> Callable[..., Any]:
+            @functools.wraps(function)
+            def inner(group: dist.ProcessGroup, *args: Any, **kwargs: Any) -> Any:
+                ends = ""
+                if method in _TO_ONE:
+                    # After the tensors comes the other rank.
+                    pair = (group.rank(), args[1]) if method == "send" else (args[1], group.rank())
+                    ends = f"{pair[0]}>{pair[1]}."
+                key = group.group_name, ends
+                number = calls[key]
+                calls[key] += 1
+                with record_function(f"{_PREFIX}comm/{group.group_name}/{ends}{number}/{method}"):
+                    return function(group, *args, **kwargs)
+
+            return inner
+
+        for method in (*_METHODS, *_TO_ONE):
+            if hasattr(dist.ProcessGroup, method):
+                self.replace(dist.ProcessGroup, method, functools.partial(numbered, method))
+        if dist.get_backend() == "gloo":
+            self.around(dist.Work, "wait", "wait")
+
 
 @contextmanager
 def range_(name: str) -> Iterator[None]:
@@ -96,73 +167,3 @@ def _named(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
             return function(*args, **kwargs)
 
     return inner
-
-
-def name_layers(ranges: Ranges, model: torch.nn.Module) -> None:
-    """Put ranges around the parts of every layer of a model or model chunk.
-
-    MoE layers, ours and megatron-core's: router, dispatch, experts, zero_computation,
-    shared_experts, combine. All layers: attention; those without experts: ffn. Around them:
-    `model/embedding`, `model/output_layer`, `model/loss`.
-    """
-    for owner, method, part in (
-        (getattr(model, "embedding", None), "forward", "embedding"),
-        (getattr(model, "output_layer", None), "forward", "output_layer"),
-        (model, "compute_language_model_loss", "loss"),
-    ):
-        if owner is not None and hasattr(owner, method):
-            ranges.around(owner, method, f"model/{part}")
-    for module in model.modules():
-        if isinstance(module, MoELayer):
-            _name_moe(ranges, module)
-        elif hasattr(module, "self_attention") and hasattr(module, "layer_number"):
-            layer = f"layer{module.layer_number}"
-            ranges.around(module.self_attention, "forward", f"{layer}/attention")
-            mlp = getattr(module, "mlp", None)
-            if mlp is not None and not isinstance(mlp, MoELayer):
-                ranges.around(mlp, "forward", f"{layer}/ffn")
-
-
-def _name_moe(ranges: Ranges, layer: MoELayer) -> None:
-    dispatcher = layer.token_dispatcher
-    parts: list[tuple[str, Any, tuple[str, ...]]] = [
-        ("router", layer.router, ("forward",)),
-        ("dispatch", layer, ("preprocess", "dispatch")),
-        ("dispatch", dispatcher, ("dispatch_postprocess",)),
-        ("experts", layer.experts, ("forward",)),
-        ("shared_experts", getattr(layer, "shared_experts", None), ("forward",)),
-        ("zero_computation", getattr(layer, "zero_computation", None), ("forward", "ingredients")),
-        ("combine", dispatcher, ("combine_preprocess", "combine_rows")),
-        ("combine", layer, ("combine", "postprocess")),
-    ]
-    for part, owner, methods in parts:
-        for method in methods:
-            if owner is not None and hasattr(owner, method):
-                ranges.around(owner, method, f"layer{layer.layer_number}/{part}")
-
-
-def name_collectives(ranges: Ranges) -> None:
-    """Put ranges around every collective from now on, numbered from 0."""
-    calls: Counter[tuple[str, str]] = Counter()
-
-    def numbered(method: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(function)
-        def inner(group: dist.ProcessGroup, *args: Any, **kwargs: Any) -> Any:
-            ends = ""
-            if method in _TO_ONE:
-                # After the tensors comes the other rank.
-                pair = (group.rank(), args[1]) if method == "send" else (args[1], group.rank())
-                ends = f"{pair[0]}>{pair[1]}."
-            key = group.group_name, ends
-            number = calls[key]
-            calls[key] += 1
-            with record_function(f"{_PREFIX}comm/{group.group_name}/{ends}{number}/{method}"):
-                return function(group, *args, **kwargs)
-
-        return inner
-
-    for method in (*_METHODS, *_TO_ONE):
-        if hasattr(dist.ProcessGroup, method):
-            ranges.replace(dist.ProcessGroup, method, functools.partial(numbered, method))
-    if dist.get_backend() == "gloo":
-        ranges.around(dist.Work, "wait", "wait")

@@ -14,7 +14,7 @@ from moepp_megatron.experts import LOCAL_COUNTS, ExpertCounts
 from moepp_megatron.file_names import CONFIG_FILE
 from moepp_megatron.interop.score_request import ScoreRequest, checkpoint_tokenizer
 from moepp_megatron.tools.inspection.text import TokenizedText, read_text, tokenize, windows
-from moepp_megatron.training.checkpoint.files import read_record
+from moepp_megatron.training.checkpoint.files import SavedRecord
 from moepp_megatron.training.checkpoint.find import find_checkpoint
 from moepp_megatron.training.inference_settings import inference_override
 
@@ -127,7 +127,7 @@ def _model(folder: Path, config: Config, scoring: ScoreRequest) -> InspectedMode
 
 def _label(folder: Path, config: Config) -> str:
     try:
-        record = read_record(folder)
+        record = SavedRecord.read(folder)
     except ValueError:
         record = None
     step = "" if record is None else f", step {record.progress.step:,}"

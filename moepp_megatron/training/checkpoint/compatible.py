@@ -9,7 +9,7 @@ from moepp_megatron.config import Config, ConfigError, load_config, parse_split
 from moepp_megatron.config.errors import Problem, raise_problems, show
 from moepp_megatron.experts import KINDS
 from moepp_megatron.file_names import CONFIG_FILE
-from moepp_megatron.training.checkpoint.files import read_record
+from moepp_megatron.training.checkpoint.files import SavedRecord
 
 
 def _latent_widths(config: Config) -> dict[str, Any] | None:
@@ -136,7 +136,7 @@ def _shape_problems(checkpoint: Path, saved: Config, config: Config) -> list[Pro
 
 def _state_problems(checkpoint: Path, saved: Config, config: Config) -> Iterator[Problem]:
     """Yield changed settings that only a run resumed with its state must keep."""
-    if not config.checkpoint.load_optimizer or read_record(checkpoint) is None:
+    if not config.checkpoint.load_optimizer or SavedRecord.read(checkpoint) is None:
         return
     kind, wanted = saved.optimizer.kind, config.optimizer.kind
     if kind != wanted:

@@ -108,6 +108,38 @@ class SavedRecord:
         """A record of the present state."""
         return cls(progress, grid(layout), package_versions(), time.time())
 
+    @classmethod
+    def read(cls, checkpoint: Path) -> SavedRecord | None:
+        """A checkpoint's record; None if it has none, as weights from `moepp convert`.
+
+        NewerFormatError if it has a newer format, ValueError if the file cannot be read.
+        """
+        path = checkpoint / STATE_FILE
+        try:
+            content: dict[str, Any] = read_json(path)
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{STATE_FILE} cannot be read ({error})") from error
+        try:
+            version = content["format_version"]
+            versions = dict(content.get("versions", {}))
+            if version > _FORMAT_VERSION:
+                raise NewerFormatError(
+                    f"checkpoint ({checkpoint}) must have format {_FORMAT_VERSION}, and "
+                    f"{STATE_FILE} has format {version}; use the moepp_megatron that wrote it "
+                    f"({versions.get('moepp_megatron', 'a newer one')}), or move the checkpoint "
+                    "away"
+                )
+            progress = Progress(**content["progress"])
+            layout, saved_at = dict(content["layout"]), float(content["saved_at"])
+            counts = (*asdict(progress).values(), *layout.values())
+            if not all(type(count) is int and count >= 0 for count in counts):
+                raise TypeError("a count that is none")
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{STATE_FILE} is no record of a checkpoint ({error!r})") from error
+        return cls(progress, layout, versions, saved_at, version)
+
     def to_json(self) -> bytes:
         """Same as `state.json`."""
         return (json.dumps(asdict(self), indent=2) + "\n").encode()
@@ -127,37 +159,6 @@ def grid(layout: Layout) -> dict[str, int]:
     degrees = asdict(layout)
     del degrees["num_microbatches"]
     return degrees
-
-
-def read_record(checkpoint: Path) -> SavedRecord | None:
-    """A checkpoint's record; None if it has none, as weights from `moepp convert`.
-
-    NewerFormatError if it has a newer format, ValueError if the file cannot be read.
-    """
-    path = checkpoint / STATE_FILE
-    try:
-        content: dict[str, Any] = read_json(path)
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{STATE_FILE} cannot be read ({error})") from error
-    try:
-        version = content["format_version"]
-        versions = dict(content.get("versions", {}))
-        if version > _FORMAT_VERSION:
-            raise NewerFormatError(
-                f"checkpoint ({checkpoint}) must have format {_FORMAT_VERSION}, and {STATE_FILE} "
-                f"has format {version}; use the moepp_megatron that wrote it "
-                f"({versions.get('moepp_megatron', 'a newer one')}), or move the checkpoint away"
-            )
-        progress = Progress(**content["progress"])
-        layout, saved_at = dict(content["layout"]), float(content["saved_at"])
-        counts = (*asdict(progress).values(), *layout.values())
-        if not all(type(count) is int and count >= 0 for count in counts):
-            raise TypeError("a count that is none")
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{STATE_FILE} is no record of a checkpoint ({error!r})") from error
-    return SavedRecord(progress, layout, versions, saved_at, version)
 
 
 def package_versions() -> dict[str, str]:
@@ -236,7 +237,7 @@ def _checked_digests(checkpoint: Path) -> dict[str, str]:
     if _LEGACY_FILE in there:
         raise ValueError(f"{_LEGACY_FILE} does not belong into this format")
     content = _read_manifest(checkpoint)
-    read_record(checkpoint)
+    SavedRecord.read(checkpoint)
     files: dict[str, str] = content["files"]
     sizes: dict[str, int] = content.get("sizes", {})
     for name in (TENSORS_FILE, FORMAT_FILE, CONFIG_FILE):

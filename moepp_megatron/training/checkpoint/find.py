@@ -21,11 +21,11 @@ from moepp_megatron.training.checkpoint.compatible import check_compatible
 from moepp_megatron.training.checkpoint.files import (
     PREFIX,
     NewerFormatError,
+    SavedRecord,
     checkpoint_step,
     damage,
     is_checkpoint,
     plain_damage,
-    read_record,
 )
 
 logger = logging.getLogger(__name__)
@@ -228,7 +228,7 @@ def warn_skipped(skipped: Iterable[str]) -> None:
 
 def _refuse_newer(checkpoint: Path) -> None:
     try:
-        read_record(checkpoint)
+        SavedRecord.read(checkpoint)
     except NewerFormatError:
         raise
     except ValueError:
@@ -247,7 +247,7 @@ def _configured_folder(run: Path) -> Path | None:
 
 def _date(checkpoint: Path) -> float:
     try:
-        record = read_record(checkpoint)
+        record = SavedRecord.read(checkpoint)
     except ValueError:
         record = None
     if record is not None:

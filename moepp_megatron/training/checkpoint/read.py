@@ -21,7 +21,6 @@ from moepp_megatron.training.checkpoint.files import (
     checkpoint_step,
     damage,
     grid,
-    read_record,
 )
 from moepp_megatron.training.checkpoint.find import (
     chosen_start,
@@ -83,7 +82,7 @@ def read_checkpoint(
     """
     saved = check_compatible(checkpoint, config)
     has_biases = saved.moe.selection_bias or not config.moe.selection_bias
-    record = read_record(checkpoint)
+    record = SavedRecord.read(checkpoint)
     with model.gathered_parameters():
         if weights_only or record is None:
             _read_weights(checkpoint, model.models, has_biases)

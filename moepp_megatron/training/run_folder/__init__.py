@@ -19,7 +19,7 @@ from pathlib import Path
 
 from moepp_megatron.config import Config, ConfigError, load_config
 from moepp_megatron.file_names import CONFIG_FILE, METRICS_FILE, RUN_FILES, RUN_FOLDERS, STATUS_FILE
-from moepp_megatron.observe.status import RunStatus, inherited_claim, read_status, write_status
+from moepp_megatron.observe.status import RunStatus
 from moepp_megatron.runtime.atomic import write_atomic
 from moepp_megatron.runtime.disk import is_full
 from moepp_megatron.runtime.object_store import ObjectPath, place
@@ -104,7 +104,7 @@ class RunFolder:
                         say(line)
                     # A link to a checkpoint folder elsewhere may have been moved.
                     mark = OwnerMark(self.path, self.checkpoints)
-                before = read_status(self.path)
+                before = RunStatus.read(self.path)
                 keeps = start.restarted and before is not None and before.is_configured
                 claim = RunStatus.own(start.name, start.restarted, start.resume_command, keeps)
                 added = None if mark.is_set() else mark
@@ -121,7 +121,7 @@ class RunFolder:
             self.refuse_occupied(start)
         except ConfigError:
             # Looked up after the traces: the process that decides may have been here just now.
-            status = read_status(self.path)
+            status = RunStatus.read(self.path)
             if status is None or not _is_of_start(status, start.name):
                 raise
 
@@ -149,7 +149,7 @@ class RunFolder:
                 f"run.dir ({self.path}) must not hold a run, and has {', '.join(traces)}; add "
                 "--resume to continue it, or --overwrite to move it aside and start from scratch"
             )
-        status = read_status(self.path)
+        status = RunStatus.read(self.path)
         ended = status is not None and status.state == "ended"
         if ended and METRICS_FILE in traces and not list_checkpoints(self.checkpoints):
             raise ConfigError(
@@ -185,9 +185,12 @@ class RunFolder:
 
     def is_requeued(self, name: str | None) -> bool:
         """True if this is a requeued Slurm job whose run is in the folder; `name` as in `Start`."""
-        if int(os.environ.get("SLURM_RESTART_COUNT") or 0) == 0 or inherited_claim() is not None:
+        if (
+            int(os.environ.get("SLURM_RESTART_COUNT") or 0) == 0
+            or RunStatus.inherited() is not None
+        ):
             return False
-        status = read_status(self.path)
+        status = RunStatus.read(self.path)
         if status is None:
             return False
         if name is not None and _is_of_start(status, name):
@@ -197,7 +200,7 @@ class RunFolder:
 
     def begun(self) -> Config | None:
         """The configuration with which the run that claimed the folder trains; None before that."""
-        status, file = read_status(self.path), self.path / CONFIG_FILE
+        status, file = RunStatus.read(self.path), self.path / CONFIG_FILE
         is_there = status is not None and status.is_configured and file.is_file()
         return load_config(file) if is_there else None
 
@@ -272,7 +275,7 @@ class RunFolder:
             self._write_claim(claim, mark)
 
     def _write_claim(self, claim: RunStatus, mark: OwnerMark) -> None:
-        write_status(self.path, claim)
+        claim.write(self.path)
         try:
             mark.set()
         except FileExistsError:
@@ -284,13 +287,13 @@ class RunFolder:
         self, claim: RunStatus, previous: RunStatus | None, mark: OwnerMark | None
     ) -> None:
         """Remove the files of a start that did not become a run."""
-        if read_status(self.path) != claim:
+        if RunStatus.read(self.path) != claim:
             return
         if mark is not None:
             mark.remove()
         with contextlib.suppress(OSError):
             if previous is not None:
-                write_status(self.path, previous)
+                previous.write(self.path)
             else:
                 (self.path / STATUS_FILE).unlink()
 

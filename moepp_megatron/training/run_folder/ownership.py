@@ -21,7 +21,7 @@ from pathlib import Path
 
 from moepp_megatron.config import ConfigError, load_config
 from moepp_megatron.file_names import CONFIG_FILE, OWNER_FILE, STATUS_FILE
-from moepp_megatron.observe.status import CLAIM, RunStatus, read_status
+from moepp_megatron.observe.status import CLAIM, RunStatus
 from moepp_megatron.runtime.atomic import create_atomic, lock, write_atomic
 from moepp_megatron.runtime.object_store import ObjectPath
 from moepp_megatron.runtime.rank import environment
@@ -49,7 +49,7 @@ def is_inside(path: Path, folder: Path) -> bool:
 
 def refuse_running(folder: Path) -> None:
     """Refuse (ConfigError) a folder in which a run is being trained; names process and machine."""
-    status = read_status(folder)
+    status = RunStatus.read(folder)
     if status is None or status.state == "ended":
         return
     gone = status.is_gone()
@@ -192,7 +192,10 @@ class OwnerMark:
             if marked is not None:
                 return marked
             # Of a run that has not saved yet, too.
-            if checkpoints.name == "checkpoints" and read_status(self.outside.parent) is not None:
+            if (
+                checkpoints.name == "checkpoints"
+                and RunStatus.read(self.outside.parent) is not None
+            ):
                 return self.outside.parent
         for checkpoint in list_checkpoints(checkpoints):
             try:

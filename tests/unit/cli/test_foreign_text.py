@@ -12,7 +12,7 @@ import yaml
 
 from moepp_megatron.cli import inspect
 from moepp_megatron.cli.echo import echo
-from moepp_megatron.observe.status import StatusSink, read_status
+from moepp_megatron.observe.status import RunStatus, StatusSink
 from moepp_megatron.runtime.printable import make_logs_printable
 from moepp_megatron.tools.experiments.pilot.page import print_pilot
 from moepp_megatron.tools.experiments.pilot.pilot import PilotResult, _ArmOutcome
@@ -56,7 +56,7 @@ def hostile_run(tmp_path):
     numbers = {"step": 1, "time": 1.0, "value": 1.0, "severity": "warning"}
     (run / "alerts.jsonl").write_text(json.dumps(alert | numbers) + "\n")
     StatusSink(run)
-    status = read_status(run)
+    status = RunStatus.read(run)
     ended = status.model_copy(update={"state": "ended", "resume_command": HOSTILE})
     (run / "status.json").write_text(ended.model_dump_json())
     return run

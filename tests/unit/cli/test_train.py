@@ -17,7 +17,7 @@ from moepp_megatron.cli.run_end import resume_command
 from moepp_megatron.config import ConfigError, Layout, UnfitError, load_config, with_overrides
 from moepp_megatron.config.exit_codes import STOPPED
 from moepp_megatron.data import prepared_data
-from moepp_megatron.observe.status import RunStatus, inherited_claim, read_status, write_status
+from moepp_megatron.observe.status import RunStatus
 from moepp_megatron.runtime import agent, launch
 from moepp_megatron.runtime.launch import LaunchOptions
 from moepp_megatron.runtime.rank import RankEnvironment
@@ -64,7 +64,7 @@ class Command:
         self.config.write_text(MINIMAL.replace("lr: 1e-3", "lr: 5e-4"))
         asked = (Path(file), overrides, LaunchOptions(2), Start(), lambda text: None)
         self.read = [TrainRequest.read(*asked).config for _ in range(2)]
-        self.claims.append(inherited_claim())
+        self.claims.append(RunStatus.inherited())
         if self.raises is not None:
             raise self.raises
         return self.status
@@ -118,7 +118,7 @@ def test_the_launcher_claims_the_folder_while_ranks_run(command):
     assert claim.pid == os.getpid()
     assert claim.resume_command == command.resume_command("--max-restarts", "2")
     assert command.starts == [["train", "--", str(command.config), f"run.dir={command.run_dir}"]]
-    assert inherited_claim() is None
+    assert RunStatus.inherited() is None
     assert not command.run_dir.exists(), "no rank has written anything"
 
 
@@ -234,7 +234,7 @@ def test_what_a_run_says_at_its_start_is_printed(tmp_path, monkeypatch, capsys):
         "distributed.initialized": lambda *args: contextlib.nullcontext("its GPU"),
         "distributed.bind_to_gpu": bound.append,
         "distributed.build_groups": lambda *args: None,
-        "backends.choices_to_log": lambda config: None,
+        "backends.package_lines": lambda config: [],
     }.items():
         monkeypatch.setattr(f"moepp_megatron.runtime.{name}", stand_in)
     monkeypatch.setattr("moepp_megatron.training.trainer.Trainer", lambda *args: trainer)
@@ -268,7 +268,7 @@ def test_resume_is_passed_on(command):
 def test_a_requeued_job_goes_on_with_what_it_began_with(command, began, capsys):
     command.make_run()
     job = {"job": "17", "is_configured": began}
-    write_status(command.run_dir, RunStatus.own().model_copy(update=job))
+    RunStatus.own().model_copy(update=job).write(command.run_dir)
     first = load_config(command.config, [f"run.dir={command.run_dir}", "moe.tau=0.5"])
     (command.run_dir / "config.yaml").write_text(first.to_yaml())
     os.environ |= {"SLURM_JOB_ID": "17", "SLURM_RESTART_COUNT": "1"}
@@ -319,9 +319,9 @@ def test_the_reason_of_ranks_that_cannot_start_reaches_the_launcher(command, tmp
 def test_the_other_machines_find_the_claim_of_the_first(command):
     command.make_run()
     status = RunStatus.own(start="seven").model_copy(update={"host": "first"})
-    write_status(command.run_dir, status)
+    status.write(command.run_dir)
     assert command(*NODES, "--node-rank", "1") == 0
-    assert read_status(command.run_dir) == status
+    assert RunStatus.read(command.run_dir) == status
     assert command(*NODES[:-1], "eight", "--node-rank", "1") == 2
 
 

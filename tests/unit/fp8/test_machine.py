@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from moepp_megatron.config import UnfitError, load_config
-from moepp_megatron.runtime.fit import FP8Machine, check_fit, fp8_obstacle
+from moepp_megatron.runtime.fit import FP8Machine, check_fit
 from moepp_megatron.tools.doctor import packages
 from moepp_megatron.tools.doctor.finding import Severity
 
@@ -22,7 +22,7 @@ def config_of(recipe, *overrides):
 
 @pytest.mark.parametrize("recipe", ["delayed", "tensorwise", "blockwise"])
 def test_an_h100_runs_every_recipe(recipe):
-    assert fp8_obstacle(config_of(recipe, "precision.fp8_param=true"), H100) is None
+    assert H100.obstacle(config_of(recipe, "precision.fp8_param=true")) is None
 
 
 @pytest.mark.parametrize(
@@ -74,7 +74,7 @@ def test_an_h100_runs_every_recipe(recipe):
     ],
 )
 def test_what_is_missing_is_named(recipe, overrides, machine, rule, remedy):
-    obstacle = fp8_obstacle(config_of(recipe, *overrides), machine)
+    obstacle = machine.obstacle(config_of(recipe, *overrides))
     found, _, told = obstacle.partition("; ")
     assert rule in found
     assert remedy in told
@@ -83,12 +83,12 @@ def test_what_is_missing_is_named(recipe, overrides, machine, rule, remedy):
 
 def test_an_older_card_runs_what_it_can():
     ada = replace(H100, capability=L40, cuda=(12, 4))
-    assert fp8_obstacle(config_of("delayed"), ada) is None
-    assert fp8_obstacle(config_of("tensorwise"), ada) is None
+    assert ada.obstacle(config_of("delayed")) is None
+    assert ada.obstacle(config_of("tensorwise")) is None
 
 
 def test_a_b200_runs_mxfp8():
-    assert fp8_obstacle(config_of("mxfp8"), replace(H100, capability=(10, 0))) is None
+    assert replace(H100, capability=(10, 0)).obstacle(config_of("mxfp8")) is None
 
 
 def test_the_doctor_shows_the_same(monkeypatch):

@@ -14,7 +14,6 @@ from moepp_megatron.observe.alert_sinks import (
     WebhookAddressError,
     _AlertFile,
     _Webhook,
-    open_alert_sinks,
     read_address,
 )
 from moepp_megatron.observe.alerts import Alert, read_alerts
@@ -119,7 +118,7 @@ def test_a_failing_sink_keeps_no_alert_from_the_others(tmp_path, caplog):
 def test_a_run_without_a_webhook_writes_and_says(tmp_path):
     said = []
     threads = set(threading.enumerate())
-    sinks = open_alert_sinks(tmp_path, "quick", said.append)
+    sinks = AlertSinks.open(tmp_path, "quick", said.append)
     sinks.send(make_alert())
     sinks.close()
     assert [alert.rule for alert in read_alerts(tmp_path / "alerts.jsonl")] == ["dead_expert"]
@@ -130,7 +129,7 @@ def test_a_run_without_a_webhook_writes_and_says(tmp_path):
 def test_an_alert_is_posted(service, tmp_path, monkeypatch):
     server = service(200)
     monkeypatch.setenv("HOOK", server.address)
-    sinks = open_alert_sinks(tmp_path, "quick", print, webhook_url_env="HOOK")
+    sinks = AlertSinks.open(tmp_path, "quick", print, webhook_url_env="HOOK")
     sinks.send(make_alert(value=math.inf))
     sinks.close()
     (body,) = server.bodies

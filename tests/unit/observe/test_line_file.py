@@ -13,7 +13,7 @@ from moepp_megatron.config import ConfigError
 from moepp_megatron.observe.alert_sinks import _AlertFile
 from moepp_megatron.observe.alerts import Alert, read_alerts
 from moepp_megatron.observe.jsonl import JsonlSink
-from moepp_megatron.observe.status import RunStatus, StatusSink, _ProcessId, write_status
+from moepp_megatron.observe.status import RunStatus, StatusSink, _ProcessId
 
 
 def steps_in(path):
@@ -104,7 +104,7 @@ def other_run(folder):
     try:
         started = psutil.Process(sleeper.pid).create_time()
         process = {"pid": sleeper.pid, "started": started}
-        write_status(folder, RunStatus.own().model_copy(update=process))
+        RunStatus.own().model_copy(update=process).write(folder)
         yield
     finally:
         sleeper.kill()
@@ -130,7 +130,7 @@ def test_a_folder_from_a_backup_is_written_on(make_record, run, state):
     shutil.rmtree(run)
     run.mkdir()
     gone = RunStatus.own().model_copy(update={"state": state, "started": 1.0})
-    write_status(run, gone)
+    gone.write(run)
     sink.write(make_record(2))
     assert steps_in(run / "metrics.jsonl") == [2]
 

@@ -20,7 +20,7 @@ from moepp_megatron.observe import sinks
 from moepp_megatron.observe.console import ConsoleSink
 from moepp_megatron.observe.jsonl import JsonlSink
 from moepp_megatron.observe.metrics import read_metrics
-from moepp_megatron.observe.sinks import Sinks, SinkSettings, _RetryingSink, open_sinks
+from moepp_megatron.observe.sinks import Sinks, SinkSettings, _RetryingSink
 from moepp_megatron.observe.tensorboard import TensorBoardSink
 from moepp_megatron.runtime.terminal import Console
 from tests.full_disk import fill
@@ -373,7 +373,7 @@ def test_tensorboard_gets_histograms_of_lists(make_record, tmp_path):
 
 def test_tensorboard_numbers_layers_as_alerts_and_pages_do(make_record, tmp_path):
     """By their place in the model, from 1: of layers 1 to 4 the second and the fourth are MoE."""
-    fan = open_sinks(SinkSettings(tmp_path, EXPERTS, phi=0.5, total_steps=1, moe_layers=[2, 4]))
+    fan = Sinks.open(SinkSettings(tmp_path, EXPERTS, phi=0.5, total_steps=1, moe_layers=[2, 4]))
     health = {"gate_entropy": [1.0, 2.0]}
     tokens = [[0.25, 0.5, 0.25], [0.5, 0.25, 0.25]]
     fan.write(
@@ -400,7 +400,7 @@ def test_open_sinks_trains_on_without_tensorboard(
         raise ImportError("TensorBoard output needs the tensorboard package")
 
     monkeypatch.setattr(sinks, "TensorBoardSink", missing)
-    fan = open_sinks(SinkSettings(tmp_path, EXPERTS, phi=0.5, total_steps=1))
+    fan = Sinks.open(SinkSettings(tmp_path, EXPERTS, phi=0.5, total_steps=1))
     fan.write(make_record(1))
     fan.close()
     assert [r.step for r in read_metrics(tmp_path / "metrics.jsonl")] == [1]

@@ -7,7 +7,7 @@ import pytest
 
 from moepp_megatron.config.schema import WandbSection
 from moepp_megatron.experts import ExpertCounts
-from moepp_megatron.observe.sinks import SinkSettings, open_sinks
+from moepp_megatron.observe.sinks import Sinks, SinkSettings
 from moepp_megatron.observe.wandb_sink import WandbSink
 from moepp_megatron.runtime.optional import have_wandb
 
@@ -81,7 +81,7 @@ def test_open_sinks_trains_on_where_it_cannot_start(make_record, tmp_path, monke
     monkeypatch.setenv("WANDB_API_KEY", "0123secret")
     monkeypatch.setitem(sys.modules, "wandb", StandIn(RuntimeError("key 0123secret\nrefused")))
     run = SinkSettings(tmp_path, EXPERTS, 0.5, total_steps=1, wandb=OFFLINE, name="quick")
-    sinks = open_sinks(run)
+    sinks = Sinks.open(run)
     sinks.write(make_record(1))
     sinks.close()
     assert "no W&B output: W&B cannot start: key *** refused" in caplog.text

@@ -12,7 +12,7 @@ import pytest
 
 from moepp_megatron.config import UnfitError, load_config
 from moepp_megatron.runtime import fit, optional, rank_environment
-from moepp_megatron.runtime.backends import optional_backends, package_warnings
+from moepp_megatron.runtime.backends import optional_backends, package_lines
 from moepp_megatron.tools.doctor import packages
 from moepp_megatron.tools.doctor.finding import Severity
 
@@ -92,10 +92,13 @@ def test_torch_loads_what_a_package_links_to(installed, tmp_path, package):
 def test_a_gpu_without_transformer_engine_is_worth_a_warning(monkeypatch):
     import torch
 
-    assert package_warnings() == []
+    config = load_config(MODEL)
+    assert not any(line.startswith("warning") for line in package_lines(config))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    (doubt,) = package_warnings()
-    assert doubt.startswith("Transformer Engine: not installed; instead megatron-core's local")
+    doubt, _ = package_lines(config)
+    assert doubt.startswith(
+        "warning: Transformer Engine: not installed; instead megatron-core's local"
+    )
     assert "launch/env.sh --te" in doubt
     engine = optional_backends()[0]
     assert packages._check_backend(engine, on_gpu=True).severity is Severity.WARNING

@@ -15,15 +15,7 @@ import pytest
 
 from moepp_megatron.config import ConfigError
 from moepp_megatron.file_names import RUN_FILES
-from moepp_megatron.observe.status import (
-    RunStatus,
-    StatusSink,
-    _ProcessId,
-    inherited_claim,
-    read_status,
-    write_status,
-)
-from moepp_megatron.training import run_folder as folder
+from moepp_megatron.observe.status import RunStatus, StatusSink, _ProcessId
 from moepp_megatron.training.run_folder import RunFolder, Start, ownership
 from tests.unit.training.conftest import config_of
 
@@ -109,7 +101,7 @@ def test_a_run_that_ended_without_a_checkpoint_cannot_go_on(run):
     make_run(run)
     # Killed: what it has done is done anew, as a requeued job must.
     enter(config_in(run), RESUME)
-    assert read_status(run).state == "ended"
+    assert RunStatus.read(run).state == "ended"
     with pytest.raises(ConfigError, match="must have a checkpoint for --resume"):
         enter(config_in(run), RESUME)
 
@@ -193,7 +185,7 @@ def test_runs_below_the_run_stay(run, write):
     (run / "a.txt").symlink_to("notes/mine.txt")
     for name in ("child", "sweep/000", "child.20260101-000000"):
         make_run(run / name, write)
-        write_status(run / name, RunStatus.own())
+        RunStatus.own().write(run / name)
     # Checkpoints of the second one, which it is about to write.
     (run / "disk/of_sweep").mkdir(parents=True)
     (run / "disk/of_sweep/owner").write_text(f"{run / 'sweep' / '000'}\n")
@@ -219,7 +211,7 @@ def test_checkpoints_among_runs_that_stay_are_moved(run, write, place):
     write(run / place, 5)
     for name in ("checkpoints", "sweep"):
         make_run(run / name / "child")
-        write_status(run / name / "child", RunStatus.own())
+        RunStatus.own().write(run / name / "child")
     everything = files(run)
     enter(config_in(run, checkpoint={"dir": str(run / place)}), OVERWRITE)
     assert not (run / place / "step_00000005").exists()
@@ -280,7 +272,7 @@ def alive(run, **changes):
     """A run of this process."""
     make_run(run)
     status = RunStatus.own().model_copy(update=changes)
-    write_status(run, status)
+    status.write(run)
     return status
 
 
@@ -399,7 +391,7 @@ def test_ranks_that_look_while_the_leader_claims_are_let_in(run, monkeypatch):
 
     def look_late(*arguments):
         run.mkdir(parents=True, exist_ok=True)
-        write_status(run, RunStatus.own("job 7", restarted=False, resume_command=None))
+        RunStatus.own("job 7", restarted=False, resume_command=None).write(run)
         return look(*arguments)
 
     monkeypatch.setattr(RunFolder, "traces", look_late)
@@ -410,15 +402,15 @@ def test_ranks_that_look_while_the_leader_claims_are_let_in(run, monkeypatch):
 
 def test_a_start_from_which_no_run_came_leaves_nothing(run):
     with RunFolder(config_in(run)).claim(Start(resume_command="moepp train x --resume")):
-        assert inherited_claim().resume_command == "moepp train x --resume"
+        assert RunStatus.inherited().resume_command == "moepp train x --resume"
     assert not run.exists()
-    assert inherited_claim() is None
+    assert RunStatus.inherited() is None
     # A run that was there keeps what it said.
     enter(config_in(run))
-    ended = read_status(run)
+    ended = RunStatus.read(run)
     with RunFolder(config_in(run)).claim(RESUME):
-        assert read_status(run).state == "running"
-    assert read_status(run) == ended
+        assert RunStatus.read(run).state == "running"
+    assert RunStatus.read(run) == ended
 
 
 def test_a_rank_keeps_what_its_launcher_said(run):
@@ -427,7 +419,7 @@ def test_a_rank_keeps_what_its_launcher_said(run):
             f'"pid":{os.getpid()}', '"pid":1'
         )
         StatusSink(run)
-        status = read_status(run)
+        status = RunStatus.read(run)
         assert (status.pid, status.launcher.pid, status.start) == (os.getpid(), 1, "job")
         assert status.resume_command == "again"
 
@@ -438,12 +430,14 @@ def test_a_full_disk_is_freed_of_half_written_checkpoints(run, write, monkeypatc
     leftover.mkdir()
     (leftover / "__0_0.distcp").write_bytes(b"half")
 
-    def full(folder, status):
+    write = RunStatus.write
+
+    def full(status, run_dir):
         if leftover.exists():
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        write_status(folder, status)
+        write(status, run_dir)
 
-    monkeypatch.setattr(folder, "write_status", full)
+    monkeypatch.setattr(RunStatus, "write", full)
     enter(config_in(run), RESUME)
     assert not leftover.exists()
 
@@ -497,10 +491,10 @@ def test_read_only_folder(run):
 
 
 def test_a_full_disk_asks_for_room(run, monkeypatch):
-    def full(run_dir, status):
+    def full(status, run_dir):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(folder, "write_status", full)
+    monkeypatch.setattr(RunStatus, "write", full)
     with pytest.raises(ConfigError, match=r"No space left on device\); make room there, or choose"):
         enter(config_in(run))
     assert not run.exists()

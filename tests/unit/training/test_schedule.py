@@ -9,10 +9,8 @@ from moepp_megatron.config import Layout, check_config
 from moepp_megatron.training.schedule import (
     BatchSizes,
     _BatchStage,
-    batch_stages,
     build_schedule,
     learning_rate,
-    planned_samples,
 )
 from tests.unit.training.conftest import config_of
 
@@ -67,10 +65,10 @@ def ramped(**changes):
 
 def test_a_ramp_counts_tokens():
     stages = [_BatchStage(1, 2, 0), _BatchStage(4, 4, 6), _BatchStage(7, 8, 18)]
-    assert batch_stages(ramped()) == stages
-    assert planned_samples(ramped()) == 3 * 2 + 3 * 4 + 14 * 8
-    assert planned_samples(ramped(train_iters=5)) == 3 * 2 + 2 * 4
-    assert planned_samples(config_of(training=TRAINING)) == 20 * 8
+    assert BatchSizes(ramped()).stages() == stages
+    assert BatchSizes(ramped()).planned_samples() == 3 * 2 + 3 * 4 + 14 * 8
+    assert BatchSizes(ramped(train_iters=5)).planned_samples() == 3 * 2 + 2 * 4
+    assert BatchSizes(config_of(training=TRAINING)).planned_samples() == 20 * 8
 
 
 def test_a_ramp_gives_each_rank_its_micro_batches():

@@ -13,10 +13,10 @@ from pydantic import ValidationError
 
 from moepp_megatron.config.paths import looked_at
 from moepp_megatron.file_names import ALERTS_FILE, CONFIG_FILE, METRICS_FILE, RUN_FILES, is_of_run
-from moepp_megatron.observe.alerts import Alert, parse_alert
+from moepp_megatron.observe.alerts import Alert
 from moepp_megatron.observe.metrics import StepMetrics
 from moepp_megatron.observe.numbers import Labels, numbers
-from moepp_megatron.observe.status import RunStatus, read_status
+from moepp_megatron.observe.status import RunStatus
 from moepp_megatron.observe.tail import Tail
 from moepp_megatron.tools.report.formatting import duration
 from moepp_megatron.tools.report.run_data import (
@@ -180,7 +180,7 @@ class LiveRun:
             self._read_alerts()
         except OSError as error:
             raise ReportError(f"{self.folder}: cannot be read ({error.strerror})") from error
-        self._status = read_status(self.folder)
+        self._status = RunStatus.read(self.folder)
 
     @property
     def record_age_s(self) -> float | None:
@@ -235,7 +235,7 @@ class LiveRun:
             if news.rewritten:
                 self.alerts.clear()
                 self.alert_counts.clear()
-            for alert in filter(None, map(parse_alert, news.lines)):
+            for alert in filter(None, map(Alert.parse, news.lines)):
                 self.alerts.append(alert)
                 self.alert_counts[alert.rule, alert.severity] += 1
 

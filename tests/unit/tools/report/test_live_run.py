@@ -7,7 +7,7 @@ import pytest
 
 from moepp_megatron.observe.jsonl import JsonlSink
 from moepp_megatron.observe.metrics import StepMetrics
-from moepp_megatron.observe.status import StatusSink, read_status
+from moepp_megatron.observe.status import RunStatus, StatusSink
 from moepp_megatron.tools.report.live.run import LiveRun
 from moepp_megatron.tools.report.run_data import ReportError
 
@@ -31,7 +31,7 @@ def polled(run, after_s=0.0):
 
 def set_status(run, state="running", **changes):
     StatusSink(run)
-    status = read_status(run)
+    status = RunStatus.read(run)
     changed = status.model_copy(update={"state": state} | changes)
     (run / "status.json").write_text(changed.model_dump_json())
 

