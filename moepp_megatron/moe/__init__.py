@@ -11,7 +11,6 @@ dedup_dispatcher.py   an all-to-all that sends a token at most once to each rank
 static_dispatcher.py  an all-to-all of equal splits, whose sizes the host knows before
 dispatcher.py         token dispatchers that move only what FFN experts need
 exchange.py           an all-to-all that leaves time for work, forward and backward
-expert_groups.py      group-limited routing: FFN experts come from a token's best groups of them
 flex_dispatcher.py    megatron-core's flex dispatcher (DeepEP), for FFN-routed tokens only
 gate_product.py       the fp32 product of hidden states with gate and mixing weights
 grouped_experts.py    FFN experts on a GPU whose sizes stay on the device
@@ -26,16 +25,15 @@ padding.py            padding masks: tokens that a router does not route
 parameter.py          parameters that every rank of a tensor-parallel group holds whole
 reference.py          the MoE++ layer in plain PyTorch on one process
 router.py             the router: gating residuals, selection over all experts, gates, balance loss
-selection.py          top-K selection of experts from logits, and their gates
+selection.py          top-K selection of experts from logits, groups of them, and their gates
 scores.py             from router logits to scores: the list of score functions
 spec.py               builds MoE++ layers from megatron-core's own specs
 stack.py              the layers of a pipeline stage, between which the lane is handed on
-statistics.py         routing counters of one MoE layer since the last reset
+statistics.py         counts and measures what the router of one MoE layer does
 token_tags.py         token tags, by which MoE++ layers group their counts
 upstream_private.py   the names with an underscore that this package takes from megatron-core
 upstream_settings.py  how the MoE++ layer treats each of megatron-core's settings of a MoE layer
 upstream_versions.py  the versions of megatron-core, and all that differs between them
-watch.py              counts and measures what a router does
 zero_computation.py   zero, copy and constant experts
 
 Nothing here knows about training, files or the command line, so any Megatron loop can use it.

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from moepp_megatron.moe.config import MoEPPConfig
-from moepp_megatron.moe.expert_groups import within_groups
 from moepp_megatron.moe.scores import score_of
+from moepp_megatron.moe.selection import within_groups
 
 # Scores are in [0, 1] and biases begin within 1.25 (upcycling), so margins are within 4; those of
 # sqrtsoftplus are for logits up to 16, and a margin beyond counts as 4. Of scores of a thousandth,

@@ -32,9 +32,8 @@ from moepp_megatron.moe.padding import flat_mask, without_padding
 from moepp_megatron.moe.parameter import replicated_parameter
 from moepp_megatron.moe.router_health import RouterHealth
 from moepp_megatron.moe.selection import Routing, select, standardized
-from moepp_megatron.moe.statistics import BALANCE, Z_LOSS, RoutingStatistics
+from moepp_megatron.moe.statistics import BALANCE, Z_LOSS, RouterWatch, RoutingStatistics
 from moepp_megatron.moe.upstream_settings import router_config
-from moepp_megatron.moe.watch import RouterWatch
 
 # The names under which Megatron's training loop looks for a balance loss of this scope.
 _TRACKED_NAMES: dict[BalanceScope, str] = {

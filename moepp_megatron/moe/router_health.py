@@ -13,8 +13,8 @@ from torch import Tensor
 
 from moepp_megatron.experts import CONSTANT
 from moepp_megatron.moe.config import MoEPPConfig
-from moepp_megatron.moe.expert_groups import within_groups
 from moepp_megatron.moe.scores import score_of
+from moepp_megatron.moe.selection import within_groups
 
 _SCALARS = (
     "tokens",

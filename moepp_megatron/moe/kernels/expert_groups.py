@@ -1,4 +1,4 @@
-"""Group-limited routing inside the kernel of the selection; defined by `moe.expert_groups`."""
+"""`moe.selection.within_groups` inside the kernel of the selection."""
 
 import triton
 import triton.language as tl
