@@ -25,7 +25,51 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 
-class CausalAttention(MegatronModule):
+class _LocalAttention(MegatronModule):
+    """Causal core attention; subclasses give `_context` [S, b, n, v]."""
+
+    softmax_scale: float | None
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        attn_mask_type: AttnMaskType | None = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+    ) -> Tensor:
+        """Attend from each token to all tokens up to it: [S, b, n * v], dtype of `query`.
+
+        Args:
+            query: [S, b, n, d], the last S of s tokens (all of them in training); with context
+                parallelism this rank's two chunks, the early one first.
+            key: [s, b, g, d], or [S, b, g, d] of this rank; n is a multiple of g.
+            value: [s, b, g, v], or [S, b, g, v].
+            attention_mask: [b, 1, S, s] bool for these queries and all keys, True where a query
+                must not see a key, later keys included (`document_attention.dense_mask`); None is
+                the causal mask.
+            attn_mask_type: Unused; the constructor's value decides.
+
+        Raises:
+            ValueError: If there is a bias or packed sequences, or S is odd with context
+                parallelism.
+        """
+        given = {"attention_bias": attention_bias, "packed_seq_params": packed_seq_params}
+        for argument, unused in given.items():
+            if unused is not None:
+                raise ValueError(
+                    f"{argument} ({type(unused).__name__}) must be None in {type(self).__name__}, "
+                    "which is causal over whole sequences; use Transformer Engine's attention"
+                )
+        return self._context(query, key, value, attention_mask).flatten(start_dim=2)
+
+    def _context(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        raise NotImplementedError
+
+
+class CausalAttention(_LocalAttention):
     """Core attention of a layer whose sequences are whole on this rank.
 
     `softmax_scale` is 1 / sqrt(d) where None. Unused are groups, dropout and the widths of heads,
@@ -62,34 +106,9 @@ class CausalAttention(MegatronModule):
         self.layer_number = layer_number
         self.softmax_scale = softmax_scale
 
-    def forward(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Tensor | None,
-        attn_mask_type: AttnMaskType | None = None,
-        attention_bias: Tensor | None = None,
-        packed_seq_params: PackedSeqParams | None = None,
-    ) -> Tensor:
-        """Attend from each token to all tokens up to it: [S, b, n * v], dtype of `query`.
-
-        Args:
-            query: [S, b, n, d], the last S of s tokens (all of them in training).
-            key: [s, b, g, d]; n is a multiple of g.
-            value: [s, b, g, v].
-            attention_mask: [b, 1, S, s] bool, True where a query must not see a key, later keys
-                included (`document_attention.dense_mask`); None is the causal mask.
-            attn_mask_type: Unused; the constructor's value decides.
-
-        Raises:
-            ValueError: If there is a bias or packed sequences.
-        """
-        _refuse_unused(
-            type(self).__name__, attention_bias=attention_bias, packed_seq_params=packed_seq_params
-        )
+    def _context(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         last, num_tokens = query.shape[0], key.shape[0]
-        mask = None if attention_mask is None else ~attention_mask
+        mask = None if mask is None else ~mask
         if mask is None and 1 < last < num_tokens:
             # Behind tokens whose keys are kept already.
             positions = torch.arange(num_tokens, device=query.device)
@@ -99,8 +118,7 @@ class CausalAttention(MegatronModule):
             # backward pass, although rotation has made new queries and keys.
             value = value.contiguous()
         is_causal = mask is None and 1 < last == num_tokens
-        context = _attend(query, key, value, mask, self.softmax_scale, is_causal=is_causal)
-        return context.flatten(start_dim=2)
+        return _attend(query, key, value, mask, self.softmax_scale, is_causal=is_causal)
 
 
 def _attend(
@@ -138,17 +156,7 @@ def _takes_shared_keys(query: Tensor, mask: Tensor | None) -> bool:
     return query.device.type == "cpu" or (mask is None and query.dtype is not torch.float32)
 
 
-def _refuse_unused(name: str, **given: object) -> None:
-    """Refuse (ValueError) what a causal core attention over whole sequences would not honour."""
-    for argument, value in given.items():
-        if value is not None:
-            raise ValueError(
-                f"{argument} ({type(value).__name__}) must be None in {name}, which is causal over "
-                "whole sequences; use Transformer Engine's attention"
-            )
-
-
-class ContextParallelAttention(MegatronModule):
+class ContextParallelAttention(_LocalAttention):
     """Core attention of a layer whose sequences are spread over context-parallel ranks.
 
     The result is that of `DotProductAttention` on one rank. Keys and values of whole sequences are
@@ -182,40 +190,17 @@ class ContextParallelAttention(MegatronModule):
         self.cp_group = pg_collection.cp
         self.softmax_scale = softmax_scale
 
-    def forward(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Tensor | None,
-        attn_mask_type: AttnMaskType | None = None,
-        attention_bias: Tensor | None = None,
-        packed_seq_params: PackedSeqParams | None = None,
-    ) -> Tensor:
-        """Attend from this rank's tokens to all tokens up to them: [S, b, n * v], dtype of `query`.
-
-        Args:
-            query: [S, b, n, d] this rank's two chunks, the early one first.
-            key: [S, b, g, d]; n is a multiple of g.
-            value: [S, b, g, v].
-            attention_mask: [b, 1, S, s] bool for this rank's queries and all keys, True where a
-                query must not see a key (`document_attention.dense_mask`); None is the causal mask.
-
-        Raises:
-            ValueError: If there is a bias or packed sequences, or S is odd.
-        """
-        _refuse_unused(
-            type(self).__name__, attention_bias=attention_bias, packed_seq_params=packed_seq_params
-        )
+    def _context(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         gathered = _GatherSequence.apply(torch.cat([key, value], dim=-1), self.cp_group)
         whole_key, whole_value = gathered.split([key.shape[-1], value.shape[-1]], dim=-1)
         starts = _chunk_starts(query.shape[0], self.cp_group)
-        masks = (None, None) if attention_mask is None else attention_mask.chunk(2, dim=2)
-        context = [
-            self._attend(chunk, start, whole_key, whole_value, mask)
-            for chunk, start, mask in zip(query.chunk(2), starts, masks, strict=True)
-        ]
-        return torch.cat(context).flatten(start_dim=2)
+        masks = (None, None) if mask is None else mask.chunk(2, dim=2)
+        return torch.cat(
+            [
+                self._attend(chunk, start, whole_key, whole_value, mask)
+                for chunk, start, mask in zip(query.chunk(2), starts, masks, strict=True)
+            ]
+        )
 
     def _attend(
         self, query: Tensor, start: int, key: Tensor, value: Tensor, mask: Tensor | None

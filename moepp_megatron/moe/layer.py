@@ -129,7 +129,12 @@ class MoEPPLayer(_CountedLayer):
         refuse_ignored(config, moepp)
         refuse_uncapturable(config, moepp)
         if is_mtp_layer:
-            raise ValueError(_no_mtp_layer(config))
+            raise ValueError(
+                f"TransformerConfig.mtp_num_layers ({config.mtp_num_layers}) must come with "
+                "mtp_block_spec=get_moepp_mtp_block_spec(...) and MoEPPGPTModel, because "
+                "megatron-core's own MTP layers get no router logits of the layer before; use "
+                "these, or None"
+            )
         if pg_collection is None:
             pg_collection = get_default_pg_collection()
         super().__init__(config, submodules, layer_number, pg_collection, is_mtp_layer, name)
@@ -372,14 +377,6 @@ class MoEPPLayer(_CountedLayer):
             addend = addend.reshape(-1, hidden_states.shape[-1])
         rows, table = cast(RowDispatcher, self.token_dispatcher).combine_rows(returning)
         return combine(rows, table, zero, addend, self.moepp)
-
-
-def _no_mtp_layer(config: TransformerConfig) -> str:
-    return (
-        f"TransformerConfig.mtp_num_layers ({config.mtp_num_layers}) must come with "
-        "mtp_block_spec=get_moepp_mtp_block_spec(...) and MoEPPGPTModel, because megatron-core's "
-        "own MTP layers get no router logits of the layer before; use these, or None"
-    )
 
 
 def moepp_layers(model: torch.nn.Module) -> list[MoEPPLayer]:

@@ -78,7 +78,7 @@ def select(
     chosen_TK = _chosen(ranked_TE, config.router_topk, replay)
     gates_TK = _gates(scores_TE, logs_TE, chosen_TK, config)
     gates_TE = torch.zeros_like(scores_TE).scatter(1, chosen_TK, gates_TK)
-    routing_map_TE = _as_map(chosen_TK, scores_TE)
+    routing_map_TE = torch.zeros_like(scores_TE, dtype=torch.bool).scatter(1, chosen_TK, True)
     shares_TE = score.shares(logits, scores_TE)
     if padded is not None:
         padded_T1 = padded.unsqueeze(-1)
@@ -124,11 +124,6 @@ def _best(
     """[T, K] scores and experts, as `RouterReplay` calls it; groups are limited before."""
     chosen_TK = top_experts(scores_TE, topk)
     return scores_TE.gather(1, chosen_TK), chosen_TK
-
-
-def _as_map(chosen_TK: Tensor, scores_TE: Tensor) -> Tensor:
-    """[T, E] bool, True for the chosen experts."""
-    return torch.zeros_like(scores_TE, dtype=torch.bool).scatter(1, chosen_TK, True)
 
 
 def _gates(scores_TE: Tensor, logs_TE: Tensor, chosen_TK: Tensor, config: MoEPPConfig) -> Tensor:

@@ -27,6 +27,7 @@ from moepp_megatron.model.gpt import MoEPPGPTModel
 from moepp_megatron.model.megatron_config import moepp_config, params_dtype
 from moepp_megatron.moe.kernels import start_kernel, use_kernels
 from moepp_megatron.moe.lane import pipeline_config
+from moepp_megatron.moe.layer import MoEPPLayer, moepp_layers
 from moepp_megatron.runtime.backends import chosen_cross_entropy
 from moepp_megatron.runtime.fit import modules_with_extension
 from moepp_megatron.runtime.patches import replace
@@ -42,6 +43,16 @@ class TrainingModel:
     models: list[MoEPPGPTModel]
     optimizer: MegatronOptimizer
     scheduler: OptimizerParamScheduler
+
+    @property
+    def layers(self) -> list[MoEPPLayer]:
+        """This rank's MoE++ layers, in their order."""
+        return [layer for model in self.models for layer in moepp_layers(model)]
+
+    @property
+    def optimizers(self) -> list[Any]:
+        """The optimizers that `optimizer` chains."""
+        return list(getattr(self.optimizer, "chained_optimizers", [self.optimizer]))
 
     @property
     def learning_rate(self) -> float:

@@ -9,7 +9,6 @@ from torch import Tensor
 from moepp_megatron.config import Config, Layout
 from moepp_megatron.model.megatron_config import moepp_config
 from moepp_megatron.moe.budget import Budget, BudgetController
-from moepp_megatron.moe.layer import moepp_layers
 from moepp_megatron.observe.alerts import Alert
 from moepp_megatron.observe.guard_judge import CompleteRule, RuleJudge
 from moepp_megatron.training.part import Part, PartContext, State, Step, Why
@@ -30,7 +29,7 @@ class BudgetPart(Part):
 
     def __init__(self, config: Config, model: TrainingModel, routing: RoutingCountsPart) -> None:
         self._config, self._routing = config, routing
-        self._layers = [layer for chunk in model.models for layer in moepp_layers(chunk)]
+        self._layers = model.layers
         # Tau of each layer in the step that is under way or has just been taken.
         self._in_force: dict[int, float] = {}
         self.load({}, "resume", 0)

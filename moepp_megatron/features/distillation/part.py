@@ -226,10 +226,6 @@ def _largest(logits: Tensor, count: int, group: dist.ProcessGroup) -> Tensor:
     return logits >= least
 
 
-def _copy(logits: Tensor) -> Tensor:
-    return logits.detach().to(torch.float32, copy=True)
-
-
 class _Divergence(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -242,7 +238,10 @@ class _Divergence(torch.autograd.Function):
         reverse: bool,
     ) -> Tensor:
         # Exponents, then probabilities: in place, since each is as wide as the vocabulary.
-        q, p = (_copy(tensor).div_(temperature) for tensor in (logits, teacher_logits))
+        q, p = (
+            tensor.detach().to(torch.float32, copy=True).div_(temperature)
+            for tensor in (logits, teacher_logits)
+        )
         if kept is not None:
             for tensor in (q, p):
                 tensor.masked_fill_(~kept, -torch.inf)

@@ -5,10 +5,8 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state
-from megatron.core.optimizer import MegatronOptimizer
 from torch import Tensor
 
-from moepp_megatron.moe.layer import moepp_layers
 from moepp_megatron.moe.router import MoEPPRouter
 from moepp_megatron.runtime.distributed import gathered
 from moepp_megatron.training.checkpoint.optimizer import copy_into_shard, is_distributed
@@ -31,8 +29,7 @@ class RouterCopies:
 
     def __init__(self, model: TrainingModel, state: Sequence[Sequence[Any]] = ()) -> None:
         self._model = model
-        layers = [layer for chunk in model.models for layer in moepp_layers(chunk)]
-        self._routers = {layer.layer_number: layer.router for layer in layers}
+        self._routers = {layer.layer_number: layer.router for layer in model.layers}
         # Of each layer its step, so that checkpoints of earlier versions can be read.
         self.step: int | None = max((step for _, step, _ in state), default=None)
         self._kept: dict[int, list[Tensor]] = {
@@ -76,7 +73,7 @@ class RouterCopies:
                 # The bias is last: a run may have been resumed with one, and copies are older.
                 pairs = zip(_weights(self._routers[layer]), values, strict=False)
                 for weight, value in pairs:
-                    _overwrite(self._model.optimizer, weight, value)
+                    _overwrite(self._model.optimizers, weight, value)
         return True
 
 
@@ -85,11 +82,11 @@ def _weights(router: MoEPPRouter) -> list[Tensor]:
     return [*router.parameters(), *biases]
 
 
-def _overwrite(optimizer: MegatronOptimizer, weight: Tensor, value: Tensor) -> None:
-    """Overwrite a weight, and this rank's part of its fp32 copy in the optimizer."""
+def _overwrite(optimizers: list[Any], weight: Tensor, value: Tensor) -> None:
+    """Overwrite a weight, and this rank's part of its fp32 copy in its optimizer."""
     weight.copy_(value)
     main: Tensor | None = getattr(weight, "main_param", None)
-    for chained in getattr(optimizer, "chained_optimizers", [optimizer]):
+    for chained in optimizers:
         if is_distributed(chained):
             copy_into_shard(chained, weight, value)
         elif main is not None:

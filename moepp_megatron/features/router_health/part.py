@@ -9,7 +9,7 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from moepp_megatron.config import Config, Layout
-from moepp_megatron.moe.layer import decoder_moepp_layers, moepp_layers
+from moepp_megatron.moe.layer import decoder_moepp_layers
 from moepp_megatron.moe.router_health import RouterHealth
 from moepp_megatron.training.part import Part, PartContext, Step
 from moepp_megatron.training.parts.routing_counts import RoutingCountsPart
@@ -37,8 +37,7 @@ class RouterHealthPart(Part):
         self._num_constants = config.moe.num_constant_experts
         self._model = model
         self._numbers = list(layer_numbers)
-        layers = [layer for chunk in model.models for layer in moepp_layers(chunk)]
-        self._routers = {layer.layer_number: layer.router for layer in layers}
+        self._routers = {layer.layer_number: layer.router for layer in model.layers}
         # A router in a CUDA graph repeats kernels; it has no place for further ones.
         is_captured = config.training.captures_router
         self._interval = 0 if is_captured or config.moe.is_vanilla else interval

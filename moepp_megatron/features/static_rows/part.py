@@ -10,7 +10,6 @@ from torch import Tensor
 
 from moepp_megatron.config import Layout
 from moepp_megatron.moe.lane import use_static_rows
-from moepp_megatron.moe.layer import moepp_layers
 from moepp_megatron.observe.alerts import Alert
 from moepp_megatron.training.part import Part, PartContext, State, Step, Why
 from moepp_megatron.training.step_sums import Summand, zeros
@@ -37,7 +36,7 @@ class StaticRowsPart(Part):
     def __init__(self, run: PartContext) -> None:
         self._factor = run.config.moe.static_rows or 0.0
         self._chunks = run.model.models
-        self._layers = [layer for chunk in self._chunks for layer in moepp_layers(chunk)]
+        self._layers = run.model.layers
         self._is_static = self._warned = False
         self._fits, self._repeated = True, 0
         self._overflows: list[tuple[int, float]] = []

@@ -34,11 +34,6 @@ def _expert_width(config: Config) -> int | None:
     return config.expert_ffn_hidden_size if any(_moe_layers(config)) else None
 
 
-def _residual(config: Config) -> bool:
-    """True if a router has a gating residual; the first MoE layer's never has one."""
-    return config.moe.gating_residual and sum(config.router_pattern) > 1
-
-
 def _split(config: Config) -> Any:
     """Shares of the parts, normalised; None for the corpus's own split."""
     split = config.data.split
@@ -66,7 +61,8 @@ _SHAPES: dict[str, Callable[[Config], Any]] = {
     "model.kv_channels": lambda c: c.model.head_dim,
     "model.latent_attention": _latent_widths,
     "moe.constants_shared": lambda c: c.moe.shares_constants,
-    "moe.gating_residual": _residual,
+    # The first MoE layer's router never has one.
+    "moe.gating_residual": lambda c: c.moe.gating_residual and sum(c.router_pattern) > 1,
     "moe.ffn_hidden_size": _expert_width,
     "moe.layer_freq": _moe_layers,
 }

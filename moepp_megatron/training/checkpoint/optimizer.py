@@ -42,7 +42,7 @@ def complete_state(optimizer: Any) -> None:
                 "exp_avg": torch.zeros_like(parameter),
                 "exp_avg_sq": torch.zeros_like(parameter),
             }
-    elif _is_emerging(inner):
+    elif "emerging_optimizers" in type(inner).__module__:
         optimizer.init_state_fn(inner, optimizer.config)
     elif optimizer.config.use_precision_aware_optimizer:
         for parameter in without:
@@ -99,11 +99,6 @@ def is_distributed(optimizer: Any) -> bool:
 def is_torch(inner: torch.optim.Optimizer) -> bool:
     """True if an optimizer is torch's own, as without Transformer Engine and apex."""
     return type(inner).__module__.startswith("torch.optim")
-
-
-def _is_emerging(inner: torch.optim.Optimizer) -> bool:
-    """True for optimizers of emerging_optimizers, or megatron-core's subclasses."""
-    return "emerging_optimizers" in type(inner).__module__
 
 
 @dataclass

@@ -80,7 +80,7 @@ def keep_biases(state: dict[str, Any]) -> None:
 def saved_state(model: TrainingModel) -> dict[str, Any]:
     """The state of model, optimizer and schedule that a checkpoint stores."""
     # First, since ranks wait for each other in it, and what follows may fail on one.
-    steps = optimizer_steps(_chained(model))
+    steps = optimizer_steps(model.optimizers)
     state = model_state(model.models)
     if _keeps_shards(model):
         state["optimizer"], _ = _shard_entries(model, state)
@@ -129,7 +129,7 @@ def apply_state(model: TrainingModel, loaded: dict[str, Any]) -> None:
         # Their values are in place, but for those that the optimizer keeps in two halves.
         for put_back in loaded[_PUT_BACK]:
             put_back()
-        for chained in _chained(model):
+        for chained in model.optimizers:
             set_steps(chained, steps)
     else:
         _load_whole_optimizer(model, loaded["optimizer"], steps)
@@ -139,7 +139,7 @@ def apply_state(model: TrainingModel, loaded: dict[str, Any]) -> None:
 
 
 def _load_whole_optimizer(model: TrainingModel, optimizer: Any, steps: int) -> None:
-    optimizers = _chained(model)
+    optimizers = model.optimizers
     parts = [optimizer] if len(optimizers) == 1 else [optimizer[i] for i in range(len(optimizers))]
     for part, chained in zip(parts, optimizers, strict=True):
         _set_steps(part, steps, chained.optimizer)
@@ -156,7 +156,7 @@ def apply_model_state(models: list[MoEPPGPTModel], loaded: dict[str, Any]) -> No
 
 def _keeps_shards(model: TrainingModel) -> bool:
     """True if the optimizer's state is sharded over data-parallel ranks."""
-    return any(is_distributed(chained) for chained in _chained(model))
+    return any(is_distributed(chained) for chained in model.optimizers)
 
 
 def _shard_entries(
@@ -164,7 +164,7 @@ def _shard_entries(
 ) -> tuple[list[ShardedTensor], list[Callable[[], None]]]:
     """Views of this rank's shards of optimizer state, and functions that copy back."""
     entries, put_back = [], []
-    for chained in filter(is_distributed, _chained(model)):
+    for chained in filter(is_distributed, model.optimizers):
         complete_state(chained)
         for shard in parameter_shards(chained, state):
             put_back.append(shard.put_back)
@@ -183,16 +183,11 @@ def _whole_optimizer_state(model: TrainingModel, state: dict[str, Any], is_loadi
         for chunk, chunk_state in state.items()
         for key, tensor in chunk_state.items()
     }
-    for chained in _chained(model):
+    for chained in model.optimizers:
         complete_state(chained)
     return model.optimizer.sharded_state_dict(
         tensors, is_loading=is_loading, metadata=dict(METADATA)
     )
-
-
-def _chained(model: TrainingModel) -> list[Any]:
-    chained = getattr(model.optimizer, "chained_optimizers", [model.optimizer])
-    return list(chained)
 
 
 def _dtypes(state: dict[str, Any]) -> dict[str, torch.dtype]:

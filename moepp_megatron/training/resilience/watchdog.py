@@ -139,7 +139,7 @@ class Watchdog:
     def _beat(self, has_dumped: bool = False) -> None:
         self._beats += 1
         now, stalled = self._activity.now, self._stalled_s()
-        frame = _main_thread_frame()
+        frame = sys._current_frames().get(threading.main_thread().ident or 0)
         self._folder.write(
             Heartbeat(
                 rank=self._rank,
@@ -245,11 +245,6 @@ def _place_of(frame: FrameType | None) -> str:
             return _show(frame)
         frame = frame.f_back
     return _show(innermost) if innermost is not None else "an unknown place"
-
-
-def _main_thread_frame() -> FrameType | None:
-    """The innermost frame of the main thread."""
-    return sys._current_frames().get(threading.main_thread().ident or 0)
 
 
 def _group_of(frame: FrameType) -> str:
