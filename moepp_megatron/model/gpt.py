@@ -24,7 +24,7 @@ from moepp_megatron.moe.zero_computation import share_constants
 class MoEPPGPTModel(HybridModel):
     """A pipeline stage (or the whole) of a GPT model with MoE++ layers.
 
-    `MoEPPStack` has its layers and hands on the lane. megatron-core's combined schedule calls
+    `moe.stack` has its layers and hands on the lane. megatron-core's combined schedule calls
     `_preprocess` and `_postprocess`. `token_tags` computes the tags that routers get. With
     `fuses_cross_entropy` the loss is `moe.kernels.cross_entropy`, else megatron-core's as
     `TransformerConfig.cross_entropy_loss_fusion` says.

@@ -5,7 +5,6 @@ budget.py             controllers that hold the FFN experts per token at a targe
 capacity.py           heterogeneous expert capacities
 config.py             settings of a MoE++ layer
 copies.py             permutation: copies of rows per selection, and their sums on the way back
-cpu_experts.py        FFN experts on a CPU
 cuda_graphs.py        attention, router and experts of a layer as CUDA graphs
 dedup_dispatcher.py   an all-to-all that sends a token at most once to each rank
 static_dispatcher.py  an all-to-all of equal splits, whose sizes the host knows before
@@ -13,7 +12,7 @@ dispatcher.py         token dispatchers that move only what FFN experts need
 exchange.py           an all-to-all that leaves time for work, forward and backward
 flex_dispatcher.py    megatron-core's flex dispatcher (DeepEP), for FFN-routed tokens only
 gate_product.py       the fp32 product of hidden states with gate and mixing weights
-grouped_experts.py    FFN experts on a GPU whose sizes stay on the device
+local_experts.py      FFN experts on a CPU, and on a GPU, where their sizes stay on the device
 replay.py             routing replay: record, check and repeat the routers' selections
 router_health.py      router health metrics from one step's logits, gates and gradients
 lane.py               the lane on which router logits travel from MoE layer to MoE layer

@@ -47,23 +47,12 @@ def tokens_over_group(
     return over_group(num_tokens, group)
 
 
-def selected_fractions(
-    counts: Tensor, num_tokens: NumTokens, group: torch.distributed.ProcessGroup | None
-) -> Tensor:
-    """f_i: the fraction of tokens that select each expert, over all tokens that a group shares.
+class SelectedFractions:
+    """f_i: the fraction of tokens that select each expert, over all that was added since a reset.
 
-    `counts` are [S, E] fp32 selections of the local tokens of S sequences before any capacity limit
-    (S = 1 counts all tokens together), `group` the ranks that hold parts of these sequences. The
-    result is [S, E] fp32, 0 for a sequence that is all padding.
-    """
-    return over_group(counts, group) / _at_least_one(tokens_over_group(num_tokens, group))
-
-
-class GlobalBatchFractions:
-    """f_i over the global batch, as far as it has been seen in this step.
-
-    The micro-batches that data-parallel ranks run at the same time count together with those
-    before them in the step, so the value depends on micro-batch size x data-parallel size only.
+    Over the global batch that is what has been seen of it in this step: the micro-batches that
+    data-parallel ranks run at the same time count together with those before them, so the value
+    depends on micro-batch size x data-parallel size only.
     """
 
     def __init__(self) -> None:
@@ -72,18 +61,22 @@ class GlobalBatchFractions:
     def reset(self) -> None:
         """Start a new step."""
         self._counts: Tensor | None = None
-        self._num_tokens: NumTokens = 0
+        self._num_tokens: NumTokens | None = None
 
     def add(
         self, counts: Tensor, num_tokens: NumTokens, group: torch.distributed.ProcessGroup | None
     ) -> Tensor:
-        """Count [1, E] fp32 selections of a micro-batch; returns the fractions with it included.
+        """Count a micro-batch; returns the fractions with it included, [S, E] fp32.
 
-        `group` has the ranks that run the same micro-batch index (tensor x context x data).
+        `counts` are [S, E] fp32 selections of the local tokens of S sequences before any capacity
+        limit (S = 1 counts all tokens together), `group` the ranks that hold parts of these, or of
+        the global batch those that run the same micro-batch index (tensor x context x data). A
+        sequence that is all padding has 0.
         """
         counts = over_group(counts, group)
         self._counts = counts if self._counts is None else self._counts + counts
-        self._num_tokens = self._num_tokens + tokens_over_group(num_tokens, group)
+        tokens = tokens_over_group(num_tokens, group)
+        self._num_tokens = tokens if self._num_tokens is None else self._num_tokens + tokens
         return self._counts / _at_least_one(self._num_tokens)
 
 

@@ -72,7 +72,7 @@ class FFNFlexTokenDispatcher(MoEFlexTokenDispatcher):
             )
         super().__init__(num_local_experts, local_expert_indices, config, pg_collection)
         if backend == "deepep":
-            manager = comm_manager(self)
+            manager = self.manager
             manager.setup_metadata = partial(_set_deepep_metadata, manager)
             manager._indices_to_multihot = partial(_multihot, num_local_experts)
             # In FP8 its permutation would pad the rows too, for which the host waits four times in
@@ -80,12 +80,17 @@ class FFNFlexTokenDispatcher(MoEFlexTokenDispatcher):
             manager.config = copy(config)
             manager.config.fp8 = None
 
+    @property
+    def manager(self) -> Any:
+        """megatron-core's own, which calls the backend and keeps a pass's routing and gates."""
+        return self._comm_manager
+
     def vectors_sent(self) -> Tensor:
         """Hidden vectors that this rank sends in one dispatch, a scalar on the device.
 
         Call between dispatch and combine, which forgets the routing.
         """
-        manager = comm_manager(self)
+        manager = self.manager
         group = manager.group
         if self.config.moe_flex_dispatcher_backend == "deepep":
             is_used = manager.token_indices >= 0
@@ -97,8 +102,3 @@ class FFNFlexTokenDispatcher(MoEFlexTokenDispatcher):
             reached = routing_map.view(routing_map.shape[0], group.size(), -1).sum(dim=-1)
         reached[:, group.rank()] = 0
         return (reached > 0).sum()
-
-
-def comm_manager(dispatcher: MoEFlexTokenDispatcher) -> Any:
-    """megatron-core's manager, which calls the backend and keeps a pass's routing and gates."""
-    return dispatcher._comm_manager

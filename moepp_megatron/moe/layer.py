@@ -22,11 +22,10 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from moepp_megatron.moe.config import MoEPPConfig
-from moepp_megatron.moe.cpu_experts import CPUExperts
 from moepp_megatron.moe.cuda_graphs import refuse_uncapturable
 from moepp_megatron.moe.dispatcher import RowDispatcher, build_dispatcher, bytes_sent
-from moepp_megatron.moe.grouped_experts import EngineExperts
 from moepp_megatron.moe.kernels import use_kernels
+from moepp_megatron.moe.local_experts import CPUExperts, EngineExperts
 from moepp_megatron.moe.padding import local_mask
 from moepp_megatron.moe.router import MoEPPRouter
 from moepp_megatron.moe.selection import Routing

@@ -22,11 +22,10 @@ from megatron.core.models.common.model_chunk_schedule_plan import (
     TransformerModelChunkSchedulePlan,
 )
 from megatron.core.models.common.utils import PostProcessNode, PreProcessNode
-from megatron.core.transformer.moe.token_dispatcher import MoEFlexTokenDispatcher
 from megatron.core.utils import make_viewless_tensor
 from torch import Tensor
 
-from moepp_megatron.moe.flex_dispatcher import comm_manager
+from moepp_megatron.moe.flex_dispatcher import FFNFlexTokenDispatcher
 from moepp_megatron.moe.lane import MoEPPTransformerLayer, pack, unpack
 from moepp_megatron.moe.layer import MoEPPLayer
 
@@ -140,9 +139,9 @@ class _MoENodes(_Nodes):
 
     def moe_dispatch(self, node: Any, tokens: Tensor, probs: Tensor) -> Tensor:
         dispatcher = self.experts.token_dispatcher
-        if isinstance(dispatcher, MoEFlexTokenDispatcher):
+        if isinstance(dispatcher, FFNFlexTokenDispatcher):
             # Its manager keeps the gates: those of this node's graph must take their place.
-            comm_manager(dispatcher).token_probs = probs
+            dispatcher.manager.token_probs = probs
         dispatched, dispatched_probs = self.experts.dispatch(tokens, probs)
         node.layer_state.dispatched_probs = node.detach(dispatched_probs)
         return dispatched
@@ -150,10 +149,10 @@ class _MoENodes(_Nodes):
     def mlp(self, node: Any, dispatched: Tensor) -> Tensor:
         dispatcher = self.experts.token_dispatcher
         probs = node.layer_state.dispatched_probs
-        if isinstance(dispatcher, MoEFlexTokenDispatcher):
-            comm_manager(dispatcher).dispatched_probs = probs
+        if isinstance(dispatcher, FFNFlexTokenDispatcher):
+            dispatcher.manager.dispatched_probs = probs
             # Made on the stream of the dispatch: kept until this node is done.
-            node.layer_state.counts = comm_manager(dispatcher).get_number_of_tokens_per_expert()
+            node.layer_state.counts = dispatcher.manager.get_number_of_tokens_per_expert()
         expert_output, _ = self.experts.routed_experts_compute(dispatched, probs)
         return expert_output
 

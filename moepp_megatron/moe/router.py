@@ -14,13 +14,12 @@ from torch import Tensor
 
 from moepp_megatron.layer_settings import BalanceScope
 from moepp_megatron.moe.balance import (
-    GlobalBatchFractions,
     NumTokens,
+    SelectedFractions,
     attached_loss,
     local_balance_loss,
     loss_weights,
     over_group,
-    selected_fractions,
     tokens_of_sequences,
     tokens_over_group,
 )
@@ -74,7 +73,7 @@ class MoEPPRouter(TopKRouter):
         self.moepp = moepp
         self.fused = use_kernels(moepp.fused)
         self.watch = RouterWatch(moepp, self.fused)
-        self.global_fractions = GlobalBatchFractions()
+        self.global_fractions = SelectedFractions()
         # Not a buffer: Float16Module would round it to bf16.
         self.balance_weights = torch.tensor(
             moepp.balance_weights(), device=torch.cuda.current_device()
@@ -340,10 +339,10 @@ class MoEPPRouter(TopKRouter):
         assert score_sums_SE is not None, "counts and sums come together"
         num_sequences = counts_SE.shape[0]
         per_sequence = tokens_of_sequences(gates_TE.shape[0], num_sequences, padded)
+        seen, group = SelectedFractions(), self.tp_cp_group
         if self.moepp.balance_scope == "global":
-            fractions = self.global_fractions.add(counts_SE, per_sequence, self.tp_dp_cp_group)
-        else:
-            fractions = selected_fractions(counts_SE, per_sequence, self.tp_cp_group)
+            seen, group = self.global_fractions, self.tp_dp_cp_group
+        fractions = seen.add(counts_SE, per_sequence, group)
         shared = tokens_over_group(per_sequence, self.tp_cp_group)
         weights_SE = loss_weights(fractions, self.balance_weights, self.moepp)
         loss = local_balance_loss(score_sums_SE, weights_SE, shared)

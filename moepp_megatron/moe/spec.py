@@ -23,13 +23,13 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import MlpBuilder, get_transformer_layer_offset
 
 from moepp_megatron.moe.config import MoEPPConfig
-from moepp_megatron.moe.cpu_experts import CPUExperts
-from moepp_megatron.moe.grouped_experts import (
+from moepp_megatron.moe.lane import MoEPPTransformerLayer
+from moepp_megatron.moe.layer import MoEPPLayer, VanillaMoELayer, VanillaRouter
+from moepp_megatron.moe.local_experts import (
+    CPUExperts,
     EngineExperts,
     GroupedExperts,
 )
-from moepp_megatron.moe.lane import MoEPPTransformerLayer
-from moepp_megatron.moe.layer import MoEPPLayer, VanillaMoELayer, VanillaRouter
 from moepp_megatron.moe.router import MoEPPRouter
 from moepp_megatron.moe.upstream_private import check_upstream
 from moepp_megatron.moe.upstream_settings import refuse_ignored

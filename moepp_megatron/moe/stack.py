@@ -30,7 +30,7 @@ from moepp_megatron.runtime.patches import replaced
 _SIZES = ("num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline_stage")
 
 
-class MoEPPStack(TransformerBlock):
+class _MoEPPStack(TransformerBlock):
     """Hands the lane from layer to layer, and from stage to stage.
 
     A stage that is not the first receives hidden states packed with the lane and unpacks them; a
@@ -108,7 +108,7 @@ def hybrid_arguments(
     """Arguments by which HybridModel, built in the block, has whole layers with the lane."""
     sizes = {name: getattr(config, name) for name in _SIZES}
     stack = ModuleSpec(
-        module=MoEPPStack,
+        module=_MoEPPStack,
         params={"spec": spec, "moepp": moepp, "sizes": sizes, "vp_stage": vp_stage},
         submodules=HybridStackSubmodules(mtp_block_spec=mtp_block_spec),
     )

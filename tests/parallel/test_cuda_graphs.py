@@ -35,7 +35,7 @@ def train_with_experts(raw, steps, replays):
     from megatron.core.tensor_parallel.random import initialize_rng_tracker
 
     from moepp_megatron.moe import spec
-    from moepp_megatron.moe.grouped_experts import GroupedExperts
+    from moepp_megatron.moe.local_experts import GroupedExperts
     from tests.graph_recorder import cpu_graphs, graphs_of
 
     initialize_rng_tracker()

@@ -48,7 +48,7 @@ def peak_bytes(load: Workload, grid: Grid, layer: Layer) -> float:
             taken, experts = load.experts.ffn_per_token, load.experts.num_ffn_experts
             sent = tokens * distinct_targets(grid.ep, taken, experts) * row
         inner = layer.rows * grid.etp * load.experts.ffn_size / grid.etp * size
-        # PyTorch's operations have twice as many (`moe/grouped_experts.py`).
+        # PyTorch's operations have twice as many (`moe/local_experts.py`).
         inner *= 3 if load.experts.static_rows is None else 6
         arrived = layer.rows * grid.etp * row
         peak += sent + arrived + inner

@@ -23,7 +23,7 @@ _CORE_KERNELS = 10
 _ROUTER_KERNELS, _FUSED_ROUTER_KERNELS = (10, 8), (1, 7)
 # Reads and writes, forward and backward, of a tensor [rows, I] between an FFN's two products.
 _ACTIVATION_PASSES = (3, 6)
-# The same in PyTorch's operations (`moe/grouped_experts.py`), and kernels with the products; passes
+# The same in PyTorch's operations (`moe/local_experts.py`), and kernels with the products; passes
 # over a tensor [rows, D] times its gates, and over the weights, which are copied side by side.
 _GROUPED_PASSES, _GROUPED_KERNELS, _GATED_PASSES, _WEIGHT_PASSES = (5, 20), (9, 17), 2, 2
 # Of the permutation of static rows, either way (tests/fake_gpu counts all three).

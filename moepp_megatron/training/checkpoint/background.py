@@ -13,10 +13,8 @@ import os
 import pickle
 import select
 import signal
-import threading
 import warnings
 from collections.abc import Callable
-from concurrent.futures import Future
 from typing import Any, NoReturn
 
 from moepp_megatron.runtime.stop_signals import STOP_SIGNALS, die_with_parent
@@ -90,23 +88,6 @@ class Background:
         except ChildProcessError:
             # Somebody else waits for all children of this process; the message is enough.
             self._status = 0 if self._received else 1 << 8
-
-
-def in_thread(function: Callable[[], Any]) -> Future[Any]:
-    """Run `function` in a thread, which ends with the process at the latest.
-
-    For uploads: a network client does not survive a fork, and mostly waits for the network.
-    """
-    future: Future[Any] = Future()
-
-    def run() -> None:
-        try:
-            future.set_result(function())
-        except Exception as error:  # the rank, which asks for the result, gets it
-            future.set_exception(error)
-
-    threading.Thread(target=run, name="checkpoint upload", daemon=True).start()
-    return future
 
 
 def _live(function: Callable[[], Any], writer: int, parent: int) -> NoReturn:

@@ -183,11 +183,6 @@ def checkpoint_step(path: Path) -> int:
     return int(path.name.removeprefix(PREFIX))
 
 
-def is_checkpoint(path: Path) -> bool:
-    """True if `path` has all files of a checkpoint; `damage` checks their contents."""
-    return all((path / name).is_file() for name in (FORMAT_FILE, CONFIG_FILE, MANIFEST_FILE))
-
-
 def damage(
     checkpoint: Path, part: int = 0, num_parts: int = 1, names: list[str] | None = None
 ) -> str | None:

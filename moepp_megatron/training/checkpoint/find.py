@@ -14,7 +14,14 @@ from moepp_megatron.config import Config, ConfigError
 from moepp_megatron.config.paths import looked_at
 from moepp_megatron.config.yaml_file import read_mapping
 from moepp_megatron.data.prepared_data import check_model_tokenizer
-from moepp_megatron.file_names import CONFIG_FILE, LATEST_FILE, MODEL_CONFIG_FILE, TOKENIZER_FILE
+from moepp_megatron.file_names import (
+    CONFIG_FILE,
+    FORMAT_FILE,
+    LATEST_FILE,
+    MANIFEST_FILE,
+    MODEL_CONFIG_FILE,
+    TOKENIZER_FILE,
+)
 from moepp_megatron.runtime.object_store import place
 from moepp_megatron.runtime.rank import RankEnvironment
 from moepp_megatron.training.checkpoint.compatible import check_compatible
@@ -24,7 +31,6 @@ from moepp_megatron.training.checkpoint.files import (
     SavedRecord,
     checkpoint_step,
     damage,
-    is_checkpoint,
     plain_damage,
 )
 
@@ -54,7 +60,7 @@ def find_checkpoint(
         ConfigError: If there is none, or one of a newer format.
     """
     path = place(name)
-    if is_checkpoint(path):
+    if _is_checkpoint(path):
         _refuse_newer(path)
         return path
     for folder in _checkpoint_folders(name, run):
@@ -106,7 +112,7 @@ def newest_again[**P, T](
 def checkpoints_of(name: str, run: Path) -> list[Path]:
     """The checkpoints that `name` may mean, newest first; see `find_checkpoint`."""
     path = place(name)
-    if is_checkpoint(path):
+    if _is_checkpoint(path):
         return [path]
     folders = _checkpoint_folders(name, run)
     return [checkpoint for each in folders for checkpoint in list_checkpoints(each)]
@@ -256,3 +262,8 @@ def _date(checkpoint: Path) -> float:
         return checkpoint.stat().st_mtime
     except OSError:
         return 0.0
+
+
+def _is_checkpoint(path: Path) -> bool:
+    """True if `path` has all files of a checkpoint; `damage` checks their contents."""
+    return all((path / name).is_file() for name in (FORMAT_FILE, CONFIG_FILE, MANIFEST_FILE))

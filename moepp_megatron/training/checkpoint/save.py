@@ -17,7 +17,9 @@ import math
 import queue
 import shutil
 import sys
+import threading
 import traceback
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import asdict
 from pathlib import Path
@@ -45,7 +47,7 @@ from moepp_megatron.runtime.atomic import exchange, sync, write_atomic, write_sy
 from moepp_megatron.runtime.disk import write_error
 from moepp_megatron.runtime.object_store import ObjectPath, StoreError
 from moepp_megatron.runtime.patches import replace
-from moepp_megatron.training.checkpoint.background import Background, BackgroundError, in_thread
+from moepp_megatron.training.checkpoint.background import Background, BackgroundError
 from moepp_megatron.training.checkpoint.files import SavedRecord, damage, file_digest, manifest
 from moepp_megatron.training.checkpoint.find import checkpoint_dates
 from moepp_megatron.training.checkpoint.retention import discard
@@ -132,7 +134,7 @@ class Save:
         try:
             process = self._process = self._outcome = Background(self._write_files)
             if isinstance(self.final, ObjectPath):
-                self._outcome = in_thread(lambda: self._sent(process.result()))
+                self._outcome = _in_thread(lambda: self._sent(process.result()))
         except OSError as error:
             self._failure = f"no process could be started ({error})"
 
@@ -315,3 +317,20 @@ def _give_name(folder: Path, final: Path) -> None:
         else:
             discard(final, token)
     folder.rename(final)
+
+
+def _in_thread(function: Callable[[], Any]) -> Future[Any]:
+    """Run `function` in a thread, which ends with the process at the latest.
+
+    For uploads: a network client does not survive a fork, and mostly waits for the network.
+    """
+    future: Future[Any] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(function())
+        except Exception as error:  # the rank, which asks for the result, gets it
+            future.set_exception(error)
+
+    threading.Thread(target=run, name="checkpoint upload", daemon=True).start()
+    return future

@@ -17,7 +17,6 @@ from moepp_megatron.training.run_folder.ownership import (
     OwnerMark,
     is_inside,
     is_same,
-    marked_owner,
 )
 
 
@@ -97,7 +96,7 @@ def _holds_runs(path: Path, run: Path) -> bool:
     """True if a folder of the run's has other runs, or checkpoints of some."""
     if any(path.rglob(STATUS_FILE)):
         return True
-    owners = {marked_owner(mark.parent) for mark in path.rglob(OWNER_FILE)}
+    owners = {OwnerMark.named(mark.parent) for mark in path.rglob(OWNER_FILE)}
     return not all(is_same(owner, run) for owner in owners if owner)
 
 

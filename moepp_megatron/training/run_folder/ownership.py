@@ -142,9 +142,18 @@ class OwnerMark:
         is_elsewhere = not (isinstance(checkpoints, ObjectPath) or is_inside(checkpoints, run))
         self.outside = Path(os.path.realpath(checkpoints)) if is_elsewhere else None
 
+    @staticmethod
+    def named(checkpoints: Path) -> Path | None:
+        """The run's folder that a checkpoint folder's mark names; None without one that counts."""
+        try:
+            owner = Path(os.fsdecode((checkpoints / OWNER_FILE).read_bytes()).removesuffix("\n"))
+        except OSError:
+            return None
+        return owner if owner.is_absolute() and (owner / STATUS_FILE).is_file() else None
+
     def is_set(self) -> bool:
         """True if the run has marked the folder."""
-        marked = None if self.outside is None else marked_owner(self.outside)
+        marked = None if self.outside is None else self.named(self.outside)
         return marked is not None and is_same(marked, self._run)
 
     def refuse_other(self) -> None:
@@ -164,7 +173,7 @@ class OwnerMark:
         if self.outside is None or self.is_set():
             return
         mark = self.outside / OWNER_FILE
-        if mark.exists() and marked_owner(self.outside) is None:
+        if mark.exists() and self.named(self.outside) is None:
             mark.unlink()
         create_atomic(mark, _content(self._run))
 
@@ -188,7 +197,7 @@ class OwnerMark:
         if is_inside(checkpoints, self._run):
             return None
         if self.outside is not None:
-            marked = marked_owner(self.outside)
+            marked = self.named(self.outside)
             if marked is not None:
                 return marked
             # Of a run that has not saved yet, too.
@@ -205,15 +214,6 @@ class OwnerMark:
             # A run that was renamed has no folder of its old name.
             return owner if (owner / CONFIG_FILE).is_file() else None
         return None
-
-
-def marked_owner(checkpoints: Path) -> Path | None:
-    """The run's folder that a mark in a checkpoint folder names; None without one that counts."""
-    try:
-        owner = Path(os.fsdecode((checkpoints / OWNER_FILE).read_bytes()).removesuffix("\n"))
-    except OSError:
-        return None
-    return owner if owner.is_absolute() and (owner / STATUS_FILE).is_file() else None
 
 
 def _content(run: Path) -> bytes:

@@ -11,7 +11,7 @@ import torch
 from megatron.core.distributed.finalize_model_grads import reset_model_temporary_tensors
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
-from moepp_megatron.moe.balance import GlobalBatchFractions, attached_loss
+from moepp_megatron.moe.balance import SelectedFractions, attached_loss
 from moepp_megatron.moe.config import MoEPPConfig
 from moepp_megatron.moe.reference import balance_loss
 from tests.unit.moe.builders import DEFINED_SCORES, HIDDEN, build_layer, of_kinds
@@ -31,7 +31,7 @@ def test_grouped_by_hand():
 
 
 def test_global_fractions_are_the_mean_over_the_steps_micro_batches():
-    seen = GlobalBatchFractions()
+    seen = SelectedFractions()
     first, second = torch.tensor([[2.0, 0.0]]), torch.tensor([[1.0, 1.0]])
     assert seen.add(first, 2, None).tolist() == [[1.0, 0.0]]
     assert seen.add(second, 2, None).tolist() == [[0.75, 0.25]]

@@ -10,9 +10,9 @@ from megatron.core.transformer.enums import CudaGraphModule
 
 from moepp_megatron.moe import spec as specs
 from moepp_megatron.moe.config import MoEPPConfig
-from moepp_megatron.moe.grouped_experts import GroupedExperts
 from moepp_megatron.moe.lane import use_static_rows
 from moepp_megatron.moe.layer import moe_statistics
+from moepp_megatron.moe.local_experts import GroupedExperts
 from moepp_megatron.moe.spec import get_moepp_layer_spec
 from tests.graph_recorder import cpu_graphs, graphs_of
 from tests.unit.moe.builders import (

@@ -7,10 +7,9 @@ import torch
 from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
 
-from moepp_megatron.moe import cpu_experts
+from moepp_megatron.moe import local_experts
 from moepp_megatron.moe.config import MoEPPConfig
-from moepp_megatron.moe.cpu_experts import CPUExperts
-from moepp_megatron.moe.grouped_experts import GroupedExperts
+from moepp_megatron.moe.local_experts import CPUExperts, GroupedExperts
 from moepp_megatron.moe.spec import get_moepp_layer_spec
 from tests.unit.moe.builders import FFN_HIDDEN, HIDDEN, megatron_config
 
@@ -61,14 +60,14 @@ def run(experts, rows, dtype):
 )
 @pytest.mark.parametrize(
     ("kind", "large"),
-    [(CPUExperts, 1), (CPUExperts, cpu_experts._LARGE), (GroupedExperts, cpu_experts._LARGE)],
+    [(CPUExperts, 1), (CPUExperts, local_experts._LARGE), (GroupedExperts, local_experts._LARGE)],
     ids=["oneDNN", "torch", "grouped"],
 )
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [(torch.float32, 3e-6), (torch.bfloat16, 2e-2)], ids=["fp32", "bf16"]
 )
 def test_equals_sequential_mlp(rows, dtype, tolerance, kind, large, monkeypatch):
-    monkeypatch.setattr(cpu_experts, "_LARGE", large)
+    monkeypatch.setattr(local_experts, "_LARGE", large)
     theirs, ours = both(dtype, kind)
     for expected, actual in zip(run(theirs, rows, dtype), run(ours, rows, dtype), strict=True):
         expected, actual = expected.float(), actual.float()

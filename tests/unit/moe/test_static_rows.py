@@ -11,7 +11,7 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from moepp_megatron.layer_settings import static_rows
 from moepp_megatron.moe import spec
-from moepp_megatron.moe.grouped_experts import GroupedExperts
+from moepp_megatron.moe.local_experts import GroupedExperts
 from tests.unit.moe import builders
 
 SHAPE = (12, 8)
@@ -73,7 +73,7 @@ def test_rows_that_hold_nothing_reach_nothing(monkeypatch):
     def filled(tensor, *args, **kwargs):
         return torch.full_like(tensor, torch.nan)
 
-    monkeypatch.setattr("moepp_megatron.moe.cpu_experts.torch.empty_like", filled)
+    monkeypatch.setattr("moepp_megatron.moe.local_experts.torch.empty_like", filled)
     output, gradients, _ = results(1.0, True)
     assert output.isfinite().all()
     assert all(gradient.isfinite().all() for gradient in gradients.values())

@@ -1,10 +1,20 @@
-"""FFN experts on a CPU: one loop forward and one backward, without avoidable passes over memory.
+"""FFN experts in place of megatron-core's local ones: one loop on a CPU, one product on a GPU.
 
 At a hundred rows per expert, as with MoE++ at a small tau, the matrix products of megatron-core's
-`SequentialMLP` run at three quarters of their speed at a thousand rows, and each elementwise step
-of SwiGLU is a pass over memory that is also kept for the backward pass. Here products with large
-weights go to oneDNN, which holds its speed at few rows, and only the first product's result is
-kept. Parameters, their names and checkpoints are unchanged.
+`SequentialMLP` run on a CPU at three quarters of their speed at a thousand rows, and each
+elementwise step of SwiGLU is a pass over memory that is also kept for the backward pass. Here
+products with large weights go to oneDNN, which holds its speed at few rows, and only the first
+product's result is kept.
+
+On a GPU `SequentialMLP` starts some ten kernels an expert, and `TEGroupedMLP` reads each expert's
+rows on the host. Here each of the two products is one `torch.nn.functional.grouped_mm` over rows
+that are sorted by expert. Each expert has its own parameters, so the products take a copy of them
+side by side (4 bytes per weight in bf16), which is made again in the backward pass instead of being
+kept.
+
+Parameters, their names and checkpoints are unchanged.
+
+Shape suffixes: R rows sorted by expert, E local experts, D channels, F of an expert.
 """
 
 from collections.abc import Sequence
@@ -13,9 +23,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from megatron.core.transformer.moe.experts import SequentialMLP
+from megatron.core.transformer.moe.experts import SequentialMLP, TEGroupedMLP
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+# Rows of a matrix begin at multiples of 16 bytes.
+_ALIGNMENT = 8
 
 
 class CPUExperts(SequentialMLP):
@@ -48,7 +62,7 @@ class CPUExperts(SequentialMLP):
             for expert in self.local_experts
             for linear in (expert.linear_fc1, expert.linear_fc2)
         ]
-        weights = [linear.get_parameter("weight") for linear in gathered(linears)]
+        weights = [linear.get_parameter("weight") for linear in _gathered(linears)]
         tokens, gates = permuted_local_hidden_states, permuted_probs
         return self.compute(tokens, gates, tokens_per_expert, weights), None
 
@@ -63,7 +77,7 @@ class CPUExperts(SequentialMLP):
         return _forward(tokens, gates, rows, weights, keep=None)
 
 
-def gathered(linears: list[torch.nn.Module]) -> list[torch.nn.Module]:
+def _gathered(linears: list[torch.nn.Module]) -> list[torch.nn.Module]:
     """The modules, which nobody calls, once their weights are there."""
     # Weights that are still being gathered (`parallel.overlap_param_gather`) are waited for in a
     # hook before the call.
@@ -102,7 +116,7 @@ def _activated(x: Tensor, weight: Tensor) -> Tensor:
     """SwiGLU's activation [n, F] of x [n, D] and fc1 [2F, D]; oneDNN fuses it into the product."""
     weight_gate, weight_up = weight.chunk(2)
     if not _suits_onednn(x, weight_gate):
-        return swiglu(*F.linear(x, weight).chunk(2, dim=-1))
+        return _swiglu(*F.linear(x, weight).chunk(2, dim=-1))
     linear = torch.ops.mkldnn._linear_pointwise
     gated = linear(x, weight_gate, None, "swish", [], "")
     activated: Tensor = linear.binary(x, gated, weight_up, None, "mul")
@@ -131,7 +145,7 @@ def _forward(
                 activated = _activated(x, weight_in)
             else:
                 keep.append(_linear(x, weight_in))
-                activated = swiglu(*keep[-1].chunk(2, dim=-1))
+                activated = _swiglu(*keep[-1].chunk(2, dim=-1))
             # The gate scales the output, which is narrower than the activation.
             torch.mul(_linear(activated, weight_out), gate.unsqueeze(-1), out=out)
         elif keep is not None:
@@ -165,17 +179,17 @@ class _CPUExperts(torch.autograd.Function):
             if not len(x):
                 weight_grads += [torch.zeros_like(weight_in), torch.zeros_like(weight_out)]
                 continue
-            activated, projected_grad, grad = activation_grads(
+            activated, projected_grad, grad = _activation_grads(
                 hidden[index], torch.mm(out_grad, weight_out), gate
             )
             g_grad.copy_(grad)
             torch.mm(projected_grad, weight_in, out=x_grad)
             weight_grads.append(torch.mm(projected_grad.t(), x))
-            weight_grads.append(torch.mm(weighted(out_grad, gate).t(), activated))
+            weight_grads.append(torch.mm(_weighted(out_grad, gate).t(), activated))
         return (input_grad, gate_grad, None, *weight_grads)
 
 
-def activation_grads(
+def _activation_grads(
     projected: Tensor, weighted_grad: Tensor, gates: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """SwiGLU's activation [n, F] again, and the gradients of `projected` and of the gates [n].
@@ -187,7 +201,7 @@ def activation_grads(
     gated = F.silu(gate_part)
     activated = gated * up
     gate_grad = (weighted_grad * activated).sum(dim=-1, dtype=gates.dtype)
-    activated_grad = weighted(weighted_grad, gates)
+    activated_grad = _weighted(weighted_grad, gates)
     projected_grad = torch.empty_like(projected)
     gate_half, up_half = projected_grad.chunk(2, dim=-1)
     torch.mul(activated_grad, gated, out=up_half)
@@ -196,12 +210,128 @@ def activation_grads(
     return activated, projected_grad, gate_grad
 
 
-def swiglu(gate_part: Tensor, up: Tensor) -> Tensor:
+def _swiglu(gate_part: Tensor, up: Tensor) -> Tensor:
     """SwiGLU's activation, silu(gate) * up."""
     return F.silu(gate_part).mul_(up)
 
 
-def weighted(activated: Tensor, gate: Tensor) -> Tensor:
+def _weighted(activated: Tensor, gate: Tensor) -> Tensor:
     """The rows times their gates, rounded once to the dtype of the activations."""
     # Into a tensor of that dtype: a GPU then multiplies and rounds in one pass.
     return torch.mul(activated, gate.unsqueeze(-1), out=torch.empty_like(activated))
+
+
+class GroupedExperts(CPUExperts):
+    """megatron-core's `SequentialMLP` of SwiGLU experts, in one product over all of them."""
+
+    @staticmethod
+    def suits(config: TransformerConfig) -> bool:
+        """True if this class can replace `SequentialMLP`: bf16 on Hopper or newer."""
+        if not (
+            CPUExperts.suits(config)
+            and torch.cuda.is_available()
+            and config.params_dtype == torch.bfloat16
+        ):
+            return False
+        width = config.moe_ffn_hidden_size // config.expert_tensor_parallel_size
+        is_aligned = config.hidden_size % _ALIGNMENT == 0 and width % _ALIGNMENT == 0
+        return is_aligned and torch.cuda.get_device_capability() >= (9, 0)
+
+    def compute(
+        self, tokens: Tensor, gates: Tensor, tokens_per_expert: Tensor, weights: Sequence[Tensor]
+    ) -> Tensor:
+        """See `_outputs`."""
+        return _outputs(tokens, gates, tokens_per_expert, weights)
+
+
+class EngineExperts(TEGroupedMLP):
+    """megatron-core's `TEGroupedMLP` of SwiGLU experts, multiplied without Transformer Engine."""
+
+    @staticmethod
+    def suits(config: TransformerConfig) -> bool:
+        """True if this class computes the same as `TEGroupedMLP`."""
+        fits = (GroupedExperts if torch.cuda.is_available() else CPUExperts).suits(config)
+        return (
+            fits
+            and not config.moe_single_grouped_weight
+            and not config.use_transformer_engine_op_fuser
+            and not {"expert_fc1", "moe_act"} & {*(config.offload_modules or ())}
+            and config.moe_mlp_glu_interleave_size is None
+        )
+
+    def forward(
+        self,
+        permuted_local_hidden_states: Tensor,
+        tokens_per_expert: Tensor,
+        permuted_probs: Tensor,
+    ) -> tuple[Tensor, None]:
+        """Same as `TEGroupedMLP`; `tokens_per_expert` may be on any device."""
+        linears = _gathered([self.linear_fc1, self.linear_fc2])
+        weights = [
+            linear.get_parameter(f"weight{index}")
+            for index in range(self.num_local_experts)
+            for linear in linears
+        ]
+        tokens, gates = permuted_local_hidden_states, permuted_probs
+        return _outputs(tokens, gates, tokens_per_expert, weights), None
+
+
+def _outputs(
+    tokens: Tensor, gates: Tensor, tokens_per_expert: Tensor, weights: Sequence[Tensor]
+) -> Tensor:
+    """[R, D] outputs of all experts times `gates` [R], of `tokens` [R, D] sorted by expert.
+
+    `tokens_per_expert` may be on any device; `weights` are fc1 [2F, D] and fc2 [D, F] in turn.
+    """
+    ends = tokens_per_expert.cumsum(0, dtype=torch.int32)
+    ends = ends.to(tokens.device, non_blocking=True)
+    result: Tensor = _GroupedExperts.apply(tokens, gates, ends, *weights)
+    return result
+
+
+class _GroupedExperts(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, tokens_RD: Tensor, gates_R: Tensor, ends_E: Tensor, *weights: Tensor
+    ) -> Tensor:
+        projected = _product(tokens_RD, _transposed(weights[::2]), ends_E)
+        ctx.save_for_backward(tokens_RD, gates_R, ends_E, projected, *weights)
+        activated = _swiglu(*projected.chunk(2, dim=-1))
+        # The gate scales the output, which is narrower than the activation.
+        return _weighted(_product(activated, _transposed(weights[1::2]), ends_E), gates_R)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (output_grad,) = grads
+        output_grad = output_grad.contiguous()
+        tokens_RD, gates_R, ends_E, projected, *weights = ctx.saved_tensors
+        activated, projected_grad, gate_grad = _activation_grads(
+            projected, _product(output_grad, torch.stack(weights[1::2]), ends_E), gates_R
+        )
+        fc2_grads = _weight_grads(_weighted(output_grad, gates_R), activated, ends_E)
+        input_grad = _product(projected_grad, torch.stack(weights[::2]), ends_E)
+        fc1_grads = _weight_grads(projected_grad, tokens_RD, ends_E)
+        pairs = zip(fc1_grads.unbind(), fc2_grads.unbind(), strict=True)
+        weight_grads = [grad for pair in pairs for grad in pair]
+        return (input_grad, gate_grad, None, *weight_grads)
+
+
+def _transposed(weights: Sequence[Tensor]) -> Tensor:
+    """[E, in, out] of weights [out, in]."""
+    return torch.stack(tuple(weights)).transpose(1, 2)
+
+
+def _product(rows: Tensor, weights: Tensor, ends_E: Tensor) -> Tensor:
+    """Rows [R, in] of each expert times its weights [E, in, out]: [R, out]."""
+    if not len(rows):
+        # No product is defined for no rows at all.
+        return rows.new_empty(0, weights.shape[-1])
+    return F.grouped_mm(rows, weights, offs=ends_E)
+
+
+def _weight_grads(output_grad: Tensor, rows: Tensor, ends_E: Tensor) -> Tensor:
+    """[E, out, in] of gradients [R, out] and rows [R, in]; zeros of an expert without rows."""
+    if not len(rows):
+        return rows.new_zeros(len(ends_E), output_grad.shape[1], rows.shape[1])
+    return F.grouped_mm(output_grad.t(), rows, offs=ends_E)
