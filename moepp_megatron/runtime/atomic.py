@@ -109,7 +109,10 @@ def partial_folder(out: Path, name: str = "--out") -> Iterator[Path]:
     held = _locked(out, partial, name)
     try:
         for leftover in partial.iterdir():
-            _remove(leftover)
+            if leftover.is_dir() and not leftover.is_symlink():
+                shutil.rmtree(leftover)
+            else:
+                leftover.unlink()
         with _room_for(partial, out):
             yield partial
     finally:
@@ -189,13 +192,6 @@ def _is_same_folder(path: Path, descriptor: int) -> bool:
         return os.path.samestat(path.stat(), os.fstat(descriptor))
     except FileNotFoundError:
         return False
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink()
 
 
 def exchange(first: Path, second: Path) -> bool:

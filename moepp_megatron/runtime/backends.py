@@ -7,6 +7,7 @@ heavy by itself.
 """
 
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import NamedTuple
 
 from moepp_megatron.config import Config
@@ -16,7 +17,6 @@ from moepp_megatron.runtime.optional import (
     flex_backend,
     flex_backends,
     fused_rms_norm,
-    have_apex,
     have_fused_weight_gradient,
     have_transformer_engine,
     have_triton,
@@ -146,8 +146,8 @@ class Backend:
 
 def optional_backends() -> list[Backend]:
     """Every optional package and the choice made; imports torch."""
-    # apex of PyPI is another package, so a version shows nothing.
-    apex = have_apex()
+    # apex of PyPI is another package, without this module, so a version shows nothing.
+    apex = find_spec("amp_C") is not None
     return [
         Backend(
             "Transformer Engine",

@@ -9,10 +9,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import IO
 
 from moepp_megatron.config.exit_codes import HUNG, LOST, REFUSED, STOPPED, UNFIT
 from moepp_megatron.runtime.atomic import write_atomic
@@ -174,8 +172,9 @@ def _torchrun(options: LaunchOptions, module: str, arguments: Sequence[str]) -> 
 def _run(
     command: list[str], environment: dict[str, str], options: LaunchOptions, status_file: Path
 ) -> int:
-    stoppable = options.stoppable
-    with starting(stoppable), _output(options.output) as output:
+    stoppable, file = options.stoppable, options.output
+    opened = contextlib.nullcontext() if file is None else file.open("wb")
+    with starting(stoppable), opened as output:
         agent = subprocess.Popen(
             command,
             env=environment,
@@ -229,7 +228,3 @@ def _written(status_file: Path) -> tuple[int | None, str]:
     text = status_file.read_text(encoding="utf-8") if status_file.is_file() else ""
     status, _, reason = text.partition("\n")
     return int(status) if status else None, reason
-
-
-def _output(path: Path | None) -> AbstractContextManager[IO[bytes] | None]:
-    return contextlib.nullcontext() if path is None else path.open("wb")

@@ -110,12 +110,6 @@ def have_transformer_engine() -> bool:
 
 
 @functools.cache
-def have_apex() -> bool:
-    """True if NVIDIA apex is installed (the package of that name on PyPI is another one)."""
-    return importlib.util.find_spec("amp_C") is not None
-
-
-@functools.cache
 def have_fused_weight_gradient() -> bool:
     """True if apex's kernel can fuse weight-gradient accumulation into the matrix product."""
     return _have_on_gpu("fused_weight_gradient_mlp_cuda")
