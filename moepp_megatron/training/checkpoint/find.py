@@ -13,7 +13,6 @@ from typing import Concatenate
 from moepp_megatron.config import Config, ConfigError
 from moepp_megatron.config.paths import looked_at
 from moepp_megatron.config.yaml_file import read_mapping
-from moepp_megatron.data.prepared_data import check_model_tokenizer
 from moepp_megatron.file_names import (
     CONFIG_FILE,
     FORMAT_FILE,
@@ -159,6 +158,9 @@ def check_start(config: Config, folder: Path) -> None:
     """
     start = chosen_start(config, folder, lambda found: first_valid(found, plain_damage))
     if start is not None:
+        # Later, since it imports numpy.
+        from moepp_megatron.data.prepared_data import check_model_tokenizer
+
         check_compatible(start, config)
         check_model_tokenizer(config, start / TOKENIZER_FILE)
 
