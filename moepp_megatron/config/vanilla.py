@@ -37,10 +37,3 @@ def refuse_vanilla(config: Config) -> None:
             f"moe.num_zero_experts ({config.moe.num_zero_experts}) and the other counts of "
             "zero-computation experts must not all be 0 to be compared with vanilla; use 1"
         )
-
-
-def without_budget(config: Config) -> Config:
-    """The same model, balanced only by tau."""
-    content = config.model_dump(mode="json", exclude_unset=True)
-    content["moe"].pop("budget", None)
-    return parse_config(content)

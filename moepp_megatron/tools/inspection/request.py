@@ -12,8 +12,13 @@ from moepp_megatron.config import Config, ConfigError, load_config
 from moepp_megatron.data.token_classes import Language, language_of, token_classes
 from moepp_megatron.experts import LOCAL_COUNTS, ExpertCounts
 from moepp_megatron.file_names import CONFIG_FILE
-from moepp_megatron.interop.score_request import ScoreRequest, checkpoint_tokenizer
-from moepp_megatron.tools.inspection.text import TokenizedText, read_text, tokenize, windows
+from moepp_megatron.interop.score_request import ScoreRequest, checkpoint_tokenizer, text_of
+from moepp_megatron.tools.inspection.text import (
+    CHARACTERS_A_TOKEN,
+    TokenizedText,
+    tokenize,
+    windows,
+)
 from moepp_megatron.training.checkpoint.files import SavedRecord
 from moepp_megatron.training.checkpoint.find import find_checkpoint
 from moepp_megatron.training.inference_settings import inference_override
@@ -87,7 +92,7 @@ class InspectRequest:
         config = load_config(folder / CONFIG_FILE)
         _check_kinds(folder, config)
         tokenizer = checkpoint_tokenizer(folder, config)
-        content, more = read_text(text, max_tokens)
+        content, more = text_of(text, max_tokens * CHARACTERS_A_TOKEN)
         tokens = tokenize(tokenizer, content, text.name, max_tokens)
         window = min(len(tokens), config.model.seq_length)
         input_ids = windows(tokens, window, tokenizer.eod)

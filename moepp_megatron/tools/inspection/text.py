@@ -1,16 +1,14 @@
 """A text as tokens with their positions, cut into windows that a model can read."""
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
 from moepp_megatron.config import ConfigError
 from moepp_megatron.data.tokenizer import Tokenizer
-from moepp_megatron.interop.score_request import text_of
 
 # No more characters are read for a token, so that a huge file costs no more than a small one.
-_CHARACTERS_A_TOKEN = 64
+CHARACTERS_A_TOKEN = 64
 
 
 @dataclass(frozen=True)
@@ -39,14 +37,6 @@ class TokenizedText:
     def pieces(self) -> list[str]:
         """The characters of each token."""
         return [self.text[begin:end] for begin, end in self.spans.tolist()]
-
-
-def read_text(path: Path, max_tokens: int) -> tuple[str, bool]:
-    """The beginning of a file, enough for `max_tokens` tokens, and whether there is more.
-
-    ConfigError if it cannot be read, is not UTF-8 or is empty.
-    """
-    return text_of(path, max_tokens * _CHARACTERS_A_TOKEN)
 
 
 def tokenize(tokenizer: Tokenizer, text: str, name: str, max_tokens: int) -> TokenizedText:

@@ -5,11 +5,17 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from moepp_megatron.config import Config, ConfigError, load_config, with_overrides
+from moepp_megatron.config import (
+    Config,
+    ConfigError,
+    load_config,
+    parse_config,
+    with_overrides,
+)
 from moepp_megatron.config.flops import training_flops_per_token
 from moepp_megatron.config.hardware import load_hardware
 from moepp_megatron.config.sections import used
-from moepp_megatron.config.vanilla import vanilla, without_budget
+from moepp_megatron.config.vanilla import vanilla
 from moepp_megatron.tools.planning.grid import Grid
 from moepp_megatron.tools.planning.machine import Machine, machine_of
 from moepp_megatron.tools.planning.memory import GIB
@@ -175,7 +181,9 @@ def _make_plan(
             fastest = _in_both(fastest, config, shared, machine)
         for tau in taus:
             if tau != config.moe.tau:
-                changed = with_overrides(without_budget(config), [f"moe.tau={tau}"])
+                content = config.model_dump(mode="json", exclude_unset=True)
+                content["moe"].pop("budget", None)
+                changed = parse_config(content | {"moe": content["moe"] | {"tau": tau}})
                 again = _best_again(changed, search, world, machine)
                 baselines += [_in_both(one, changed, shared, machine) for one in again]
     return Plan(config, world, machine, layouts, fastest, baselines, search)

@@ -128,12 +128,11 @@ def critical_path(
     paired = alone
     if grid.expert_overlap:
         paired = _stage_passes(load, layer_key(grid), machine, skew, stages)
-    transfer = _stage_transfers(load, grid, machine)
+    blocking, overlapped = _stage_transfers(load, grid, machine)
     micro_batches = grid.micro_batches(load.batch)
     apart, together = pipeline.split_passes(grid.pp, grid.vpp, micro_batches, grid.expert_overlap)
     sending = [
-        pipeline.messages_sent(grid.pp, grid.vpp, rank) * transfer.blocking
-        for rank in range(grid.pp)
+        pipeline.messages_sent(grid.pp, grid.vpp, rank) * blocking for rank in range(grid.pp)
     ]
     busy = [
         apart * one.total + together * other.total + micro_batches * sent
@@ -143,7 +142,7 @@ def critical_path(
     bubble = 0.0
     if grid.pp > 1:
         passes = [one.total + sent for one, sent in zip(alone, sending, strict=True)]
-        late = pipeline.late_messages(grid.pp, grid.vpp, together) * transfer.overlapped
+        late = pipeline.late_messages(grid.pp, grid.vpp, together) * overlapped
         others = sum(passes) - passes[slowest]
         bubble = pipeline.bubble_seconds(others, grid.vpp, grid.is_dualpipe) + late
     # A step begins and ends with passes of the first stage, which run alone: beside them its
@@ -208,18 +207,10 @@ def _stage_passes(
     return tuple(passes)
 
 
-@dataclass(frozen=True, slots=True)
-class _PlannedTransfer:
-    """One message between pipeline stages, seconds."""
-
-    blocking: float  # time for which it holds up its sender
-    overlapped: float  # delay of its arrival, while its sender continues
-
-
-def _stage_transfers(load: Workload, grid: Grid, machine: Machine) -> _PlannedTransfer:
-    """A message between pipeline stages."""
+def _stage_transfers(load: Workload, grid: Grid, machine: Machine) -> tuple[float, float]:
+    """Seconds for which a message between stages holds up its sender, and arrives later."""
     if grid.pp == 1:
-        return _PlannedTransfer(0.0, 0.0)
+        return 0.0, 0.0
     size = grid.tokens(load.seq) * load.hidden * load.numbers.activation_bytes
     if load.experts.gating_residual:
         # Router logits travel with the hidden states, as fp32.
@@ -227,4 +218,4 @@ def _stage_transfers(load: Workload, grid: Grid, machine: Machine) -> _PlannedTr
     across = placement(grid, "pp", machine.per_node).nodes > 1
     seconds = send_seconds(across, size, machine)
     share = 1.0 - machine.reached.point_to_point_overlap if grid.vpp > 1 else 1.0
-    return _PlannedTransfer(seconds * share, seconds * (1.0 - share))
+    return seconds * share, seconds * (1.0 - share)

@@ -71,7 +71,6 @@ class Collective:
         operation: What it does.
         rank: Global rank that recorded it.
         group: Name of the process group in its backend; "" where unknown.
-        description: What the group is for (torch's `group_desc`); "" where unknown.
         group_ranks: Global ranks of the group, in order; empty where unknown.
         group_size: Ranks in the group; 0 where unknown.
         size: Bytes, by nccl-tests' convention; None where unknown.
@@ -91,7 +90,6 @@ class Collective:
     operation: Operation
     rank: int
     group: str = ""
-    description: str = ""
     group_ranks: tuple[int, ...] = ()
     group_size: int = 0
     size: int | None = None

@@ -36,7 +36,7 @@ def alert_blocks(run: RunData) -> list[Block]:
             sentence += f" The table has the newest {MAX_ROWS}."
         rows = [_row(alert) for alert in alerts[-MAX_ROWS:]]
         blocks = [Text([sentence], "note"), Table(_HEAD, rows)]
-    if run.config.is_vanilla or run.config.routing_guard.get("enabled") is False:
+    if run.config.moe.is_vanilla or run.config.routing_guard.get("enabled") is False:
         blocks.append(Text(["The routing guard was off."], "note"))
     return blocks
 

@@ -77,7 +77,7 @@ def _loss_plot(run: RunData) -> Plot:
 def _ffn_share_plot(run: RunData) -> Plot:
     """FFN share of all selections against its target."""
     title, phi = "FFN share of all selections", run.config.phi
-    if run.config.experts.num_zero_computation_experts == 0:
+    if run.config.moe.num_zero_computation_experts == 0:
         text = "This layer has no zero-computation experts: every selection goes to an FFN expert."
         return Plot(title, "", None, text)
     target = run.numbers.values("ffn_target")
@@ -117,7 +117,7 @@ def _a2a_plot(run: RunData) -> Plot:
         "layers, forward."
     )
     lines = [PlotLine("this run", finite(steps, sent / mib))]
-    if run.config.experts.num_zero_computation_experts:
+    if run.config.moe.num_zero_computation_experts:
         how = run.config.moe.dispatcher
         both = zip(sent, run.numbers.values("ffn_fraction"), strict=True)
         scaled = (vanilla_a2a_bytes(how, *each) for each in both)

@@ -27,15 +27,15 @@ _MAX_NUMBERED_CELLS = 500
 
 def expert_plots(run: RunData) -> list[Plot]:
     """All plots over experts, in the order of the page."""
-    kinds = [] if len(set(run.config.experts.kinds)) == 1 else [_kinds_over_time(run)]
+    kinds = [] if len(set(run.config.moe.kinds)) == 1 else [_kinds_over_time(run)]
     return [_layer_heat_map(run), *kinds]
 
 
 def _balanced_share(config: RunConfig, kind: str) -> float:
     """Share of one expert of this kind under perfect balance."""
     if kind == "FFN":
-        return config.phi / config.experts.num_ffn_experts
-    return (1.0 - config.phi) / config.experts.num_zero_computation_experts
+        return config.phi / config.moe.num_ffn_experts
+    return (1.0 - config.phi) / config.moe.num_zero_computation_experts
 
 
 def _layer_heat_map(run: RunData) -> Plot:
@@ -55,7 +55,7 @@ def _layer_heat_map(run: RunData) -> Plot:
     layers, experts = shares.shape
     figure = new_figure(13.2, min(9.0, 1.6 + 0.36 * layers))
     axes = figure.subplots()
-    balanced = np.asarray([_balanced_share(run.config, kind) for kind in run.config.experts.kinds])
+    balanced = np.asarray([_balanced_share(run.config, kind) for kind in run.config.moe.kinds])
     # One fixed scale: pages of different runs can be compared by eye.
     image = axes.imshow(
         shares / balanced, cmap="PuOr_r", aspect="auto", vmin=0, vmax=2, interpolation="nearest"
@@ -88,7 +88,7 @@ def _kinds_over_time(run: RunData) -> Plot:
     lines = [
         PlotLine(kind, run.numbers.series("kind_share", kind), KIND_COLOURS[kind])
         for kind in KIND_NAMES
-        if kind in run.config.experts.kinds
+        if kind in run.config.moe.kinds
     ]
     frame = Frame("", formatting.percent, bottom=0, wide=True)
     caption = "Share of all selections, mean over MoE layers."
@@ -97,7 +97,7 @@ def _kinds_over_time(run: RunData) -> Plot:
 
 def _name_experts(axes: Axes, config: RunConfig) -> None:
     """Names at the ticks, each in its kind's colour; too many experts are named by kind."""
-    names, kinds = config.experts.names, config.experts.kinds
+    names, kinds = config.moe.names, config.moe.kinds
     if len(names) <= _MAX_NAMED_EXPERTS:
         axes.set_xticks(range(len(names)), labels=names, rotation=45, ha="right")
     else:

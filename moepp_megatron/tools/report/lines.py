@@ -93,7 +93,8 @@ def line_plot(title: str, caption: str, lines: Sequence[PlotLine], frame: Frame)
     """A plot of the lines that have enough points; a sentence where none has."""
     drawn = [line for line in lines if len(line.points.x) >= (1 if line.marker else 2)]
     if not drawn or (all(x.marker for x in drawn) and not all(x.marker for x in lines)):
-        return Plot(title, caption, None, _too_few(title, lines, frame), wide=frame.wide)
+        few = f"No two records of this run have a finite {title.lower()}."
+        return Plot(title, caption, None, few, wide=frame.wide)
     figure = new_figure(13.2 if frame.wide else 6.4, frame.height)
     axes = figure.subplots()
     for line in drawn:
@@ -155,10 +156,3 @@ def _words(line: PlotLine, frame: Frame) -> str:
         return text
     low, high = (frame.show(float(edge[-1])) for edge in line.band)
     return f"{text}, layers from {low} to {high}"
-
-
-def _too_few(title: str, lines: Sequence[PlotLine], frame: Frame) -> str:
-    if lines and len(lines[0].points.y):
-        shown = frame.show(float(lines[0].points.y[0]))
-        return f"Only one record has a finite value ({title} {shown}); a curve needs two."
-    return f"No record of this run has a finite {title.lower()}."

@@ -78,7 +78,7 @@ def _page(run: RunData) -> Page:
 
 def _sections(run: RunData, summary: RunSummary, savings: Savings) -> list[PageSection]:
     """All that the run has something for."""
-    saved = run.config.experts.num_zero_computation_experts > 0
+    saved = run.config.moe.num_zero_computation_experts > 0
     health, histogram, sources = health_plots(run), histogram_table(run), source_table(run)
     terms = [[Cell(term), Cell(text, "comment")] for term, text in _terms(run, summary)]
     by_section: dict[str, list[Block]] = {
@@ -125,7 +125,7 @@ def _terms(run: RunData, summary: RunSummary) -> list[tuple[str, str]]:
             "slowest rank waits for the busiest expert.",
         ),
     ]
-    if run.config.experts.num_zero_computation_experts == 0:
+    if run.config.moe.num_zero_computation_experts == 0:
         return terms
     return [
         (
@@ -150,7 +150,7 @@ def _terms(run: RunData, summary: RunSummary) -> list[tuple[str, str]]:
 
 def _facts(run: RunData) -> list[str]:
     config = run.config
-    experts, parallel = config.experts, config.parallel
+    experts, parallel = config.moe, config.parallel
     layout = (
         f"TP {parallel.tensor_model_parallel_size}, PP {parallel.pipeline_model_parallel_size}, "
         f"EP {parallel.expert_model_parallel_size}, CP {parallel.context_parallel_size}"
@@ -173,8 +173,10 @@ def _sentence(run: RunData, summary: RunSummary) -> str:
     done = f"{summary.last_step:,} of {planned:,} steps are done."
     if summary.last_step > planned:
         done = f"{summary.last_step:,} steps are done."
-    if run.config.experts.num_zero_computation_experts == 0:
-        kind = "megatron-core's vanilla MoE layer" if run.config.is_vanilla else "FFN experts only"
+    if run.config.moe.num_zero_computation_experts == 0:
+        kind = (
+            "megatron-core's vanilla MoE layer" if run.config.moe.is_vanilla else "FFN experts only"
+        )
         return (
             f"{done} This run has {kind}: every selection goes to an FFN expert, so there is "
             "nothing to save and nothing to compare with."
@@ -208,7 +210,7 @@ def _loss_cards(summary: RunSummary) -> list[Card]:
 
 
 def _saving_cards(run: RunData, summary: RunSummary, savings: Savings) -> list[Card]:
-    if run.config.experts.num_zero_computation_experts == 0:
+    if run.config.moe.num_zero_computation_experts == 0:
         return [Card("FFN share", formatting.percent(summary.ffn_fraction), "vanilla: no others")]
     share = summary.tail_ffn_fraction
     note = f"{summary.window}; phi is {formatting.percent(summary.phi)}"

@@ -142,13 +142,7 @@ def _table(title: str, cells: _Cells, items: Iterable[Any], words: int) -> Table
     return table
 
 
-def _ms(value: float | None) -> str:
-    if value is None:
-        return _NO
-    return f"{value:,.1f}" if value >= 10 else f"{value:,.3f}"
-
-
-def _rate(value: float | None) -> str:
+def _number(value: float | None) -> str:
     if value is None:
         return _NO
     return f"{value:,.1f}" if value >= 10 else f"{value:.3f}" if value >= 1e-3 else f"{value:.1e}"
@@ -173,10 +167,10 @@ _COLLECTIVE: _Cells = {
     "group": lambda one: ", ".join(str(name) for name in (one["group"], one["group_size"]) if name),
     "calls": lambda one: f"{one['calls']:g}",
     "size a call": lambda one: data_size(one["bytes_per_call"]),
-    "time": lambda one: _ms(one["time_ms"]),
-    "waiting": lambda one: _ms(one["wait_ms"]),
-    "exposed": lambda one: _ms(one["exposed_ms"]),
-    "busbw": lambda one: _rate(one["bus_gb_s"]),
+    "time": lambda one: _number(one["time_ms"]),
+    "waiting": lambda one: _number(one["wait_ms"]),
+    "exposed": lambda one: _number(one["exposed_ms"]),
+    "busbw": lambda one: _number(one["bus_gb_s"]),
     "of peak": lambda one: _NO if one["peak_share"] is None else percent(one["peak_share"]),
 }
 _LAYER: _Cells = {
@@ -192,10 +186,10 @@ _LAYER: _Cells = {
 _RANK: _Cells = {
     "step": lambda one: str(one["step"]),
     "rank": lambda one: str(one["rank"]),
-    "step time": lambda one: _ms(one["step_ms"]),
-    "computes": lambda one: _ms(one["compute_ms"]),
-    "communicates": lambda one: _ms(one["communication_ms"]),
-    "exposed": lambda one: _ms(one["exposed_ms"]),
+    "step time": lambda one: _number(one["step_ms"]),
+    "computes": lambda one: _number(one["compute_ms"]),
+    "communicates": lambda one: _number(one["communication_ms"]),
+    "exposed": lambda one: _number(one["exposed_ms"]),
     "share": lambda one: percent(one["exposed_share"]),
     "expert rows": lambda one: _NO if one["expert_rows"] is None else f"{one['expert_rows']:,}",
 }

@@ -27,7 +27,7 @@ _LINES = {
 
 def health_plots(run: RunData) -> list[Plot]:
     """All plots that the records have numbers for; none for a vanilla run."""
-    if run.config.is_vanilla:
+    if run.config.moe.is_vanilla:
         return []
     drawn = [(row.drawn.place, name, row) for name, row in IN_LAYERS.items() if row.drawn]
     drawn.sort(key=itemgetter(0))
@@ -42,7 +42,7 @@ def _band_plot(run: RunData, name: str, row: Metric) -> Plot:
     assert drawn is not None, name
     # As a share of log E, so that the range serves any number of experts.
     is_entropy = name == "gate_entropy"
-    scale = 1.0 / math.log(run.config.experts.num_experts) if is_entropy else 1.0
+    scale = 1.0 / math.log(run.config.moe.num_experts) if is_entropy else 1.0
     healthy = healthy_range(name)
     if is_entropy and healthy is not None:
         most = math.log(_QUICKSTART_EXPERTS)

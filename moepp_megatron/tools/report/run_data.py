@@ -91,22 +91,12 @@ class RunConfig(BaseModel):
     routing_guard: dict[str, Any] = {}
 
     @property
-    def experts(self) -> ExpertLayout:
-        """Experts and router of one MoE layer."""
-        return self.moe
-
-    @property
     def phi(self) -> float:
         """Target of the FFN share of all selections: the budget's, or that of perfect balance."""
         target = self.moe.budget.target_ffn_per_token
         if target is not None:
             return target / self.moe.router_topk
         return self.moe.phi(self.moe.tau)
-
-    @property
-    def is_vanilla(self) -> bool:
-        """True if the layer is megatron-core's own: no zero-computation expert, no residual."""
-        return self.moe.is_vanilla
 
     @property
     def expert_ffn_hidden_size(self) -> int:
@@ -182,7 +172,7 @@ def load_run(folder: Path) -> RunData:
     if not (folder / CONFIG_FILE).exists():
         refuse_folder_of_runs(folder)
     config, text = read_config(folder / CONFIG_FILE)
-    numbers, metrics = Numbers(config.experts), folder / METRICS_FILE
+    numbers, metrics = Numbers(config.moe), folder / METRICS_FILE
     try:
         records = read_metrics(metrics, partial(_check_fit, config, metrics), numbers.add)
     except MetricsError as error:
@@ -237,7 +227,7 @@ def read_config(path: Path) -> tuple[RunConfig, str]:
 
 def _check_fit(config: RunConfig, metrics: Path, record: StepMetrics) -> None:
     """Check that every share over experts has one entry for each expert of the configuration."""
-    expected = config.experts.num_experts
+    expected = config.moe.num_experts
     for row in (record.expert_share, *(record.layer_expert_share or ())):
         if row and len(row) != expected:
             raise ReportError(

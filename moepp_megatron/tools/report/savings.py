@@ -62,8 +62,8 @@ def compute_savings(config: RunConfig, summary: RunSummary) -> Savings:
     """Compares a run with the vanilla layer of the same size."""
     sent, fraction = summary.a2a_bytes, summary.ffn_fraction
     return Savings(
-        measured=_flops(config, config.experts, summary.tail_ffn_fraction),
-        vanilla=_flops(config, config.experts.vanilla, 1.0),
+        measured=_flops(config, config.moe, summary.tail_ffn_fraction),
+        vanilla=_flops(config, config.moe.vanilla, 1.0),
         vanilla_a2a_bytes=vanilla_a2a_bytes(config.moe.dispatcher, sent, fraction),
     )
 
@@ -100,7 +100,7 @@ def savings_table(run: RunData, summary: RunSummary, savings: Savings) -> Table:
         _traffic(run.config.moe.dispatcher, summary.a2a_bytes, savings.vanilla_a2a_bytes),
     ]
     caption = (
-        f"The vanilla layer has the same {run.config.experts.num_ffn_experts} FFN experts and the "
+        f"The vanilla layer has the same {run.config.moe.num_ffn_experts} FFN experts and the "
         f"same K = {topk}, all of which are FFN experts. Work is that of one token, forward, in "
         f"all {len(run.config.moe_layers)} MoE layers, with the FFN share of {summary.window}, "
         f"{formatting.percent(fraction)}."

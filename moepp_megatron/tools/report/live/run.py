@@ -201,7 +201,7 @@ class LiveRun:
     def numbers(self) -> Iterator[tuple[str, Labels, float]]:
         """The newest of every number; without a configuration none of single experts."""
         known = () if self.config is None else self.config.moe_layers
-        experts = None if self.config is None else self.config.experts
+        experts = None if self.config is None else self.config.moe
         return numbers(self.history.latest.items(), experts, known)
 
     def health(self) -> _RunHealth:

@@ -7,7 +7,8 @@ from tokenizers import decoders, models, pre_tokenizers, processors
 
 from moepp_megatron.config import ConfigError
 from moepp_megatron.data.tokenizer import EOD_TOKEN, Tokenizer
-from moepp_megatron.tools.inspection.text import read_text, tokenize, windows
+from moepp_megatron.interop.score_request import text_of
+from moepp_megatron.tools.inspection.text import tokenize, windows
 
 AWKWARD = "plain words,  and more\n\n\tGr\u00f6\u00dfe \u6f22 \U0001f916!\r\n   end "
 
@@ -79,13 +80,13 @@ def test_unreadable_text_is_refused(tmp_path, content, named):
     if content is not None:
         path.write_bytes(content)
     with pytest.raises(ConfigError, match=named):
-        read_text(path, 10)
+        text_of(path, 640)
 
 
 def test_no_more_is_read_than_the_limit_can_need(tmp_path):
     (tmp_path / "text.txt").write_text("x" * 10_000)
-    text, is_cut = read_text(tmp_path / "text.txt", 10)
+    text, is_cut = text_of(tmp_path / "text.txt", 640)
     assert len(text) == 640
     assert is_cut
     with pytest.raises(ConfigError, match="Is a directory"):
-        read_text(tmp_path, 10)
+        text_of(tmp_path, 640)

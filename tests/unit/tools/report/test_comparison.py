@@ -130,7 +130,7 @@ def test_what_a_run_lacks_is_said(runs, tmp_path):
     assert "not finite" in text
     assert "moe.of_another_version - 1 -" in text
     only = build_report(old, begun, out=out).read_text(encoding="ascii")
-    assert "No record of this run has a finite loss over tokens." in Reader(only).text
+    assert "No two records of this run have a finite loss over tokens." in Reader(only).text
 
 
 def test_losses_of_other_data_are_not_compared_silently(runs, tmp_path):
