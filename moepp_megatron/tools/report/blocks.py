@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -137,7 +137,7 @@ class Page:
     facts: Sequence[str] = ()
     warnings: Sequence[str] = ()
     cards: Sequence[Card] = ()
-    sections: Sequence[PageSection] = field(default_factory=list)
+    sections: Sequence[PageSection] = ()
 
 
 def _render_page(page: Page) -> str:

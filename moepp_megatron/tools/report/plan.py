@@ -86,7 +86,7 @@ def _layouts(plan: Plan) -> Table:
 
 
 def _explain(plan: Plan, planned: Planned) -> str:
-    """One line on a layout: its time by parts, the links of its exchange, its losses."""
+    """One line on a layout: its time by parts, the links of its exchange, how much slower it is."""
     if not planned.fits:
         over = planned.memory_gib - plan.machine.usable_bytes / GIB
         return f"does not fit: {over:.1f} GiB too many on the fullest rank"
@@ -107,10 +107,7 @@ def _explain(plan: Plan, planned: Planned) -> str:
     slower = step.total / best.step.total - 1
     if slower < 0:
         return f"{slower:.1%}, within the model's error, and less simple than 1; {text}"
-    ours, theirs = _parts(step.seconds), _parts(best.step.seconds)
-    name = max(ours, key=lambda key: ours[key] - theirs[key])
-    more = (ours[name] - theirs[name]) / best.step.total
-    return f"+{slower:.1%} ({name} +{more:.1%}); {text}"
+    return f"+{slower:.1%}; {text}"
 
 
 def _parts(seconds: Mapping[str, float]) -> dict[str, float]:
