@@ -73,8 +73,7 @@ def generate(
     from moepp_megatron.runtime.optional import quiet
 
     quiet()
-    from moepp_megatron.interop.generate import run
-    from moepp_megatron.interop.generate_request import GenerateRequest, Sampling
+    from moepp_megatron.interop.generate import GenerateRequest, Sampling, run
     from moepp_megatron.runtime.rank import RankEnvironment
     from moepp_megatron.training.checkpoint.find import newest_again
 

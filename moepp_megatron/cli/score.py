@@ -86,7 +86,4 @@ def score(
         for line in request.text.lines(scores["token_logprobs"]):
             echo(line)
     if request.out is not None:
-        from moepp_megatron.interop.scoring import write_scores
-
-        write_scores(request.out, scores)
         echo(f"scores       {request.out}")

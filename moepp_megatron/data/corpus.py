@@ -27,12 +27,13 @@ from moepp_megatron.data.manifest import (
 from moepp_megatron.data.sources import TextSource
 
 _VALIDATION_SHARE = 0.05
+_Ints = NDArray[np.int64]
 # Of a document that belongs to no group.
 ALONE = -1
 
 
 @dataclass(frozen=True)
-class SpooledCorpus:
+class _SpooledCorpus:
     """Tokens in reading order, in a temporary file.
 
     Attributes:
@@ -46,9 +47,9 @@ class SpooledCorpus:
 
     path: Path
     dtype: type[np.uint16] | type[np.int32]
-    lengths: NDArray[np.int64]
-    groups: NDArray[np.int64]
-    source_ids: NDArray[np.int64]
+    lengths: _Ints
+    groups: _Ints
+    source_ids: _Ints
     sources: list[SourceSummary]
     skipped: Counter[str]
 
@@ -60,14 +61,14 @@ def spool_corpus(
     path: Path,
     advance: Callable[[int], None],
     unusable: Callable[[TextSource, Counter[str]], ConfigError] = no_usable_document,
-) -> SpooledCorpus:
+) -> _SpooledCorpus:
     """Append every piece to a file, so that memory holds the lengths only.
 
     Raises:
         ConfigError: `unusable` of a source without a single usable document.
     """
     # [3, documents] of each piece: lengths, groups, data sources.
-    columns: list[NDArray[np.int64]] = []
+    columns: list[_Ints] = []
     numbers: dict[str | None, int] = {None: ALONE}
     names = list(dict.fromkeys(source.name for source in sources))
     summaries, all_skipped = [], Counter[str]()
@@ -90,7 +91,7 @@ def spool_corpus(
             summaries.append(source.summary(documents, skipped.total(), tokens))
             all_skipped += skipped
     lengths, groups, source_ids = np.concatenate(columns, axis=1)
-    return SpooledCorpus(path, dtype, lengths, groups, source_ids, summaries, all_skipped)
+    return _SpooledCorpus(path, dtype, lengths, groups, source_ids, summaries, all_skipped)
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,7 @@ class WrittenCorpus:
     chat: Conversations | None = None
 
 
-def write_indexed_dataset(spooled: SpooledCorpus, folder: Path, seed: int) -> WrittenCorpus:
+def write_indexed_dataset(spooled: _SpooledCorpus, folder: Path, seed: int) -> WrittenCorpus:
     """Write `folder/corpus.bin` and `folder/corpus.idx`; the temporary file is removed.
 
     Where documents come from several data sources, `folder/sources.npy` says which is whose.
@@ -159,9 +160,7 @@ def write_documents(
     return {bin_file.name: digest.hexdigest(), idx_file.name: idx_digest.hexdigest()}
 
 
-def _arrange(
-    groups: NDArray[np.int64], lengths: NDArray[np.int64], seed: int
-) -> tuple[NDArray[np.int64], int | None]:
+def _arrange(groups: _Ints, lengths: _Ints, seed: int) -> tuple[_Ints, int | None]:
     """Shuffle documents; those for validation, whole groups, come last.
 
     megatron-core splits by position, so the number of documents at the end is the split. Groups are

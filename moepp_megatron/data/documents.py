@@ -26,6 +26,9 @@ from moepp_megatron.data.source_files import (
 )
 from moepp_megatron.data.sources import Format, SourceFile, TextSource
 
+# A JSON object, or a row of a table.
+Record = dict[str, Any]
+
 PIECE_BYTES = 256 * 1024
 
 UNCUTTABLE = "too long to be tokenized whole, and cannot be cut"
@@ -137,7 +140,7 @@ def _is_record(record: object, text_key: str) -> bool:
     return isinstance(record, dict) and (text_key in record or _is_conversation(record))
 
 
-def _is_conversation(record: dict[str, Any]) -> bool:
+def _is_conversation(record: Record) -> bool:
     return any(keys <= record.keys() for keys in CONVERSATION_KEYS)
 
 
@@ -216,9 +219,7 @@ def _text_of(part: _DocumentPart) -> str | Skipped:
         return Skipped(_NOT_TEXT)
 
 
-def read_records(
-    part: _DocumentPart, column: str | None = None
-) -> Iterator[dict[str, Any] | Skipped]:
+def read_records(part: _DocumentPart, column: str | None = None) -> Iterator[Record | Skipped]:
     """Yield the JSON objects of JSONL or the rows of a table, or why one is skipped.
 
     Of a table only `column` is read, if it is given.
@@ -259,7 +260,7 @@ def _lines(part: _DocumentPart) -> Iterator[bytes]:
             yield stream.readline()
 
 
-def _record(line: bytes) -> dict[str, Any] | Skipped:
+def _record(line: bytes) -> Record | Skipped:
     try:
         record = json.loads(line.decode("utf-8-sig"))
     except UnicodeDecodeError:
@@ -269,7 +270,7 @@ def _record(line: bytes) -> dict[str, Any] | Skipped:
     return record if isinstance(record, dict) else Skipped(_NOT_JSON)
 
 
-def _record_text(record: dict[str, Any], text_key: str) -> str | Skipped:
+def _record_text(record: Record, text_key: str) -> str | Skipped:
     text = record.get(text_key)
     if text is None and text_key in record:
         return Skipped(_EMPTY)

@@ -19,14 +19,14 @@ class CorpusError(ValueError):
 
 
 @dataclass(frozen=True)
-class IndexHeader:
+class _IndexHeader:
     """The first bytes of an index."""
 
     dtype: type[np.integer]
     documents: int
 
 
-def read_header(path: Path, documents: int | None = None) -> IndexHeader:
+def read_header(path: Path, documents: int | None = None) -> _IndexHeader:
     """Read and check the header of an index, and its size: cheap for any number of documents.
 
     Args:
@@ -54,11 +54,11 @@ def read_header(path: Path, documents: int | None = None) -> IndexHeader:
     expected = _HEADER.size + 12 * sequences + 8 * boundaries
     if size != expected:
         raise CorpusError(f"{path.name} has {size} bytes where its counts need {expected}")
-    return IndexHeader(_DTYPES[code], sequences)
+    return _IndexHeader(_DTYPES[code], sequences)
 
 
 def read_ends(
-    path: Path, header: IndexHeader, bin_bytes: int, is_ours: bool = True
+    path: Path, header: _IndexHeader, bin_bytes: int, is_ours: bool = True
 ) -> NDArray[np.int64]:
     """Read and check all of an index: the documents follow each other and fill the corpus.
 

@@ -25,6 +25,8 @@ FILES = (*_OF_CORPUS, DOCUMENT_SOURCES, *sorted(_OF_CONVERSATIONS))
 # Every record of a run has numbers for each of them.
 MAX_SOURCES = 64
 CACHE = "cache"
+# That decide the bytes of a folder.
+Settings = dict[str, str | int | None]
 
 
 Count = Annotated[int, Field(ge=0)]
@@ -53,7 +55,7 @@ class Inputs:
         stat_sha256: SHA-256 over names, sizes and modification times, which needs no reading.
     """
 
-    settings: dict[str, str | int | None]
+    settings: Settings
     content_sha256: str
     stat_sha256: str
 
@@ -187,7 +189,7 @@ _OURS = frozenset({DATA_MANIFEST_FILE, CACHE, *FILES})
 
 def find_reusable(
     out: Path,
-    settings: dict[str, str | int | None],
+    settings: Settings,
     stat_sha256: str,
     content_sha256: Callable[[], str],
     force: bool,
@@ -225,7 +227,7 @@ def find_reusable(
 
 def _compare(
     out: Path,
-    settings: dict[str, str | int | None],
+    settings: Settings,
     stat_sha256: str,
     content_sha256: Callable[[], str],
 ) -> tuple[Manifest | None, str]:

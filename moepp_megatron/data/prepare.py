@@ -13,7 +13,7 @@ from moepp_megatron.data.corpus import WrittenCorpus, spool_corpus, write_indexe
 from moepp_megatron.data.documents import Piece, Skipped, check_usable, plan_pieces, read_piece
 from moepp_megatron.data.encoding import encode_pieces, token_dtype
 from moepp_megatron.data.external_tokenizers import ExternalTokenizer, open_external
-from moepp_megatron.data.manifest import FORMAT_VERSION, Inputs, Manifest, find_reusable
+from moepp_megatron.data.manifest import FORMAT_VERSION, Inputs, Manifest, Settings, find_reusable
 from moepp_megatron.data.prepare_chat import check_formats, write_chat
 from moepp_megatron.data.progress import track
 from moepp_megatron.data.source_files import lacks_checksum
@@ -113,7 +113,7 @@ class PrepareSettings:
                 "model.seq_length of the model to be tuned"
             )
 
-    def deciding(self, given: ExternalTokenizer | None) -> dict[str, str | int | None]:
+    def deciding(self, given: ExternalTokenizer | None) -> Settings:
         """The settings that decide the bytes written; `given` is what `tokenizer` names."""
         trained = _DEFAULT_VOCAB_SIZE if self.vocab_size is None else self.vocab_size
         return {

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from moepp_megatron.config.errors import ConfigError
 from moepp_megatron.data.chat_template import ANSWERS, ChatTemplate, Message, UnusableChat
 from moepp_megatron.data.corpus import WrittenCorpus, spool_corpus, write_documents
-from moepp_megatron.data.documents import Piece, Skipped, is_utf8, read_records
+from moepp_megatron.data.documents import Piece, Record, Skipped, is_utf8, read_records
 from moepp_megatron.data.encoding import EncodedPiece, count_skipped, token_dtype
 from moepp_megatron.data.manifest import CORPUS, MARKS, Conversations
 from moepp_megatron.data.progress import track
@@ -34,7 +34,7 @@ _ROLES = ("system", "developer", "user", ANSWERS, "tool")
 _SHAREGPT_ROLES = {"human": "user", "gpt": ANSWERS, "chatgpt": ANSWERS, "observation": "tool"}
 
 
-def _messages_of(record: dict[str, Any]) -> list[Message]:
+def _messages_of(record: Record) -> list[Message]:
     """Return the messages of a record; UnusableChat if they cannot be trained on."""
     messages = _messages(record)
     if not isinstance(messages, list) or not messages:
@@ -56,7 +56,7 @@ def _messages_of(record: dict[str, Any]) -> list[Message]:
     return messages
 
 
-def _messages(record: dict[str, Any]) -> Any:
+def _messages(record: Record) -> Any:
     """Return the messages, unchecked; None if the record has none of the forms."""
     if "messages" in record:
         return record["messages"]
@@ -78,7 +78,7 @@ def _turn(turn: Any) -> Any:
     return {"role": role, "content": turn.get("value")}
 
 
-def _alpaca(record: dict[str, Any]) -> list[Any]:
+def _alpaca(record: Record) -> list[Any]:
     """Questions and answers before, and the record's: LLaMA-Factory joins its parts so, too."""
     asked = [part for part in (record["instruction"], record.get("input")) if part]
     is_text = all(isinstance(part, str) for part in asked)

@@ -84,7 +84,7 @@ class Tokenizer:
         """
         path = tokenizer_file(path)
         named = named_eod_token(path)
-        backend = _read_backend(path)
+        backend = read_backend(path)
         if eod_token is None and named is not None and backend.token_to_id(named) is None:
             raise ConfigError(
                 f"tokenizer ({path}) must have the end-of-document token ({named}) that "
@@ -172,21 +172,17 @@ class Tokenizer:
         return OrderedDict(sha256=digest, eod_token=self.eod_token)
 
 
-def check_tokenizer_file(path: Path) -> None:
-    """Refuse a file that is not a tokenizer, whatever its end-of-document token is.
-
-    Raises:
-        ConfigError: If it cannot be read, or is not a tokenizer.
-    """
-    _read_backend(path)
-
-
 def tokenizer_file(path: Path) -> Path:
     """The `tokenizer.json` at a path, which may also be its folder."""
     return path / TOKENIZER_FILE if path.is_dir() else path
 
 
-def _read_backend(path: Path) -> tokenizers.Tokenizer:
+def read_backend(path: Path) -> tokenizers.Tokenizer:
+    """The library's object of a file, whatever its end-of-document token is.
+
+    Raises:
+        ConfigError: If it cannot be read, or is not a tokenizer.
+    """
     try:
         check_regular(path)
         text = path.read_text(encoding="utf-8")

@@ -4,23 +4,19 @@ bridge/                 MoE++ models in Megatron-Bridge and NeMo-RL
 checkpoint_tensors.py   reads and writes tensors of our checkpoints, one at a time
 convert.py              every conversion by the name that `moepp convert` gives it
 from_megatron_lm.py     converts a checkpoint of Megatron-LM's own training loop to ours
-generate.py             `moepp generate` as a function
-generate_request.py     what `moepp generate` is asked to do
+generate.py             `moepp generate`: what it is asked to do, and as a function
 hf_config.py            converts between our configuration and a Hugging Face `config.json`
 hf_decoder.py           our model section from the fields that Llama's descendants share
-hf_source.py            a Hugging Face checkpoint folder: its configuration, and its tensors by name
-decoding.py             continues prompts by scoring
+hf_source.py            a Hugging Face checkpoint folder: configuration, and tensors one by one
 expressible.py          what a format cannot express, as rows of settings
 vanilla.py              models with zero experts as the MoE models that llama.cpp has
 megatron_arguments.py   MoE++ settings of a Megatron-LM run: `--moepp-*`
 megatron_lm.py          MoE++ in Megatron-LM's own training loop, `megatron.training`, unmodified
 model_card.py           the model card of an exported model
-moepp_rules.py          the released MoE++ format's tensors: `model.layers.N.mlp.moe.{gate,experts}`
 tensor_rules.py         rules by which tensors of a Hugging Face checkpoint and of ours correspond
-safetensors_file.py     reads and writes the safetensors format, one tensor at a time
 score.py                `moepp score` as a function
 score_request.py        what `moepp score` is asked to do: tokens, or a text cut into windows
-scoring.py              computes per-token log-probabilities of given sequences, in any layout
+scoring.py              log-probabilities of sequences, continuations of prompts, in any layout
 stage.py                a stage of a MoE++ model in the loops of others
 to_hf.py                converts a checkpoint of ours to a Hugging Face checkpoint, tensor by tensor
 to_mcore.py             converts a Hugging Face checkpoint to ours, tensor by tensor

@@ -11,7 +11,8 @@ import io
 import json
 import os
 import pickle
-from collections.abc import Sequence
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -28,8 +29,9 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from moepp_megatron.config import ConfigError
-from moepp_megatron.file_names import FORMAT_FILE, MANIFEST_FILE, TENSORS_FILE
+from moepp_megatron.config import Config, ConfigError
+from moepp_megatron.file_names import CONFIG_FILE, FORMAT_FILE, MANIFEST_FILE, TENSORS_FILE
+from moepp_megatron.interop.tensor_rules import linear_modules
 from moepp_megatron.training.checkpoint.data_only import refuse_packed
 from moepp_megatron.training.checkpoint.files import file_digest
 from moepp_megatron.training.checkpoint.index import read_metadata
@@ -145,8 +147,7 @@ _FILE_BYTES = 2 * 1024**3
 class ConvertedCheckpointWriter:
     """Writes tensors, or slices of them along the first axis, in any order.
 
-    `folder` is empty, or has data files that tensors are adopted from; the names of new data files
-    begin with `prefix`.
+    `folder` has nothing of a checkpoint's tensors; the names of new data files begin with `prefix`.
     """
 
     def __init__(self, folder: Path, prefix: str = "__0") -> None:
@@ -155,7 +156,7 @@ class ConvertedCheckpointWriter:
         self._tensors: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
         self._places: dict[MetadataIndex, _StorageInfo] = {}
         self._hashes: dict[str, str] = {}
-        self._file: _HashedFile | None = None
+        self._file: BinaryIO | None = None
 
     def add(self, key: str, tensor: Tensor, shape: Sequence[int], index: int | None) -> None:
         """Write a tensor of this global shape, or slice `index` of it (without the first axis)."""
@@ -172,10 +173,20 @@ class ConvertedCheckpointWriter:
         known.chunks.append(ChunkStorageMetadata(torch.Size(offset), tensor.shape))
         self._write(MetadataIndex(key, torch.Size(offset)), tensor)
 
-    def adopt(self, source: TensorReader, key: str) -> None:
-        """Enter a tensor of another checkpoint whose data files are in this folder too."""
-        self._tensors[key], places = source.places(key)
-        self._places |= places
+    def adopt(self, source: TensorReader, keys: Iterable[str]) -> None:
+        """Enter tensors of another checkpoint, whose data files become links here, or copies."""
+        files = set()
+        for key in keys:
+            self._tensors[key], places = source.places(key)
+            self._places |= places
+            files |= {place.relative_path for place in places.values()}
+        for file in sorted(files):
+            path = (source.folder / file).resolve()
+            try:
+                os.link(path, self._folder / file)
+            except OSError:
+                # Another file system, or one without links.
+                shutil.copyfile(path, self._folder / file)
 
     def add_object(self, key: str, value: Any, offset: int = 0, count: int = 1) -> None:
         """Write an object as megatron-core's `ShardedObject` of `count` parts, part `offset`."""
@@ -183,62 +194,62 @@ class ConvertedCheckpointWriter:
         self._tensors[name] = BytesStorageMetadata()
         self._write(MetadataIndex(name), [value])
 
-    def finish(self) -> None:
-        """Write the index; without it the folder is no checkpoint."""
-        if self._file is not None:
-            self._close_file(self._file)
-        metadata = Metadata(self._tensors, storage_data=self._places, storage_meta=StorageMeta())
-        self._put(TENSORS_FILE, pickle.dumps(metadata))
-        config = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
-        self._put(FORMAT_FILE, json.dumps(config).encode())
+    def add_objects(self, config: Config, common: Mapping[str, Any] | None = None) -> None:
+        """Write the objects, besides tensors, that megatron-core requires in every checkpoint.
 
-    def finish_manifest(self) -> None:
-        """Write megatron-core's integrity manifest over every file of the folder."""
+        `common` is state that is not sharded; None for none.
+        """
+        for module, count in linear_modules(config):
+            for part in range(count):
+                self.add_object(f"{module}._extra_state", None, part, count)
+        # No optimizer, schedule or progress: training starts those anew (training/checkpoint.py).
+        self.add_object("common_state", dict(common or {}))
+
+    def complete(self, config: Config, origin: str) -> None:
+        """Make a checkpoint of ours of the folder, which has all else, tensors included."""
+        self.add_objects(config)
+        self._put(CONFIG_FILE, config.to_yaml(f"converted from {origin}").encode())
+        self.finish()
+        # megatron-core's integrity manifest, over every file.
         for path in self._folder.iterdir():
             if path.name not in self._hashes:
                 self._hashes[path.name] = file_digest(path)
         manifest = {"algorithm": "sha256", "files": dict(sorted(self._hashes.items()))}
         self._put(MANIFEST_FILE, json.dumps(manifest, indent=2).encode())
 
+    def finish(self) -> None:
+        """Write the index; without it the folder is no checkpoint."""
+        self._close_file()
+        metadata = Metadata(self._tensors, storage_data=self._places, storage_meta=StorageMeta())
+        self._put(TENSORS_FILE, pickle.dumps(metadata))
+        config = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
+        self._put(FORMAT_FILE, json.dumps(config).encode())
+
     def _write(self, index: MetadataIndex, value: object) -> None:
         if self._file is None:
-            self._file = _HashedFile(self._folder / f"{self._prefix}_{len(self._hashes)}.distcp")
-        begin = self._file.position
+            path = self._folder / f"{self._prefix}_{len(self._hashes)}.distcp"
+            self._file, self._hash = path.open("wb"), hashlib.sha256()
+        begin = self._file.tell()
         record = io.BytesIO()
         torch.save(value, record)
         with record.getbuffer() as content:
             self._file.write(content)
-        self._places[index] = _StorageInfo(self._file.path.name, begin, self._file.position - begin)
-        if self._file.position >= _FILE_BYTES:
-            self._close_file(self._file)
+            self._hash.update(content)
+        end = self._file.tell()
+        self._places[index] = _StorageInfo(Path(self._file.name).name, begin, end - begin)
+        if end >= _FILE_BYTES:
+            self._close_file()
 
-    def _close_file(self, file: "_HashedFile") -> None:
-        self._hashes[file.path.name] = file.close()
-        self._file = None
+    def _close_file(self) -> None:
+        if self._file is not None:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._file.close()
+            self._hashes[Path(self._file.name).name] = self._hash.hexdigest()
+            self._file = None
 
     def _put(self, name: str, content: bytes) -> None:
         (self._folder / name).write_bytes(content)
-
-
-class _HashedFile:
-    """A file that knows its SHA-256 without being read again."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.position = 0
-        self._stream: BinaryIO = path.open("wb")
-        self._hash = hashlib.sha256()
-
-    def write(self, data: memoryview) -> None:
-        self._stream.write(data)
-        self._hash.update(data)
-        self.position += len(data)
-
-    def close(self) -> str:
-        self._stream.flush()
-        os.fsync(self._stream.fileno())
-        self._stream.close()
-        return self._hash.hexdigest()
 
 
 def _describe(dtype: torch.dtype, shape: Sequence[int]) -> TensorStorageMetadata:

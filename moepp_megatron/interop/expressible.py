@@ -8,7 +8,7 @@ from typing import Any
 from moepp_megatron.config import Config
 from moepp_megatron.config.errors import Problem, show
 from moepp_megatron.experts import LOCAL_KINDS, ExpertKind
-from moepp_megatron.interop.tensor_rules import TensorRule
+from moepp_megatron.interop.tensor_rules import Fields, Rules
 from moepp_megatron.layer_settings import DECLARED, EXPORTED, EXTENSIONS
 
 # A setting by its dotted name, the values that the format has, and why.
@@ -31,8 +31,8 @@ PLAIN: tuple[Row, ...] = (
 class Format:
     """One layout of an exported folder: its `config.json`, tensors and warnings of its readers."""
 
-    fields: Callable[[Config], dict[str, Any]]
-    rules: Callable[[Config], Iterator[TensorRule]]
+    fields: Callable[[Config], Fields]
+    rules: Callable[[Config], Rules]
     classes: tuple[str, str] | None = None
     dtype_field: str = "torch_dtype"
     keeps_unused: bool = False

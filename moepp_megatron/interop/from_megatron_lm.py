@@ -15,12 +15,10 @@ empty stand-in.
 """
 
 import io
-import os
 import pickle
 import shutil
 import zipfile
 from argparse import Namespace
-from collections.abc import Iterable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -32,8 +30,7 @@ from moepp_megatron.interop.checkpoint_tensors import ConvertedCheckpointWriter,
 from moepp_megatron.interop.convert import free_folder
 from moepp_megatron.interop.hf_config import assemble
 from moepp_megatron.interop.megatron_arguments import environment_arguments, moepp_config
-from moepp_megatron.interop.moepp_rules import moepp_rules
-from moepp_megatron.interop.to_mcore import complete, differences
+from moepp_megatron.interop.tensor_rules import Fields, differences, moepp_rules
 from moepp_megatron.layer_settings import DECLARED
 from moepp_megatron.moe.config import MoEPPConfig
 from moepp_megatron.runtime.atomic import partial_folder, publish
@@ -90,13 +87,11 @@ def from_megatron_lm(
     names = weight_names(reader, config)
     target = free_folder(target)
     with partial_folder(target, "DST") as partial:
-        link_data(reader, names, partial)
         writer = ConvertedCheckpointWriter(partial, _PREFIX)
-        for name in names:
-            writer.adopt(reader, name)
+        writer.adopt(reader, names)
         if tokenizer is not None:
             shutil.copyfile(tokenizer, partial / TOKENIZER_FILE)
-        complete(writer, partial, config, f"{folder.name} of Megatron-LM's training loop")
+        writer.complete(config, f"{folder.name} of Megatron-LM's training loop")
         publish(partial, target)
     return config
 
@@ -119,18 +114,6 @@ def _config_from_arguments(arguments: Namespace, own_arguments: str | None, name
         raise ConfigError(f"the checkpoint's arguments do not fit: {error}") from None
     dtype = "bf16" if getattr(arguments, "bf16", False) else "fp32"
     return assemble(model, moe, {}, name, dtype, getattr(arguments, "lr", None) or 1.0e-4)
-
-
-def link_data(reader: TensorReader, names: Iterable[str], target: Path) -> None:
-    """Bring the data files that hold some tensors into a folder: links, or else copies."""
-    files = {place.relative_path for name in names for place in reader.places(name)[1].values()}
-    for file in sorted(files):
-        source = (reader.folder / file).resolve()
-        try:
-            os.link(source, target / file)
-        except OSError:
-            # Another file system, or one without links.
-            shutil.copyfile(source, target / file)
 
 
 def _check_tokenizer(tokenizer: Path, config: Config) -> None:
@@ -157,7 +140,7 @@ def _with_own(arguments: Namespace, own_arguments: str | None) -> Namespace:
     return Namespace(**{**vars(arguments), **vars(environment_arguments(text))})
 
 
-def _model(arguments: Namespace) -> dict[str, Any]:
+def _model(arguments: Namespace) -> Fields:
     groups = arguments.num_query_groups if arguments.group_query_attention else None
     return {
         "num_layers": arguments.num_layers,
@@ -176,7 +159,7 @@ def _model(arguments: Namespace) -> dict[str, Any]:
     }
 
 
-def _moe(arguments: Namespace, moepp: MoEPPConfig) -> dict[str, Any]:
+def _moe(arguments: Namespace, moepp: MoEPPConfig) -> Fields:
     # Both sides have these under one name.
     fields = {key: getattr(moepp, key) for key in _MOE_FIELDS}
     has_bias = getattr(arguments, "moe_router_enable_expert_bias", False)

@@ -5,7 +5,7 @@ and gating residuals. Ours (`model_type: moepp`) holds all settings that a forwa
 """
 
 import ast
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from moepp_megatron.config.errors import raise_problems
 from moepp_megatron.experts import FFN_ONLY, KINDS
 from moepp_megatron.interop.expressible import Format, Row, refusals
 from moepp_megatron.interop.hf_decoder import decoder_section, require
-from moepp_megatron.interop.moepp_rules import moepp_rules
+from moepp_megatron.interop.tensor_rules import Fields, moepp_rules
 from moepp_megatron.layer_settings import DECLARED, EXPORTED, EXTENSIONS
 
 _RELEASED_TYPE = "MoE++"
@@ -35,7 +35,7 @@ _BALANCE = ("balance_scope", "balance_loss")
 _DTYPES = {"float32": "fp32", "bfloat16": "bf16"}
 
 
-def config_from_hf(hf: Mapping[str, Any], name: str, dtype: str | None = None) -> Config:
+def config_from_hf(hf: Fields, name: str, dtype: str | None = None) -> Config:
     """Our configuration of a MoE++ checkpoint, from its `config.json`.
 
     `dtype` is fp32 or bf16 instead of the checkpoint's. ConfigError if it is another kind of model,
@@ -55,9 +55,9 @@ def config_from_hf(hf: Mapping[str, Any], name: str, dtype: str | None = None) -
 
 
 def assemble(
-    model: dict[str, Any],
-    moe: dict[str, Any],
-    hf: Mapping[str, Any],
+    model: Fields,
+    moe: Fields,
+    hf: Fields,
     name: str,
     dtype: str | None,
     lr: float = 1.0e-4,
@@ -75,7 +75,7 @@ def assemble(
     )
 
 
-def _checkpoint_dtype(hf: Mapping[str, Any]) -> str:
+def _checkpoint_dtype(hf: Fields) -> str:
     """fp32 or bf16 from `dtype` (transformers 5) or `torch_dtype`; ConfigError for another."""
     stated = hf.get("dtype") or hf.get("torch_dtype") or "float32"
     if stated not in _DTYPES:
@@ -86,7 +86,7 @@ def _checkpoint_dtype(hf: Mapping[str, Any]) -> str:
     return _DTYPES[stated]
 
 
-def _released_moe(hf: Mapping[str, Any]) -> dict[str, Any]:
+def _released_moe(hf: Fields) -> Fields:
     counts = require(hf, "num_experts")
     counts = counts if isinstance(counts, list) else [counts]
     if len(set(counts)) != 1:
@@ -121,7 +121,7 @@ def _released_moe(hf: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _own_moe(hf: Mapping[str, Any]) -> dict[str, Any]:
+def _own_moe(hf: Fields) -> Fields:
     # An export that is older than a setting does without it, as the exported code does.
     moe = {
         key: hf.get(key, DECLARED[key].default) if key in EXTENSIONS else require(hf, key)
@@ -158,7 +158,7 @@ def refuse_uncomputed(config: Config) -> None:
     raise_problems(refusals(config, rows, "an export", remedy))
 
 
-def _own_fields(config: Config) -> dict[str, Any]:
+def _own_fields(config: Config) -> Fields:
     """`config.json` of our own format, without `architectures` and `auto_map`."""
     moe = config.moe
     fields = {key: getattr(moe, key) for key in EXPORTED}
@@ -188,7 +188,7 @@ def _own_fields(config: Config) -> dict[str, Any]:
     }
 
 
-def _released_fields(config: Config) -> dict[str, Any]:
+def _released_fields(config: Config) -> Fields:
     """`config.json` of the released format; ConfigError if the format cannot express the model."""
     remedy = "use --layout moepp, which has no such limit"
     raise_problems(refusals(config, _released_rows(config), "--layout released", remedy))
@@ -218,7 +218,7 @@ def _released_warnings(config: Config) -> Iterator[str]:
         )
 
 
-def _shared_fields(config: Config) -> dict[str, Any]:
+def _shared_fields(config: Config) -> Fields:
     """Fields that all formats here have in common, by the names that older readers know too."""
     model = config.model
     return {
@@ -238,7 +238,7 @@ def _shared_fields(config: Config) -> dict[str, Any]:
     }
 
 
-def plain_fields(config: Config) -> dict[str, Any]:
+def plain_fields(config: Config) -> Fields:
     """Fields that the MoE models of `expressible.PLAIN` have in common."""
     return {
         **_shared_fields(config),

@@ -1,13 +1,14 @@
 """Our `model` section from the fields of a `config.json` that Llama's descendants share."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 from moepp_megatron.config import ConfigError
 from moepp_megatron.config.errors import Problem, raise_problems, show
+from moepp_megatron.interop.tensor_rules import Fields
 
 
-def decoder_section(hf: Mapping[str, Any]) -> dict[str, Any]:
+def decoder_section(hf: Fields) -> Fields:
     """Our `model` section from the fields that Llama's descendants share.
 
     ConfigError if this package's decoder lacks a feature, or a field is missing.
@@ -22,7 +23,7 @@ def decoder_section(hf: Mapping[str, Any]) -> dict[str, Any]:
         "num_query_groups": hf.get("num_key_value_heads") or heads,
         "seq_length": hf.get("max_position_embeddings", 2048),
         "vocab_size": require(hf, "vocab_size"),
-        "rotary_base": float(rope_theta(hf)),
+        "rotary_base": rope_theta(hf),
         "norm_epsilon": hf.get("rms_norm_eps", 1e-6),
         "tie_embeddings": hf.get("tie_word_embeddings", False),
         "init_method_std": hf.get("initializer_range", 0.02),
@@ -37,21 +38,20 @@ def decoder_section(hf: Mapping[str, Any]) -> dict[str, Any]:
     return section
 
 
-def require(hf: Mapping[str, Any], key: str) -> Any:
+def require(hf: Fields, key: str) -> Any:
     """A field that must be there; ConfigError if it is not."""
     if hf.get(key) is None:
         raise ConfigError(f"config.json: {key} (absent) must be given; fetch the checkpoint again")
     return hf[key]
 
 
-def rope_theta(hf: Mapping[str, Any]) -> float:
+def rope_theta(hf: Fields) -> float:
     """The rotary base, from transformers 5's `rope_parameters` or the older field."""
-    parameters = hf.get("rope_parameters") or {}
-    value: float = parameters.get("rope_theta", hf.get("rope_theta", 10000.0))
-    return value
+    stated = {**hf, **(hf.get("rope_parameters") or {})}
+    return float(stated.get("rope_theta", 10000.0))
 
 
-def _refuse_unsupported(hf: Mapping[str, Any]) -> None:
+def _refuse_unsupported(hf: Fields) -> None:
     rope_type = (hf.get("rope_parameters") or {}).get("rope_type", "default")
     rows = (
         ("hidden_act", hf.get("hidden_act", "silu"), "silu", "SwiGLU"),
@@ -79,6 +79,6 @@ def refuse_fields(rows: Iterable[tuple[Any, ...]], how: str = "converted") -> No
     )
 
 
-def _window(hf: Mapping[str, Any]) -> Any:
+def _window(hf: Fields) -> Any:
     # Qwen names a window that it does not use.
     return hf.get("sliding_window") if hf.get("use_sliding_window", True) else None

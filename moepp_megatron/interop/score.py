@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from moepp_megatron.interop.score_request import ScoreRequest, read_input_ids
+from moepp_megatron.runtime.atomic import whole_file
 from moepp_megatron.runtime.optional import quiet
 from moepp_megatron.runtime.rank import RankEnvironment
 from moepp_megatron.runtime.rank_environment import prepare_rank
@@ -51,24 +52,25 @@ def score(
     )
     for notice in request.notices:
         logger.warning("%s", notice)
-    scores = run(request)
-    if scores is not None and request.out is not None:
-        from moepp_megatron.interop.scoring import write_scores
-
-        write_scores(request.out, scores)
-    return scores
+    return run(request)
 
 
 def run(request: ScoreRequest) -> dict[str, np.ndarray] | None:
-    """Be this process's rank; returns the same as `score`."""
+    """Be this process's rank; returns, and writes, the same as `score`."""
     rank = prepare_rank(request.config)
-    from moepp_megatron.interop.scoring import score_tokens
+    from moepp_megatron.interop.scoring import score_stages, scoring_stages
     from moepp_megatron.runtime import distributed
 
     with distributed.initialized(rank):
         distributed.build_groups(request.config, request.layout)
-        scores = score_tokens(request)
-    if scores is None or request.text is None:
-        return scores
-    logprobs = request.text.token_logprobs(scores["token_logprobs"])
-    return {"token_ids": request.text.token_ids, "token_logprobs": logprobs}
+        scores = score_stages(request, scoring_stages(request))
+    if scores is None:
+        return None
+    if request.text is not None:
+        logprobs = request.text.token_logprobs(scores["token_logprobs"])
+        scores = {"token_ids": request.text.token_ids, "token_logprobs": logprobs}
+    if request.out is not None:
+        request.out.parent.mkdir(parents=True, exist_ok=True)
+        with whole_file(request.out) as temporary, temporary.open("wb") as stream:
+            np.savez(stream, **scores)  # type: ignore[arg-type]
+    return scores

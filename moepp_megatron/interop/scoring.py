@@ -1,20 +1,24 @@
-"""Computes per-token log-probabilities of given sequences, in any layout."""
+"""Per-token log-probabilities of given sequences, and continuations of prompts, in any layout.
 
-from pathlib import Path
+Prompts are continued by scoring: the whole text is read again for every new token. No keys and
+values are cached, so that whatever can be scored can be continued. Exports decode with a cache, in
+transformers and in servers (docs/how_to/serve.md).
+"""
 
 import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
 
+from moepp_megatron.interop.generate import GenerateRequest, Sampling
 from moepp_megatron.interop.score_request import ScoreRequest
 from moepp_megatron.model.build import build_model
 from moepp_megatron.model.stage import PipelineStage, evaluation_stages
-from moepp_megatron.runtime.atomic import whole_file
 from moepp_megatron.training.checkpoint.read import load_weights
-from moepp_megatron.training.token_scores import Sequences, score_sequences
+from moepp_megatron.training.token_scores import Sequences, padded_length, score_sequences
 
-
-def score_tokens(request: ScoreRequest) -> dict[str, np.ndarray] | None:
-    """`score_stages` of a model that is loaded; every rank must call, in process groups."""
-    return score_stages(request, scoring_stages(request))
+# In place of a token, where the model's logits are no numbers.
+_NOT_A_NUMBER = -1
 
 
 def scoring_stages(request: ScoreRequest) -> list[PipelineStage]:
@@ -45,8 +49,74 @@ def score_stages(
     return wanted
 
 
-def write_scores(out: Path, scores: dict[str, np.ndarray]) -> None:
-    """Write the npz file; it appears complete or not at all."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(out) as temporary, temporary.open("wb") as stream:
-        np.savez(stream, **scores)  # type: ignore[arg-type]
+def continue_prompts(stages: list[PipelineStage], request: GenerateRequest) -> list[list[int]]:
+    """New tokens of each prompt, without the end-of-document token; every rank must call.
+
+    Args:
+        stages: This rank's part of the model.
+        request: Of the tokenizer only the vocabulary is used; the model's may be larger.
+
+    Raises:
+        FloatingPointError: The model's logits are not numbers.
+    """
+    prompts, sampling, tokenizer = request.prompts, request.sampling, request.tokenizer
+    texts = [list(prompt) for prompt in prompts]
+    generators = [torch.Generator().manual_seed(sampling.seed + i) for i in range(len(prompts))]
+    unfinished = list(range(len(prompts)))
+    while unfinished:
+        logits = _next_logits(stages, request.scoring, [texts[number] for number in unfinished])
+        tokens = torch.zeros(len(unfinished), dtype=torch.long)
+        # Rank 0 draws for all: logits of others may differ in the last bit.
+        if logits is not None and not logits.isfinite().all():
+            tokens[:] = _NOT_A_NUMBER
+        elif logits is not None:
+            for place, number in enumerate(unfinished):
+                row = logits[place, : tokenizer.vocab_size]
+                tokens[place] = _sample(row, sampling, generators[number])
+        tokens = tokens.to(torch.cuda.current_device())
+        dist.broadcast(tokens, 0)
+        if (tokens == _NOT_A_NUMBER).any():
+            raise FloatingPointError("the model's logits are not finite: its weights are not sound")
+        for number, token in zip(tuple(unfinished), tokens.tolist(), strict=True):
+            texts[number] += [token] * (token != tokenizer.eod)
+            added = len(texts[number]) - len(prompts[number])
+            if token == tokenizer.eod or added == request.max_new_tokens:
+                unfinished.remove(number)
+    return [text[len(prompt) :] for text, prompt in zip(texts, prompts, strict=True)]
+
+
+def _next_logits(
+    stages: list[PipelineStage], scoring: ScoreRequest, texts: list[list[int]]
+) -> Tensor | None:
+    """[b, vocab] fp32 logits after each text, on rank 0."""
+    longest = max(len(text) for text in texts)
+    padded = padded_length(longest, scoring.layout, scoring.config.model.seq_length)
+    input_ids = np.zeros((len(texts), padded), dtype=np.int64)
+    for row, text in zip(input_ids, texts, strict=True):
+        row[: len(text)] = text
+    last = np.array([len(text) - 1 for text in texts])
+    scores = score_sequences(stages, Sequences(input_ids, padded, only=last, logits=True))
+    return None if scores is None else torch.from_numpy(scores["logits"][:, 0])
+
+
+def _sample(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
+    """Draw a token.
+
+    The generator's numbers are assigned to tokens in the order of their ids, so logits that differ
+    in the last bits (another layout) give the same token, but for a draw that falls into that bit.
+
+    Args:
+        logits: [vocab] fp32 on the host, where the same generator gives the same numbers whatever
+            device the model is on.
+        sampling: Temperature and nucleus; where one of them is 0, the first of the largest logits.
+        generator: Source of randomness, on the host.
+    """
+    if 0 in (sampling.temperature, sampling.top_p):
+        return int(logits.argmax())
+    # Temperatures below fp32's smallest number would divide by 0; the largest logit is then 0 / t.
+    temperature = max(sampling.temperature, torch.finfo(torch.float32).tiny)
+    probabilities = torch.softmax((logits - logits.max()) / temperature, dim=-1)
+    if sampling.top_p < 1:
+        ordered, order = probabilities.sort(descending=True, stable=True)
+        probabilities[order[ordered.cumsum(0) - ordered >= sampling.top_p]] = 0.0
+    return int(torch.multinomial(probabilities, 1, generator=generator))

@@ -5,8 +5,9 @@ that it is made of. Our names are those that megatron-core's `sharded_state_dict
 compare them with a real model.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,9 +15,12 @@ from torch import Tensor
 from moepp_megatron.config import Config
 
 Shape = tuple[int, ...]
+# Of a `config.json`, or settings of a section of ours.
+Fields = dict[str, Any]
 # Keys of tensors that no model of ours has: the released model's first gating residual, which its
 # code builds and never calls, and what a format asks for although it is constant.
 UNUSED_PREFIX = "interop.unused."
+_MAX_LISTED = 5
 
 
 def _only(tensors: Sequence[Tensor]) -> Tensor:
@@ -50,6 +54,9 @@ class TensorRule:
     def slice_shape(self) -> Shape:
         """Shape of the result of `pack`."""
         return self.shape if self.index is None else self.shape[1:]
+
+
+Rules = Iterator[TensorRule]
 
 
 def same(key: str, name: str, *shape: int) -> TensorRule:
@@ -87,7 +94,7 @@ def stacked(
     )
 
 
-def decoder_rules(config: Config) -> Iterator[TensorRule]:
+def decoder_rules(config: Config) -> Rules:
     """Embedding, final norm and output layer."""
     model = config.model
     table = (model.vocab_size, model.hidden_size)
@@ -97,7 +104,7 @@ def decoder_rules(config: Config) -> Iterator[TensorRule]:
     yield same("decoder.final_layernorm.weight", "model.norm.weight", model.hidden_size)
 
 
-def attention_rules(config: Config, layer: int) -> Iterator[TensorRule]:
+def attention_rules(config: Config, layer: int) -> Rules:
     """Attention and both norms of a layer, with Llama's names, which all formats here share."""
     model = config.model
     ours, theirs = f"decoder.layers.{layer}.", f"model.layers.{layer}."
@@ -147,7 +154,7 @@ def _qkv(
     return TensorRule(key, (sum(rows.values()), *columns), sources, None, pack, unpack)
 
 
-def dense_mlp_rules(config: Config, layer: int) -> Iterator[TensorRule]:
+def dense_mlp_rules(config: Config, layer: int) -> Rules:
     """The SwiGLU FFN of a dense layer."""
     width, inner = config.model.hidden_size, config.model.ffn_hidden_size
     yield from _swiglu_rules(
@@ -155,14 +162,14 @@ def dense_mlp_rules(config: Config, layer: int) -> Iterator[TensorRule]:
     )
 
 
-def _swiglu_rules(ours: str, theirs: str, width: int, inner: int) -> Iterator[TensorRule]:
+def _swiglu_rules(ours: str, theirs: str, width: int, inner: int) -> Rules:
     """A SwiGLU FFN: gate above up projection, then down projection."""
     names = [theirs + "gate_proj.weight", theirs + "up_proj.weight"]
     yield stacked(ours + "linear_fc1.weight", names, inner, width)
     yield same(ours + "linear_fc2.weight", theirs + "down_proj.weight", width, inner)
 
 
-def shared_expert_rules(config: Config, ours: str, theirs: str) -> Iterator[TensorRule]:
+def shared_expert_rules(config: Config, ours: str, theirs: str) -> Rules:
     """The expert that every token takes, where the model has one, and its gate."""
     width, inner = config.model.hidden_size, config.moe.shared_expert_ffn_hidden_size
     if inner is not None:
@@ -197,3 +204,99 @@ def _attention_modules(config: Config) -> list[str]:
     if latent.q_lora_rank is None:
         queries = ["linear_q_proj"]
     return [*queries, "linear_kv_down_proj", "linear_kv_up_proj", "linear_proj"]
+
+
+def differences(
+    wanted: Mapping[str, Any], found: Mapping[str, Any], by: str, optional: Iterable[str] = ()
+) -> list[str]:
+    """List how tensors, by name and shape, differ from those wanted `by` a file."""
+    return [
+        *_problems_of("is missing", sorted(wanted.keys() - found.keys() - set(optional))),
+        *_problems_of("is unexpected", sorted(found.keys() - wanted.keys())),
+        *(
+            f"tensor {name} must have shape {list(shape)} by {by} and has {list(found[name])}"
+            for name, shape in sorted(wanted.items())
+            if found.get(name, shape) != shape
+        ),
+    ]
+
+
+def _problems_of(what: str, names: Sequence[str]) -> list[str]:
+    lines = [f"tensor {name} {what}" for name in names[:_MAX_LISTED]]
+    if len(names) > _MAX_LISTED:
+        lines.append(f"and {len(names) - _MAX_LISTED} more tensors: each {what}")
+    return lines
+
+
+# The released MoE++ format: `model.layers.N.mlp.moe.{gate,experts}`, with 2 constant, 1 copy and 1
+# zero expert in every layer, a one- or two-layer gate and a gating residual. The names extend to
+# what it lacks: other counts, a selection bias, a shared expert with its gate, query/key norms.
+
+
+def moepp_rules(config: Config) -> Rules:
+    """Every tensor of a MoE++ model, embedding first, layer by layer."""
+    decoder = list(decoder_rules(config))
+    yield decoder[0]
+    pattern = config.moe.moe_layer_pattern(config.model.num_layers)
+    first_moe_layer = pattern.index(True)
+    for layer, is_moe in enumerate(pattern):
+        yield from attention_rules(config, layer)
+        if is_moe:
+            yield from _moe_rules(config, layer, first_moe_layer)
+        else:
+            yield from dense_mlp_rules(config, layer)
+    yield from decoder[1:]
+
+
+def _moe_rules(config: Config, layer: int, first: int) -> Rules:
+    ours, theirs = f"decoder.layers.{layer}.mlp.", f"model.layers.{layer}.mlp.moe."
+    yield from _gate_rules(config, ours + "router.", theirs + "gate.", layer == first)
+    # Shared constants are the first MoE layer's here, and a copy in each layer there.
+    owner = f"decoder.layers.{first}.mlp." if config.moe.constants_shared else ours
+    yield from _expert_rules(config, ours, owner, theirs + "experts.experts.")
+    yield from shared_expert_rules(config, ours, theirs + "shared_expert")
+
+
+def _gate_rules(config: Config, ours: str, theirs: str, is_first: bool) -> Rules:
+    moe, width = config.moe, config.model.hidden_size
+    experts = moe.num_experts
+    if moe.two_layer_gate:
+        first, second = moe.gate_shapes(width)
+        yield same(ours + "weight", theirs + "wg.0.weight", *first)
+        yield same(ours + "output_weight", theirs + "wg.2.weight", *second)
+    else:
+        yield same(ours + "weight", theirs + "wg.weight", experts, width)
+    if moe.gating_residual:
+        name, shape = theirs + "gate_map.weight", (experts, experts)
+        if is_first:
+            yield unused(name, *shape)
+        else:
+            yield same(ours + "residual_weight", name, *shape)
+    if moe.selection_bias:
+        yield same(ours + "expert_bias", theirs + "e_score_correction_bias", experts)
+
+
+def _expert_rules(config: Config, ours: str, owner: str, theirs: str) -> Rules:
+    moe, width, inner = config.moe, config.model.hidden_size, config.expert_ffn_hidden_size
+    count = moe.num_ffn_experts
+    for index in range(count):
+        prefix, experts = f"{theirs}{index}.", ours + "experts.experts."
+        # Gate and up projection are stacked in `up_proj`, gate first, as in megatron-core.
+        yield row(
+            experts + "linear_fc1.weight", count, index, prefix + "up_proj.weight", 2 * inner, width
+        )
+        yield row(
+            experts + "linear_fc2.weight", count, index, prefix + "down_proj.weight", width, inner
+        )
+    yield from constant_rules(config, ours, owner, theirs)
+
+
+def constant_rules(config: Config, ours: str, owner: str, theirs: str) -> Rules:
+    """A layer's constant experts, behind its FFN experts; `owner` begins the vectors' name."""
+    moe, width = config.moe, config.model.hidden_size
+    constants = moe.num_constant_experts
+    for index in range(constants):
+        prefix, zero = f"{theirs}{moe.num_ffn_experts + index}.", ours + "zero_computation."
+        constant = owner + "zero_computation.constants"
+        yield row(constant, constants, index, prefix + "constant", width)
+        yield row(zero + "mixing_weight", constants, index, prefix + "wg.weight", 2, width)

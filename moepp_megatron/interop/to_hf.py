@@ -5,7 +5,6 @@ import shlex
 from collections.abc import Iterator, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,15 +25,14 @@ from moepp_megatron.interop.checkpoint_tensors import TensorReader
 from moepp_megatron.interop.convert import free_folder
 from moepp_megatron.interop.expressible import Row, refusals
 from moepp_megatron.interop.hf_config import OWN, RELEASED, refuse_uncomputed
-from moepp_megatron.interop.hf_source import read_json
+from moepp_megatron.interop.hf_source import read_json, write_tensors
 from moepp_megatron.interop.model_card import (
     TRAINING_CONFIG_FILE,
     UNKNOWN_LICENSE,
     check_license,
     model_card,
 )
-from moepp_megatron.interop.safetensors_file import write_tensors
-from moepp_megatron.interop.tensor_rules import UNUSED_PREFIX, TensorRule
+from moepp_megatron.interop.tensor_rules import UNUSED_PREFIX, Fields, TensorRule
 from moepp_megatron.interop.to_mcore import TORCH_DTYPES, copy_companions
 from moepp_megatron.interop.vanilla import VANILLA
 from moepp_megatron.interop.zeda import ZEDA
@@ -194,7 +192,7 @@ def _write_weights(
     return main_dtype
 
 
-def _auto_map(classes: tuple[str, str] | None) -> dict[str, Any]:
+def _auto_map(classes: tuple[str, str] | None) -> Fields:
     """Fields that tell transformers which of our classes to load."""
     if classes is None:
         return {}
@@ -231,7 +229,7 @@ def _write_companions(source: Path, target: Path, config: Config) -> None:
         _write_json(target / GENERATION_CONFIG_FILE, known)
 
 
-def _tokenizer_config(source: Path, config: Config) -> dict[str, Any]:
+def _tokenizer_config(source: Path, config: Config) -> Fields:
     """The checkpoint's `tokenizer_config.json`, completed by our tokenizers' conventions."""
     file = source / TOKENIZER_CONFIG_FILE
     stated = read_json(file) if file.is_file() else {}
@@ -249,6 +247,6 @@ def _copy_model_files(target: Path) -> None:
         (target / name).write_text((package / name).read_text(encoding="utf-8"), encoding="utf-8")
 
 
-def _write_json(path: Path, content: dict[str, Any]) -> None:
+def _write_json(path: Path, content: Fields) -> None:
     """Write a JSON file in the style of Hugging Face libraries."""
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

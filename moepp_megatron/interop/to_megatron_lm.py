@@ -15,9 +15,8 @@ from moepp_megatron.file_names import CONFIG_FILE, TOKENIZER_FILE
 from moepp_megatron.interop.checkpoint_tensors import ConvertedCheckpointWriter, TensorReader
 from moepp_megatron.interop.convert import free_folder
 from moepp_megatron.interop.expressible import Row, refusals
-from moepp_megatron.interop.from_megatron_lm import RELEASE, TRACKER_FILE, link_data, weight_names
+from moepp_megatron.interop.from_megatron_lm import RELEASE, TRACKER_FILE, weight_names
 from moepp_megatron.interop.megatron_arguments import OWN_SETTINGS, option
-from moepp_megatron.interop.to_mcore import write_objects
 from moepp_megatron.layer_settings import BALANCE_TYPES
 from moepp_megatron.runtime.atomic import partial_folder, publish
 from moepp_megatron.runtime.object_store import ObjectPath
@@ -61,12 +60,10 @@ def to_megatron_lm(source: Path, target: Path) -> str:
     with partial_folder(target, "DST") as partial:
         release = partial / RELEASE
         release.mkdir()
-        link_data(reader, names, release)
         writer = ConvertedCheckpointWriter(release, _PREFIX)
-        for name in names:
-            writer.adopt(reader, name)
+        writer.adopt(reader, names)
         # 3.0: how queries, keys and values lie in one matrix.
-        write_objects(writer, config, common={"checkpoint_version": 3.0, "iteration": 0})
+        writer.add_objects(config, common={"checkpoint_version": 3.0, "iteration": 0})
         writer.finish()
         (partial / TRACKER_FILE).write_text(RELEASE, encoding="utf-8")
         (partial / ARGUMENTS_FILE).write_text(f"{arguments}\n", encoding="utf-8")

@@ -13,10 +13,9 @@ experts, router rows. Added: zero-computation experts and gating residuals, so t
 
 import hashlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,9 +24,9 @@ from moepp_megatron.config import Config, ConfigError
 from moepp_megatron.experts import LOCAL_KINDS, ExpertCounts
 from moepp_megatron.interop.hf_config import assemble
 from moepp_megatron.interop.hf_source import HFSource
-from moepp_megatron.interop.tensor_rules import Shape, TensorRule
+from moepp_megatron.interop.tensor_rules import Fields, Rules, Shape, TensorRule
 from moepp_megatron.interop.to_mcore import write_checkpoint
-from moepp_megatron.interop.upcycle_sources import extra_tensors, model_rules, source_kind
+from moepp_megatron.interop.upcycle_sources import extra_tensors, source_kind
 from moepp_megatron.layer_settings import LayerSettings
 from moepp_megatron.runtime.terminal import Console
 
@@ -39,7 +38,7 @@ _MARGIN = 1e-3
 
 def _router_rules(
     config: Config, ours: str, theirs: str, gate: str | None, bias: str | None, seed: int
-) -> Iterator[TensorRule]:
+) -> Rules:
     """Make rules of router rows and of the selection bias; `gate` is None for a dense source."""
     moe, width = config.moe, config.model.hidden_size
     sources: dict[str, Shape] = {theirs + "post_attention_layernorm.weight": (width,)}
@@ -101,7 +100,7 @@ def _selection_bias(rows: Tensor, norm: Tensor, num_ffn_experts: int) -> Tensor:
     return bias
 
 
-def _added_rules(config: Config, ours: str, has_residual: bool, seed: int) -> Iterator[TensorRule]:
+def _added_rules(config: Config, ours: str, has_residual: bool, seed: int) -> Rules:
     """Yield new tensors: gating residuals and zero-computation experts."""
     moe, width, std = config.moe, config.model.hidden_size, config.model.init_method_std
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[config.precision.dtype]
@@ -177,9 +176,7 @@ def upcycle(
     return config
 
 
-def _upcycled_config(
-    hf: Mapping[str, Any], additions: Additions, name: str, dtype: str | None
-) -> Config:
+def _upcycled_config(hf: Fields, additions: Additions, name: str, dtype: str | None) -> Config:
     """The configuration of the MoE++ model; ConfigError if its function cannot be kept."""
     kind = source_kind(hf)
     keeps_apart = additions.num_zero_computation_experts > 0 and additions.keeps_function
@@ -244,13 +241,13 @@ def _refuse_shrinking_gates(config: Config) -> None:
         )
 
 
-def _upcycling_rules(config: Config, hf: Mapping[str, Any], seed: int) -> Iterator[TensorRule]:
+def _upcycling_rules(config: Config, hf: Fields, seed: int) -> Rules:
     """The rule for every tensor of the MoE++ model: from the source, or newly created."""
     kind = source_kind(hf)
     pattern = config.moe.moe_layer_pattern(config.model.num_layers)
 
-    def router(layer: int, ours: str, theirs: str) -> Iterator[TensorRule]:
+    def router(layer: int, ours: str, theirs: str) -> Rules:
         yield from _router_rules(config, ours + "router.", theirs, kind.gate, kind.bias, seed)
         yield from _added_rules(config, ours, layer > pattern.index(True), seed)
 
-    return model_rules(kind, config, router)
+    return kind.rules(config, router)

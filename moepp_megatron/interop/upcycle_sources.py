@@ -1,15 +1,15 @@
 """The kinds of models that can be upcycled, with the names of their tensors."""
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
 
 from moepp_megatron.config import Config, ConfigError
 from moepp_megatron.interop.hf_config import MOEPP_TYPES
 from moepp_megatron.interop.hf_decoder import decoder_section, refuse_fields, require, rope_theta
 from moepp_megatron.interop.tensor_rules import (
-    TensorRule,
+    Fields,
+    Rules,
     attention_rules,
     decoder_rules,
     dense_mlp_rules,
@@ -44,19 +44,54 @@ class SourceKind:
         attention: Rules of a layer's attention and norms.
     """
 
-    moe: Callable[[Mapping[str, Any]], dict[str, Any]] | None
-    model: Callable[[Mapping[str, Any]], dict[str, Any]]
+    moe: Callable[[Fields], Fields] | None
+    model: Callable[[Fields], Fields]
     gate: str | None = "mlp.gate"
     bias: str | None = None
     experts: str = "mlp.experts.{}"
     projections: tuple[str, str, str] = _PROJECTIONS
     shared: str | None = None
-    attention: Callable[[Config, int, bool], Iterator[TensorRule]] = lambda config, layer, is_moe: (
-        attention_rules(config, layer)
+    attention: Callable[[Config, int, bool], Rules] = lambda config, layer, is_moe: attention_rules(
+        config, layer
     )
 
+    def rules(self, config: Config, router: Callable[[int, str, str], Rules]) -> Rules:
+        """Every tensor by these names; `router`: by layer and the beginnings of names."""
+        yield from decoder_rules(config)
+        for layer, is_moe in enumerate(config.moe.moe_layer_pattern(config.model.num_layers)):
+            yield from self.attention(config, layer, is_moe)
+            if not is_moe:
+                yield from dense_mlp_rules(config, layer)
+                continue
+            ours, theirs = f"decoder.layers.{layer}.mlp.", f"model.layers.{layer}."
+            yield from self._experts(config, ours + "experts.experts.", theirs)
+            yield from shared_expert_rules(config, ours, f"{theirs}{self.shared}")
+            yield from router(layer, ours, theirs)
 
-def source_kind(hf: Mapping[str, Any]) -> SourceKind:
+    def _experts(self, config: Config, ours: str, theirs: str) -> Rules:
+        """The FFN experts of a layer; the one FFN of a dense model is copied into each."""
+        width, inner = config.model.hidden_size, config.expert_ffn_hidden_size
+        count = config.moe.num_ffn_experts
+        for index in range(count):
+            *both, down = self._weights(theirs, index)
+            yield stacked(ours + "linear_fc1.weight", both, inner, width, (count, index))
+            yield row(ours + "linear_fc2.weight", count, index, down, width, inner)
+
+    def zero_experts(self, config: Config, theirs: str, indices: range) -> Rules:
+        """FFN experts `indices` of a layer, of zeros: what zero experts compute."""
+        width, inner = config.model.hidden_size, config.expert_ffn_hidden_size
+        for index in indices:
+            gate, up, down = self._weights(theirs, index)
+            yield unused(gate, inner, width)
+            yield unused(up, inner, width)
+            yield unused(down, width, inner)
+
+    def _weights(self, theirs: str, index: int) -> list[str]:
+        prefix = theirs + self.experts.format(index)
+        return [f"{prefix}.{name}.weight" for name in self.projections]
+
+
+def source_kind(hf: Fields) -> SourceKind:
     """The kind of a checkpoint; ConfigError if it is another kind, or its attention is not full."""
     name = hf.get("model_type")
     # ZEDA's recipe leaves the type of the model that it began with.
@@ -79,7 +114,7 @@ def source_kind(hf: Mapping[str, Any]) -> SourceKind:
     return _KINDS[name]
 
 
-def extra_tensors(hf: Mapping[str, Any], names: Iterable[str]) -> list[str]:
+def extra_tensors(hf: Fields, names: Iterable[str]) -> list[str]:
     """Layers of multi-token prediction, which come behind the decoder's (DeepSeek-V3)."""
     if "kv_lora_rank" not in hf:
         return []
@@ -88,61 +123,17 @@ def extra_tensors(hf: Mapping[str, Any], names: Iterable[str]) -> list[str]:
     return [name for name, match in matches if match is not None and int(match[1]) >= layers]
 
 
-def _expert_rules(kind: SourceKind, config: Config, ours: str, theirs: str) -> Iterator[TensorRule]:
-    """Rules of a layer's FFN experts; the one FFN of a dense model is copied into each."""
-    width, inner = config.model.hidden_size, config.expert_ffn_hidden_size
-    count = config.moe.num_ffn_experts
-    gate, up, down = kind.projections
-    for index in range(count):
-        source = f"{theirs}{kind.experts.format(index)}."
-        names = [f"{source}{gate}.weight", f"{source}{up}.weight"]
-        yield stacked(
-            ours + "experts.experts.linear_fc1.weight", names, inner, width, (count, index)
-        )
-        key = ours + "experts.experts.linear_fc2.weight"
-        yield row(key, count, index, f"{source}{down}.weight", width, inner)
-
-
-def zero_expert_rules(
-    kind: SourceKind, config: Config, theirs: str, indices: range
-) -> Iterator[TensorRule]:
-    """FFN experts `indices` of a layer whose weights are zeros: what zero experts compute."""
-    width, inner = config.model.hidden_size, config.expert_ffn_hidden_size
-    gate, up, down = kind.projections
-    for index in indices:
-        prefix = f"{theirs}{kind.experts.format(index)}."
-        yield unused(f"{prefix}{gate}.weight", inner, width)
-        yield unused(f"{prefix}{up}.weight", inner, width)
-        yield unused(f"{prefix}{down}.weight", width, inner)
-
-
-def model_rules(
-    kind: SourceKind, config: Config, router: Callable[[int, str, str], Iterator[TensorRule]]
-) -> Iterator[TensorRule]:
-    """Every tensor by the names of a source; `router`: by layer and the beginnings of names."""
-    yield from decoder_rules(config)
-    for layer, is_moe in enumerate(config.moe.moe_layer_pattern(config.model.num_layers)):
-        yield from kind.attention(config, layer, is_moe)
-        if not is_moe:
-            yield from dense_mlp_rules(config, layer)
-            continue
-        ours, theirs = f"decoder.layers.{layer}.mlp.", f"model.layers.{layer}."
-        yield from _expert_rules(kind, config, ours, theirs)
-        yield from shared_expert_rules(config, ours, f"{theirs}{kind.shared}")
-        yield from router(layer, ours, theirs)
-
-
-def _mixtral_moe(hf: Mapping[str, Any]) -> dict[str, Any]:
+def _mixtral_moe(hf: Fields) -> Fields:
     count = hf.get("num_local_experts") or require(hf, "num_experts")
     return {"num_ffn_experts": count, "router_topk": require(hf, "num_experts_per_tok")}
 
 
-def _softmax_moe(hf: Mapping[str, Any]) -> dict[str, Any]:
+def _softmax_moe(hf: Fields) -> Fields:
     is_normalised = hf.get("norm_topk_prob", False)
     return {"gate_normalization": "selected" if is_normalised else "none", **_mixtral_moe(hf)}
 
 
-def _qwen3_moe(hf: Mapping[str, Any]) -> dict[str, Any]:
+def _qwen3_moe(hf: Fields) -> Fields:
     return {
         **_softmax_moe(hf),
         "ffn_hidden_size": require(hf, "moe_intermediate_size"),
@@ -150,7 +141,7 @@ def _qwen3_moe(hf: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _qwen2_moe(hf: Mapping[str, Any]) -> dict[str, Any]:
+def _qwen2_moe(hf: Fields) -> Fields:
     return {
         **_qwen3_moe(hf),
         "shared_expert_ffn_hidden_size": require(hf, "shared_expert_intermediate_size"),
@@ -158,21 +149,21 @@ def _qwen2_moe(hf: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _qwen2_decoder(hf: Mapping[str, Any]) -> dict[str, Any]:
+def _qwen2_decoder(hf: Fields) -> Fields:
     return decoder_section({"qkv_bias": True, **hf})
 
 
-def _qwen_pattern(hf: Mapping[str, Any]) -> list[int]:
+def _qwen_pattern(hf: Fields) -> list[int]:
     step, dense = hf.get("decoder_sparse_step", 1), hf.get("mlp_only_layers") or []
     layers = range(require(hf, "num_hidden_layers"))
     return [int(layer not in dense and (layer + 1) % step == 0) for layer in layers]
 
 
-def _qwen3_decoder(hf: Mapping[str, Any]) -> dict[str, Any]:
+def _qwen3_decoder(hf: Fields) -> Fields:
     return decoder_section({**hf, "qk_norm": True})
 
 
-def _olmoe_decoder(hf: Mapping[str, Any]) -> dict[str, Any]:
+def _olmoe_decoder(hf: Fields) -> Fields:
     if hf.get("clip_qkv") is not None:
         raise ConfigError(
             f"config.json: clip_qkv ({hf['clip_qkv']}) must be null: this package's decoder does "
@@ -183,7 +174,7 @@ def _olmoe_decoder(hf: Mapping[str, Any]) -> dict[str, Any]:
     return decoder_section(fields)
 
 
-def _deepseek_decoder_section(hf: Mapping[str, Any]) -> dict[str, Any]:
+def _deepseek_decoder_section(hf: Fields) -> Fields:
     """Return a DeepSeek-V3's `model` section; ConfigError if the decoder here lacks a feature."""
     norms = "all norms of this package's decoder add the same, and those of latent attention 1e-6"
     epsilon, paired = hf.get("rms_norm_eps", _LATENT_EPSILON), hf.get("rope_interleave", True)
@@ -214,7 +205,7 @@ def _deepseek_decoder_section(hf: Mapping[str, Any]) -> dict[str, Any]:
     return section | {"latent_attention": latent | _rotation(hf)}
 
 
-def _rotation(hf: Mapping[str, Any]) -> dict[str, Any]:
+def _rotation(hf: Fields) -> Fields:
     """The rotary embedding, from transformers 5's field or the older one."""
     rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
     kind = rope.get("rope_type") or rope.get("type") or "default"
@@ -236,7 +227,7 @@ def _rotation(hf: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _deepseek_moe(hf: Mapping[str, Any]) -> dict[str, Any]:
+def _deepseek_moe(hf: Fields) -> Fields:
     """Fields of our `moe` section of a DeepSeek-V3 model; ConfigError for other routing."""
     groups, kept = hf.get("n_group") or 1, hf.get("topk_group") or 1
     topk = require(hf, "num_experts_per_tok")
@@ -268,7 +259,7 @@ def _deepseek_moe(hf: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _deepseek_attention(config: Config, layer: int, is_moe: bool) -> Iterator[TensorRule]:
+def _deepseek_attention(config: Config, layer: int, is_moe: bool) -> Rules:
     """Attention and both norms of a layer with multi-head latent attention."""
     model, latent = config.model, config.model.latent_attention
     assert latent is not None, "the model has another attention"
@@ -295,7 +286,7 @@ def _deepseek_attention(config: Config, layer: int, is_moe: bool) -> Iterator[Te
     yield same(ours + "proj.weight", theirs + "o_proj.weight", width, columns)
 
 
-def _dense(model: Callable[[Mapping[str, Any]], dict[str, Any]]) -> SourceKind:
+def _dense(model: Callable[[Fields], Fields]) -> SourceKind:
     return SourceKind(None, model, gate=None, experts="mlp")
 
 

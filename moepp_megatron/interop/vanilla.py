@@ -9,15 +9,14 @@ Not Qwen2-MoE: llama.cpp takes x sigmoid(x) / x for its shared expert's gate, no
 
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
 
 from moepp_megatron.config import Config
 from moepp_megatron.config.errors import raise_problems
 from moepp_megatron.experts import ZERO
 from moepp_megatron.interop.expressible import PLAIN, Format, Row, refusals, unknown_there
 from moepp_megatron.interop.hf_config import plain_fields
-from moepp_megatron.interop.tensor_rules import TensorRule, same
-from moepp_megatron.interop.upcycle_sources import model_rules, source_kind, zero_expert_rules
+from moepp_megatron.interop.tensor_rules import Fields, Rules, same
+from moepp_megatron.interop.upcycle_sources import source_kind
 
 # model_type, class, name of the number of experts.
 _Kind = tuple[str, str, str]
@@ -33,7 +32,7 @@ _KINDS = {
 _SHARED = "mlp.shared_experts"
 
 
-def _fields(config: Config) -> dict[str, Any]:
+def _fields(config: Config) -> Fields:
     """`config.json` of a vanilla MoE; ConfigError names each reason why none can express it."""
     remedy = "use --layout moepp (docs/how_to/llama_cpp.md: what it would take)"
     rows = (*unknown_there((ZERO,)), *PLAIN, *_own_rules(config))
@@ -51,21 +50,21 @@ def _fields(config: Config) -> dict[str, Any]:
     }
 
 
-def _rules(config: Config) -> Iterator[TensorRule]:
+def _rules(config: Config) -> Rules:
     """Every tensor by the names of DeepSeek-MoE, Mixtral or Qwen3-MoE."""
     moe, width = config.moe, config.model.hidden_size
     source = source_kind({"model_type": "mixtral" if _kind(config) is _MIXTRAL else "qwen3_moe"})
     source = replace(source, shared=_SHARED)
 
-    def router(layer: int, ours: str, theirs: str) -> Iterator[TensorRule]:
+    def router(layer: int, ours: str, theirs: str) -> Rules:
         yield same(ours + "router.weight", f"{theirs}{source.gate}.weight", moe.num_experts, width)
         zeros = range(moe.num_ffn_experts, moe.num_experts)
-        yield from zero_expert_rules(source, config, theirs, zeros)
+        yield from source.zero_experts(config, theirs, zeros)
         if _lacks_shared(config):
             shared = replace(source, experts=_SHARED)
-            yield from zero_expert_rules(shared, config, theirs, range(1))
+            yield from shared.zero_experts(config, theirs, range(1))
 
-    return model_rules(source, config, router)
+    return source.rules(config, router)
 
 
 def _warnings(config: Config) -> Iterator[str]:

@@ -5,8 +5,7 @@ extend the router by experts without an FFN, whose rows come behind those of the
 names of all other tensors are Qwen3-MoE's.
 """
 
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator
 
 from moepp_megatron.config import Config, ConfigError
 from moepp_megatron.config.errors import raise_problems, show
@@ -14,12 +13,12 @@ from moepp_megatron.experts import CONSTANT, COPY, LOCAL_KINDS, ZERO
 from moepp_megatron.interop.expressible import PLAIN, Format, Row, refusals, unknown_there
 from moepp_megatron.interop.hf_config import assemble, plain_fields
 from moepp_megatron.interop.hf_decoder import require
-from moepp_megatron.interop.moepp_rules import constant_rules
-from moepp_megatron.interop.tensor_rules import TensorRule, same
-from moepp_megatron.interop.upcycle_sources import SourceKind, model_rules, source_kind
+from moepp_megatron.interop.tensor_rules import Fields, Rules, constant_rules, same
+from moepp_megatron.interop.upcycle_sources import source_kind
 
 _KINDS = (CONSTANT, COPY, ZERO)
 _BASE, _TYPE = "qwen3_moe", "qwen3_moe_plus_plus"
+_SOURCE = source_kind({"model_type": _BASE})
 _RULES: tuple[Row, ...] = (
     *unknown_there(_KINDS),
     *PLAIN,
@@ -29,7 +28,7 @@ _RULES: tuple[Row, ...] = (
 )
 
 
-def _fields(config: Config) -> dict[str, Any]:
+def _fields(config: Config) -> Fields:
     """ZEDA's `config.json`; ConfigError names each reason why the format cannot express it."""
     raise_problems(refusals(config, _RULES, "--layout zeda", "use --layout moepp"))
     moe = config.moe
@@ -49,12 +48,12 @@ def _fields(config: Config) -> dict[str, Any]:
     }
 
 
-def is_zeda(hf: Mapping[str, Any]) -> bool:
+def is_zeda(hf: Fields) -> bool:
     """True for a ZEDA checkpoint: by its fields, as `model_type` may be the base model's."""
     return "zce_nums" in hf or hf.get("model_type") == _TYPE
 
 
-def zeda_config(hf: Mapping[str, Any], name: str, dtype: str | None = None) -> Config:
+def zeda_config(hf: Fields, name: str, dtype: str | None = None) -> Config:
     """Our configuration of one of ZEDA's models; ConfigError if it is another, or masked.
 
     `dtype` is fp32 or bf16 instead of the checkpoint's.
@@ -64,22 +63,21 @@ def zeda_config(hf: Mapping[str, Any], name: str, dtype: str | None = None) -> C
             f"config.json: model_type ({hf.get('model_type')}) must be {_BASE} or {_TYPE} where "
             "there are zce_nums; ZEDA's other models cannot be converted"
         )
-    counts, kind = _counts(hf), _kind()
-    assert kind.moe is not None, "Qwen3-MoE has experts"
-    moe = kind.moe(hf) | counts | {"gating_residual": False}
-    return assemble(kind.model(hf), moe, hf, name, dtype)
+    counts = _counts(hf)
+    assert _SOURCE.moe is not None, "Qwen3-MoE has experts"
+    moe = _SOURCE.moe(hf) | counts | {"gating_residual": False}
+    return assemble(_SOURCE.model(hf), moe, hf, name, dtype)
 
 
-def _rules(config: Config) -> Iterator[TensorRule]:
+def _rules(config: Config) -> Rules:
     """Every tensor by the names of Qwen3-MoE; gates have rows for all experts."""
-    moe, kind = config.moe, _kind()
 
-    def router(layer: int, ours: str, theirs: str) -> Iterator[TensorRule]:
-        gate = f"{theirs}{kind.gate}.weight"
-        yield same(ours + "router.weight", gate, moe.num_experts, config.model.hidden_size)
+    def router(layer: int, ours: str, theirs: str) -> Rules:
+        gate = f"{theirs}{_SOURCE.gate}.weight"
+        yield same(ours + "router.weight", gate, config.moe.num_experts, config.model.hidden_size)
         yield from constant_rules(config, ours, ours, theirs + "mlp.experts.")
 
-    return model_rules(kind, config, router)
+    return _SOURCE.rules(config, router)
 
 
 def _warnings(config: Config) -> Iterator[str]:
@@ -98,11 +96,7 @@ def _warnings(config: Config) -> Iterator[str]:
         )
 
 
-def _kind() -> SourceKind:
-    return source_kind({"model_type": _BASE})
-
-
-def _counts(hf: Mapping[str, Any]) -> dict[str, int]:
+def _counts(hf: Fields) -> dict[str, int]:
     """Our numbers of zero-computation experts; ConfigError if they are masked or out of order."""
     types, numbers = require(hf, "zce_types"), require(hf, "zce_nums")
     known = [kind.name for kind in _KINDS]

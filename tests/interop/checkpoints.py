@@ -133,13 +133,13 @@ def score(checkpoint, tokens, overrides):
     import torch.distributed as dist
 
     from moepp_megatron.interop.score_request import ScoreRequest
-    from moepp_megatron.interop.scoring import score_tokens
+    from moepp_megatron.interop.scoring import score_stages, scoring_stages
     from moepp_megatron.runtime.distributed import build_groups
 
     out = Path("unused.npz")
     request = ScoreRequest.read(checkpoint, tokens, out, overrides, dist.get_world_size(), True)
     build_groups(request.config, request.layout)
-    return score_tokens(request)
+    return score_stages(request, scoring_stages(request))
 
 
 def convert_and_score(source, target, tokens, overrides):

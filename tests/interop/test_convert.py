@@ -57,8 +57,7 @@ def names_of_model(raw):
     from megatron.core.dist_checkpointing.mapping import ShardedObject
 
     from moepp_megatron.config import parse_config
-    from moepp_megatron.interop.moepp_rules import moepp_rules
-    from moepp_megatron.interop.tensor_rules import linear_modules
+    from moepp_megatron.interop.tensor_rules import linear_modules, moepp_rules
     from moepp_megatron.model.initialize import _sharded_tensors
 
     (model,) = build(raw)

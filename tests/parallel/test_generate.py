@@ -1,6 +1,7 @@
 """Generation in every layout equals the naive loop of one process over one prompt at a time."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -58,21 +59,23 @@ def build(raw, overrides):
 
 
 def generated(raw, overrides, sampling, eod=NO_EOD):
-    from moepp_megatron.interop.decoding import continue_prompts
-    from moepp_megatron.interop.generate_request import Sampling
+    from moepp_megatron.interop.generate import GenerateRequest, Sampling
+    from moepp_megatron.interop.scoring import continue_prompts
     from moepp_megatron.model.stage import evaluation_stages
 
     scoring, models = build(raw, overrides)
     stages = evaluation_stages(models, scoring.config)
+    tokenizer = SimpleNamespace(eod=eod, vocab_size=60)
     how = Sampling(**sampling)
-    return continue_prompts(stages, scoring, PROMPTS, NEW_TOKENS, how, eod=eod, vocab_size=60)
+    request = GenerateRequest(scoring, tokenizer, PROMPTS, NEW_TOKENS, how)
+    return continue_prompts(stages, request)
 
 
 def scored_again(raw, sampling, eod=NO_EOD):
     import torch
 
-    from moepp_megatron.interop.decoding import _sample
-    from moepp_megatron.interop.generate_request import Sampling
+    from moepp_megatron.interop.generate import Sampling
+    from moepp_megatron.interop.scoring import _sample
 
     _, (model,) = build(raw, [])
     model.eval()

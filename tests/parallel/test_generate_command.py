@@ -8,7 +8,7 @@ import pytest
 
 from moepp_megatron.config import ConfigError
 from moepp_megatron.data.prepare import PrepareSettings, prepare
-from moepp_megatron.interop.generate_request import GenerateRequest
+from moepp_megatron.interop.generate import GenerateRequest
 from moepp_megatron.runtime.terminal import Console
 from tests.commands import moepp
 from tests.parallel.checkpoint_runs import run_trainer, trainer_settings

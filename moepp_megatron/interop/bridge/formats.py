@@ -20,7 +20,7 @@ from moepp_megatron.config import Config
 from moepp_megatron.interop.bridge.provider import MoEPPModelProvider
 from moepp_megatron.interop.hf_source import HFSource
 from moepp_megatron.interop.tensor_rules import TensorRule
-from moepp_megatron.interop.to_mcore import account_for, read_format
+from moepp_megatron.interop.to_mcore import read_format
 
 # Keys of checkpoints name norms as megatron-core's fused norm-and-linear layers do.
 _NORMS = {
@@ -195,7 +195,7 @@ class _Bridge(MegatronModelBridge):
     ) -> Any:
         """Same as Bridge's; ConfigError where it would leave a parameter as it was initialised."""
         self.hf_config = hf_pretrained.config
-        account_for(HFSource(hf_pretrained.state.source.path), self._format[1])
+        HFSource(hf_pretrained.state.source.path).account_for(self._format[1])
         return super().load_weights_hf_to_megatron(hf_pretrained, megatron_model, *args, **kwargs)
 
     def stream_weights_megatron_to_hf(

@@ -8,7 +8,7 @@ import pytest
 import typer
 
 from moepp_megatron.cli import generate, inspect, score
-from moepp_megatron.interop.generate_request import GenerateRequest
+from moepp_megatron.interop.generate import GenerateRequest
 from moepp_megatron.interop.score_request import ScoreRequest
 from moepp_megatron.tools.inspection.request import InspectRequest
 from moepp_megatron.training.checkpoint import find

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from moepp_megatron.config import ConfigError
-from moepp_megatron.interop.decoding import _sample
-from moepp_megatron.interop.generate_request import Sampling
+from moepp_megatron.interop.generate import Sampling
+from moepp_megatron.interop.scoring import _sample
 
 PROBABILITIES = [0.1, 0.4, 0.2, 0.3]
 LOGITS = torch.tensor(PROBABILITIES).log() + 3.0
