@@ -18,7 +18,7 @@ prepared_data.py    whether a configuration's data are there and fit its model a
 progress.py         progress by bytes: a bar on a terminal, a few plain lines elsewhere
 samples.py          samples with the data source of each token; conversations as samples
 show.py             what prepared data hold, and what a run will draw of them
-source_files.py     opens source files, compressed ones too; text columns of parquet and Arrow
+source_files.py     reads a source file: text, compressed or not; rows of parquet and Arrow
 source_filters.py   which files are text: of Hugging Face datasets, of the built-in corpus
 sources.py          resolves the user's sources to a fixed order of files
 split.py            the split of a corpus's documents into train, validation and test

@@ -9,22 +9,17 @@ import shlex
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
-from pathlib import Path
+from itertools import chain, islice
 from typing import Any
 
 from moepp_megatron.config.errors import ConfigError
 from moepp_megatron.data.source_files import (
     CONVERSATION_KEYS,
     TABLES,
-    Compression,
-    count_groups,
-    open_source,
-    read_rows,
-    too_large,
+    SourceFile,
     unpacked_limit,
 )
-from moepp_megatron.data.sources import Format, SourceFile, TextSource
+from moepp_megatron.data.sources import TextSource
 
 # A JSON object, or a row of a table.
 Record = dict[str, Any]
@@ -46,11 +41,9 @@ class _DocumentPart:
     A JSONL record belongs to the part in which its line starts. A compressed file is one part.
     """
 
-    path: Path
-    format: Format
+    file: SourceFile
     start: int
     end: int
-    compression: Compression | None = None
     # Characters that the values of a table may have: a dictionary of it has each value once.
     most: int = 0
 
@@ -100,21 +93,18 @@ def plan_pieces(sources: Sequence[TextSource], text_key: str | None) -> list[Pie
 
 
 def _parts(file: SourceFile, text_key: str | None) -> Iterator[tuple[_DocumentPart, int]]:
-    if file.compression is not None:
-        yield _DocumentPart(file.path, file.format, 0, file.size, file.compression), file.size
+    if file.compression is not None or file.format == "text":
+        yield _DocumentPart(file, 0, file.size), file.size
     elif file.format == "jsonl":
         for start in range(0, file.size, PIECE_BYTES):
             end = min(start + PIECE_BYTES, file.size)
-            yield _DocumentPart(file.path, "jsonl", start, end), end - start
-    elif file.format == "text":
-        yield _DocumentPart(file.path, "text", 0, file.size), file.size
+            yield _DocumentPart(file, start, end), end - start
     else:
         # A table, or refused there.
-        groups = count_groups(file.path, file.format, text_key)
+        groups = file.count_groups(text_key)
         most = unpacked_limit(file.path) // max(groups, 1)
         for group in range(groups):
-            part = _DocumentPart(file.path, file.format, group, group + 1, most=most)
-            yield part, file.size // groups
+            yield _DocumentPart(file, group, group + 1, most), file.size // groups
 
 
 def _refuse_records(file: SourceFile, text_key: str) -> None:
@@ -122,14 +112,13 @@ def _refuse_records(file: SourceFile, text_key: str) -> None:
     names = [suffix.lower() for suffix in file.path.suffixes[-2:]]
     if file.format != "text" or ".json" not in names:
         return
-    whole = _DocumentPart(file.path, file.format, 0, file.size, file.compression)
-    records = list(islice(read_records(whole), 2))
+    records = list(islice(read_records(_DocumentPart(file, 0, file.size)), 2))
     if len(records) == 2 and all(_is_record(each, text_key) for each in records):
         raise ConfigError(
             f"source {file.path} must be a text, and has a record in each line; rename it to "
             ".jsonl (or .jsonl.gz), and each line is a document"
         )
-    if _is_record(_first_of_array(whole), text_key):
+    if _is_record(_first_of_array(file), text_key):
         raise ConfigError(
             f"source {file.path} must be a text, and is an array of records; write one in each "
             f"line: jq -c '.[]' {shlex.quote(str(file.path))} > FILE.jsonl"
@@ -144,9 +133,9 @@ def _is_conversation(record: Record) -> bool:
     return any(keys <= record.keys() for keys in CONVERSATION_KEYS)
 
 
-def _first_of_array(part: _DocumentPart) -> object:
+def _first_of_array(file: SourceFile) -> object:
     """The first value of a file that begins as an array of JSON; None for any other."""
-    with open_source(part.path, part.compression) as stream:
+    with file.open() as stream:
         head = stream.read(_HEAD_BYTES).decode("utf-8-sig", errors="ignore").lstrip()
     try:
         return json.JSONDecoder().raw_decode(head[1:].lstrip())[0] if head[:1] == "[" else None
@@ -157,8 +146,8 @@ def _first_of_array(part: _DocumentPart) -> object:
 def read_piece(piece: Piece, text_key: str) -> Iterator[str | Skipped]:
     """Yield every document of a piece, or why it is skipped."""
     for part in piece.parts:
-        if part.format == "text":
-            yield _text_of(part)
+        if part.file.format == "text":
+            yield _text_of(part.file)
         else:
             yield from _read_texts(part, text_key)
 
@@ -171,10 +160,8 @@ def check_usable(sources: Sequence[TextSource], pieces: Sequence[Piece], text_ke
     """
     for index, source in enumerate(sources):
         skipped: Counter[str] = Counter()
-        of_source = (piece for piece in pieces if piece.source == index)
-        for document in (
-            document for piece in of_source for document in read_piece(piece, text_key)
-        ):
+        own = (read_piece(piece, text_key) for piece in pieces if piece.source == index)
+        for document in chain.from_iterable(own):
             if not isinstance(document, Skipped):
                 break
             skipped[document.reason] += 1
@@ -206,9 +193,9 @@ def _usable(text: str) -> str | Skipped:
     return Skipped(_EMPTY) if not text or text.isspace() else text
 
 
-def _text_of(part: _DocumentPart) -> str | Skipped:
+def _text_of(file: SourceFile) -> str | Skipped:
     # Not within a generator, which would hold the bytes for as long as the text is in use.
-    with open_source(part.path, part.compression) as stream:
+    with file.open() as stream:
         data = stream.read()
     if b"\0" in data:
         return Skipped(_NOT_TEXT)
@@ -224,13 +211,14 @@ def read_records(part: _DocumentPart, column: str | None = None) -> Iterator[Rec
 
     Of a table only `column` is read, if it is given.
     """
-    if part.format in TABLES:
+    file = part.file
+    if file.format in TABLES:
         left = part.most
-        for row in read_rows(part.path, part.format, range(part.start, part.end), column):
+        for row in file.rows(range(part.start, part.end), column):
             values = () if row is None else row.values()
             left -= sum(len(value if isinstance(value, str) else str(value)) for value in values)
             if left < 0:
-                raise too_large(part.path)
+                raise file.too_large()
             yield Skipped(_NOT_TEXT) if row is None else row
         return
     for line in _lines(part):
@@ -245,8 +233,9 @@ def _read_texts(part: _DocumentPart, text_key: str) -> Iterator[str | Skipped]:
 
 def _lines(part: _DocumentPart) -> Iterator[bytes]:
     """The lines that start in a part."""
-    with open_source(part.path, part.compression) as stream:
-        if part.compression is not None:
+    file = part.file
+    with file.open() as stream:
+        if file.compression is not None:
             yield from stream
             return
         if part.start:

@@ -142,8 +142,8 @@ def _in_order(
             yield encoded.result()
         except BrokenProcessPool:
             raise UnfitError(
-                f"a process that read {piece.parts[0].path} was ended from outside, most often for "
-                "lack of memory; use fewer --workers"
+                f"a process that read {piece.parts[0].file.path} was ended from outside, most "
+                "often for lack of memory; use fewer --workers"
             ) from None
         size_ahead -= piece.size
         refill()

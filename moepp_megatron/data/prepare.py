@@ -16,7 +16,6 @@ from moepp_megatron.data.external_tokenizers import ExternalTokenizer, open_exte
 from moepp_megatron.data.manifest import FORMAT_VERSION, Inputs, Manifest, Settings, find_reusable
 from moepp_megatron.data.prepare_chat import check_formats, write_chat
 from moepp_megatron.data.progress import track
-from moepp_megatron.data.source_files import lacks_checksum
 from moepp_megatron.data.sources import (
     content_fingerprint,
     resolve_sources,
@@ -191,7 +190,7 @@ def prepare(
         with track(console, "read", sum(source.size for source in sources)) as advance:
             inputs = Inputs(deciding, content_fingerprint(sources, advance), stat_sha256)
         files = [file for source in sources for file in source.files]
-        unchecked = [f.path for f in files if lacks_checksum(f.path, f.compression)]
+        unchecked = [f.path for f in files if f.lacks_checksum()]
         if unchecked:
             console.print_line(
                 f"warning: files without a checksum ({len(unchecked)}, such as {unchecked[0]}): "

@@ -1,4 +1,4 @@
-"""Opens source files: text, compressed or not; columns and rows of parquet and Arrow tables."""
+"""Source files: text, compressed or not; columns and rows of parquet and Arrow tables."""
 
 import gzip
 import io
@@ -6,6 +6,7 @@ import struct
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
@@ -14,97 +15,13 @@ from moepp_megatron.config.errors import ConfigError
 from moepp_megatron.runtime.optional import how_to_install
 
 Compression = Literal["gzip", "zstd"]
+Format = Literal["text", "jsonl", "parquet", "arrow"]
 
 COMPRESSIONS: dict[str, Compression] = {".gz": "gzip", ".zst": "zstd"}
 _ZSTD_MAGIC, _ZSTD_HAS_CHECKSUM = b"\x28\xb5\x2f\xfd", 0b100
 _BUFFER_BYTES = 1024 * 1024
 # Of a file that unpacks to more, memory would be the measure. Text packs to a tenth, logs to less.
 _SMALL_BYTES, _MOST_TIMES = 64 * 1024 * 1024, 100
-
-
-def unpacked_limit(path: Path) -> int:
-    """Bytes that a compressed file, or one that is compressed inside, may hold."""
-    return max(_SMALL_BYTES, _MOST_TIMES * path.stat().st_size)
-
-
-def too_large(path: Path) -> ConfigError:
-    """The error of a file that holds more."""
-    return ConfigError(
-        f"source {path} must hold at most {_MOST_TIMES} times its size and holds more; leave it "
-        "out, or unpack it if you know what made it"
-    )
-
-
-def lacks_checksum(path: Path, compression: Compression | None) -> bool:
-    """True if damage in a compressed file may go unnoticed; gzip always has a checksum."""
-    if compression != "zstd":
-        return False
-    with path.open("rb") as stream:
-        # Frames that are skipped may come first (RFC 8878, 3.1).
-        _, _, frame = stream.read(64).partition(_ZSTD_MAGIC)
-    return frame != b"" and not frame[0] & _ZSTD_HAS_CHECKSUM
-
-
-@contextmanager
-def open_source(path: Path, compression: Compression | None) -> Iterator[BinaryIO]:
-    """Open a source file to read its contents, decompressed.
-
-    Raises:
-        ConfigError: it cannot be read; it is compressed with Zstandard and pyarrow, which reads
-            that, is absent; or the compressed data are damaged, end too early or unpack to more
-            than `unpacked_limit`. Each of them may show only while reading.
-    """
-    try:
-        with _open(path, compression) as stream:
-            yield stream
-    except (EOFError, zlib.error, OSError) as error:
-        # Errors of decompression that are an OSError have no number, unlike those of the system.
-        if isinstance(error, OSError) and error.errno is not None:
-            raise ConfigError(
-                f"source {path} cannot be read ({error.strerror}); make it readable or leave it out"
-            ) from error
-        raise ConfigError(
-            f"source {path} cannot be decompressed ({error}); replace it or leave it out"
-        ) from error
-
-
-@contextmanager
-def _open(path: Path, compression: Compression | None) -> Iterator[BinaryIO]:
-    if compression == "gzip":
-        with gzip.open(path, "rb") as stream:
-            yield io.BufferedReader(_Limited(stream, path), _BUFFER_BYTES)
-    elif compression == "zstd":
-        try:
-            import pyarrow
-        except ImportError as error:
-            raise ConfigError(
-                f"source {path} is compressed with Zstandard, which needs pyarrow; "
-                f"{how_to_install('pyarrow')}"
-            ) from error
-        with pyarrow.input_stream(str(path), compression="zstd") as compressed:
-            yield io.BufferedReader(_Limited(compressed, path), _BUFFER_BYTES)
-    else:
-        assert compression is None, f"{path}: the compression {compression} is unknown"
-        with path.open("rb") as stream:
-            yield stream
-
-
-class _Limited(io.RawIOBase):
-    """Reads an unpacking stream up to the file's limit."""
-
-    def __init__(self, stream: Any, path: Path) -> None:
-        self._stream, self._path, self._left = stream, path, unpacked_limit(path)
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        count: int = self._stream.readinto(buffer)
-        self._left -= count
-        if self._left < 0:
-            raise too_large(self._path)
-        return count
-
 
 TABLES = ("parquet", "arrow")
 CONVERSATION_KEYS = ({"messages"}, {"conversations"}, {"instruction", "output"})
@@ -116,36 +33,191 @@ _HEADER, _BATCH_OF_DICTIONARY, _BUFFERS, _COMPRESSION = 2, 1, 2, 3
 _ROWS = 4
 
 
-def count_groups(path: Path, kind: str, column: str | None) -> int:
-    """Count a table's row groups: those of parquet, record batches of Arrow.
+def unpacked_limit(path: Path) -> int:
+    """Bytes that a compressed file, or one that is compressed inside, may hold."""
+    return max(_SMALL_BYTES, _MOST_TIMES * path.stat().st_size)
 
-    Raises:
-        ConfigError: It is damaged, lacks the column or unpacks to too much, or pyarrow is absent.
+
+@dataclass(frozen=True)
+class SourceFile:
+    """One file to read: text or JSONL, compressed or not, or a table of parquet or Arrow.
+
+    Attributes:
+        path: where it is.
+        name: its path within the source, with forward slashes; the part of it that fingerprints
+            see, so that a corpus may move.
+        format: how to read documents from it.
+        size: bytes, as stored.
+        mtime_ns: modification time, nanoseconds.
+        compression: compression of the whole file, by the end of its name.
+        group: name of its group; documents of one group are together in one part of the split.
+            None if documents are independent.
     """
-    with _opened(path, kind) as table:
-        names = table.schema_arrow.names if kind == "parquet" else table.schema.names
-        if column is not None and column not in names:
-            if any(keys <= set(names) for keys in CONVERSATION_KEYS):
+
+    path: Path
+    name: str
+    format: Format
+    size: int
+    mtime_ns: int
+    compression: Compression | None = None
+    group: str | None = None
+
+    def too_large(self) -> ConfigError:
+        """The error of a file that holds more."""
+        return ConfigError(
+            f"source {self.path} must hold at most {_MOST_TIMES} times its size and holds more; "
+            "leave it out, or unpack it if you know what made it"
+        )
+
+    def lacks_checksum(self) -> bool:
+        """True if damage in a compressed file may go unnoticed; gzip always has a checksum."""
+        if self.compression != "zstd":
+            return False
+        with self.path.open("rb") as stream:
+            # Frames that are skipped may come first (RFC 8878, 3.1).
+            _, _, frame = stream.read(64).partition(_ZSTD_MAGIC)
+        return frame != b"" and not frame[0] & _ZSTD_HAS_CHECKSUM
+
+    @contextmanager
+    def open(self) -> Iterator[BinaryIO]:
+        """Open it to read its contents, decompressed.
+
+        Raises:
+            ConfigError: it cannot be read; it is compressed with Zstandard and pyarrow, which reads
+                that, is absent; or the compressed data are damaged, end too early or unpack to more
+                than `unpacked_limit`. Each of them may show only while reading.
+        """
+        try:
+            with self._open() as stream:
+                yield stream
+        except (EOFError, zlib.error, OSError) as error:
+            # Errors of decompression that are an OSError have no number, unlike the system's.
+            if isinstance(error, OSError) and error.errno is not None:
                 raise ConfigError(
-                    f"source {path} has no column {column}, and is of conversations; prepare them "
-                    "with --chat, --tokenizer and --seq-length"
-                )
+                    f"source {self.path} cannot be read ({error.strerror}); make it readable or "
+                    "leave it out"
+                ) from error
             raise ConfigError(
-                f"source {path} has no column {column}; set --text-key to one of: "
-                + ", ".join(names)
+                f"source {self.path} cannot be decompressed ({error}); replace it or leave it out"
+            ) from error
+
+    @contextmanager
+    def _open(self) -> Iterator[BinaryIO]:
+        if self.compression == "gzip":
+            with gzip.open(self.path, "rb") as stream:
+                yield io.BufferedReader(_Limited(stream, self), _BUFFER_BYTES)
+        elif self.compression == "zstd":
+            try:
+                import pyarrow
+            except ImportError as error:
+                raise ConfigError(
+                    f"source {self.path} is compressed with Zstandard, which needs pyarrow; "
+                    f"{how_to_install('pyarrow')}"
+                ) from error
+            with pyarrow.input_stream(str(self.path), compression="zstd") as compressed:
+                yield io.BufferedReader(_Limited(compressed, self), _BUFFER_BYTES)
+        else:
+            assert self.compression is None, (
+                f"{self.path}: the compression {self.compression} is unknown"
             )
-        if len(set(names)) < len(names):
-            twice = next(name for name in names if names.count(name) > 1)
-            raise ConfigError(f"source {path} has several columns {twice}; rename all but one")
-        if kind == "parquet":
-            groups = [table.metadata.row_group(i) for i in range(table.num_row_groups)]
-            if sum(_unpacked(group, column) for group in groups) > unpacked_limit(path):
-                raise too_large(path)
-            return len(groups)
-        batches = [message for message in table.messages() if message.type != "schema"]
-        if sum(map(_unpacked_batch, batches)) > unpacked_limit(path):
-            raise too_large(path)
-        return sum(message.type == "record batch" for message in batches)
+            with self.path.open("rb") as stream:
+                yield stream
+
+    def count_groups(self, column: str | None) -> int:
+        """Count the row groups of a table: those of parquet, record batches of Arrow.
+
+        Raises:
+            ConfigError: It is damaged, lacks the column, unpacks to too much, or pyarrow is absent.
+        """
+        with self._table() as table:
+            names = table.schema_arrow.names if self.format == "parquet" else table.schema.names
+            if column is not None and column not in names:
+                if any(keys <= set(names) for keys in CONVERSATION_KEYS):
+                    raise ConfigError(
+                        f"source {self.path} has no column {column}, and is of conversations; "
+                        "prepare them with --chat, --tokenizer and --seq-length"
+                    )
+                raise ConfigError(
+                    f"source {self.path} has no column {column}; set --text-key to one of: "
+                    + ", ".join(names)
+                )
+            if len(set(names)) < len(names):
+                twice = next(name for name in names if names.count(name) > 1)
+                raise ConfigError(
+                    f"source {self.path} has several columns {twice}; rename all but one"
+                )
+            if self.format == "parquet":
+                groups = [table.metadata.row_group(i) for i in range(table.num_row_groups)]
+                count, sizes = len(groups), [_unpacked(group, column) for group in groups]
+            else:
+                batches = [message for message in table.messages() if message.type != "schema"]
+                count = sum(message.type == "record batch" for message in batches)
+                sizes = list(map(_unpacked_batch, batches))
+            if sum(sizes) > unpacked_limit(self.path):
+                raise self.too_large()
+            return count
+
+    def rows(self, groups: range, column: str | None = None) -> Iterator[dict[str, Any] | None]:
+        """Yield rows of a table's groups, or one column of them; None for text that is not UTF-8.
+
+        Raises:
+            ConfigError: The table is damaged, or pyarrow is absent.
+        """
+        columns = None if column is None else [column]
+        with self._table() as table:
+            if self.format == "parquet":
+                batches = table.iter_batches(_ROWS, row_groups=list(groups), columns=columns)
+            else:
+                # A stream has no index, but a batch that is passed over is mapped and not read.
+                batches = islice(table, groups.start, groups.stop)
+            for batch in batches:
+                # One by one: rows may share one long value.
+                for row in (batch.select(columns) if columns else batch).to_struct_array():
+                    try:
+                        yield row.as_py()
+                    except UnicodeDecodeError:
+                        # Whoever wrote the file has not checked it.
+                        yield None
+
+    @contextmanager
+    def _table(self) -> Iterator[Any]:
+        try:
+            import pyarrow
+            from pyarrow.parquet import ParquetFile
+        except ImportError as error:
+            raise ConfigError(
+                f"source {self.path} is {self.format}, which needs pyarrow; "
+                f"{how_to_install('pyarrow')}"
+            ) from error
+        try:
+            if self.format == "parquet":
+                with ParquetFile(self.path) as table:
+                    yield table
+            elif self.format == "arrow":
+                with pyarrow.memory_map(str(self.path)) as mapped:
+                    yield _Batches(mapped, pyarrow)
+            else:
+                raise ValueError(f"the format {self.format} of {self.path} is unknown")
+        except (OSError, struct.error, pyarrow.ArrowException) as error:
+            name = "parquet" if self.format == "parquet" else "Arrow"
+            raise ConfigError(f"source {self.path} is no readable {name} file ({error})") from error
+
+
+class _Limited(io.RawIOBase):
+    """Reads an unpacking stream up to the file's limit."""
+
+    def __init__(self, stream: Any, file: SourceFile) -> None:
+        self._stream, self._file, self._left = stream, file, unpacked_limit(file.path)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        count: int = self._stream.readinto(buffer)
+        self._left -= count
+        if self._left < 0:
+            raise self._file.too_large()
+        return count
 
 
 def _unpacked(group: Any, column: str | None) -> int:
@@ -153,56 +225,6 @@ def _unpacked(group: Any, column: str | None) -> int:
     chunks = [group.column(index) for index in range(group.num_columns)]
     wanted = [c for c in chunks if column in (None, c.path_in_schema.split(".")[0])]
     return sum(chunk.total_uncompressed_size for chunk in wanted)
-
-
-def read_rows(
-    path: Path, kind: str, groups: range, column: str | None = None
-) -> Iterator[dict[str, Any] | None]:
-    """Yield the rows of some groups, or one column of them; None for text that is not UTF-8.
-
-    Raises:
-        ConfigError: The table is damaged, or pyarrow is absent.
-    """
-    columns = None if column is None else [column]
-    with _opened(path, kind) as table:
-        for batch in _batches_of(table, kind, groups, columns):
-            # One by one: rows may share one long value.
-            for row in (batch.select(columns) if columns else batch).to_struct_array():
-                try:
-                    yield row.as_py()
-                except UnicodeDecodeError:
-                    # Whoever wrote the file has not checked it.
-                    yield None
-
-
-def _batches_of(table: Any, kind: str, groups: range, columns: list[str] | None) -> Iterator[Any]:
-    if kind == "parquet":
-        return iter(table.iter_batches(_ROWS, row_groups=list(groups), columns=columns))
-    # A stream has no index, but a batch that is passed over is mapped and not read.
-    return islice(table, groups.start, groups.stop)
-
-
-@contextmanager
-def _opened(path: Path, kind: str) -> Iterator[Any]:
-    try:
-        import pyarrow
-        from pyarrow.parquet import ParquetFile
-    except ImportError as error:
-        raise ConfigError(
-            f"source {path} is {kind}, which needs pyarrow; {how_to_install('pyarrow')}"
-        ) from error
-    try:
-        if kind == "parquet":
-            with ParquetFile(path) as table:
-                yield table
-        elif kind == "arrow":
-            with pyarrow.memory_map(str(path)) as mapped:
-                yield _Batches(mapped, pyarrow)
-        else:
-            raise ValueError(f"the format {kind} of {path} is unknown")
-    except (OSError, struct.error, pyarrow.ArrowException) as error:
-        name = "parquet" if kind == "parquet" else "Arrow"
-        raise ConfigError(f"source {path} is no readable {name} file ({error})") from error
 
 
 class _Batches:

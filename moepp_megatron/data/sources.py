@@ -8,16 +8,13 @@ import sysconfig
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from moepp_megatron.config.errors import ConfigError
 from moepp_megatron.config.paths import hub_id, looked_at, path_problem
 from moepp_megatron.data.manifest import CORPUS, SourceSummary
-from moepp_megatron.data.source_files import COMPRESSIONS, Compression
+from moepp_megatron.data.source_files import COMPRESSIONS, Format, SourceFile
 from moepp_megatron.data.source_filters import companions, is_table
 from moepp_megatron.file_names import DATA_MANIFEST_FILE
-
-Format = Literal["text", "jsonl", "parquet", "arrow"]
 
 _STDLIB = "stdlib"
 _FORMATS: dict[str, Format] = {
@@ -27,31 +24,6 @@ _FORMATS: dict[str, Format] = {
     ".arrow": "arrow",
 }
 _SITE_FOLDERS = frozenset({"site-packages", "dist-packages"})
-
-
-@dataclass(frozen=True)
-class SourceFile:
-    """One file to read.
-
-    Attributes:
-        path: where it is.
-        name: its path within the source, with forward slashes; the part of it that fingerprints
-            see, so that a corpus may move.
-        format: how to read documents from it.
-        size: bytes, as stored.
-        mtime_ns: modification time, nanoseconds.
-        compression: compression of the whole file, by the end of its name.
-        group: name of its group; documents of one group are together in one part of the split.
-            None if documents are independent.
-    """
-
-    path: Path
-    name: str
-    format: Format
-    size: int
-    mtime_ns: int
-    compression: Compression | None = None
-    group: str | None = None
 
 
 @dataclass(frozen=True)
@@ -259,12 +231,7 @@ def _source_file(source: str, path: Path, name: str) -> SourceFile:
 
 def stat_fingerprint(sources: Sequence[TextSource]) -> str:
     """SHA-256 over names, sizes and modification times: no file is opened."""
-    digest = hashlib.sha256()
-    for source in sources:
-        digest.update(f"source\0{source.name}\0".encode())
-        for file in source.files:
-            digest.update(_key(file) + f"{file.mtime_ns}\0".encode())
-    return digest.hexdigest()
+    return _fingerprint(sources, lambda file: f"{file.mtime_ns}\0".encode())
 
 
 def content_fingerprint(
@@ -275,23 +242,28 @@ def content_fingerprint(
     Raises:
         ConfigError: a file cannot be read.
     """
+
+    def digest(file: SourceFile) -> bytes:
+        try:
+            with file.path.open("rb") as stream:
+                content = hashlib.file_digest(stream, "sha256").digest()
+        except OSError as error:
+            raise ConfigError(
+                f"source {file.path} cannot be read ({error.strerror}); make it readable or leave "
+                "it out"
+            ) from error
+        advance(file.size)
+        return content
+
+    return _fingerprint(sources, digest)
+
+
+def _fingerprint(sources: Sequence[TextSource], of_file: Callable[[SourceFile], bytes]) -> str:
     digest = hashlib.sha256()
     for source in sources:
         digest.update(f"source\0{source.name}\0".encode())
         for file in source.files:
-            digest.update(_key(file))
-            try:
-                with file.path.open("rb") as stream:
-                    digest.update(hashlib.file_digest(stream, "sha256").digest())
-            except OSError as error:
-                raise ConfigError(
-                    f"source {source.name}: {file.path} cannot be read ({error.strerror}); "
-                    "make it readable or leave it out"
-                ) from error
-            advance(file.size)
+            # surrogateescape: file names need not be UTF-8.
+            digest.update(f"{file.name}\0{file.size}\0".encode(errors="surrogateescape"))
+            digest.update(of_file(file))
     return digest.hexdigest()
-
-
-def _key(file: SourceFile) -> bytes:
-    # surrogateescape: file names need not be UTF-8.
-    return f"{file.name}\0{file.size}\0".encode(errors="surrogateescape")

@@ -6,7 +6,7 @@ from operator import attrgetter
 from typing import Any
 
 from moepp_megatron.config import Config
-from moepp_megatron.config.errors import Problem, show
+from moepp_megatron.config.errors import Problem, raise_problems, show
 from moepp_megatron.experts import LOCAL_KINDS, ExpertKind
 from moepp_megatron.interop.tensor_rules import Fields, Rules
 from moepp_megatron.layer_settings import DECLARED, EXPORTED, EXTENSIONS
@@ -59,10 +59,15 @@ def unknown_there(kinds: Collection[ExpertKind]) -> tuple[Row, ...]:
     )
 
 
-def refusals(config: Config, rows: Iterable[Row], where: str, remedy: str) -> Iterator[Problem]:
-    """A problem for each row that the model's configuration breaks; `where` it is to run."""
-    for name, accepted, reason in rows:
-        value = attrgetter(name)(config)
-        if value not in accepted:
-            wanted = " or ".join(map(show, accepted))
-            yield Problem(name, value, f"must be {wanted} for {where}: {reason}", remedy)
+def refuse_settings(config: Config, rows: Iterable[Row], where: str, remedy: str) -> None:
+    """Refuse (ConfigError) each row that the model's configuration breaks; `where` it is to run."""
+    raise_problems(
+        Problem(
+            name,
+            value,
+            f"must be {' or '.join(map(show, accepted))} for {where}: {reason}",
+            remedy,
+        )
+        for name, accepted, reason in rows
+        if (value := attrgetter(name)(config)) not in accepted
+    )

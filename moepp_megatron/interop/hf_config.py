@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from moepp_megatron.config import Config, ConfigError, parse_config
-from moepp_megatron.config.errors import raise_problems
 from moepp_megatron.experts import FFN_ONLY, KINDS
-from moepp_megatron.interop.expressible import Format, Row, refusals
+from moepp_megatron.interop.expressible import Format, Row, refuse_settings
 from moepp_megatron.interop.hf_decoder import decoder_section, require
 from moepp_megatron.interop.tensor_rules import Fields, moepp_rules
 from moepp_megatron.layer_settings import DECLARED, EXPORTED, EXTENSIONS
@@ -155,7 +154,7 @@ def refuse_uncomputed(config: Config) -> None:
         if name not in free
     ]
     remedy = "score and generate from the checkpoint"
-    raise_problems(refusals(config, rows, "an export", remedy))
+    refuse_settings(config, rows, "an export", remedy)
 
 
 def _own_fields(config: Config) -> Fields:
@@ -191,7 +190,7 @@ def _own_fields(config: Config) -> Fields:
 def _released_fields(config: Config) -> Fields:
     """`config.json` of the released format; ConfigError if the format cannot express the model."""
     remedy = "use --layout moepp, which has no such limit"
-    raise_problems(refusals(config, _released_rows(config), "--layout released", remedy))
+    refuse_settings(config, _released_rows(config), "--layout released", remedy)
     moe = config.moe
     mixtral = moe.gate_normalization == "selected"
     return {

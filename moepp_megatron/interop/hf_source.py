@@ -54,36 +54,33 @@ class HFSource:
     def __init__(self, folder: Path, allow_pickle: bool = False) -> None:
         self.folder = folder
         self.config = read_json(folder / MODEL_CONFIG_FILE)
-        self._entries: dict[str, _TensorEntry] = {}
-        self._pickled: dict[str, Tensor] = {}
+        # Those of pickles are mapped.
+        self._entries: dict[str, _TensorEntry | Tensor] = {}
         index = folder / SAFETENSORS_INDEX_FILE
         if index.is_file():
             self._open_shards(index)
         elif (folder / "model.safetensors").is_file():
-            self._entries = _read_header(folder / "model.safetensors")
+            self._entries |= _read_header(folder / "model.safetensors")
         else:
             self._open_pickles(allow_pickle)
 
     @property
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor of the folder by name, without its data."""
-        stored: dict[str, _TensorEntry | Tensor] = {**self._entries, **self._pickled}
         return {
             name: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
-            for name, tensor in stored.items()
+            for name, tensor in self._entries.items()
         }
 
     def leave_out(self, names: Iterable[str]) -> None:
         """Forget tensors, as if the folder did not have them."""
         for name in names:
-            self._entries.pop(name, None)
-            self._pickled.pop(name, None)
+            del self._entries[name]
 
     def read(self, name: str) -> Tensor:
         """Read one tensor."""
-        if name in self._entries:
-            return _read_tensor(self._entries[name])
-        return self._pickled[name]
+        entry = self._entries[name]
+        return _read_tensor(entry) if isinstance(entry, _TensorEntry) else entry
 
     def account_for(self, rules: Sequence[TensorRule]) -> None:
         """Refuse (ConfigError) a checkpoint that does not hold exactly what the rules read."""
@@ -119,7 +116,7 @@ class HFSource:
                 f"{index.name} and does not; fetch the index and the shards of one checkpoint"
             )
         stated = (content.get("metadata") or {}).get("total_size")
-        total = sum(entry.num_bytes for entry in self._entries.values())
+        total = sum(tensor.nbytes for tensor in self.tensors.values())
         if stated is not None and stated != total:
             raise ConfigError(
                 f"{index}: metadata.total_size ({stated}) must be the shards' sum ({total}); fetch "
@@ -149,9 +146,9 @@ class HFSource:
                 reason = str(error).splitlines()[0]
                 raise ConfigError(f"{file} cannot be read as plain weights: {reason}") from None
             for name, tensor in loaded.items():
-                if not torch.is_tensor(tensor) or name in self._pickled:
+                if not torch.is_tensor(tensor) or name in self._entries:
                     raise ConfigError(f"{file} must hold tensors only, each once; {name} is not")
-                self._pickled[name] = tensor
+                self._entries[name] = tensor
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -12,7 +12,8 @@ from moepp_megatron.config.load import parse_override
 from moepp_megatron.config.regular_file import read_text
 from moepp_megatron.data.npz import read_arrays
 from moepp_megatron.data.tokenizer import Tokenizer
-from moepp_megatron.file_names import TOKENIZER_FILE
+from moepp_megatron.file_names import CONFIG_FILE, TOKENIZER_FILE
+from moepp_megatron.training.checkpoint.find import find_checkpoint
 from moepp_megatron.training.inference_settings import FORWARD_ONLY, inference_override
 
 
@@ -149,9 +150,6 @@ class ScoreRequest:
             inference_override(override)
         if out is not None and out.is_dir():
             raise ConfigError(f"--out ({out}) must be a file to write, and is a folder; name one")
-        from moepp_megatron.file_names import CONFIG_FILE
-        from moepp_megatron.training.checkpoint.find import find_checkpoint
-
         folder = find_checkpoint(checkpoint)
         trained = load_config(folder / CONFIG_FILE)
         windows = None

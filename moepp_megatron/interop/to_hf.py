@@ -2,15 +2,14 @@
 
 import json
 import shlex
+import shutil
 from collections.abc import Iterator, Sequence
-from importlib import resources
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from moepp_megatron.config import Config, ConfigError, load_config, parse_config
-from moepp_megatron.config.errors import raise_problems
 from moepp_megatron.data.progress import track
 from moepp_megatron.data.tokenizer import Tokenizer
 from moepp_megatron.file_names import (
@@ -23,7 +22,7 @@ from moepp_megatron.file_names import (
 )
 from moepp_megatron.interop.checkpoint_tensors import TensorReader
 from moepp_megatron.interop.convert import free_folder
-from moepp_megatron.interop.expressible import Row, refusals
+from moepp_megatron.interop.expressible import Row, refuse_settings
 from moepp_megatron.interop.hf_config import OWN, RELEASED, refuse_uncomputed
 from moepp_megatron.interop.hf_source import read_json, write_tensors
 from moepp_megatron.interop.model_card import (
@@ -43,7 +42,6 @@ from moepp_megatron.training.checkpoint.find import find_checkpoint, newest_agai
 _DEFAULT_SHARD_BYTES = 5 * 1000**3
 # What a checkpoint holds next to the model's weights.
 _NOT_EXPORTED = ("optimizer", "mtp.", UNUSED_PREFIX)
-_MODEL_FILES = ("configuration_moepp.py", "modeling_moepp.py")
 _SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _NOT_LATENT: tuple[Row, ...] = (("model.latent_attention", (None,), "no layout has it"),)
 _LATENT_REMEDY = "score and generate from the checkpoint itself"
@@ -85,7 +83,7 @@ def mcore_to_hf(
     folder = find_checkpoint(source)
     trained = load_config(folder / CONFIG_FILE)
     config = _without_further_tokens(trained)
-    raise_problems(refusals(config, _NOT_LATENT, "an export", _LATENT_REMEDY))
+    refuse_settings(config, _NOT_LATENT, "an export", _LATENT_REMEDY)
     if form.classes is not None:
         refuse_uncomputed(config)
     fields, companions = form.fields(config), original or folder
@@ -108,7 +106,9 @@ def mcore_to_hf(
         (unfinished / "README.md").write_text(card, encoding="utf-8")
         (unfinished / TRAINING_CONFIG_FILE).write_bytes((folder / CONFIG_FILE).read_bytes())
         if form.classes is not None:
-            _copy_model_files(unfinished)
+            # What transformers loads with `trust_remote_code`.
+            for name in ("configuration_moepp.py", "modeling_moepp.py"):
+                shutil.copyfile(Path(__file__).parent / "hf_files" / name, unfinished / name)
         publish(unfinished, target)
     warnings = list(form.warnings(config))
     if depths := trained.model.mtp_num_layers:
@@ -238,13 +238,6 @@ def _tokenizer_config(source: Path, config: Config) -> Fields:
     if not (source / HF_CONFIG_FILE).is_file():
         assumed |= {"bos_token": token, "pad_token": token}
     return assumed | {"model_max_length": config.model.seq_length} | stated
-
-
-def _copy_model_files(target: Path) -> None:
-    """Copy the files that transformers loads with `trust_remote_code`."""
-    package = resources.files("moepp_megatron.interop") / "hf_files"
-    for name in _MODEL_FILES:
-        (target / name).write_text((package / name).read_text(encoding="utf-8"), encoding="utf-8")
 
 
 def _write_json(path: Path, content: Fields) -> None:

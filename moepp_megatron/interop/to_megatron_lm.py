@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from moepp_megatron.config import Config, ConfigError, load_config
-from moepp_megatron.config.errors import raise_problems
 from moepp_megatron.file_names import CONFIG_FILE, TOKENIZER_FILE
 from moepp_megatron.interop.checkpoint_tensors import ConvertedCheckpointWriter, TensorReader
 from moepp_megatron.interop.convert import free_folder
-from moepp_megatron.interop.expressible import Row, refusals
+from moepp_megatron.interop.expressible import Row, refuse_settings
 from moepp_megatron.interop.from_megatron_lm import RELEASE, TRACKER_FILE, weight_names
 from moepp_megatron.interop.megatron_arguments import OWN_SETTINGS, option
 from moepp_megatron.layer_settings import BALANCE_TYPES
@@ -77,7 +76,7 @@ def _megatron_arguments(config: Config) -> list[str]:
     """The arguments of Megatron-LM's command line for a model; ConfigError without such."""
     whole = float(int(config.model.rotary_base))
     rows: list[Row] = [*_RULES, ("model.rotary_base", (whole,), "--rotary-base is a whole number")]
-    raise_problems(refusals(config, rows, "Megatron-LM's loop", "train on with `moepp train`"))
+    refuse_settings(config, rows, "Megatron-LM's loop", "train on with `moepp train`")
     return [word for option in _options(config) for word in option]
 
 

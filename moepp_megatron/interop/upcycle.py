@@ -25,7 +25,7 @@ from moepp_megatron.experts import LOCAL_KINDS, ExpertCounts
 from moepp_megatron.interop.hf_config import assemble
 from moepp_megatron.interop.hf_source import HFSource
 from moepp_megatron.interop.tensor_rules import Fields, Rules, Shape, TensorRule
-from moepp_megatron.interop.to_mcore import write_checkpoint
+from moepp_megatron.interop.to_mcore import TORCH_DTYPES, write_checkpoint
 from moepp_megatron.interop.upcycle_sources import extra_tensors, source_kind
 from moepp_megatron.layer_settings import LayerSettings
 from moepp_megatron.runtime.terminal import Console
@@ -103,7 +103,7 @@ def _selection_bias(rows: Tensor, norm: Tensor, num_ffn_experts: int) -> Tensor:
 def _added_rules(config: Config, ours: str, has_residual: bool, seed: int) -> Rules:
     """Yield new tensors: gating residuals and zero-computation experts."""
     moe, width, std = config.moe, config.model.hidden_size, config.model.init_method_std
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[config.precision.dtype]
+    dtype = TORCH_DTYPES[config.precision.dtype]
 
     def made(key: str, shape: Shape, scale: float) -> TensorRule:
         def value(_: Sequence[Tensor]) -> Tensor:

@@ -149,10 +149,6 @@ def _qwen2_moe(hf: Fields) -> Fields:
     }
 
 
-def _qwen2_decoder(hf: Fields) -> Fields:
-    return decoder_section({"qkv_bias": True, **hf})
-
-
 def _qwen_pattern(hf: Fields) -> list[int]:
     step, dense = hf.get("decoder_sparse_step", 1), hf.get("mlp_only_layers") or []
     layers = range(require(hf, "num_hidden_layers"))
@@ -164,11 +160,8 @@ def _qwen3_decoder(hf: Fields) -> Fields:
 
 
 def _olmoe_decoder(hf: Fields) -> Fields:
-    if hf.get("clip_qkv") is not None:
-        raise ConfigError(
-            f"config.json: clip_qkv ({hf['clip_qkv']}) must be null: this package's decoder does "
-            "not clip queries, keys and values; such a checkpoint cannot be upcycled"
-        )
+    why = "this package's decoder does not clip queries, keys and values"
+    refuse_fields([("clip_qkv", hf.get("clip_qkv"), None, why)], "upcycled")
     # Its own default of the epsilon; norms of queries and keys are always there.
     fields = {"rms_norm_eps": 1e-5, **hf, "qk_norm": True, "qk_norm_scope": "all_heads"}
     return decoder_section(fields)
@@ -302,7 +295,11 @@ _KINDS = {
     ),
     "olmoe": SourceKind(_softmax_moe, _olmoe_decoder),
     "qwen3_moe": SourceKind(_qwen3_moe, _qwen3_decoder),
-    "qwen2_moe": SourceKind(_qwen2_moe, _qwen2_decoder, shared="mlp.shared_expert"),
+    "qwen2_moe": SourceKind(
+        _qwen2_moe,
+        lambda hf: decoder_section({"qkv_bias": True, **hf}),
+        shared="mlp.shared_expert",
+    ),
     "deepseek_v3": SourceKind(
         _deepseek_moe,
         _deepseek_decoder_section,

@@ -11,9 +11,8 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from moepp_megatron.config import Config
-from moepp_megatron.config.errors import raise_problems
 from moepp_megatron.experts import ZERO
-from moepp_megatron.interop.expressible import PLAIN, Format, Row, refusals, unknown_there
+from moepp_megatron.interop.expressible import PLAIN, Format, Row, refuse_settings, unknown_there
 from moepp_megatron.interop.hf_config import plain_fields
 from moepp_megatron.interop.tensor_rules import Fields, Rules, same
 from moepp_megatron.interop.upcycle_sources import source_kind
@@ -36,7 +35,7 @@ def _fields(config: Config) -> Fields:
     """`config.json` of a vanilla MoE; ConfigError names each reason why none can express it."""
     remedy = "use --layout moepp (docs/how_to/llama_cpp.md: what it would take)"
     rows = (*unknown_there((ZERO,)), *PLAIN, *_own_rules(config))
-    raise_problems(refusals(config, rows, "--layout vanilla", remedy))
+    refuse_settings(config, rows, "--layout vanilla", remedy)
     moe, inner = config.moe, config.expert_ffn_hidden_size
     model_type, architecture, experts = kind = _kind(config)
     shared = (moe.shared_expert_ffn_hidden_size or inner) // inner

@@ -8,9 +8,9 @@ names of all other tensors are Qwen3-MoE's.
 from collections.abc import Iterator
 
 from moepp_megatron.config import Config, ConfigError
-from moepp_megatron.config.errors import raise_problems, show
+from moepp_megatron.config.errors import show
 from moepp_megatron.experts import CONSTANT, COPY, LOCAL_KINDS, ZERO
-from moepp_megatron.interop.expressible import PLAIN, Format, Row, refusals, unknown_there
+from moepp_megatron.interop.expressible import PLAIN, Format, Row, refuse_settings, unknown_there
 from moepp_megatron.interop.hf_config import assemble, plain_fields
 from moepp_megatron.interop.hf_decoder import require
 from moepp_megatron.interop.tensor_rules import Fields, Rules, constant_rules, same
@@ -30,7 +30,7 @@ _RULES: tuple[Row, ...] = (
 
 def _fields(config: Config) -> Fields:
     """ZEDA's `config.json`; ConfigError names each reason why the format cannot express it."""
-    raise_problems(refusals(config, _RULES, "--layout zeda", "use --layout moepp"))
+    refuse_settings(config, _RULES, "--layout zeda", "use --layout moepp")
     moe = config.moe
     counts = {kind.name: moe.count(kind) for kind in _KINDS if moe.count(kind)}
     pattern = moe.moe_layer_pattern(config.model.num_layers)

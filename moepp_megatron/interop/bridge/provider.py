@@ -12,8 +12,7 @@ from megatron.bridge.utils.fusions import validate_rope_fusion_compatibility
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
 from moepp_megatron.config import Config
-from moepp_megatron.config.errors import raise_problems
-from moepp_megatron.interop.expressible import refusals
+from moepp_megatron.interop.expressible import refuse_settings
 from moepp_megatron.interop.megatron_arguments import balance_of
 from moepp_megatron.interop.stage import block_spec, build_stage
 from moepp_megatron.layer_settings import BALANCE_TYPES
@@ -61,7 +60,7 @@ class MoEPPModelProvider(GPTModelProvider):
             ("model.mtp_num_layers", (0,), _NO_LAYER),
             ("model.qk_layernorm_scope", (scope,), _NO_LAYER),
         )
-        raise_problems(refusals(config, rows, "Megatron-Bridge", "use `moepp train`"))
+        refuse_settings(config, rows, "Megatron-Bridge", "use `moepp train`")
         balance = BALANCE_TYPES[moe.balance_scope] if moe.balance_coeff > 0 else "none"
         fields = transformer_fields(config) | {
             "moe_router_load_balancing_type": balance,

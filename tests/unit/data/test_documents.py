@@ -10,7 +10,7 @@ from pyarrow import parquet
 from moepp_megatron.config.errors import ConfigError
 from moepp_megatron.data import documents, source_files
 from moepp_megatron.data.documents import Skipped, check_usable, plan_pieces, read_piece
-from moepp_megatron.data.source_files import lacks_checksum
+from moepp_megatron.data.source_files import SourceFile
 from moepp_megatron.data.sources import resolve_sources
 from tests.unit.data.conftest import write_arrow
 
@@ -111,16 +111,19 @@ def test_compressed_files(tmp_path, monkeypatch):
 
 
 def test_which_files_have_no_checksum(tmp_path):
+    def lacks(name, compression):
+        return SourceFile(tmp_path / name, name, "text", 0, 0, compression).lacks_checksum()
+
     zstd_file(tmp_path / "a.zst", b"text" * 99)
-    assert lacks_checksum(tmp_path / "a.zst", "zstd")
+    assert lacks("a.zst", "zstd")
     # Frames of pzstd begin with one that is skipped; bit 2 of a frame's descriptor is the checksum.
     frame = bytearray((tmp_path / "a.zst").read_bytes())
     (tmp_path / "b.zst").write_bytes(b"\x50\x2a\x4d\x18\4\0\0\0size" + frame)
-    assert lacks_checksum(tmp_path / "b.zst", "zstd")
+    assert lacks("b.zst", "zstd")
     frame[4] |= 0b100
     (tmp_path / "c.zst").write_bytes(frame)
-    assert not lacks_checksum(tmp_path / "c.zst", "zstd")
-    assert not lacks_checksum(tmp_path / "a.zst", "gzip")
+    assert not lacks("c.zst", "zstd")
+    assert not lacks("a.zst", "gzip")
 
 
 @pytest.mark.parametrize("suffix", ["gz", "zst"])
