@@ -8,6 +8,7 @@ import json
 import re
 from collections.abc import Sequence
 from datetime import datetime
+from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Never
@@ -66,7 +67,8 @@ class ChatTemplate:
             lstrip_blocks=True,
             extensions=["jinja2.ext.loopcontrols", _Generation],
         )
-        environment.filters["tojson"] = _to_json
+        # As Hugging Face's filter writes it; Jinja's own escapes for HTML.
+        environment.filters["tojson"] = partial(json.dumps, ensure_ascii=False)
         environment.globals |= {
             "raise_exception": _refuse,
             "strftime_now": lambda form: datetime.now().strftime(form),
@@ -235,11 +237,6 @@ class ChatTemplate:
 
 def _refuse(message: str) -> Never:
     raise jinja2.TemplateError(message)
-
-
-def _to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None) -> str:
-    """JSON as Hugging Face's filter writes it; Jinja's own escapes for HTML."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent)
 
 
 def _with_tokens(text: str, content: dict[str, Any], eod_token: str) -> str:

@@ -149,7 +149,8 @@ def read_piece(piece: Piece, text_key: str) -> Iterator[str | Skipped]:
         if part.file.format == "text":
             yield _text_of(part.file)
         else:
-            yield from _read_texts(part, text_key)
+            for record in read_records(part, text_key):
+                yield record if isinstance(record, Skipped) else _record_text(record, text_key)
 
 
 def check_usable(sources: Sequence[TextSource], pieces: Sequence[Piece], text_key: str) -> None:
@@ -224,11 +225,6 @@ def read_records(part: _DocumentPart, column: str | None = None) -> Iterator[Rec
     for line in _lines(part):
         if line.strip():
             yield _record(line)
-
-
-def _read_texts(part: _DocumentPart, text_key: str) -> Iterator[str | Skipped]:
-    for record in read_records(part, text_key):
-        yield record if isinstance(record, Skipped) else _record_text(record, text_key)
 
 
 def _lines(part: _DocumentPart) -> Iterator[bytes]:

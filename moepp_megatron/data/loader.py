@@ -6,7 +6,7 @@ sample.
 """
 
 import errno
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +19,9 @@ from moepp_megatron.config.blends import Folder
 from moepp_megatron.config.errors import UnfitError
 from moepp_megatron.data.blending import DrawnDataset
 from moepp_megatron.data.manifest import CORPUS
-from moepp_megatron.data.samples import documents_of
+from moepp_megatron.data.samples import Batch, documents_of
 from moepp_megatron.data.verify import damaged, outside
 from moepp_megatron.runtime.disk import NO_SPACE, free_bytes, is_full
-
-Batch = dict[str, torch.Tensor]
 
 _SHARED_MEMORY = Path("/dev/shm")
 # Some ten locks, a page each.
@@ -141,9 +139,7 @@ def vocabulary_of(dataset: Any, model_vocab_size: int) -> int:
     return model_vocab_size
 
 
-def check_tokens(
-    dataset: Any, indices: Sequence[int], batch: Mapping[str, torch.Tensor], vocab_size: int
-) -> None:
+def check_tokens(dataset: Any, indices: Sequence[int], batch: Batch, vocab_size: int) -> None:
     """Check `tokens` and, if they are there, `labels` of a batch, int64 [b, s], on the host.
 
     Raises:
@@ -168,19 +164,15 @@ def _error(dataset: Any, sample: int, position: int, token: int, vocab_size: int
         dataset, sample = dataset.locate(sample)
     if not isinstance(dataset, GPTDataset):
         return ValueError(outside(f"token {position} of sample {sample}", token, vocab_size))
-    document, offset = _locate(dataset, sample, position)
-    prefix = Path(dataset.dataset.path_prefix)
-    folder = Folder("data.path", prefix.parent if prefix.name == CORPUS else prefix)
-    place = f"token {offset} of document {document}"
-    return damaged(getattr(dataset, "setting", folder), outside(place, token, vocab_size))
-
-
-def _locate(dataset: GPTDataset, sample: int, position: int) -> tuple[int, int]:
-    """The document of the corpus that a sample's token is in, and which of its tokens it is."""
     documents, lengths = documents_of(dataset, sample)
+    # A sample begins within its first document.
+    skipped = int(dataset.sample_index[dataset.shuffle_index[sample]][1])
+    lengths[0] += skipped
+    position += skipped
     ends = np.cumsum(lengths)
     index = int(np.searchsorted(ends, position, side="right"))
-    if index > 0:
-        return int(documents[index]), position - int(ends[index - 1])
-    _, offset = dataset.sample_index[dataset.shuffle_index[sample]]
-    return int(documents[0]), position + int(offset)
+    offset = position - int(ends[index] - lengths[index])
+    prefix = Path(dataset.dataset.path_prefix)
+    folder = Folder("data.path", prefix.parent if prefix.name == CORPUS else prefix)
+    place = f"token {offset} of document {documents[index]}"
+    return damaged(getattr(dataset, "setting", folder), outside(place, token, vocab_size))

@@ -142,9 +142,7 @@ def write_chat(
         answers = own[own & 1 == 1]
         ends[int(answers[-1]) >> 1] += 1
         answer_tokens += len(answers)
-    notice = _notice_of_ends(ends, tokenizer)
-    if notice is not None:
-        console.print_line(f"note: {notice}")
+    _note_ends(ends, tokenizer, console)
     sequences, hashes = _write_sequences(conversations, tokenizer, sequence_length, folder, seed)
     path.unlink()
     text = template.text.encode()
@@ -195,18 +193,17 @@ def _nothing_usable(source: TextSource, skipped: Counter[str]) -> ConfigError:
     )
 
 
-def _notice_of_ends(ends: Counter[int], tokenizer: Tokenizer) -> str | None:
-    """A notice where answers end with another token than the one that generation stops at."""
+def _note_ends(ends: Counter[int], tokenizer: Tokenizer, console: Console) -> None:
+    """Say where answers end with another token than the one that generation stops at."""
     others = ends.total() - ends[tokenizer.eod]
-    if others == 0:
-        return None
-    (common, _), *_ = ends.most_common(1)
-    return (
-        f"{others} of {ends.total()} conversations do not end with {tokenizer.eod_token}, "
-        f"the end-of-document token, the only one at which moepp generate stops; their usual last "
-        f"token is {tokenizer.decode([common])!r}: name that one with --eod-token, or end answers "
-        "with {{ eos_token }} in the template"
-    )
+    if others:
+        (common, _), *_ = ends.most_common(1)
+        console.print_line(
+            f"note: {others} of {ends.total()} conversations do not end with "
+            f"{tokenizer.eod_token}, the end-of-document token, the only one at which moepp "
+            f"generate stops; their usual last token is {tokenizer.decode([common])!r}: name that "
+            "one with --eod-token, or end answers with {{ eos_token }} in the template"
+        )
 
 
 def _write_sequences(

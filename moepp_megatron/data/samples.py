@@ -17,6 +17,7 @@ from moepp_megatron.config.blends import Folder
 from moepp_megatron.data.manifest import DOCUMENT_SOURCES, Manifest
 from moepp_megatron.data.verify import damaged
 
+Batch = dict[str, torch.Tensor]
 DOCUMENTS = "documents"
 """Key of a batch: [b, s] int64 number of each token's document in its sequence."""
 PADDING = "padding_mask"
@@ -39,7 +40,7 @@ class ConversationDataset(GPTDataset):
 
     marks: IndexedDataset | None = None
 
-    def __getitem__(self, idx: int | None) -> dict[str, torch.Tensor]:
+    def __getitem__(self, idx: int | None) -> Batch:
         """The sample; None gives one without loss, as in `GPTDataset`.
 
         Returns:
@@ -90,9 +91,9 @@ class SourcedDataset(GPTDataset):
     first_source: int = 0
     document_sources: NDArray[np.uint8] | None = None
 
-    def __getitem__(self, idx: int | None) -> dict[str, torch.Tensor]:
+    def __getitem__(self, idx: int | None) -> Batch:
         """The sample; None gives one of padding, as in `GPTDataset`."""
-        sample: dict[str, torch.Tensor] = super().__getitem__(idx)
+        sample: Batch = super().__getitem__(idx)
         length = self.config.sequence_length
         if self.document_sources is None:
             sample[SOURCES] = torch.full((length,), self.first_source, dtype=torch.int32)

@@ -156,12 +156,12 @@ BAND_EDGES = (0.5, 0.8, 0.95, 0.99)
 """Shares of the training set's tokens, the most frequent ids first, at which a band ends."""
 
 
-def _band_names() -> tuple[str, ...]:
-    parts = [f"{after - before:.0%}" for before, after in pairwise((0.0, *BAND_EDGES, 1.0))]
-    return (f"most frequent {parts[0]}", *(f"next {p}" for p in parts[1:-1]), f"rarest {parts[-1]}")
-
-
-BANDS = _band_names()
+_PARTS = [f"{after - before:.0%}" for before, after in pairwise((0.0, *BAND_EDGES, 1.0))]
+BANDS = (
+    f"most frequent {_PARTS[0]}",
+    *(f"next {part}" for part in _PARTS[1:-1]),
+    f"rarest {_PARTS[-1]}",
+)
 
 
 @dataclass(frozen=True, eq=False)

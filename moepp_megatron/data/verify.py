@@ -180,34 +180,33 @@ def _read(path: Path, advance: Callable[[int], None], check: "_TokenCheck | None
     return digest.hexdigest()
 
 
+@dataclass
 class _TokenCheck:
     """Finds the first token outside of the vocabulary in a corpus that is read chunk by chunk."""
 
-    def __init__(self, vocab_size: int) -> None:
-        self._vocab_size = vocab_size
-        # From the index, without which it is not known how many bytes an id has.
-        self.dtype: np.dtype[np.integer] | None = None
-        self.ends: NDArray[np.int64] | None = None
-        self._tokens_before = 0
-        self.problem = ""
+    vocab_size: int
+    # From the index, without which it is not known how many bytes an id has.
+    dtype: np.dtype[np.integer] | None = None
+    ends: NDArray[np.int64] | None = None
+    tokens_before: int = 0
+    problem: str = ""
 
     def check(self, chunk: bytes) -> None:
         if self.dtype is None or self.problem:
             return
         tokens = np.frombuffer(chunk, self.dtype, len(chunk) // self.dtype.itemsize)
-        wrong = (tokens < 0) | (tokens >= self._vocab_size)
+        wrong = (tokens < 0) | (tokens >= self.vocab_size)
         if wrong.any():
             index = int(wrong.argmax())
-            place = self._place(self._tokens_before + index)
-            self.problem = outside(place, int(tokens[index]), self._vocab_size)
-        self._tokens_before += len(tokens)
-
-    def _place(self, position: int) -> str:
-        if self.ends is None or position >= self.ends[-1]:
-            return f"token {position}"
-        document = int(np.searchsorted(self.ends, position, side="right"))
-        start = int(self.ends[document - 1]) if document else 0
-        return f"token {position - start} of document {document}"
+            place = self.tokens_before + index
+            document = ""
+            if self.ends is not None and place < self.ends[-1]:
+                number = int(np.searchsorted(self.ends, place, side="right"))
+                place -= int(self.ends[number - 1]) if number else 0
+                document = f" of document {number}"
+            token = int(tokens[index])
+            self.problem = outside(f"token {place}{document}", token, self.vocab_size)
+        self.tokens_before += len(tokens)
 
 
 def outside(place: str, token: int, vocab_size: int) -> str:

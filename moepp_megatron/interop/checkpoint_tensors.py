@@ -31,11 +31,13 @@ from torch.distributed.checkpoint.metadata import (
 
 from moepp_megatron.config import Config, ConfigError
 from moepp_megatron.file_names import CONFIG_FILE, FORMAT_FILE, MANIFEST_FILE, TENSORS_FILE
-from moepp_megatron.interop.tensor_rules import linear_modules
+from moepp_megatron.interop.tensor_rules import differences, linear_modules, moepp_rules
 from moepp_megatron.training.checkpoint.data_only import refuse_packed
 from moepp_megatron.training.checkpoint.files import file_digest
 from moepp_megatron.training.checkpoint.index import read_metadata
 from moepp_megatron.training.checkpoint.plain_pickle import UnsafePickleError
+
+_WEIGHTS = ("embedding.", "decoder.", "output_layer.")
 
 
 class TensorReader:
@@ -74,6 +76,19 @@ class TensorReader:
             part = part[first - chunk.offsets[0] : last - chunk.offsets[0]]
             _place(target, chunk)[first - begin : last - begin].copy_(part)
         return target if index is None else target[0]
+
+    def weight_names(self, config: Config) -> list[str]:
+        """The model's tensors; ConfigError names missing and unexpected ones and other shapes."""
+        tensors = self.tensors
+        wanted = {rule.key: rule.shape for rule in moepp_rules(config) if not rule.unused}
+        weights = {name: shape for name, (_, shape) in tensors.items() if name.startswith(_WEIGHTS)}
+        if problems := differences(wanted, weights, "the arguments"):
+            more = f", and {len(problems) - 1} more" if len(problems) > 1 else ""
+            raise ConfigError(
+                f"{self.folder}: {problems[0]}{more}; name a checkpoint of the model that its "
+                "arguments describe"
+            )
+        return list(wanted)
 
     def read_bytes(self, key: str) -> bytes:
         """The bytes of the object stored under `key`; KeyError if there is none."""
@@ -167,7 +182,9 @@ class ConvertedCheckpointWriter:
         offset = [0] * len(shape)
         if index is not None:
             tensor, offset[0] = tensor.unsqueeze(0), index
-        known = self._tensors.setdefault(key, _describe(tensor.dtype, shape))
+        properties = TensorProperties(dtype=tensor.dtype)
+        described = TensorStorageMetadata(properties, torch.Size(shape), [])
+        known = self._tensors.setdefault(key, described)
         assert isinstance(known, TensorStorageMetadata), f"{key} is no tensor"
         assert known.properties.dtype == tensor.dtype, f"{key} has slices of several dtypes"
         known.chunks.append(ChunkStorageMetadata(torch.Size(offset), tensor.shape))
@@ -250,7 +267,3 @@ class ConvertedCheckpointWriter:
 
     def _put(self, name: str, content: bytes) -> None:
         (self._folder / name).write_bytes(content)
-
-
-def _describe(dtype: torch.dtype, shape: Sequence[int]) -> TensorStorageMetadata:
-    return TensorStorageMetadata(TensorProperties(dtype=dtype), torch.Size(shape), [])

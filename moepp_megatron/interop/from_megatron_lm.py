@@ -30,14 +30,13 @@ from moepp_megatron.interop.checkpoint_tensors import ConvertedCheckpointWriter,
 from moepp_megatron.interop.convert import free_folder
 from moepp_megatron.interop.hf_config import assemble
 from moepp_megatron.interop.megatron_arguments import environment_arguments, moepp_config
-from moepp_megatron.interop.tensor_rules import Fields, differences, moepp_rules
+from moepp_megatron.interop.tensor_rules import Fields
 from moepp_megatron.layer_settings import DECLARED
 from moepp_megatron.moe.config import MoEPPConfig
 from moepp_megatron.runtime.atomic import partial_folder, publish
 
 # How data files of ours begin that stand beside data files of another writer.
 _PREFIX = "__converted"
-_WEIGHTS = ("embedding.", "decoder.", "output_layer.")
 # Megatron's arguments that the decoder here has one value of: value, what to call it.
 _FIXED: tuple[tuple[str, Any, str], ...] = (
     ("position_embedding_type", "rope", "--position-embedding-type"),
@@ -83,8 +82,13 @@ def from_megatron_lm(
     arguments = _read_arguments(reader)
     config = _config_from_arguments(arguments, own_arguments, folder.resolve().parent.name)
     if tokenizer is not None:
-        _check_tokenizer(tokenizer, config)
-    names = weight_names(reader, config)
+        size = Tokenizer.load(tokenizer).vocab_size
+        if size > config.model.vocab_size:
+            raise ConfigError(
+                f"--tokenizer ({tokenizer}) must fit the model's vocabulary of "
+                f"{config.model.vocab_size} tokens and has {size}; use that of the run's data"
+            )
+    names = reader.weight_names(config)
     target = free_folder(target)
     with partial_folder(target, "DST") as partial:
         writer = ConvertedCheckpointWriter(partial, _PREFIX)
@@ -114,15 +118,6 @@ def _config_from_arguments(arguments: Namespace, own_arguments: str | None, name
         raise ConfigError(f"the checkpoint's arguments do not fit: {error}") from None
     dtype = "bf16" if getattr(arguments, "bf16", False) else "fp32"
     return assemble(model, moe, {}, name, dtype, getattr(arguments, "lr", None) or 1.0e-4)
-
-
-def _check_tokenizer(tokenizer: Path, config: Config) -> None:
-    size = Tokenizer.load(tokenizer).vocab_size
-    if size > config.model.vocab_size:
-        raise ConfigError(
-            f"--tokenizer ({tokenizer}) must fit the model's vocabulary of "
-            f"{config.model.vocab_size} tokens and has {size}; use that of the run's data"
-        )
 
 
 def _with_own(arguments: Namespace, own_arguments: str | None) -> Namespace:
@@ -180,20 +175,6 @@ def _moe(arguments: Namespace, moepp: MoEPPConfig) -> Fields:
 
 
 _MOE_FIELDS = tuple(name for name in DECLARED if name != "fused")
-
-
-def weight_names(reader: TensorReader, config: Config) -> list[str]:
-    """The model's tensors; ConfigError names missing and unexpected ones and other shapes."""
-    tensors = reader.tensors
-    wanted = {rule.key: rule.shape for rule in moepp_rules(config) if not rule.unused}
-    weights = {name: shape for name, (_, shape) in tensors.items() if name.startswith(_WEIGHTS)}
-    if problems := differences(wanted, weights, "the arguments"):
-        more = f", and {len(problems) - 1} more" if len(problems) > 1 else ""
-        raise ConfigError(
-            f"{reader.folder}: {problems[0]}{more}; name a checkpoint of the model that its "
-            "arguments describe"
-        )
-    return list(wanted)
 
 
 TRACKER_FILE = "latest_checkpointed_iteration.txt"

@@ -53,13 +53,15 @@ def rope_theta(hf: Fields) -> float:
 
 def _refuse_unsupported(hf: Fields) -> None:
     rope_type = (hf.get("rope_parameters") or {}).get("rope_type", "default")
+    # Qwen names a window that it does not use.
+    window = hf.get("sliding_window") if hf.get("use_sliding_window", True) else None
     rows = (
         ("hidden_act", hf.get("hidden_act", "silu"), "silu", "SwiGLU"),
         ("rope_scaling", hf.get("rope_scaling"), None, "plain rotary embeddings"),
         ("rope_parameters.rope_type", rope_type, "default", "plain rotary embeddings"),
         ("attention_bias", hf.get("attention_bias", False), False, "no biases"),
         ("mlp_bias", hf.get("mlp_bias", False), False, "no biases"),
-        ("sliding_window", _window(hf), None, "full attention"),
+        ("sliding_window", window, None, "full attention"),
         ("kv_lora_rank", hf.get("kv_lora_rank"), None, "no converter for latent attention"),
     )
     refuse_fields(((*row, f"this package's decoder has {what}") for *row, what in rows))
@@ -77,8 +79,3 @@ def refuse_fields(rows: Iterable[tuple[Any, ...]], how: str = "converted") -> No
         for name, value, wanted, reason in rows
         if value != wanted
     )
-
-
-def _window(hf: Fields) -> Any:
-    # Qwen names a window that it does not use.
-    return hf.get("sliding_window") if hf.get("use_sliding_window", True) else None

@@ -158,8 +158,13 @@ class ScoreRequest:
             windows = TextWindows.read(text, tokenizer, trained.model.seq_length)
             input_ids = windows.input_ids
         assert input_ids is not None, "one of the two was given"
-        if tokens is not None:
-            _check_vocabulary(source, input_ids, trained)
+        size = trained.model.vocab_size
+        wrong = input_ids[(input_ids < 0) | (input_ids >= size)]
+        if wrong.size:
+            raise ConfigError(
+                f"{source}: input_ids ({wrong[0]}) must be between 0 and {size - 1}, the "
+                "model's vocabulary; use the tokenizer that the model was trained with"
+            )
         request = cls.of(folder, trained, input_ids, overrides, world_size, out=out, logits=logits)
         return replace(request, text=windows)
 
@@ -221,16 +226,6 @@ def _checked(input_ids: np.ndarray, source: str) -> np.ndarray:
             f"{source}: input_ids ({input_ids.dtype}) must be whole numbers; write it as int64"
         )
     return input_ids.astype(np.int64)
-
-
-def _check_vocabulary(source: str, input_ids: np.ndarray, config: Config) -> None:
-    size = config.model.vocab_size
-    wrong = input_ids[(input_ids < 0) | (input_ids >= size)]
-    if wrong.size:
-        raise ConfigError(
-            f"{source}: input_ids ({wrong[0]}) must be between 0 and {size - 1}, the "
-            "model's vocabulary; use the tokenizer that the model was trained with"
-        )
 
 
 def _scoring_config(

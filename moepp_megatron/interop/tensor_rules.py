@@ -7,6 +7,7 @@ compare them with a real model.
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -21,11 +22,6 @@ Fields = dict[str, Any]
 # code builds and never calls, and what a format asks for although it is constant.
 UNUSED_PREFIX = "interop.unused."
 _MAX_LISTED = 5
-
-
-def _only(tensors: Sequence[Tensor]) -> Tensor:
-    (tensor,) = tensors
-    return tensor
 
 
 @dataclass(frozen=True)
@@ -46,7 +42,7 @@ class TensorRule:
     shape: Shape
     sources: Mapping[str, Shape]
     index: int | None = None
-    pack: Callable[[Sequence[Tensor]], Tensor] = _only
+    pack: Callable[[Sequence[Tensor]], Tensor] = itemgetter(0)
     unpack: Callable[[Tensor], list[Tensor]] | None = lambda tensor: [tensor]
     unused: bool = False
 

@@ -14,7 +14,7 @@ from moepp_megatron.file_names import CONFIG_FILE, TOKENIZER_FILE
 from moepp_megatron.interop.checkpoint_tensors import ConvertedCheckpointWriter, TensorReader
 from moepp_megatron.interop.convert import free_folder
 from moepp_megatron.interop.expressible import Row, refuse_settings
-from moepp_megatron.interop.from_megatron_lm import RELEASE, TRACKER_FILE, weight_names
+from moepp_megatron.interop.from_megatron_lm import RELEASE, TRACKER_FILE
 from moepp_megatron.interop.megatron_arguments import OWN_SETTINGS, option
 from moepp_megatron.layer_settings import BALANCE_TYPES
 from moepp_megatron.runtime.atomic import partial_folder, publish
@@ -54,7 +54,7 @@ def to_megatron_lm(source: Path, target: Path) -> str:
     config = load_config(folder / CONFIG_FILE)
     arguments = " ".join(_megatron_arguments(config))
     reader = TensorReader(folder)
-    names = weight_names(reader, config)
+    names = reader.weight_names(config)
     target = free_folder(target)
     with partial_folder(target, "DST") as partial:
         release = partial / RELEASE

@@ -13,7 +13,8 @@ experts, router rows. Added: zero-computation experts and gating residuals, so t
 
 import hashlib
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,10 +24,11 @@ from torch import Tensor
 from moepp_megatron.config import Config, ConfigError
 from moepp_megatron.experts import LOCAL_KINDS, ExpertCounts
 from moepp_megatron.interop.hf_config import assemble
+from moepp_megatron.interop.hf_decoder import require
 from moepp_megatron.interop.hf_source import HFSource
 from moepp_megatron.interop.tensor_rules import Fields, Rules, Shape, TensorRule
 from moepp_megatron.interop.to_mcore import TORCH_DTYPES, write_checkpoint
-from moepp_megatron.interop.upcycle_sources import extra_tensors, source_kind
+from moepp_megatron.interop.upcycle_sources import source_kind
 from moepp_megatron.layer_settings import LayerSettings
 from moepp_megatron.runtime.terminal import Console
 
@@ -34,6 +36,7 @@ from moepp_megatron.runtime.terminal import Console
 _NOISE = math.log(1.25)
 # Rounding of scores and sums in fp32 is far below this.
 _MARGIN = 1e-3
+_LAYER = re.compile(r"model\.layers\.(\d+)\.")
 
 
 def _router_rules(
@@ -170,10 +173,19 @@ def upcycle(
     additions = additions or Additions()
     hf = HFSource(source, allow_pickle)
     config = _upcycled_config(hf.config, additions, source.resolve().name, dtype)
-    hf.leave_out(extra_tensors(hf.config, hf.tensors))
+    hf.leave_out(_extra_tensors(hf.config, hf.tensors))
     rules = list(_upcycling_rules(config, hf.config, additions.seed))
     write_checkpoint(hf, rules, config, target, dtype, console)
     return config
+
+
+def _extra_tensors(hf: Fields, names: Iterable[str]) -> list[str]:
+    """Layers of multi-token prediction, which come behind the decoder's (DeepSeek-V3)."""
+    if "kv_lora_rank" not in hf:
+        return []
+    layers = require(hf, "num_hidden_layers")
+    matches = ((name, _LAYER.match(name)) for name in names)
+    return [name for name, match in matches if match is not None and int(match[1]) >= layers]
 
 
 def _upcycled_config(hf: Fields, additions: Additions, name: str, dtype: str | None) -> Config:

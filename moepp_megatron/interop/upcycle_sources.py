@@ -1,7 +1,6 @@
 """The kinds of models that can be upcycled, with the names of their tensors."""
 
-import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from moepp_megatron.config import Config, ConfigError
@@ -20,7 +19,6 @@ from moepp_megatron.interop.tensor_rules import (
     unused,
 )
 
-_LAYER = re.compile(r"model\.layers\.(\d+)\.")
 _PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 # What DeepSeek's and transformers' code adds to mean squares in the norms of latent attention.
 _LATENT_EPSILON = 1e-6
@@ -112,15 +110,6 @@ def source_kind(hf: Fields) -> SourceKind:
             "such a checkpoint cannot be converted"
         )
     return _KINDS[name]
-
-
-def extra_tensors(hf: Fields, names: Iterable[str]) -> list[str]:
-    """Layers of multi-token prediction, which come behind the decoder's (DeepSeek-V3)."""
-    if "kv_lora_rank" not in hf:
-        return []
-    layers = require(hf, "num_hidden_layers")
-    matches = ((name, _LAYER.match(name)) for name in names)
-    return [name for name, match in matches if match is not None and int(match[1]) >= layers]
 
 
 def _mixtral_moe(hf: Fields) -> Fields:

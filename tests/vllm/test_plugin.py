@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from moepp_megatron.config import parse_config
-from moepp_megatron.interop.vllm import VERSION, MoEPPModelConfig
+from moepp_megatron.interop.vllm import VERSION, _ModelConfig
 from tests.interop.conftest import RunPlain, plain  # noqa: F401
 from tests.interop.models import settings
 from tests.interop.test_export import MODELS, save_and_compute
@@ -288,15 +288,15 @@ def test_what_it_does_not_compute_is_refused(monkeypatch, platform, changes, pro
     monkeypatch.setitem(sys.modules, "vllm", ModuleType("vllm"))
     monkeypatch.setitem(sys.modules, "vllm.platforms", module)
     config = asked(**changes)
-    MoEPPModelConfig.verify_and_update_model_config(config.model_config)
+    _ModelConfig.verify_and_update_model_config(config.model_config)
     assert config.model_config.model_arch_config.num_experts == 12
     if problem is None:
-        MoEPPModelConfig.verify_and_update_config(config)
+        _ModelConfig.verify_and_update_config(config)
         wanted = {"cpu": "auto", "cuda": "triton"}[platform]
         assert config.kernel_config.moe_backend == wanted
         return
     with pytest.raises(ValueError, match="--model-impl transformers") as refused:
-        MoEPPModelConfig.verify_and_update_config(config)
+        _ModelConfig.verify_and_update_config(config)
     assert problem in str(refused.value)
     assert "\n" not in str(refused.value)
 

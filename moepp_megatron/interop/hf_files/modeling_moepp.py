@@ -22,12 +22,12 @@ from transformers.models.llama.modeling_llama import (
     LlamaAttention,
     LlamaDecoderLayer,
     LlamaForCausalLM,
-    LlamaMLP,
     LlamaModel,
     LlamaRMSNorm,
     LlamaRotaryEmbedding,
 )
 from transformers.models.mixtral.modeling_mixtral import MixtralForCausalLM
+from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeMLP
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
 from transformers.utils.output_capturing import OutputRecorder
 
@@ -340,11 +340,7 @@ class MoEPPLayer(nn.Module):
         self.experts = MoEPPExperts(config)
         self.shared_expert: nn.Module | None = None
         if config.shared_expert_intermediate_size is not None:
-            self.shared_expert = LlamaMLP(config)
-            inner, hidden = config.shared_expert_intermediate_size, config.hidden_size
-            self.shared_expert.gate_proj = nn.Linear(hidden, inner, bias=False)
-            self.shared_expert.up_proj = nn.Linear(hidden, inner, bias=False)
-            self.shared_expert.down_proj = nn.Linear(inner, hidden, bias=False)
+            self.shared_expert = Qwen2MoeMLP(config, config.shared_expert_intermediate_size)
         if config.shared_expert_gate:
             self.shared_expert_gate = nn.Linear(config.hidden_size, 1, bias=False)
 

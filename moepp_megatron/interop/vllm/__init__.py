@@ -27,10 +27,10 @@ def register() -> None:
     for config, architecture in ((MoEPPConfig, "MoEPPForCausalLM"), (MoeConfig, "MoeForCausalLM")):
         AutoConfig.register(config.model_type, config, exist_ok=True)
         ModelRegistry.register_model(architecture, f"{__name__}.model:MoEPPForCausalLM")
-        MODELS_CONFIG_MAP[architecture] = MoEPPModelConfig
+        MODELS_CONFIG_MAP[architecture] = _ModelConfig
 
 
-class MoEPPModelConfig:
+class _ModelConfig:
     """vLLM's `VerifyAndUpdateConfig`."""
 
     @staticmethod
