@@ -52,8 +52,7 @@ def score(
     from moepp_megatron.runtime.optional import quiet
 
     quiet()
-    from moepp_megatron.interop.score import run
-    from moepp_megatron.interop.score_request import ScoreRequest
+    from moepp_megatron.interop.score import ScoreRequest, run
     from moepp_megatron.runtime.rank import RankEnvironment
     from moepp_megatron.training.checkpoint.find import newest_again
 

@@ -6,7 +6,6 @@ convert.py              every conversion by the name that `moepp convert` gives 
 from_megatron_lm.py     converts a checkpoint of Megatron-LM's own training loop to ours
 generate.py             `moepp generate`: what it is asked to do, and as a function
 hf_config.py            converts between our configuration and a Hugging Face `config.json`
-hf_decoder.py           our model section from the fields that Llama's descendants share
 hf_source.py            a Hugging Face checkpoint folder: configuration, and tensors one by one
 expressible.py          what a format cannot express, as rows of settings
 vanilla.py              models with zero experts as the MoE models that llama.cpp has
@@ -14,8 +13,7 @@ megatron_arguments.py   MoE++ settings of a Megatron-LM run: `--moepp-*`
 megatron_lm.py          MoE++ in Megatron-LM's own training loop, `megatron.training`, unmodified
 model_card.py           the model card of an exported model
 tensor_rules.py         rules by which tensors of a Hugging Face checkpoint and of ours correspond
-score.py                `moepp score` as a function
-score_request.py        what `moepp score` is asked to do: tokens, or a text cut into windows
+score.py                `moepp score`: what it is asked to do, and as a function
 scoring.py              log-probabilities of sequences, continuations of prompts, in any layout
 stage.py                a stage of a MoE++ model in the loops of others
 to_hf.py                converts a checkpoint of ours to a Hugging Face checkpoint, tensor by tensor

@@ -138,24 +138,16 @@ def _with_own(arguments: Namespace, own_arguments: str | None) -> Namespace:
 def _model(arguments: Namespace) -> Fields:
     groups = arguments.num_query_groups if arguments.group_query_attention else None
     return {
-        "num_layers": arguments.num_layers,
-        "hidden_size": arguments.hidden_size,
-        "ffn_hidden_size": arguments.ffn_hidden_size,
-        "num_attention_heads": arguments.num_attention_heads,
+        **{name: getattr(arguments, name) for name in _MODEL_FIELDS},
         "num_query_groups": groups,
-        "kv_channels": arguments.kv_channels,
-        "qk_layernorm": arguments.qk_layernorm,
-        "seq_length": arguments.seq_length,
         "vocab_size": arguments.padded_vocab_size,
         "rotary_base": float(arguments.rotary_base),
         "norm_epsilon": arguments.layernorm_epsilon,
         "tie_embeddings": not arguments.untie_embeddings_and_output_weights,
-        "init_method_std": arguments.init_method_std,
     }
 
 
 def _moe(arguments: Namespace, moepp: MoEPPConfig) -> Fields:
-    # Both sides have these under one name.
     fields = {key: getattr(moepp, key) for key in _MOE_FIELDS}
     has_bias = getattr(arguments, "moe_router_enable_expert_bias", False)
     if moepp.is_vanilla:
@@ -174,6 +166,17 @@ def _moe(arguments: Namespace, moepp: MoEPPConfig) -> Fields:
     }
 
 
+# Both sides have these under one name.
+_MODEL_FIELDS = (
+    "num_layers",
+    "hidden_size",
+    "ffn_hidden_size",
+    "num_attention_heads",
+    "kv_channels",
+    "qk_layernorm",
+    "seq_length",
+    "init_method_std",
+)
 _MOE_FIELDS = tuple(name for name in DECLARED if name != "fused")
 
 

@@ -12,7 +12,7 @@ from moepp_megatron.config import ConfigError, load_config
 from moepp_megatron.data.chat_template import ChatTemplate
 from moepp_megatron.data.tokenizer import Tokenizer
 from moepp_megatron.file_names import CONFIG_FILE
-from moepp_megatron.interop.score_request import ScoreRequest, checkpoint_tokenizer, divisible
+from moepp_megatron.interop.score import ScoreRequest, checkpoint_tokenizer, divisible
 from moepp_megatron.runtime.optional import quiet
 from moepp_megatron.runtime.rank import RankEnvironment
 from moepp_megatron.runtime.rank_environment import prepare_rank

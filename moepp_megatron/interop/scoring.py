@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moepp_megatron.interop.generate import GenerateRequest, Sampling
-from moepp_megatron.interop.score_request import ScoreRequest
+from moepp_megatron.interop.score import ScoreRequest
 from moepp_megatron.model.build import build_model
 from moepp_megatron.model.stage import PipelineStage, evaluation_stages
 from moepp_megatron.training.checkpoint.read import load_weights

@@ -23,8 +23,7 @@ from torch import Tensor
 
 from moepp_megatron.config import Config, ConfigError
 from moepp_megatron.experts import LOCAL_KINDS, ExpertCounts
-from moepp_megatron.interop.hf_config import assemble
-from moepp_megatron.interop.hf_decoder import require
+from moepp_megatron.interop.hf_config import assemble, require
 from moepp_megatron.interop.hf_source import HFSource
 from moepp_megatron.interop.tensor_rules import Fields, Rules, Shape, TensorRule
 from moepp_megatron.interop.to_mcore import TORCH_DTYPES, write_checkpoint

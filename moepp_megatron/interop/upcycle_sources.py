@@ -4,8 +4,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from moepp_megatron.config import Config, ConfigError
-from moepp_megatron.interop.hf_config import MOEPP_TYPES
-from moepp_megatron.interop.hf_decoder import decoder_section, refuse_fields, require, rope_theta
+from moepp_megatron.interop.hf_config import (
+    MOEPP_TYPES,
+    decoder_section,
+    refuse_fields,
+    require,
+    rope_theta,
+)
 from moepp_megatron.interop.tensor_rules import (
     Fields,
     Rules,

@@ -11,8 +11,7 @@ from moepp_megatron.config import Config, ConfigError
 from moepp_megatron.config.errors import show
 from moepp_megatron.experts import CONSTANT, COPY, LOCAL_KINDS, ZERO
 from moepp_megatron.interop.expressible import PLAIN, Format, Row, refuse_settings, unknown_there
-from moepp_megatron.interop.hf_config import assemble, plain_fields
-from moepp_megatron.interop.hf_decoder import require
+from moepp_megatron.interop.hf_config import assemble, plain_fields, require
 from moepp_megatron.interop.tensor_rules import Fields, Rules, constant_rules, same
 from moepp_megatron.interop.upcycle_sources import source_kind
 

@@ -132,7 +132,7 @@ def score(checkpoint, tokens, overrides):
     """`moepp score --logits` on the ranks that call; rank 0 returns the scores."""
     import torch.distributed as dist
 
-    from moepp_megatron.interop.score_request import ScoreRequest
+    from moepp_megatron.interop.score import ScoreRequest
     from moepp_megatron.interop.scoring import score_stages, scoring_stages
     from moepp_megatron.runtime.distributed import build_groups
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from moepp_megatron.config import ConfigError
-from moepp_megatron.interop.score_request import ScoreRequest
+from moepp_megatron.interop.score import ScoreRequest
 from tests.commands import cold, moepp
 from tests.full_disk import fill
 from tests.interop.checkpoints import GOLDEN, convert_and_score, hf_to_mcore

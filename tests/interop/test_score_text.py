@@ -8,7 +8,7 @@ import pytest
 
 from moepp_megatron.config import ConfigError
 from moepp_megatron.data.tokenizer import train_tokenizer
-from moepp_megatron.interop.score_request import ScoreRequest, TextWindows
+from moepp_megatron.interop.score import ScoreRequest, TextWindows
 from tests.commands import cold, moepp
 from tests.interop.checkpoints import GOLDEN, hf_to_mcore, score
 from tests.interop.test_cli import TP2

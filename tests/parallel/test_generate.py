@@ -48,7 +48,7 @@ def build(raw, overrides):
     import torch.distributed as dist
 
     from moepp_megatron.config import parse_config
-    from moepp_megatron.interop.score_request import ScoreRequest
+    from moepp_megatron.interop.score import ScoreRequest
     from moepp_megatron.model.build import build_model
 
     room = np.zeros((len(PROMPTS), 16), dtype=np.int64)

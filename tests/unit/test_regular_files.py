@@ -7,7 +7,7 @@ import pytest
 
 from moepp_megatron.config import ConfigError
 from moepp_megatron.config.regular_file import check_regular
-from moepp_megatron.interop.score_request import read_input_ids, text_of
+from moepp_megatron.interop.score import read_input_ids, text_of
 from moepp_megatron.observe.metrics import MetricsError, read_metrics
 from moepp_megatron.observe.status import RunStatus
 from moepp_megatron.observe.tail import Tail

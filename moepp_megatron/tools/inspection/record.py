@@ -14,7 +14,7 @@ from megatron.core import parallel_state
 from megatron.core.utils import get_batch_on_this_cp_rank
 from torch import Tensor
 
-from moepp_megatron.interop.score_request import ScoreRequest
+from moepp_megatron.interop.score import ScoreRequest
 from moepp_megatron.interop.scoring import score_stages, scoring_stages
 from moepp_megatron.moe.layer import MoEPPLayer, decoder_moepp_layers
 from moepp_megatron.moe.selection import Routing

@@ -12,7 +12,7 @@ from moepp_megatron.config import Config, ConfigError, load_config
 from moepp_megatron.data.token_classes import Language, language_of, token_classes
 from moepp_megatron.experts import LOCAL_COUNTS, ExpertCounts
 from moepp_megatron.file_names import CONFIG_FILE
-from moepp_megatron.interop.score_request import ScoreRequest, checkpoint_tokenizer, text_of
+from moepp_megatron.interop.score import ScoreRequest, checkpoint_tokenizer, text_of
 from moepp_megatron.tools.inspection.text import (
     CHARACTERS_A_TOKEN,
     TokenizedText,

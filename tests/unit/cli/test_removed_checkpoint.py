@@ -9,7 +9,7 @@ import typer
 
 from moepp_megatron.cli import generate, inspect, score
 from moepp_megatron.interop.generate import GenerateRequest
-from moepp_megatron.interop.score_request import ScoreRequest
+from moepp_megatron.interop.score import ScoreRequest
 from moepp_megatron.tools.inspection.request import InspectRequest
 from moepp_megatron.training.checkpoint import find
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from moepp_megatron.data.npz import read_arrays
-from moepp_megatron.interop.score_request import read_input_ids
+from moepp_megatron.interop.score import read_input_ids
 
 IDS = np.arange(6).reshape(2, 3)
 

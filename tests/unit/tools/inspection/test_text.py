@@ -7,7 +7,7 @@ from tokenizers import decoders, models, pre_tokenizers, processors
 
 from moepp_megatron.config import ConfigError
 from moepp_megatron.data.tokenizer import EOD_TOKEN, Tokenizer
-from moepp_megatron.interop.score_request import text_of
+from moepp_megatron.interop.score import text_of
 from moepp_megatron.tools.inspection.text import tokenize, windows
 
 AWKWARD = "plain words,  and more\n\n\tGr\u00f6\u00dfe \u6f22 \U0001f916!\r\n   end "
