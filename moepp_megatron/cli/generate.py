@@ -73,7 +73,7 @@ def generate(
     from moepp_megatron.runtime.optional import quiet
 
     quiet()
-    from moepp_megatron.interop.generate import GenerateRequest, Sampling, run
+    from moepp_megatron.interop.generate import GenerateRequest, Sampling
     from moepp_megatron.runtime.rank import RankEnvironment
     from moepp_megatron.training.checkpoint.find import newest_again
 
@@ -100,7 +100,7 @@ def generate(
         if rank.rank == 0:
             for notice in request.scoring.notices:
                 echo(f"note: {notice}", err=True)
-        return run(request)
+        return request.run()
 
     texts = sample(checkpoint)
     if texts is not None and rank.rank == 0:

@@ -52,7 +52,7 @@ def score(
     from moepp_megatron.runtime.optional import quiet
 
     quiet()
-    from moepp_megatron.interop.score import ScoreRequest, run
+    from moepp_megatron.interop.score import ScoreRequest
     from moepp_megatron.runtime.rank import RankEnvironment
     from moepp_megatron.training.checkpoint.find import newest_again
 
@@ -74,7 +74,7 @@ def score(
             options = option_words(tokens=tokens, text=text, out=out, logits=logits)
             start_ranks(nproc, ["score", *options, str(checkpoint), *(overrides or [])])
             return None
-        scores = run(request)
+        scores = request.run()
         return None if scores is None else (request, scores)
 
     found = read_scores(checkpoint)

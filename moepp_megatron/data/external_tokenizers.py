@@ -19,7 +19,7 @@ from moepp_megatron.config.errors import ConfigError, UnfitError
 from moepp_megatron.config.paths import hub_id
 from moepp_megatron.config.regular_file import check_regular
 from moepp_megatron.data.long_text import PATTERNS
-from moepp_megatron.data.tokenizer import Tokenizer, known_eod_token, tokenizer_file
+from moepp_megatron.data.tokenizer import Tokenizer, tokenizer_file
 from moepp_megatron.file_names import TOKENIZER_CONFIG_FILE, TOKENIZER_FILE
 from moepp_megatron.runtime.optional import how_to_install
 
@@ -133,7 +133,7 @@ def _given(
     identity: str,
     original: Callable[[str], list[int]] | None,
 ) -> ExternalTokenizer:
-    tokenizer = Tokenizer(backend, eod_token or known_eod_token(backend, path))
+    tokenizer = Tokenizer(backend, eod_token or Tokenizer.known_eod(backend, path))
     return ExternalTokenizer(tokenizer, tokenizer.content(), identity, original)
 
 

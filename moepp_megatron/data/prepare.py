@@ -13,7 +13,7 @@ from moepp_megatron.data.corpus import WrittenCorpus, spool_corpus, write_indexe
 from moepp_megatron.data.documents import Piece, Skipped, check_usable, plan_pieces, read_piece
 from moepp_megatron.data.encoding import encode_pieces, token_dtype
 from moepp_megatron.data.external_tokenizers import ExternalTokenizer, open_external
-from moepp_megatron.data.manifest import FORMAT_VERSION, Inputs, Manifest, Settings, find_reusable
+from moepp_megatron.data.manifest import FORMAT_VERSION, Inputs, Manifest, Settings
 from moepp_megatron.data.prepare_chat import check_formats, write_chat
 from moepp_megatron.data.progress import track
 from moepp_megatron.data.sources import (
@@ -173,7 +173,7 @@ def prepare(
         }
     sources = resolve_sources([str(name) for name in names], out)
     stat_sha256 = stat_fingerprint(sources)
-    reusable = find_reusable(
+    reusable = Manifest.find_reusable(
         out, deciding, stat_sha256, lambda: content_fingerprint(sources), settings.force
     )
     if reusable:

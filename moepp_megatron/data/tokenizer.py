@@ -84,14 +84,54 @@ class Tokenizer:
         """
         path = tokenizer_file(path)
         named = named_eod_token(path)
-        backend = read_backend(path)
+        backend = cls.read_backend(path)
         if eod_token is None and named is not None and backend.token_to_id(named) is None:
             raise ConfigError(
                 f"tokenizer ({path}) must have the end-of-document token ({named}) that "
                 f"{DATA_MANIFEST_FILE} or {TOKENIZER_CONFIG_FILE} next to it names; correct the "
                 "name there"
             )
-        return cls(backend, eod_token or named or known_eod_token(backend, path))
+        return cls(backend, eod_token or named or cls.known_eod(backend, path))
+
+    @staticmethod
+    def known_eod(backend: tokenizers.Tokenizer, path: Path) -> str:
+        """The first known end-of-document token that a tokenizer has.
+
+        Raises:
+            ConfigError: It has none.
+        """
+        for token in _KNOWN_EOD_TOKENS:
+            if backend.token_to_id(token) is not None:
+                return token
+        raise ConfigError(
+            f"tokenizer ({path}) has no known end-of-document token "
+            f"({', '.join(_KNOWN_EOD_TOKENS[:3])}, ...); name its own with --eod-token"
+        )
+
+    @staticmethod
+    def read_backend(path: Path) -> tokenizers.Tokenizer:
+        """The library's object of a file, whatever its end-of-document token is.
+
+        Raises:
+            ConfigError: If it cannot be read, or is not a tokenizer.
+        """
+        try:
+            check_regular(path)
+            text = path.read_text(encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(
+                f"tokenizer ({path}) cannot be read ({error.strerror}){looked_at(path)}; name a "
+                "tokenizer.json or its folder"
+            ) from error
+        except UnicodeDecodeError:
+            # A sentencepiece model, most often: tokenizer.model next to the file that is wanted.
+            raise ConfigError(
+                f"tokenizer ({path}) must be a Hugging Face tokenizer.json, and is no text; for a "
+                "sentencepiece model name the tokenizer.json next to it, or have transformers "
+                "write one: AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
+            ) from None
+        with _checked(f"tokenizer ({path}) must be a Hugging Face tokenizer.json"):
+            return tokenizers.Tokenizer.from_str(text)
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text; nothing is added."""
@@ -175,31 +215,6 @@ class Tokenizer:
 def tokenizer_file(path: Path) -> Path:
     """The `tokenizer.json` at a path, which may also be its folder."""
     return path / TOKENIZER_FILE if path.is_dir() else path
-
-
-def read_backend(path: Path) -> tokenizers.Tokenizer:
-    """The library's object of a file, whatever its end-of-document token is.
-
-    Raises:
-        ConfigError: If it cannot be read, or is not a tokenizer.
-    """
-    try:
-        check_regular(path)
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(
-            f"tokenizer ({path}) cannot be read ({error.strerror}){looked_at(path)}; name a "
-            "tokenizer.json or its folder"
-        ) from error
-    except UnicodeDecodeError:
-        # A sentencepiece model, most often: tokenizer.model next to the file that is wanted.
-        raise ConfigError(
-            f"tokenizer ({path}) must be a Hugging Face tokenizer.json, and is no text; for a "
-            "sentencepiece model name the tokenizer.json next to it, or have transformers write "
-            "one: AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
-        ) from None
-    with _checked(f"tokenizer ({path}) must be a Hugging Face tokenizer.json"):
-        return tokenizers.Tokenizer.from_str(text)
 
 
 @contextmanager
@@ -297,18 +312,3 @@ def tokenizer_config(eod_token: str) -> bytes:
     """A `tokenizer_config.json` that names the token; transformers reads it as well."""
     content = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": eod_token}
     return (json.dumps(content, indent=2) + "\n").encode()
-
-
-def known_eod_token(backend: tokenizers.Tokenizer, path: Path) -> str:
-    """The first known end-of-document token that a tokenizer has.
-
-    Raises:
-        ConfigError: It has none.
-    """
-    for token in _KNOWN_EOD_TOKENS:
-        if backend.token_to_id(token) is not None:
-            return token
-    raise ConfigError(
-        f"tokenizer ({path}) has no known end-of-document token ({', '.join(_KNOWN_EOD_TOKENS[:3])}"
-        ", ...); name its own with --eod-token"
-    )

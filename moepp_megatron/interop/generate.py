@@ -121,6 +121,19 @@ class GenerateRequest:
         scoring = ScoreRequest.of(folder, trained, texts, overrides, world_size)
         return cls(scoring, tokenizer, ids, max_new_tokens, sampling)
 
+    def run(self) -> list[str]:
+        """Be this process's rank; prompt and continuation of each, on every rank."""
+        scoring = self.scoring
+        rank = prepare_rank(scoring.config)
+        from moepp_megatron.interop.scoring import continue_prompts, scoring_stages
+        from moepp_megatron.runtime import distributed
+
+        with distributed.initialized(rank):
+            distributed.build_groups(scoring.config, scoring.layout)
+            new = continue_prompts(scoring_stages(scoring), self)
+        pairs = zip(self.prompts, new, strict=True)
+        return [self.tokenizer.decode(old + more) for old, more in pairs]
+
 
 def _encode(
     tokenizer: Tokenizer, prompt: str, seq_length: int, template: ChatTemplate | None
@@ -181,18 +194,4 @@ def generate(
     )
     for notice in request.scoring.notices:
         logger.warning("%s", notice)
-    return run(request)
-
-
-def run(request: GenerateRequest) -> list[str]:
-    """Be this process's rank; prompt and continuation of each, on every rank."""
-    scoring = request.scoring
-    rank = prepare_rank(scoring.config)
-    from moepp_megatron.interop.scoring import continue_prompts, scoring_stages
-    from moepp_megatron.runtime import distributed
-
-    with distributed.initialized(rank):
-        distributed.build_groups(scoring.config, scoring.layout)
-        new = continue_prompts(scoring_stages(scoring), request)
-    pairs = zip(request.prompts, new, strict=True)
-    return [request.tokenizer.decode(old + more) for old, more in pairs]
+    return request.run()

@@ -200,6 +200,26 @@ class ScoreRequest:
         notices = list(_notices(trained, input_ids, config))
         return cls(folder, config, layout, input_ids, out, logits, notices)
 
+    def run(self) -> dict[str, np.ndarray] | None:
+        """Be this process's rank; returns, and writes, the same as `score`."""
+        rank = prepare_rank(self.config)
+        from moepp_megatron.interop.scoring import score_stages, scoring_stages
+        from moepp_megatron.runtime import distributed
+
+        with distributed.initialized(rank):
+            distributed.build_groups(self.config, self.layout)
+            scores = score_stages(self, scoring_stages(self))
+        if scores is None:
+            return None
+        if self.text is not None:
+            logprobs = self.text.token_logprobs(scores["token_logprobs"])
+            scores = {"token_ids": self.text.token_ids, "token_logprobs": logprobs}
+        if self.out is not None:
+            self.out.parent.mkdir(parents=True, exist_ok=True)
+            with whole_file(self.out) as temporary, temporary.open("wb") as stream:
+                np.savez(stream, **scores)  # type: ignore[arg-type]
+        return scores
+
 
 def _check_options(
     tokens: Path | np.ndarray | None, text: Path | None, out: Path | None, logits: bool
@@ -327,25 +347,4 @@ def score(
     )
     for notice in request.notices:
         logger.warning("%s", notice)
-    return run(request)
-
-
-def run(request: ScoreRequest) -> dict[str, np.ndarray] | None:
-    """Be this process's rank; returns, and writes, the same as `score`."""
-    rank = prepare_rank(request.config)
-    from moepp_megatron.interop.scoring import score_stages, scoring_stages
-    from moepp_megatron.runtime import distributed
-
-    with distributed.initialized(rank):
-        distributed.build_groups(request.config, request.layout)
-        scores = score_stages(request, scoring_stages(request))
-    if scores is None:
-        return None
-    if request.text is not None:
-        logprobs = request.text.token_logprobs(scores["token_logprobs"])
-        scores = {"token_ids": request.text.token_ids, "token_logprobs": logprobs}
-    if request.out is not None:
-        request.out.parent.mkdir(parents=True, exist_ok=True)
-        with whole_file(request.out) as temporary, temporary.open("wb") as stream:
-            np.savez(stream, **scores)  # type: ignore[arg-type]
-    return scores
+    return request.run()

@@ -8,7 +8,7 @@ import torch
 
 from moepp_megatron.config import Config
 from moepp_megatron.data.progress import track
-from moepp_megatron.data.tokenizer import read_backend
+from moepp_megatron.data.tokenizer import Tokenizer
 from moepp_megatron.file_names import (
     CHAT_TEMPLATE_FILE,
     GENERATION_CONFIG_FILE,
@@ -85,7 +85,7 @@ def write_checkpoint(
     hf.account_for(rules)
     if (hf.folder / TOKENIZER_FILE).is_file():
         # It may be a pointer that Git LFS left.
-        read_backend(hf.folder / TOKENIZER_FILE)
+        Tokenizer.read_backend(hf.folder / TOKENIZER_FILE)
     target = free_folder(target)
     tensors = hf.tensors
     rules = [rule for rule in rules if not rule.unused or tensors.keys() & rule.sources]

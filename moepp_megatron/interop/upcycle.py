@@ -27,7 +27,7 @@ from moepp_megatron.interop.hf_config import assemble, require
 from moepp_megatron.interop.hf_source import HFSource
 from moepp_megatron.interop.tensor_rules import Fields, Rules, Shape, TensorRule
 from moepp_megatron.interop.to_mcore import TORCH_DTYPES, write_checkpoint
-from moepp_megatron.interop.upcycle_sources import source_kind
+from moepp_megatron.interop.upcycle_sources import SourceKind
 from moepp_megatron.layer_settings import LayerSettings
 from moepp_megatron.runtime.terminal import Console
 
@@ -189,7 +189,7 @@ def _extra_tensors(hf: Fields, names: Iterable[str]) -> list[str]:
 
 def _upcycled_config(hf: Fields, additions: Additions, name: str, dtype: str | None) -> Config:
     """The configuration of the MoE++ model; ConfigError if its function cannot be kept."""
-    kind = source_kind(hf)
+    kind = SourceKind.of(hf)
     keeps_apart = additions.num_zero_computation_experts > 0 and additions.keeps_function
     moe = {
         **{kind.setting: additions.count(kind) for kind in LOCAL_KINDS},
@@ -254,7 +254,7 @@ def _refuse_shrinking_gates(config: Config) -> None:
 
 def _upcycling_rules(config: Config, hf: Fields, seed: int) -> Rules:
     """The rule for every tensor of the MoE++ model: from the source, or newly created."""
-    kind = source_kind(hf)
+    kind = SourceKind.of(hf)
     pattern = config.moe.moe_layer_pattern(config.model.num_layers)
 
     def router(layer: int, ours: str, theirs: str) -> Rules:

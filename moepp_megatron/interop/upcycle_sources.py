@@ -58,6 +58,30 @@ class SourceKind:
         config, layer
     )
 
+    @classmethod
+    def of(cls, hf: Fields) -> "SourceKind":
+        """The kind of a checkpoint; ConfigError if it is another, or its attention is not full."""
+        name = hf.get("model_type")
+        # ZEDA's recipe leaves the type of the model that it began with.
+        if name in MOEPP_TYPES or "zce_nums" in hf:
+            raise ConfigError(
+                f"config.json: model_type ({name}) must be that of a model without "
+                "zero-computation experts, and this is a MoE++ model already; use moepp convert "
+                "hf-to-mcore"
+            )
+        if name not in _KINDS:
+            raise ConfigError(
+                f"config.json: model_type ({name}) must be one of {', '.join(_KINDS)}; other "
+                "models cannot be upcycled"
+            )
+        layers = set(hf.get("layer_types") or ["full_attention"])
+        if layers != {"full_attention"}:
+            raise ConfigError(
+                f"config.json: layer_types ({', '.join(sorted(layers))}) must all be "
+                "full_attention; such a checkpoint cannot be converted"
+            )
+        return _KINDS[name]
+
     def rules(self, config: Config, router: Callable[[int, str, str], Rules]) -> Rules:
         """Every tensor by these names; `router`: by layer and the beginnings of names."""
         yield from decoder_rules(config)
@@ -92,29 +116,6 @@ class SourceKind:
     def _weights(self, theirs: str, index: int) -> list[str]:
         prefix = theirs + self.experts.format(index)
         return [f"{prefix}.{name}.weight" for name in self.projections]
-
-
-def source_kind(hf: Fields) -> SourceKind:
-    """The kind of a checkpoint; ConfigError if it is another kind, or its attention is not full."""
-    name = hf.get("model_type")
-    # ZEDA's recipe leaves the type of the model that it began with.
-    if name in MOEPP_TYPES or "zce_nums" in hf:
-        raise ConfigError(
-            f"config.json: model_type ({name}) must be that of a model without zero-computation "
-            "experts, and this is a MoE++ model already; use moepp convert hf-to-mcore"
-        )
-    if name not in _KINDS:
-        raise ConfigError(
-            f"config.json: model_type ({name}) must be one of {', '.join(_KINDS)}; other models "
-            "cannot be upcycled"
-        )
-    layers = set(hf.get("layer_types") or ["full_attention"])
-    if layers != {"full_attention"}:
-        raise ConfigError(
-            f"config.json: layer_types ({', '.join(sorted(layers))}) must all be full_attention; "
-            "such a checkpoint cannot be converted"
-        )
-    return _KINDS[name]
 
 
 def _mixtral_moe(hf: Fields) -> Fields:

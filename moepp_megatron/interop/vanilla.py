@@ -15,7 +15,7 @@ from moepp_megatron.experts import ZERO
 from moepp_megatron.interop.expressible import PLAIN, Format, Row, refuse_settings, unknown_there
 from moepp_megatron.interop.hf_config import plain_fields
 from moepp_megatron.interop.tensor_rules import Fields, Rules, same
-from moepp_megatron.interop.upcycle_sources import source_kind
+from moepp_megatron.interop.upcycle_sources import SourceKind
 
 # model_type, class, name of the number of experts.
 _Kind = tuple[str, str, str]
@@ -52,7 +52,7 @@ def _fields(config: Config) -> Fields:
 def _rules(config: Config) -> Rules:
     """Every tensor by the names of DeepSeek-MoE, Mixtral or Qwen3-MoE."""
     moe, width = config.moe, config.model.hidden_size
-    source = source_kind({"model_type": "mixtral" if _kind(config) is _MIXTRAL else "qwen3_moe"})
+    source = SourceKind.of({"model_type": "mixtral" if _kind(config) is _MIXTRAL else "qwen3_moe"})
     source = replace(source, shared=_SHARED)
 
     def router(layer: int, ours: str, theirs: str) -> Rules:

@@ -13,11 +13,11 @@ from moepp_megatron.experts import CONSTANT, COPY, LOCAL_KINDS, ZERO
 from moepp_megatron.interop.expressible import PLAIN, Format, Row, refuse_settings, unknown_there
 from moepp_megatron.interop.hf_config import assemble, plain_fields, require
 from moepp_megatron.interop.tensor_rules import Fields, Rules, constant_rules, same
-from moepp_megatron.interop.upcycle_sources import source_kind
+from moepp_megatron.interop.upcycle_sources import SourceKind
 
 _KINDS = (CONSTANT, COPY, ZERO)
 _BASE, _TYPE = "qwen3_moe", "qwen3_moe_plus_plus"
-_SOURCE = source_kind({"model_type": _BASE})
+_SOURCE = SourceKind.of({"model_type": _BASE})
 _RULES: tuple[Row, ...] = (
     *unknown_there(_KINDS),
     *PLAIN,

@@ -261,10 +261,10 @@ def test_one_expert_a_token_is_refused_with_advice_that_can_be_followed():
     ],
 )
 def test_a_model_of_another_kind_is_refused_with_what_is_possible(kind, remedy):
-    from moepp_megatron.interop.upcycle_sources import source_kind
+    from moepp_megatron.interop.upcycle_sources import SourceKind
 
     with pytest.raises(ConfigError, match=remedy):
-        source_kind({**LLAMA, **kind})
+        SourceKind.of({**LLAMA, **kind})
 
 
 def train_upcycled(source, target, steps):
