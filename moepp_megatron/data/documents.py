@@ -35,6 +35,13 @@ _HEAD_BYTES = 1024 * 1024
 
 
 @dataclass(frozen=True)
+class Skipped:
+    """A document that cannot be used, and why."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
 class _DocumentPart:
     """A part of a file: bytes [start, end) of text and JSONL, row groups [start, end) of tables.
 
@@ -47,6 +54,44 @@ class _DocumentPart:
     # Characters that the values of a table may have: a dictionary of it has each value once.
     most: int = 0
 
+    def records(self, column: str | None = None) -> Iterator[Record | Skipped]:
+        """Yield the JSON objects of JSONL or the rows of a table, or why one is skipped.
+
+        Of a table only `column` is read, if it is given.
+        """
+        file = self.file
+        if file.format in TABLES:
+            left = self.most
+            for row in file.rows(range(self.start, self.end), column):
+                values = () if row is None else row.values()
+                left -= sum(
+                    len(value if isinstance(value, str) else str(value)) for value in values
+                )
+                if left < 0:
+                    raise file.too_large()
+                yield Skipped(_NOT_TEXT) if row is None else row
+            return
+        for line in self._lines():
+            if line.strip():
+                yield _record(line)
+
+    def _lines(self) -> Iterator[bytes]:
+        """The lines that start in it."""
+        file = self.file
+        with file.open() as stream:
+            if file.compression is not None:
+                yield from stream
+                return
+            if self.start:
+                # From one byte before: where a line starts exactly at `start` this drops only "\n".
+                stream.seek(self.start - 1)
+                rest = stream.readline(self.end - self.start + 1)
+                if not rest.endswith(b"\n"):
+                    # A line that continues beyond this part, and is not read again from here.
+                    return
+            while stream.tell() < self.end:
+                yield stream.readline()
+
 
 @dataclass(frozen=True)
 class Piece:
@@ -57,12 +102,14 @@ class Piece:
     size: int
     group: str | None = None
 
-
-@dataclass(frozen=True)
-class Skipped:
-    """A document that cannot be used, and why."""
-
-    reason: str
+    def documents(self, text_key: str) -> Iterator[str | Skipped]:
+        """Yield every document, or why it is skipped."""
+        for part in self.parts:
+            if part.file.format == "text":
+                yield _text_of(part.file)
+            else:
+                for record in part.records(text_key):
+                    yield record if isinstance(record, Skipped) else _record_text(record, text_key)
 
 
 def plan_pieces(sources: Sequence[TextSource], text_key: str | None) -> list[Piece]:
@@ -112,7 +159,7 @@ def _refuse_records(file: SourceFile, text_key: str) -> None:
     names = [suffix.lower() for suffix in file.path.suffixes[-2:]]
     if file.format != "text" or ".json" not in names:
         return
-    records = list(islice(read_records(_DocumentPart(file, 0, file.size)), 2))
+    records = list(islice(_DocumentPart(file, 0, file.size).records(), 2))
     if len(records) == 2 and all(_is_record(each, text_key) for each in records):
         raise ConfigError(
             f"source {file.path} must be a text, and has a record in each line; rename it to "
@@ -143,16 +190,6 @@ def _first_of_array(file: SourceFile) -> object:
         return None
 
 
-def read_piece(piece: Piece, text_key: str) -> Iterator[str | Skipped]:
-    """Yield every document of a piece, or why it is skipped."""
-    for part in piece.parts:
-        if part.file.format == "text":
-            yield _text_of(part.file)
-        else:
-            for record in read_records(part, text_key):
-                yield record if isinstance(record, Skipped) else _record_text(record, text_key)
-
-
 def check_usable(sources: Sequence[TextSource], pieces: Sequence[Piece], text_key: str) -> None:
     """Read every source up to its first usable document, before hours are spent on the others.
 
@@ -161,7 +198,7 @@ def check_usable(sources: Sequence[TextSource], pieces: Sequence[Piece], text_ke
     """
     for index, source in enumerate(sources):
         skipped: Counter[str] = Counter()
-        own = (read_piece(piece, text_key) for piece in pieces if piece.source == index)
+        own = (piece.documents(text_key) for piece in pieces if piece.source == index)
         for document in chain.from_iterable(own):
             if not isinstance(document, Skipped):
                 break
@@ -205,44 +242,6 @@ def _text_of(file: SourceFile) -> str | Skipped:
         return _usable(data.decode("utf-8-sig"))
     except UnicodeDecodeError:
         return Skipped(_NOT_TEXT)
-
-
-def read_records(part: _DocumentPart, column: str | None = None) -> Iterator[Record | Skipped]:
-    """Yield the JSON objects of JSONL or the rows of a table, or why one is skipped.
-
-    Of a table only `column` is read, if it is given.
-    """
-    file = part.file
-    if file.format in TABLES:
-        left = part.most
-        for row in file.rows(range(part.start, part.end), column):
-            values = () if row is None else row.values()
-            left -= sum(len(value if isinstance(value, str) else str(value)) for value in values)
-            if left < 0:
-                raise file.too_large()
-            yield Skipped(_NOT_TEXT) if row is None else row
-        return
-    for line in _lines(part):
-        if line.strip():
-            yield _record(line)
-
-
-def _lines(part: _DocumentPart) -> Iterator[bytes]:
-    """The lines that start in a part."""
-    file = part.file
-    with file.open() as stream:
-        if file.compression is not None:
-            yield from stream
-            return
-        if part.start:
-            # From one byte before: where a line starts exactly at `start` this drops only "\n".
-            stream.seek(part.start - 1)
-            rest = stream.readline(part.end - part.start + 1)
-            if not rest.endswith(b"\n"):
-                # A line that continues beyond this part, and is not read again from here.
-                return
-        while stream.tell() < part.end:
-            yield stream.readline()
 
 
 def _record(line: bytes) -> Record | Skipped:

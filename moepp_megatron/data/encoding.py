@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moepp_megatron.config.errors import UnfitError
-from moepp_megatron.data.documents import UNCUTTABLE, Piece, Skipped, read_piece
+from moepp_megatron.data.documents import UNCUTTABLE, Piece, Skipped
 from moepp_megatron.data.long_text import UncuttableError
 from moepp_megatron.data.tokenizer import Tokenizer
 
@@ -65,7 +65,7 @@ def _encode_piece(piece: Piece, tokenizer: Tokenizer, text_key: str) -> EncodedP
     encoded: list[NDArray[np.generic]] = [np.empty(0, dtype)]
     lengths: list[int] = []
     skipped: Counter[str] = Counter()
-    for document in read_piece(piece, text_key):
+    for document in piece.documents(text_key):
         if isinstance(document, Skipped):
             skipped[document.reason] += 1
             continue

@@ -66,6 +66,45 @@ class ExternalTokenizer:
     identity: str
     original: Callable[[str], list[int]] | None = None
 
+    @classmethod
+    def open(cls, path: Path, eod_token: str | None) -> "ExternalTokenizer":
+        """Open a `tokenizer.json`, its folder, or a tokenizer in another form.
+
+        Args:
+            path: The file or folder.
+            eod_token: The end-of-document token; None takes the one that is known.
+
+        Raises:
+            ConfigError: It is no tokenizer, or of a kind that cannot be converted.
+            UnfitError: A package that reads it is missing.
+        """
+        file = tokenizer_file(path)
+        if path.is_dir() and not file.is_file():
+            return _from_folder(path, eod_token)
+        try:
+            check_regular(file)
+            content = file.read_bytes()
+        except OSError as error:
+            model = hub_id(str(path))
+            fetch = f", or fetch it from the Hub: hf download {model} --include 'tokenizer*'"
+            raise ConfigError(
+                f"--tokenizer ({path}) cannot be read ({error.strerror}); name a file or its folder"
+                + ("" if model is None else f"{fetch} --local-dir {model.split('/')[1]}")
+            ) from None
+        identity = hashlib.sha256(content).hexdigest()
+        if content.lstrip()[:1] == b"{":
+            return cls(Tokenizer.load(path, eod_token), content, identity)
+        ranks = _read_ranks(content)
+        if ranks is not None:
+            backend, original = _from_ranks(path, ranks)
+        elif _is_text(content):
+            # Says what is wrong with it.
+            return cls(Tokenizer.load(path, eod_token), content, identity)
+        else:
+            backend, original, own_eod = _from_sentencepiece(path, content)
+            eod_token = eod_token or own_eod
+        return _given(path, backend, eod_token, identity, original)
+
     def check(self, texts: Iterable[str]) -> None:
         """Refuse a conversion that gives `texts`, or difficult ones, other ids than its original.
 
@@ -85,45 +124,6 @@ class ExternalTokenizer:
             left -= len(text)
             if left <= 0:
                 return
-
-
-def open_external(path: Path, eod_token: str | None) -> ExternalTokenizer:
-    """Open a `tokenizer.json`, its folder, or a tokenizer in another form.
-
-    Args:
-        path: The file or folder.
-        eod_token: The end-of-document token; None takes the one that is known.
-
-    Raises:
-        ConfigError: It is no tokenizer, or of a kind that cannot be converted.
-        UnfitError: A package that reads it is missing.
-    """
-    file = tokenizer_file(path)
-    if path.is_dir() and not file.is_file():
-        return _from_folder(path, eod_token)
-    try:
-        check_regular(file)
-        content = file.read_bytes()
-    except OSError as error:
-        model = hub_id(str(path))
-        fetch = f", or fetch it from the Hub: hf download {model} --include 'tokenizer*'"
-        raise ConfigError(
-            f"--tokenizer ({path}) cannot be read ({error.strerror}); name a file or its folder"
-            + ("" if model is None else f"{fetch} --local-dir {model.split('/')[1]}")
-        ) from None
-    identity = hashlib.sha256(content).hexdigest()
-    if content.lstrip()[:1] == b"{":
-        return ExternalTokenizer(Tokenizer.load(path, eod_token), content, identity)
-    ranks = _read_ranks(content)
-    if ranks is not None:
-        backend, original = _from_ranks(path, ranks)
-    elif _is_text(content):
-        # Says what is wrong with it.
-        return ExternalTokenizer(Tokenizer.load(path, eod_token), content, identity)
-    else:
-        backend, original, own_eod = _from_sentencepiece(path, content)
-        eod_token = eod_token or own_eod
-    return _given(path, backend, eod_token, identity, original)
 
 
 def _given(

@@ -215,7 +215,11 @@ class Manifest:
             )
         if not names or force:
             return None
-        manifest, difference = cls._compare(out, settings, stat_sha256, content_sha256)
+        try:
+            manifest = cls.read(out)
+            difference = manifest._difference(out, settings, stat_sha256, content_sha256)
+        except ValueError as error:
+            difference = f"its manifest is unusable: {error}"
         if difference:
             raise ConfigError(
                 f"--out ({out}) already holds another dataset ({difference}); "
@@ -223,25 +227,20 @@ class Manifest:
             )
         return manifest
 
-    @classmethod
-    def _compare(
-        cls,
+    def _difference(
+        self,
         out: Path,
         settings: Settings,
         stat_sha256: str,
         content_sha256: Callable[[], str],
-    ) -> "tuple[Manifest | None, str]":
-        try:
-            manifest = cls.read(out)
-        except ValueError as error:
-            return None, f"its manifest is unusable: {error}"
-        if not manifest.is_intact(out):
-            return None, "it is damaged: files are missing or cut short"
-        there: Inputs = manifest.inputs
+    ) -> str:
+        if not self.is_intact(out):
+            return "it is damaged: files are missing or cut short"
+        there = self.inputs
         for name in there.settings | settings:
             before, value = there.settings.get(name), settings.get(name)
             if before != value:
-                return None, f"{name} is {before}, not {value}"
+                return f"{name} is {before}, not {value}"
         if there.stat_sha256 != stat_sha256 and there.content_sha256 != content_sha256():
-            return None, "the sources differ"
-        return manifest, ""
+            return "the sources differ"
+        return ""

@@ -10,9 +10,9 @@ from pathlib import Path
 from moepp_megatron.config.errors import ConfigError
 from moepp_megatron.data.chat_template import ChatTemplate
 from moepp_megatron.data.corpus import WrittenCorpus, spool_corpus, write_indexed_dataset
-from moepp_megatron.data.documents import Piece, Skipped, check_usable, plan_pieces, read_piece
+from moepp_megatron.data.documents import Piece, Skipped, check_usable, plan_pieces
 from moepp_megatron.data.encoding import encode_pieces, token_dtype
-from moepp_megatron.data.external_tokenizers import ExternalTokenizer, open_external
+from moepp_megatron.data.external_tokenizers import ExternalTokenizer
 from moepp_megatron.data.manifest import FORMAT_VERSION, Inputs, Manifest, Settings
 from moepp_megatron.data.prepare_chat import check_formats, write_chat
 from moepp_megatron.data.progress import track
@@ -161,7 +161,7 @@ def prepare(
     out = Path(os.path.abspath(out))
     # Before sources are read, which may take an hour.
     named, eod_token = settings.tokenizer, settings.eod_token
-    given = None if named is None else open_external(named, eod_token)
+    given = None if named is None else ExternalTokenizer.open(named, eod_token)
     deciding, template = settings.deciding(given), None
     if settings.chat:
         assert named is not None, "the settings have been checked"
@@ -250,7 +250,7 @@ def _sample(pieces: Sequence[Piece], settings: PrepareSettings) -> Iterator[str]
     """Documents of randomly chosen pieces up to SAMPLE_CHARACTERS in all."""
     left = _SAMPLE_CHARACTERS
     for piece in random.Random(settings.seed).sample(pieces, len(pieces)):
-        for document in read_piece(piece, settings.text_key):
+        for document in piece.documents(settings.text_key):
             if left and not isinstance(document, Skipped):
                 yield document[:left]
                 left -= min(left, len(document))

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from moepp_megatron.config.errors import ConfigError
 from moepp_megatron.data.chat_template import ANSWERS, ChatTemplate, Message, UnusableChat
 from moepp_megatron.data.corpus import WrittenCorpus, spool_corpus, write_documents
-from moepp_megatron.data.documents import Piece, Record, Skipped, is_utf8, read_records
+from moepp_megatron.data.documents import Piece, Record, Skipped, is_utf8
 from moepp_megatron.data.encoding import EncodedPiece, count_skipped, token_dtype
 from moepp_megatron.data.manifest import CORPUS, MARKS, Conversations
 from moepp_megatron.data.progress import track
@@ -170,7 +170,7 @@ def _encode(
     """Encode conversations: twice the id of each token, plus 1 where it is learnt."""
     for piece in pieces:
         codes, skipped = [np.empty(0, np.int32)], Counter[str]()
-        for record in (r for part in piece.parts for r in read_records(part)):
+        for record in (r for part in piece.parts for r in part.records()):
             try:
                 if isinstance(record, Skipped):
                     raise UnusableChat(record.reason)

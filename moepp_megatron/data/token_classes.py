@@ -179,17 +179,17 @@ class TokenGroups:
     members: NDArray[np.bool_]
 
     @classmethod
-    def of(cls, bands: NDArray[np.int64], classes: NDArray[np.int64] | None) -> "TokenGroups":
+    def of(cls, bands: NDArray[np.int64], tokenizer: Tokenizer | None) -> "TokenGroups":
         """Make the groups.
 
         Args:
             bands: [V] int64 index into `BANDS` of each token id.
-            classes: [V] int64 index into `ID_CLASSES`; None where ids have no characters.
+            tokenizer: The characters of ids; None where they have none.
         """
         number = len(ID_CLASSES)
-        if classes is None:
-            classes, occurring = np.zeros_like(bands), []
-        else:
+        classes, occurring = np.zeros_like(bands), list[int]()
+        if tokenizer is not None:
+            classes = _classes_of_vocabulary(tokenizer, len(bands))
             occurring = sorted(set(classes.tolist()))
         group = np.arange(len(BANDS) * number)
         members = [group // number == band for band in range(len(BANDS))]
@@ -207,7 +207,7 @@ class TokenGroups:
         return self.members[named].any(axis=0)[self.of_ids]
 
 
-def classes_of_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> NDArray[np.int64]:
+def _classes_of_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> NDArray[np.int64]:
     """[V] int64 index into `ID_CLASSES` of each token id.
 
     The end of a document counts as punctuation; ids that the tokenizer does not have are in no

@@ -234,23 +234,19 @@ def moepp_rules(config: Config) -> Rules:
     decoder = list(decoder_rules(config))
     yield decoder[0]
     pattern = config.moe.moe_layer_pattern(config.model.num_layers)
-    first_moe_layer = pattern.index(True)
+    first = pattern.index(True)
     for layer, is_moe in enumerate(pattern):
         yield from attention_rules(config, layer)
-        if is_moe:
-            yield from _moe_rules(config, layer, first_moe_layer)
-        else:
+        if not is_moe:
             yield from dense_mlp_rules(config, layer)
+            continue
+        ours, theirs = f"decoder.layers.{layer}.mlp.", f"model.layers.{layer}.mlp.moe."
+        yield from _gate_rules(config, ours + "router.", theirs + "gate.", layer == first)
+        # Shared constants are the first MoE layer's here, and a copy in each layer there.
+        owner = f"decoder.layers.{first}.mlp." if config.moe.constants_shared else ours
+        yield from _expert_rules(config, ours, owner, theirs + "experts.experts.")
+        yield from shared_expert_rules(config, ours, theirs + "shared_expert")
     yield from decoder[1:]
-
-
-def _moe_rules(config: Config, layer: int, first: int) -> Rules:
-    ours, theirs = f"decoder.layers.{layer}.mlp.", f"model.layers.{layer}.mlp.moe."
-    yield from _gate_rules(config, ours + "router.", theirs + "gate.", layer == first)
-    # Shared constants are the first MoE layer's here, and a copy in each layer there.
-    owner = f"decoder.layers.{first}.mlp." if config.moe.constants_shared else ours
-    yield from _expert_rules(config, ours, owner, theirs + "experts.experts.")
-    yield from shared_expert_rules(config, ours, theirs + "shared_expert")
 
 
 def _gate_rules(config: Config, ours: str, theirs: str, is_first: bool) -> Rules:

@@ -173,7 +173,14 @@ def upcycle(
     hf = HFSource(source, allow_pickle)
     config = _upcycled_config(hf.config, additions, source.resolve().name, dtype)
     hf.leave_out(_extra_tensors(hf.config, hf.tensors))
-    rules = list(_upcycling_rules(config, hf.config, additions.seed))
+    kind, seed = SourceKind.of(hf.config), additions.seed
+    first = config.moe.moe_layer_pattern(config.model.num_layers).index(True)
+
+    def router(layer: int, ours: str, theirs: str) -> Rules:
+        yield from _router_rules(config, ours + "router.", theirs, kind.gate, kind.bias, seed)
+        yield from _added_rules(config, ours, layer > first, seed)
+
+    rules = list(kind.rules(config, router))
     write_checkpoint(hf, rules, config, target, dtype, console)
     return config
 
@@ -250,15 +257,3 @@ def _refuse_shrinking_gates(config: Config) -> None:
             f"than {least:.3f} of what they were; use moepp convert upcycle --approximate if that "
             "will do, or add none (--zero 0 --copy 0 --constant 0)"
         )
-
-
-def _upcycling_rules(config: Config, hf: Fields, seed: int) -> Rules:
-    """The rule for every tensor of the MoE++ model: from the source, or newly created."""
-    kind = SourceKind.of(hf)
-    pattern = config.moe.moe_layer_pattern(config.model.num_layers)
-
-    def router(layer: int, ours: str, theirs: str) -> Rules:
-        yield from _router_rules(config, ours + "router.", theirs, kind.gate, kind.bias, seed)
-        yield from _added_rules(config, ours, layer > pattern.index(True), seed)
-
-    return kind.rules(config, router)

@@ -16,7 +16,6 @@ from moepp_megatron.data.token_classes import (
     BAND_EDGES,
     BANDS,
     TokenGroups,
-    classes_of_vocabulary,
 )
 from moepp_megatron.data.tokenizer import Tokenizer
 from moepp_megatron.model.gpt import MoEPPGPTModel
@@ -150,10 +149,8 @@ class TokenClassesPart(Part):
         else:
             of_ids = _frequency_bands(_counts_on_ranks(self._run.train_set, size), BAND_EDGES)
         tokenizer = getattr(getattr(self._run.train_set, "config", None), "tokenizer", None)
-        classes = None
-        if isinstance(tokenizer, Tokenizer):
-            classes = classes_of_vocabulary(tokenizer, size)
-        self.groups = TokenGroups.of(of_ids, classes)
+        known = tokenizer if isinstance(tokenizer, Tokenizer) else None
+        self.groups = TokenGroups.of(of_ids, known)
         on_device = torch.from_numpy(self.groups.of_ids).to(torch.cuda.current_device())
         self._statistics = _tag_tokens(self._run.model.models, on_device)
         for statistics in self._statistics:

@@ -9,7 +9,7 @@ from pyarrow import parquet
 
 from moepp_megatron.config.errors import ConfigError
 from moepp_megatron.data import documents, source_files
-from moepp_megatron.data.documents import Skipped, check_usable, plan_pieces, read_piece
+from moepp_megatron.data.documents import Skipped, check_usable, plan_pieces
 from moepp_megatron.data.source_files import SourceFile
 from moepp_megatron.data.sources import resolve_sources
 from tests.unit.data.conftest import write_arrow
@@ -17,7 +17,7 @@ from tests.unit.data.conftest import write_arrow
 
 def read_all(path, text_key="text"):
     pieces = plan_pieces(resolve_sources([str(path)]), text_key)
-    return [document for piece in pieces for document in read_piece(piece, text_key)]
+    return [document for piece in pieces for document in piece.documents(text_key)]
 
 
 def test_text_files(tmp_path):
@@ -42,7 +42,7 @@ def test_a_file_that_has_gone_is_named(tmp_path, name):
     (piece,) = plan_pieces(resolve_sources([str(path)]), "text")
     path.unlink()
     with pytest.raises(ConfigError, match=rf"{name} cannot be read \(No such file"):
-        list(read_piece(piece, "text"))
+        list(piece.documents("text"))
 
 
 @pytest.mark.parametrize("name", ["a.json", "a.json.gz"])
@@ -247,7 +247,7 @@ def test_a_text_that_a_table_repeats_counts_each_time(kind, tmp_path, monkeypatc
         read_all(path)
     (piece,) = plan_pieces(resolve_sources([str(path)]), None)
     with pytest.raises(ConfigError, match="must hold at most 1 times its size"):
-        list(documents.read_records(piece.parts[0]))
+        list(piece.parts[0].records())
 
 
 RECORDS = ({"messages": [{"role": "user", "content": "hm"}]}, {"conversations": [{"from": "gpt"}]})

@@ -9,7 +9,7 @@ import pytest
 
 from moepp_megatron.config.errors import ConfigError, UnfitError
 from moepp_megatron.data import external_tokenizers
-from moepp_megatron.data.external_tokenizers import open_external
+from moepp_megatron.data.external_tokenizers import ExternalTokenizer
 from moepp_megatron.data.prepare import PrepareSettings, prepare
 from moepp_megatron.data.tokenizer import Tokenizer
 from moepp_megatron.runtime.terminal import Console
@@ -54,7 +54,7 @@ def test_sentencepiece_gives_its_ids(tmp_path, kind, options):
     import sentencepiece
 
     path = sentencepiece_model(tmp_path, kind, **options)
-    given = open_external(path, None)
+    given = ExternalTokenizer.open(path, None)
     own = sentencepiece.SentencePieceProcessor(model_file=str(path))
     texts = [*make_texts(20), *HARD]
     given.check(texts)
@@ -73,8 +73,8 @@ def test_sentencepiece_gives_its_ids(tmp_path, kind, options):
 
 
 def test_a_conversion_with_other_ids_is_refused(tmp_path):
-    given = open_external(sentencepiece_model(tmp_path, "bpe"), None)
-    wrong = external_tokenizers.ExternalTokenizer(
+    given = ExternalTokenizer.open(sentencepiece_model(tmp_path, "bpe"), None)
+    wrong = ExternalTokenizer(
         given.tokenizer, given.content, given.identity, lambda text: [1, *given.original(text)]
     )
     with pytest.raises(ConfigError, match="it gives 'a' other ids than its own library"):
@@ -98,7 +98,7 @@ def test_ranks_give_tiktoken_s_ids(ranks, monkeypatch, pattern):
     pytest.importorskip("transformers", reason="needs transformers")
     special = ("<|unused|>", "<|endoftext|>")
     monkeypatch.setattr(external_tokenizers, "_ENCODINGS", {266: (pattern, special)})
-    given = open_external(ranks, None)
+    given = ExternalTokenizer.open(ranks, None)
     texts = [*make_texts(20), *HARD]
     given.check(texts)
     lines = [line.split() for line in ranks.read_text().splitlines()]
@@ -124,7 +124,7 @@ def test_known_encodings_are_tiktoken_s():
 
 def test_ranks_of_an_unknown_number_are_refused(ranks):
     with pytest.raises(ConfigError, match=r"has 266 ranks, and must have one of 50256, 100256"):
-        open_external(ranks, None)
+        ExternalTokenizer.open(ranks, None)
 
 
 def test_a_folder_is_its_tokenizer(prepared, tmp_path, corpus_file):
@@ -151,14 +151,14 @@ def test_a_folder_without_tokenizer_json(tmp_path):
     (tmp_path / "merges.txt").write_text(f"#version: 0.2\n{merges}\n")
     config = {"tokenizer_class": "GPT2Tokenizer", "eos_token": "<|endoftext|>"}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
-    given = open_external(tmp_path, None)
+    given = ExternalTokenizer.open(tmp_path, None)
     own = GPT2Tokenizer.from_pretrained(tmp_path)
     text = make_texts(3)[2]
     assert given.tokenizer.encode(text) == own.encode(text, add_special_tokens=False)
     assert given.tokenizer.eod_token == "<|endoftext|>"
     (tmp_path / "empty").mkdir()
     with pytest.raises(ConfigError, match=r"must hold tokenizer\.json or tokenizer_config\.json"):
-        open_external(tmp_path / "empty", None)
+        ExternalTokenizer.open(tmp_path / "empty", None)
 
 
 @pytest.mark.parametrize("missing", ["transformers", "sentencepiece"])
@@ -168,14 +168,14 @@ def test_missing_packages_are_told(tmp_path, monkeypatch, missing):
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, missing, None)
     with pytest.raises(UnfitError, match=r"pip install sentencepiece protobuf"):
-        open_external(tmp_path / "a.model", None)
+        ExternalTokenizer.open(tmp_path / "a.model", None)
 
 
 def test_a_tokenizer_of_the_hub_is_to_be_fetched(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     fetch = "hf download Qwen/Qwen3-8B --include 'tokenizer[*]' --local-dir Qwen3-8B"
     with pytest.raises(ConfigError, match=fetch):
-        open_external(Path("Qwen/Qwen3-8B"), None)
+        ExternalTokenizer.open(Path("Qwen/Qwen3-8B"), None)
     Path("data").mkdir()
     with pytest.raises(ConfigError, match="name a file or its folder$"):
-        open_external(Path("data/tokenizer.json"), None)
+        ExternalTokenizer.open(Path("data/tokenizer.json"), None)

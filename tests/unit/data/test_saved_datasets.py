@@ -7,7 +7,7 @@ import pytest
 from pyarrow import parquet
 
 from moepp_megatron.config.errors import ConfigError
-from moepp_megatron.data.documents import Skipped, plan_pieces, read_piece
+from moepp_megatron.data.documents import Skipped, plan_pieces
 from moepp_megatron.data.sources import resolve_sources
 from tests.unit.data.conftest import write_arrow
 
@@ -18,7 +18,7 @@ def read_all(folder, text_key="text"):
     sources = resolve_sources([str(folder)])
     found = []
     for piece in plan_pieces(sources, text_key):
-        found += [each for each in read_piece(piece, text_key) if not isinstance(each, Skipped)]
+        found += [each for each in piece.documents(text_key) if not isinstance(each, Skipped)]
     return found
 
 
