@@ -5,23 +5,27 @@ values are cached, so that whatever can be scored can be continued. Exports deco
 transformers and in servers (docs/how_to/serve.md).
 """
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moepp_megatron.interop.generate import GenerateRequest, Sampling
-from moepp_megatron.interop.score import ScoreRequest
 from moepp_megatron.model.build import build_model
 from moepp_megatron.model.stage import PipelineStage, evaluation_stages
 from moepp_megatron.training.checkpoint.read import load_weights
 from moepp_megatron.training.token_scores import Sequences, padded_length, score_sequences
 
+if TYPE_CHECKING:
+    from moepp_megatron.interop.generate import GenerateRequest, Sampling
+    from moepp_megatron.interop.score import ScoreRequest
+
 # In place of a token, where the model's logits are no numbers.
 _NOT_A_NUMBER = -1
 
 
-def scoring_stages(request: ScoreRequest) -> list[PipelineStage]:
+def scoring_stages(request: "ScoreRequest") -> list[PipelineStage]:
     """This rank's part of the checkpoint's model, ready to score; every rank must call."""
     models = build_model(request.config)
     load_weights(request.checkpoint, models)
@@ -29,7 +33,7 @@ def scoring_stages(request: ScoreRequest) -> list[PipelineStage]:
 
 
 def score_stages(
-    request: ScoreRequest, stages: list[PipelineStage]
+    request: "ScoreRequest", stages: list[PipelineStage]
 ) -> dict[str, np.ndarray] | None:
     """Score all sequences with a model that is built; every rank must call.
 
@@ -49,7 +53,7 @@ def score_stages(
     return wanted
 
 
-def continue_prompts(stages: list[PipelineStage], request: GenerateRequest) -> list[list[int]]:
+def continue_prompts(stages: list[PipelineStage], request: "GenerateRequest") -> list[list[int]]:
     """New tokens of each prompt, without the end-of-document token; every rank must call.
 
     Args:
@@ -86,7 +90,7 @@ def continue_prompts(stages: list[PipelineStage], request: GenerateRequest) -> l
 
 
 def _next_logits(
-    stages: list[PipelineStage], scoring: ScoreRequest, texts: list[list[int]]
+    stages: list[PipelineStage], scoring: "ScoreRequest", texts: list[list[int]]
 ) -> Tensor | None:
     """[b, vocab] fp32 logits after each text, on rank 0."""
     longest = max(len(text) for text in texts)
@@ -99,7 +103,7 @@ def _next_logits(
     return None if scores is None else torch.from_numpy(scores["logits"][:, 0])
 
 
-def _sample(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
+def _sample(logits: Tensor, sampling: "Sampling", generator: torch.Generator) -> int:
     """Draw a token.
 
     The generator's numbers are assigned to tokens in the order of their ids, so logits that differ
