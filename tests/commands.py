@@ -45,7 +45,18 @@ def program(path, *arguments):
 def cold(*arguments):
     """Runs a command as a shell does."""
     command = [sys.executable, "-m", MODULE, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
+    return captured(command, timeout=TIMEOUT_S)
+
+
+def captured(command, *, check=False, **options):
+    """`subprocess.run`, with its output as text."""
+    return subprocess.run(command, capture_output=True, text=True, check=check, **options)
+
+
+def succeeded(done):
+    """The command as it ended, whose output is shown where it failed."""
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done
 
 
 class Begun:

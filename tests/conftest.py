@@ -84,6 +84,17 @@ def ranks():
     return _POOLS
 
 
+@pytest.fixture(scope="session")
+def on_one_rank(ranks):
+    """What a function returns on a rank of its own."""
+
+    def run(function, *args, **options):
+        (result,) = ranks(1).run(function, *args, **options)
+        return result
+
+    return run
+
+
 @pytest.fixture(scope="module", autouse=True)
 def no_rank_outlives_its_file():
     """Ranks that wait compute: threads of their groups wake up a hundred times a second each."""

@@ -2,14 +2,15 @@
 
 import shutil
 import tomllib
-from pathlib import Path
 
-SOURCE = Path(__file__).parents[1] / "examples/plugins"
+from tests import ROOT
+
+SOURCE = ROOT / "examples/plugins"
 
 
 def install(folder):
     """Put module and entry points into a folder, which is for the path of imports."""
-    project = tomllib.loads((SOURCE / "pyproject.toml").read_text(encoding="utf-8"))
+    project = tomllib.loads((SOURCE / "pyproject.toml").read_text())
     modules = project["tool"]["setuptools"]["py-modules"]
     for module in modules:
         shutil.copy(SOURCE / f"{module}.py", folder)

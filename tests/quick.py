@@ -5,11 +5,9 @@ a new file is taken for short. What ranks, commands and launchers do is tried on
 kind, `CASES`.
 """
 
-from pathlib import Path
-
+from tests import ROOT
 from tests.timetable import recorded
 
-ROOT = Path(__file__).parents[1]
 SHORT_S = 2.5
 # Not always short by the record, and all that rooms have: experts, interop.
 _ALSO = ("tests/unit/test_experts.py", "tests/unit/moe/test_extreme_logits.py")

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 import psutil
 import yaml
 
-from tests.commands import MODULE, Begun, moepp
+from tests.commands import MODULE, Begun, captured, moepp, succeeded
 from tests.parallel.training_runs import merged
 
 Training = Begun | subprocess.Popen
@@ -33,8 +33,7 @@ def prepare_data(folder):
         words = " ".join(f"word{(index * j) % 97}" for j in range(400))
         (texts / f"{index:02d}.txt").write_text(words, encoding="ascii")
     data = folder / "data"
-    done = moepp("data", "prepare", texts, "--out", data, "--vocab-size", "320")
-    assert done.returncode == 0, done.stderr
+    succeeded(moepp("data", "prepare", texts, "--out", data, "--vocab-size", "320"))
     return data
 
 
@@ -99,7 +98,7 @@ def going_on(command, config):
     log = config.with_suffix(".log")
     log.write_bytes(b"")
     taken_apart = ["bash", "-c", f"printf '%s\\0' {command}"]
-    read = subprocess.run(taken_apart, capture_output=True, text=True, check=True).stdout
+    read = captured(taken_apart, check=True).stdout
     interpreter, *words = read.split("\0")[:-1]
     assert interpreter == sys.executable
     process = Begun(words, log)
@@ -139,7 +138,7 @@ def wait_for_step(process, run, step, log):
 def losses(run):
     """Loss by step from metrics.jsonl; an unfinished last line is left out."""
     try:
-        lines = (run / "metrics.jsonl").read_text(encoding="utf-8").split("\n")[:-1]
+        lines = (run / "metrics.jsonl").read_text().split("\n")[:-1]
     except OSError:
         return {}
     records = [json.loads(line) for line in lines if line]

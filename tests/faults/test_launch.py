@@ -5,12 +5,12 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import psutil
 import pytest
 
 from moepp_megatron.runtime.stop_signals import SAME_INTERRUPT_S
+from tests import ROOT
 from tests.commands import Heard
 from tests.faults.harness import wait_until
 
@@ -87,7 +87,7 @@ time.sleep(200)
 @pytest.fixture
 def start(tmp_path):
     (tmp_path / "rank_of_test.py").write_text(RANK)
-    root = str(Path(__file__).parents[2])
+    root = str(ROOT)
     # An empty entry would be the working directory.
     paths = os.pathsep.join(filter(None, [str(tmp_path), root, os.environ.get("PYTHONPATH")]))
     environment = {**os.environ, "PYTHONPATH": paths}

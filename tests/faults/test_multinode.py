@@ -6,15 +6,14 @@ import shutil
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 
+from tests import ROOT
 from tests.faults.harness import descendants, losses, training, write_config
 
 pytestmark = [pytest.mark.faults, pytest.mark.slow, pytest.mark.timeout(900)]
 
-ROOT = Path(__file__).resolve().parents[2]
 STEPS = 60
 # The second holds for a save, which the cut may fall into.
 HANG_TIMEOUT_S, SLOW_PHASE_TIMEOUT_S = 5.0, 20.0

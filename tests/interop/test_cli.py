@@ -5,11 +5,11 @@ import shutil
 import numpy as np
 import pytest
 
-from moepp_megatron.config import ConfigError
 from moepp_megatron.interop.score import ScoreRequest
-from tests.commands import cold, moepp
+from tests.commands import cold, moepp, succeeded
 from tests.full_disk import fill
 from tests.interop.checkpoints import GOLDEN, convert_and_score, hf_to_mcore
+from tests.refusals import config_error
 
 CASE = GOLDEN / "two_layer_gate"
 TP2 = "parallel.tensor_model_parallel_size=2"
@@ -18,8 +18,7 @@ CP2 = "parallel.context_parallel_size=2"
 
 @pytest.mark.parallel
 def test_golden_case_end_to_end(tmp_path):
-    done = moepp("convert", "hf-to-mcore", CASE, tmp_path / "mcore")
-    assert done.returncode == 0, done.stderr
+    done = succeeded(moepp("convert", "hf-to-mcore", CASE, tmp_path / "mcore"))
     arguments = ["--tokens", CASE / "expected.npz", "--out", tmp_path / "out.npz", "--logits"]
     done = moepp("score", tmp_path / "mcore", TP2, *arguments, "--nproc", "2")
     assert (done.returncode, done.stderr) == (0, "")
@@ -29,8 +28,7 @@ def test_golden_case_end_to_end(tmp_path):
         for name in scores.files:
             np.testing.assert_allclose(scores[name], expected[name], rtol=0, atol=1e-4)
 
-    done = moepp("convert", "mcore-to-hf", tmp_path / "mcore", tmp_path / "hf")
-    assert done.returncode == 0, done.stderr
+    succeeded(moepp("convert", "mcore-to-hf", tmp_path / "mcore", tmp_path / "hf"))
     assert (tmp_path / "hf/modeling_moepp.py").is_file()
 
 
@@ -60,7 +58,7 @@ def test_a_tokenizer_that_is_none_is_not_taken_over(tmp_path):
     source = shutil.copytree(CASE, tmp_path / "hf")
     (source / "tokenizer.json").write_text("version https://git-lfs.github.com/spec/v1\n")
     message = r"hf/tokenizer.json\) must be a Hugging Face tokenizer.json .*; fetch it again"
-    with pytest.raises(ConfigError, match=message):
+    with config_error(message):
         hf_to_mcore(source, tmp_path / "mcore")
     assert not (tmp_path / "mcore").exists()
 
@@ -106,7 +104,7 @@ def checkpoint(tmp_path_factory):
 def test_wrong_tokens_are_refused(checkpoint, tmp_path, arrays, named):
     tokens = tmp_path / "tokens.npz"
     np.savez(tokens, **arrays)
-    with pytest.raises(ConfigError, match=named):
+    with config_error(named):
         ScoreRequest.read(checkpoint, tokens, tmp_path / "out.npz", [], 1, False)
 
 
@@ -114,7 +112,7 @@ def test_wrong_tokens_are_refused(checkpoint, tmp_path, arrays, named):
 def test_files_that_are_no_npz_are_refused(checkpoint, tmp_path, content):
     tokens = tmp_path / "tokens.npz"
     tokens.write_bytes(content)
-    with pytest.raises(ConfigError, match=r"tokens\.npz\)"):
+    with config_error(r"tokens\.npz\)"):
         ScoreRequest.read(checkpoint, tokens, tmp_path / "out.npz", [], 1, False)
 
 
@@ -129,7 +127,7 @@ def test_files_that_are_no_npz_are_refused(checkpoint, tmp_path, content):
 )
 def test_wrong_layouts_are_refused(checkpoint, tmp_path, overrides, named):
     tokens = CASE / "expected.npz"
-    with pytest.raises(ConfigError, match=named):
+    with config_error(named):
         ScoreRequest.read(checkpoint, tokens, tmp_path / "out.npz", overrides, 1, False)
 
 

@@ -10,7 +10,6 @@ import shutil
 import numpy as np
 import pytest
 
-from moepp_megatron.config import ConfigError
 from tests.interop.checkpoints import (
     CASES,
     GOLDEN,
@@ -23,6 +22,7 @@ from tests.interop.checkpoints import (
 from tests.interop.models import build, settings
 from tests.interop.transformers_models import load_model
 from tests.parallel.training_runs import VANILLA, begin_training
+from tests.refusals import config_error
 
 MODELS = {
     "paper": {},
@@ -75,8 +75,8 @@ def names_of_model(raw):
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_names_are_those_of_the_model(ranks, model):
-    ((real, ours),) = ranks(1).run(names_of_model, settings(**MODELS[model]))
+def test_names_are_those_of_the_model(on_one_rank, model):
+    real, ours = on_one_rank(names_of_model, settings(**MODELS[model]))
     assert ours == real
 
 
@@ -153,10 +153,10 @@ def released_logits(source, tokens):
 
 
 @pytest.mark.parametrize("gate", GATES)
-def test_every_gate_setting(ranks, plain, tmp_path, gate):
+def test_every_gate_setting(on_one_rank, plain, tmp_path, gate):
     source = write_released(tmp_path / "hf", **GATES[gate])
     tokens = write_tokens(tmp_path)
-    ((scores),) = ranks(1).run(convert_and_score, source, tmp_path / "mcore", tokens, [])
+    scores = on_one_rank(convert_and_score, source, tmp_path / "mcore", tokens, [])
     expected = plain(released_logits, source, tokens)
     np.testing.assert_allclose(scores["logits"], expected, rtol=0, atol=1e-4)
 
@@ -222,7 +222,7 @@ def break_checkpoint(folder, how):
 def test_damaged_checkpoints_are_refused(tmp_path, how, named):
     source = write_released(tmp_path / "hf")
     break_checkpoint(source, how)
-    with pytest.raises(ConfigError, match=named):
+    with config_error(named):
         hf_to_mcore(source, tmp_path / "mcore")
     assert not (tmp_path / "mcore").exists()
 
@@ -235,7 +235,7 @@ def test_index_that_contradicts_its_shards_is_refused(tmp_path):
 
     def refuse(changed, match):
         index.write_text(json.dumps(changed))
-        with pytest.raises(ConfigError, match=match):
+        with config_error(match):
             hf_to_mcore(source, tmp_path / "mcore")
 
     names = content["weight_map"]
@@ -261,12 +261,12 @@ def test_pickled_weights_need_a_flag_and_run_nothing(tmp_path, monkeypatch):
     tensors = load_tensors(source)
     (source / "model.safetensors").unlink()
     torch.save(tensors, source / "pytorch_model.bin")
-    with pytest.raises(ConfigError, match=r"pytorch_model\.bin holds pickled weights"):
+    with config_error(r"pytorch_model\.bin holds pickled weights"):
         hf_to_mcore(source, tmp_path / "mcore")
     hf_to_mcore(source, tmp_path / "mcore", allow_pickle=True)
 
     torch.save({**tensors, "lm_head.weight": Malicious()}, source / "pytorch_model.bin")
-    with pytest.raises(ConfigError, match="cannot be read as plain weights"):
+    with config_error("cannot be read as plain weights"):
         hf_to_mcore(source, tmp_path / "other", allow_pickle=True)
     assert not (tmp_path / "ran").exists()
 
@@ -277,12 +277,12 @@ def test_checkpoint_index_runs_nothing(tmp_path, monkeypatch):
     index = tmp_path / "mcore/.metadata"
     good = index.read_bytes()
     index.write_bytes(pickle.dumps(Malicious()))
-    with pytest.raises(ConfigError, match=r"asks for (posix|os)\.mkdir"):
+    with config_error(r"asks for (posix|os)\.mkdir"):
         mcore_to_hf(tmp_path / "mcore", tmp_path / "back")
     index.write_bytes(good)
     data = next((tmp_path / "mcore").glob("*.distcp"))
     os.truncate(data, data.stat().st_size - 1)
-    with pytest.raises(ConfigError, match=rf"{data.name} must have at least"):
+    with config_error(rf"{data.name} must have at least"):
         mcore_to_hf(tmp_path / "mcore", tmp_path / "back")
     assert not (tmp_path / "ran").exists()
     assert not (tmp_path / "back").exists()
@@ -292,7 +292,7 @@ def test_a_taken_folder_is_left_alone(tmp_path):
     target = tmp_path / "mcore"
     target.mkdir()
     (target / "mine").write_text("kept")
-    with pytest.raises(ConfigError, match="must not exist or be empty"):
+    with config_error("must not exist or be empty"):
         hf_to_mcore(write_released(tmp_path / "hf"), target)
     assert [path.name for path in target.iterdir()] == ["mine"]
 
@@ -312,7 +312,7 @@ def test_released_layout_refuses_what_it_cannot_say(moe, named):
 
     released = {"num_ffn_experts": 4, "gate_normalization": "nonzero"}
     RELEASED.fields(parse_config(settings(moe=released)))
-    with pytest.raises(ConfigError, match=named):
+    with config_error(named):
         RELEASED.fields(parse_config(settings(moe=released | moe)))
 
 
@@ -366,9 +366,7 @@ def test_hostile_json_is_refused_in_one_line(tmp_path, name, content):
     if name == "model.safetensors":
         content = len(content).to_bytes(8, "little") + content
     (source / name).write_bytes(content)
-    with pytest.raises(
-        ConfigError, match=rf"{name} (must be JSON|has a header that cannot be read)"
-    ) as caught:
+    with config_error(rf"{name} (must be JSON|has a header that cannot be read)") as caught:
         hf_to_mcore(source, tmp_path / "mcore")
     assert "\n" not in str(caught.value)
 
@@ -386,6 +384,6 @@ def test_a_tensor_that_no_rule_reads_is_not_left_out_silently(tmp_path, monkeypa
         rules=lambda config: (rule for rule in rules(config) if rule.key != key),
     )
     monkeypatch.setitem(to_hf._FORMATS, "moepp", forgetful)
-    with pytest.raises(ConfigError, match=rf"tensor {re.escape(key)} has no place in this layout"):
+    with config_error(rf"tensor {re.escape(key)} has no place in this layout"):
         to_hf.mcore_to_hf(tmp_path / "mcore", tmp_path / "back")
     assert not (tmp_path / "back").exists()

@@ -3,11 +3,12 @@
 import numpy as np
 import pytest
 
-from moepp_megatron.config import ConfigError, parse_config
+from moepp_megatron.config import parse_config
 from tests.interop.checkpoints import CASES, GOLDEN, hf_to_mcore, mcore_to_hf
 from tests.interop.models import build, settings
 from tests.interop.transformers_models import load_model
 from tests.parallel.checkpoint_runs import save_checkpoint
+from tests.refusals import config_error
 
 # The issue's tolerance between our logits and transformers'.
 LOGITS = 1e-4
@@ -138,17 +139,17 @@ def hf_logits(folder, ids, layout):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_trained_models_in_transformers(ranks, plain, tmp_path, name):
+def test_trained_models_in_transformers(on_one_rank, plain, tmp_path, name):
     raw = settings(**MODELS[name])
-    (ours,) = ranks(1).run(save_and_compute, raw, tmp_path / "checkpoints")
+    ours = on_one_rank(save_and_compute, raw, tmp_path / "checkpoints")
     assert mcore_to_hf(tmp_path / "checkpoints", tmp_path / "hf") == []
     theirs = plain(hf_logits, tmp_path / "hf", TOKENS, "moepp")
     np.testing.assert_allclose(theirs, ours, rtol=0, atol=LOGITS)
 
 
-def test_layers_of_multi_token_prediction_are_left_out(ranks, plain, tmp_path):
+def test_layers_of_multi_token_prediction_are_left_out(on_one_rank, plain, tmp_path):
     raw = settings(model={"mtp_num_layers": 1})
-    (ours,) = ranks(1).run(save_and_compute, raw, tmp_path / "checkpoints")
+    ours = on_one_rank(save_and_compute, raw, tmp_path / "checkpoints")
     warnings = mcore_to_hf(tmp_path / "checkpoints", tmp_path / "hf")
     assert warnings == ["model.mtp_num_layers (1): the export leaves these layers out"]
     theirs = plain(hf_logits, tmp_path / "hf", TOKENS, "moepp")
@@ -175,6 +176,6 @@ def test_latent_attention_is_refused(tmp_path, monkeypatch, layout):
     (tmp_path / "config.yaml").write_text(config.to_yaml())
     for module in (find, to_hf):
         monkeypatch.setattr(module, "find_checkpoint", lambda source: source)
-    with pytest.raises(ConfigError, match="must be null for an export: no layout has it; sc"):
+    with config_error("must be null for an export: no layout has it; sc"):
         to_hf.mcore_to_hf(tmp_path, tmp_path / "export", layout)
     assert not (tmp_path / "export").exists()

@@ -108,7 +108,7 @@ def balance_losses(padded, scope, kind):
     output = model(**inputs, output_router_logits=True)
     assert len(output.router_logits) == 3
     config = MoEPPConfig(
-        num_ffn_experts=4,
+        4,
         num_constant_experts=2,
         num_copy_experts=1,
         num_zero_experts=1,

@@ -79,9 +79,9 @@ def routing_of_golden(case, folder):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_routing_of_every_layer(ranks, tmp_path, case):
+def test_routing_of_every_layer(on_one_rank, tmp_path, case):
     expected = np.load(GOLDEN / case / "expected.npz")
-    (layers,) = ranks(1).run(routing_of_golden, case, tmp_path / "checkpoint")
+    layers = on_one_rank(routing_of_golden, case, tmp_path / "checkpoint")
     assert len(layers) == sum(name.endswith("_router_logits") for name in expected)
     # A kind of expert that nothing selects would pass whatever it computed.
     assert sum(selected.sum(axis=0) for _, selected, _ in layers).all()

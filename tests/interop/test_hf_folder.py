@@ -7,7 +7,6 @@ from unittest import mock
 import numpy as np
 import pytest
 
-from moepp_megatron.config import ConfigError
 from moepp_megatron.data.chat_template import ChatTemplate
 from moepp_megatron.data.tokenizer import Tokenizer
 from moepp_megatron.training.checkpoint.write import _tokenizer_files
@@ -15,6 +14,7 @@ from tests.interop.checkpoints import GOLDEN, hf_to_mcore, load_tensors, mcore_t
 from tests.interop.models import settings
 from tests.interop.test_export import TOKENS, save_and_compute, write_tokenizer
 from tests.interop.transformers_models import load_model
+from tests.refusals import config_error
 from tests.unit.data.test_conversations import chat, prepared, tokenizer_folder, write  # noqa: F401
 
 RAW = settings(
@@ -188,5 +188,5 @@ def test_a_licence_that_is_none_is_refused(tmp_path, monkeypatch):
     from moepp_megatron.training.checkpoint import find
 
     monkeypatch.setattr(find, "find_checkpoint", lambda source: source)
-    with pytest.raises(ConfigError, match=r"--license \(my own: free\) must be an identifier"):
+    with config_error(r"--license \(my own: free\) must be an identifier"):
         mcore_to_hf(tmp_path, tmp_path / "hf", license_id="my own: free")

@@ -4,7 +4,6 @@ import importlib.util
 import json
 import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -12,11 +11,11 @@ import numpy as np
 import pytest
 
 from moepp_megatron.data.tokenizer import Tokenizer
-from tests.commands import TIMEOUT_S, moepp, slowdown
+from tests import ROOT
+from tests.commands import TIMEOUT_S, captured, moepp, slowdown, succeeded
 from tests.interop.transformers_models import load_model
 from tests.ports import free_port
 
-ROOT = Path(__file__).parents[2]
 PROMPT, NEW_TOKENS = "def read(self", 24
 LACKING = [
     name
@@ -36,8 +35,7 @@ def folder(tmp_path_factory):
     alone = ("parallel.expert_model_parallel_size=1", "training.eval_interval=0")
     quickstart = ["train", ROOT / "configs/quickstart.yaml", *small, *short, *alone]
     for words in (["data", "prepare", "text.jsonl", "--out", "data/stdlib"], quickstart):
-        done = moepp(*words, cwd=folder)
-        assert done.returncode == 0, done.stdout + done.stderr
+        succeeded(moepp(*words, cwd=folder))
         tokenizer = Tokenizer.load(folder / "data/stdlib/tokenizer.json")
         # As in the quickstart, the model has no tokens that the tokenizer lacks.
         quickstart.append(f"model.vocab_size={tokenizer.vocab_size}")
@@ -49,24 +47,23 @@ def answered(folder):
     """What the server wrote behind the prompt."""
     if LACKING:
         pytest.skip(f"needs the packages {', '.join(LACKING)}")
-    page = (ROOT / "docs/how_to/serve.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs/how_to/serve.md").read_text()
     block = re.search(r"```bash\n(.*?)```", page, re.DOTALL)
     assert block, "serve.md has no commands"
     install, *commands = block[1].splitlines()
     wanted = install.removeprefix("pip install '").removesuffix("'")
-    assert f'"{wanted}",' in (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    assert f'"{wanted}",' in (ROOT / "pyproject.toml").read_text()
     assert len(commands) == 4
     script = "trap 'kill $!' EXIT\n" + "\n".join(commands).replace("8000", str(free_port()))
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    done = subprocess.run(
-        ["bash", "-euc", script],
-        cwd=folder,
-        env=os.environ | {"PATH": path, "HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / "hf")},
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT_S * slowdown(),
+    done = succeeded(
+        captured(
+            ["bash", "-euc", script],
+            cwd=folder,
+            env=os.environ | {"PATH": path, "HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / "hf")},
+            timeout=TIMEOUT_S * slowdown(),
+        )
     )
-    assert done.returncode == 0, done.stdout + done.stderr
     answer = json.loads(done.stdout[done.stdout.index('{"id"') :].splitlines()[0])
     assert answer["usage"]["completion_tokens"] == NEW_TOKENS
     return str(answer["choices"][0]["text"])
@@ -100,8 +97,9 @@ def test_engine_transformers_and_server_write_the_same(folder, answered, plain):
     for experts, (text, tokens, logprobs) in plain(by_transformers, folder / "exported").items():
         assert text == answered, experts
         np.savez(folder / "tokens.npz", input_ids=np.array([tokens]))
-        done = moepp("score", run, "--tokens", folder / "tokens.npz", "--out", folder / "out.npz")
-        assert done.returncode == 0, done.stderr
+        succeeded(
+            moepp("score", run, "--tokens", folder / "tokens.npz", "--out", folder / "out.npz")
+        )
         scored = np.load(folder / "out.npz")["token_logprobs"][0]
         # fp32 on both sides.
         np.testing.assert_allclose(logprobs, scored, rtol=0, atol=1e-4)

@@ -2,16 +2,16 @@
 
 import importlib.util
 import json
-from pathlib import Path
 
 from tokenizers import Tokenizer, pre_tokenizers
 
+from tests import ROOT
 from tests.interop.checkpoints import load_tensors, mcore_to_hf
 from tests.interop.models import settings
 from tests.interop.test_export import save_and_compute
 from tests.interop.test_finetuning import needs_peft
 
-EXAMPLE = Path(__file__).parents[2] / "examples/finetune_lora.py"
+EXAMPLE = ROOT / "examples/finetune_lora.py"
 
 
 def run_example(export, out):

@@ -33,7 +33,7 @@ def transformer(**changes):
 
 
 def test_without_arguments_it_is_the_layer_of_the_paper():
-    assert moepp_config(transformer(), parsed()) == MoEPPConfig(num_ffn_experts=8)
+    assert moepp_config(transformer(), parsed()) == MoEPPConfig(8)
 
 
 def test_every_setting_of_the_layer_can_be_given():
@@ -52,7 +52,7 @@ def test_every_setting_of_the_layer_can_be_given():
         moe_router_topk_scaling_factor=2.5,
     )
     expected = MoEPPConfig(
-        num_ffn_experts=8,
+        8,
         num_zero_experts=2,
         num_copy_experts=3,
         num_constant_experts=4,

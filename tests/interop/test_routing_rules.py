@@ -56,10 +56,10 @@ def longcat_layers():
 
 
 @needs_transformers
-def test_longcat_flash_layer(ranks):
+def test_longcat_flash_layer(on_one_rank):
     import numpy as np
 
-    ((ours, theirs),) = ranks(1).run(longcat_layers)
+    ours, theirs = on_one_rank(longcat_layers)
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=FP32 * np.abs(theirs).max())
 
 

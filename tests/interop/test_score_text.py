@@ -6,12 +6,12 @@ import re
 import numpy as np
 import pytest
 
-from moepp_megatron.config import ConfigError
 from moepp_megatron.data.tokenizer import train_tokenizer
 from moepp_megatron.interop.score import ScoreRequest, TextWindows
-from tests.commands import cold, moepp
+from tests.commands import cold, moepp, succeeded
 from tests.interop.checkpoints import GOLDEN, hf_to_mcore, score
 from tests.interop.test_cli import TP2
+from tests.refusals import config_error
 
 TEXT = "one two three four\nf\u00fcnf sechs \u20ac\r\n" * 9
 
@@ -48,11 +48,10 @@ def test_every_token_is_predicted_once(tmp_path, length, shape):
     assert (text.input_ids[1:, 0] == text.input_ids[:-1, -1]).all()
 
 
-def test_perplexity_on_the_command_line(checkpoint, tmp_path, ranks):
+def test_perplexity_on_the_command_line(checkpoint, tmp_path, on_one_rank):
     file = tmp_path / "text.txt"
-    file.write_text(TEXT, encoding="utf-8", newline="")
-    done = cold("score", checkpoint, "--text", file, "--out", tmp_path / "out.npz")
-    assert done.returncode == 0, done.stderr
+    file.write_text(TEXT, newline="")
+    done = succeeded(cold("score", checkpoint, "--text", file, "--out", tmp_path / "out.npz"))
     size = len(TEXT.encode())
     rows = math.ceil(size / 63)
     assert f"text         {size:,} tokens in {rows} windows of at most 64" in done.stdout
@@ -67,7 +66,7 @@ def test_perplexity_on_the_command_line(checkpoint, tmp_path, ranks):
     # The same by --tokens, window by window: a window knows nothing of the one before.
     windows = np.lib.stride_tricks.sliding_window_view(np.array([255, *ids]), 64)[::63]
     np.savez(tmp_path / "tokens.npz", input_ids=windows)
-    (expected,) = ranks(1).run(score, checkpoint, tmp_path / "tokens.npz", [])
+    expected = on_one_rank(score, checkpoint, tmp_path / "tokens.npz", [])
     count = windows.shape[0] * 63
     np.testing.assert_allclose(
         logprobs[:count], expected["token_logprobs"].reshape(-1), rtol=0, atol=1e-5
@@ -77,7 +76,7 @@ def test_perplexity_on_the_command_line(checkpoint, tmp_path, ranks):
 @pytest.mark.parallel
 def test_ranks_agree_on_the_perplexity(checkpoint, tmp_path):
     file = tmp_path / "text.txt"
-    file.write_text(TEXT[:70], encoding="utf-8", newline="")
+    file.write_text(TEXT[:70], newline="")
     one = moepp("score", checkpoint, "--text", file)
     two = moepp("score", checkpoint, TP2, "--text", file, "--nproc", "2")
     assert (one.returncode, two.returncode) == (0, 0), two.stderr
@@ -105,12 +104,12 @@ def test_what_is_refused(checkpoint, tmp_path, tokens, text, out, logits, named)
     (tmp_path / "bytes.txt").write_bytes(b"\xff\xfe\xff")
     np.savez(tmp_path / "t.npz", input_ids=np.zeros((1, 2), int))
     paths = [None if name is None else tmp_path / name for name in (tokens, out, text)]
-    with pytest.raises(ConfigError, match=named):
+    with config_error(named):
         ScoreRequest.read(checkpoint, paths[0], paths[1], [], 1, logits, paths[2])
 
 
 def test_a_checkpoint_without_a_tokenizer_is_reported(tmp_path):
     hf_to_mcore(GOLDEN / "two_layer_gate", tmp_path / "mcore")
     (tmp_path / "text.txt").write_text("abc")
-    with pytest.raises(ConfigError, match=r"must hold tokenizer\.json to turn text into tokens"):
+    with config_error(r"must hold tokenizer\.json to turn text into tokens"):
         ScoreRequest.read(tmp_path / "mcore", None, None, [], 1, False, tmp_path / "text.txt")

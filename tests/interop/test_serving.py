@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 from unittest import mock
@@ -11,6 +10,7 @@ from unittest import mock
 import numpy as np
 import pytest
 
+from tests.commands import captured, succeeded
 from tests.interop.checkpoints import CASES, GOLDEN, hf_to_mcore, mcore_to_hf
 from tests.interop.models import settings
 from tests.interop.test_export import MODELS, save_and_compute, save_model
@@ -217,20 +217,20 @@ def save_as_it_begins(raw, folder):
     return [dataset[index]["tokens"].tolist() for index in range(len(dataset))]
 
 
-def test_training_repeats_the_routes_that_transformers_took(ranks, plain, tmp_path):
+def test_training_repeats_the_routes_that_transformers_took(on_one_rank, plain, tmp_path):
     sections = {"optimizer": {"weight_decay": 0.0}, "moe": {"layer_freq": [0, 1]}}
-    (tokens,) = ranks(1).run(save_as_it_begins, short(**sections), tmp_path / "checkpoints")
+    tokens = on_one_rank(save_as_it_begins, short(**sections), tmp_path / "checkpoints")
     mcore_to_hf(tmp_path / "checkpoints", tmp_path / "hf")
     picked = plain(routes, tmp_path / "hf", *tokens)
     own, theirs = tmp_path / "own", tmp_path / "theirs"
-    ((run, _),) = ranks(1).run(train, short(routes={"record": str(own)}, **sections), 1)
+    run, _ = on_one_rank(train, short(routes={"record": str(own)}, **sections), 1)
     (file,) = own.iterdir()
     with np.load(file) as written:
         np.testing.assert_array_equal(written["routed_experts"], picked)
         contents = dict(written) | {"routed_experts": picked}
     theirs.mkdir()
     np.savez(theirs / file.name, **contents)
-    ((again, _),) = ranks(1).run(train, short(routes={"replay": str(theirs)}, **sections), 1)
+    again, _ = on_one_rank(train, short(routes={"replay": str(theirs)}, **sections), 1)
     assert again.losses == run.losses
     assert again.grad_norms == run.grad_norms
 
@@ -295,8 +295,7 @@ def assert_vllm_agrees(plain, export, *changes):
     files[0].write_text(json.dumps(prompts))
     program = Path(__file__).with_name("vllm_answers.py")
     command = [str(VLLM), str(program), str(export), *map(str, files), *changes]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=570, cwd=export.parent)
-    assert done.returncode == 0, done.stdout + done.stderr
+    succeeded(captured(command, timeout=570, cwd=export.parent))
     theirs, expected = json.loads(files[1].read_text()), plain(greedy, export, prompts)
     for answer, wanted in zip(theirs, expected, strict=True):
         assert answer["tokens"] == wanted["tokens"]

@@ -5,10 +5,10 @@ import json
 import numpy as np
 import pytest
 
-from moepp_megatron.config import ConfigError
 from moepp_megatron.experts import FFN_ONLY
 from tests.interop.checkpoints import hf_to_mcore, mcore_to_hf, score
 from tests.parallel.training_runs import join
+from tests.refusals import config_error
 
 # The issue's tolerance for the function at step 0.
 SAME = 1e-5
@@ -152,10 +152,10 @@ def upcycle_and_score(source, target, tokens, changes):
 
 
 @pytest.mark.parametrize("name", SOURCES)
-def test_same_function_at_step_0(ranks, plain, tmp_path, name):
+def test_same_function_at_step_0(on_one_rank, plain, tmp_path, name):
     tokens = write_tokens(tmp_path)
     expected = plain(write_source, tmp_path / "hf", name, tokens)
-    ((logits, ffn_share),) = ranks(1).run(
+    logits, ffn_share = on_one_rank(
         upcycle_and_score, tmp_path / "hf", tmp_path / "moepp", tokens, {}
     )
     assert ffn_share == 1.0
@@ -181,18 +181,16 @@ def test_bias_bounds_every_score_of_an_added_expert():
 
 
 @pytest.mark.parametrize("name", ["qwen2-moe", "qwen3-moe", "olmoe"])
-def test_raw_scores_as_gates(ranks, plain, tmp_path, name):
+def test_raw_scores_as_gates(on_one_rank, plain, tmp_path, name):
     """Without new experts the same; with them gates shrink, within the bound that is told."""
     tokens = write_tokens(tmp_path)
     expected = plain(write_source, tmp_path / "hf", name, tokens, False)
     none = {f"num_{kind}_experts": 0 for kind in ("zero", "copy", "constant")}
-    ((same, _),) = ranks(1).run(upcycle_and_score, tmp_path / "hf", tmp_path / "a", tokens, none)
+    same, _ = on_one_rank(upcycle_and_score, tmp_path / "hf", tmp_path / "a", tokens, none)
     np.testing.assert_allclose(same, expected, rtol=0, atol=SAME * np.abs(expected).max())
 
     more = {"approximate": True, "num_copy_experts": 0, "num_constant_experts": 0}
-    ((near, ffn_share),) = ranks(1).run(
-        upcycle_and_score, tmp_path / "hf", tmp_path / "b", tokens, more
-    )
+    near, ffn_share = on_one_rank(upcycle_and_score, tmp_path / "hf", tmp_path / "b", tokens, more)
     assert ffn_share == 1.0
     change = np.abs(near - expected).mean() / np.abs(expected).mean()
     # One expert beside six: gates shrink to no less than 1 / (1 + 1.25 / 6) = 0.83.
@@ -211,7 +209,7 @@ def test_zedas_router_rows(plain, tmp_path):
     rows = start.read("decoder.layers.1.mlp.router.weight")
     assert not any("expert_bias" in key for key in start.tensors)
     assert 0.5 < float(rows[4:].std() / rows[:4].std()) < 2.0
-    with pytest.raises(ConfigError, match="--zeda-router must be left out for a deepseek_v3"):
+    with config_error("--zeda-router must be left out for a deepseek_v3"):
         _upcycled_config({**SHAPE, **DEEPSEEK, "model_type": "deepseek_v3"}, added, "m", None)
 
 
@@ -223,10 +221,10 @@ def test_scores_that_are_not_renormalised_are_refused(plain, tmp_path):
     config = json.loads((source / "config.json").read_text())
     (source / "config.json").write_text(json.dumps({**config, "norm_topk_prob": False}))
     # 6 / (6 + 4 * 1.25)
-    with pytest.raises(ConfigError, match=r"norm_topk_prob \(false\) must be true.*0\.545 of"):
+    with config_error(r"norm_topk_prob \(false\) must be true.*0\.545 of"):
         upcycle(source, tmp_path / "moepp")
     (source / "config.json").write_text(json.dumps({**config, "model_type": "gemma"}))
-    with pytest.raises(ConfigError, match=r"model_type \(gemma\)"):
+    with config_error(r"model_type \(gemma\)"):
         upcycle(source, tmp_path / "moepp")
 
 
@@ -243,11 +241,11 @@ LLAMA = {
 def test_one_expert_a_token_is_refused_with_advice_that_can_be_followed():
     from moepp_megatron.interop.upcycle import Additions, _upcycled_config
 
-    with pytest.raises(ConfigError, match=r"--topk \(1\) must be at least 2.*; use --topk 2"):
+    with config_error(r"--topk \(1\) must be at least 2.*; use --topk 2"):
         _upcycled_config(LLAMA, Additions(router_topk=1), "model", None)
     assert _upcycled_config(LLAMA, Additions(router_topk=2), "model", None).moe.router_topk == 2
     mixtral = {**LLAMA, "model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 1}
-    with pytest.raises(ConfigError, match=r"num_experts_per_tok \(1\) .* cannot be upcycled"):
+    with config_error(r"num_experts_per_tok \(1\) .* cannot be upcycled"):
         _upcycled_config(mixtral, Additions(), "model", None)
 
 
@@ -263,7 +261,7 @@ def test_one_expert_a_token_is_refused_with_advice_that_can_be_followed():
 def test_a_model_of_another_kind_is_refused_with_what_is_possible(kind, remedy):
     from moepp_megatron.interop.upcycle_sources import SourceKind
 
-    with pytest.raises(ConfigError, match=remedy):
+    with config_error(remedy):
         SourceKind.of({**LLAMA, **kind})
 
 
@@ -344,7 +342,7 @@ def test_what_deepseek_models_cannot_bring_is_refused(change, named):
     assert _upcycled_config(config, Additions(), "x", None).moe.gate_scale == 2.5
     # All groups stay: nothing is limited.
     _upcycled_config(config | {"n_group": 2, "topk_group": 2}, Additions(), "x", None)
-    with pytest.raises(ConfigError, match=named):
+    with config_error(named):
         _upcycled_config(config | change, Additions(), "x", None)
 
 
@@ -357,11 +355,11 @@ def test_what_olmoe_models_cannot_bring_is_refused():
     assert (config.model.qk_layernorm, config.model.qk_layernorm_scope) == (True, "all_heads")
     # What OLMoE takes where its config.json does not say.
     assert (config.model.norm_epsilon, config.moe.gate_normalization) == (1e-5, "none")
-    with pytest.raises(ConfigError, match=r"clip_qkv \(8\.0\) must be null"):
+    with config_error(r"clip_qkv \(8\.0\) must be null"):
         _upcycled_config(olmoe | {"clip_qkv": 8.0}, none, "x", None)
-    with pytest.raises(ConfigError, match=r"attention_bias \(true\) must be false"):
+    with config_error(r"attention_bias \(true\) must be false"):
         _upcycled_config(olmoe | {"attention_bias": True}, none, "x", None)
-    with pytest.raises(ConfigError, match=r"norm_topk_prob \(false\) must be true"):
+    with config_error(r"norm_topk_prob \(false\) must be true"):
         _upcycled_config(olmoe, Additions(), "x", None)
 
 
@@ -401,7 +399,7 @@ def test_layers_that_predict_further_tokens_are_left_out(plain, tmp_path):
     save_file(tensors | {"model.layers.3.eh_proj.weight": more}, source / "model.safetensors")
     upcycle(source, tmp_path / "moepp", dtype="bf16")
     save_file(tensors | {"model.surprise": more}, source / "model.safetensors")
-    with pytest.raises(ConfigError, match=r"model\.surprise is unexpected"):
+    with config_error(r"model\.surprise is unexpected"):
         upcycle(source, tmp_path / "other")
 
     import torch

@@ -1,14 +1,13 @@
 """`configs/upcycle/`: the shapes are those of what `moepp convert upcycle` makes."""
 
-from pathlib import Path
-
 import pytest
 
 from moepp_megatron.config import load_config
 from moepp_megatron.interop.upcycle import Additions, _upcycled_config
 from moepp_megatron.training.checkpoint.compatible import check_compatible
+from tests import ROOT
 
-CONFIGS = Path(__file__).parents[2] / "configs/upcycle"
+CONFIGS = ROOT / "configs/upcycle"
 # config.json of mistralai/Mixtral-8x7B-v0.1 and Qwen/Qwen3-30B-A3B: what decides shapes.
 MIXTRAL = {
     "model_type": "mixtral",

@@ -2,18 +2,20 @@
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from moepp_megatron.config import ConfigError, parse_config
+from moepp_megatron.config import parse_config
+from tests import ROOT
+from tests.commands import captured, succeeded
 from tests.interop.checkpoints import mcore_to_hf
 from tests.interop.models import settings
 from tests.interop.test_export import LOGITS, TOKENS, save_and_compute
 from tests.interop.test_serving import greedy
+from tests.refusals import config_error
 
 # More ids than the tokenizer has tokens; ggml multiplies rows of 32 numbers and more.
 MODEL = {"vocab_size": 640}
@@ -108,17 +110,15 @@ def test_llama_cpp_computes_the_same(ranks, plain, tmp_path, case):
     from moepp_megatron.data.tokenizer import train_tokenizer
 
     export(ranks, tmp_path, case)
-    root = Path(__file__).parents[2]
-    tokenizer = train_tokenizer([path.read_text() for path in root.glob("docs/*.md")], 320)
+    tokenizer = train_tokenizer([path.read_text() for path in ROOT.glob("docs/*.md")], 320)
     tokenizer.save(tmp_path / "vanilla/tokenizer.json")
     gguf, texts, answers = (tmp_path / name for name in ("f32.gguf", "texts.json", "answers.json"))
     texts.write_text(json.dumps(TEXTS))
-    converter = [root / "examples/to_gguf.py", LLAMA_CPP, tmp_path / "vanilla"]
+    converter = [ROOT / "examples/to_gguf.py", LLAMA_CPP, tmp_path / "vanilla"]
     reader = [Path(__file__).with_name("llama_cpp_answers.py"), gguf, texts, answers]
     for command in ([*converter, "--outtype", "f32", "--outfile", gguf], reader):
         words = [PYTHON, *map(str, command)]
-        done = subprocess.run(words, capture_output=True, text=True, timeout=300, cwd=tmp_path)
-        assert done.returncode == 0, done.stdout + done.stderr
+        succeeded(captured(words, timeout=300, cwd=tmp_path))
     prompts = [tokenizer.encode(text) for text in TEXTS]
     expected = plain(greedy, tmp_path / "moepp", prompts)
     for answer, prompt, wanted in zip(
@@ -129,8 +129,8 @@ def test_llama_cpp_computes_the_same(ranks, plain, tmp_path, case):
 
 
 def test_the_example_says_how_it_is_called():
-    file = Path(__file__).parents[2] / "examples/to_gguf.py"
-    done = subprocess.run([sys.executable, file], capture_output=True, text=True)
+    file = ROOT / "examples/to_gguf.py"
+    done = captured([sys.executable, file])
     assert (done.returncode, "to_gguf.py LLAMA_CPP EXPORT" in done.stderr) == (1, True)
     assert "Traceback" not in done.stderr
 
@@ -153,5 +153,5 @@ def test_what_a_vanilla_moe_cannot_say_is_refused(model, moe, named):
     from moepp_megatron.interop.vanilla import VANILLA
 
     VANILLA.fields(parse_config(settings(moe=MOE)))
-    with pytest.raises(ConfigError, match=named):
+    with config_error(named):
         VANILLA.fields(parse_config(settings(model=model, moe=MOE | moe)))

@@ -11,9 +11,9 @@ import importlib.util
 import os
 import shlex
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
+from tests import ROOT
 from tests.parallel.training_runs import (
     Run,
     SyntheticDataset,
@@ -22,7 +22,7 @@ from tests.parallel.training_runs import (
     settings,
 )
 
-SCRIPT = Path(__file__).parents[2] / "launch/pretrain_megatron_lm.py"
+SCRIPT = ROOT / "launch/pretrain_megatron_lm.py"
 STEPS = 2
 # Megatron's schedule counts steps from 0 where ours counts from 1; a constant rate has no such
 # difference.

@@ -93,14 +93,14 @@ RAMP = {"target_ffn_per_token": 0.8, "start_ffn_per_token": 1.6, "ramp_steps": 4
 
 
 @pytest.mark.parametrize("controller", ["none", *CONTROLLED])
-def test_state_and_losses_are_those_of_one_process(ranks, controller):
+def test_state_and_losses_are_those_of_one_process(ranks, on_one_rank, controller):
     """While the target moves, and the data change in the middle; the record holds each step's tau.
 
     Only the layout that spreads layers, experts and tokens over ranks at once.
     """
     budget = CONTROLLED.get(controller, {"controller": "none"}) | RAMP
     sections = {"moe": {"num_ffn_experts": 8, "budget": budget}}
-    (one,) = ranks(1).run(train, short(**sections), 6, 12)
+    one = on_one_rank(train, short(**sections), 6, 12)
     # The weights hold tau in fp32.
     assert one.recorded == pytest.approx(one.was_set, rel=1e-6)
     assert len(set(one.recorded)) >= 5, "nothing moves tau here"
@@ -121,13 +121,15 @@ def test_state_and_losses_are_those_of_one_process(ranks, controller):
     [(0.5, {}, 100, 0.05), (1.0, {"controller": "bias", "gain": 0.2, "decay": 0.0}, 200, 0.02)],
     ids=["default", "gain"],
 )
-def test_bias_holds_the_budget_through_a_shift_of_the_data(ranks, target, budget, steps, tolerance):
+def test_bias_holds_the_budget_through_a_shift_of_the_data(
+    on_one_rank, target, budget, steps, tolerance
+):
     moe = {"num_ffn_experts": 8, "budget": {"target_ffn_per_token": target, **budget}}
     training = {"train_iters": steps, "global_batch_size": BATCH, "micro_batch_size": BATCH}
     optimizer = {"lr": 3e-3, "decay_style": "constant"}
     raw = settings(moe=moe, training=training, optimizer=optimizer, model={"num_layers": 4})
     shift = steps * 3 // 5
-    (run,) = ranks(1).run(train, raw, steps, shift * BATCH)
+    run = on_one_rank(train, raw, steps, shift * BATCH)
     taken = run.taken
 
     def mean(begin, end):
@@ -214,9 +216,9 @@ def missing_target(raw, steps, resumed_at):
         ({"controller": "bias", "gain": 0.01}, "moe.budget.gain (0.01)"),
     ],
 )
-def test_a_target_that_is_missed_is_reported_once(ranks, budget, remedy):
+def test_a_target_that_is_missed_is_reported_once(on_one_rank, budget, remedy):
     moe = {"num_ffn_experts": 8, "budget": {"target_ffn_per_token": 0.8, **budget}}
-    ((alert, *others),) = ranks(1).run(missing_target, short(moe=moe), 250, 60)
+    alert, *others = on_one_rank(missing_target, short(moe=moe), 250, 60)
     assert others == []
     # The share is 67% too large at once; its average over 20 steps is 10% too large after four.
     assert alert[0] == 103

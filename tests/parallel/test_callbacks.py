@@ -9,10 +9,11 @@ import pytest
 import yaml
 
 from moepp_megatron import Callback, ConfigError, train
-from tests.commands import module, moepp
+from tests.commands import module, moepp, succeeded
 from tests.example_plugins import install, write_entry_points
 from tests.faults.harness import short_steps, write_config
 from tests.parallel.checkpoint_runs import logged, run_trainer, trainer_of
+from tests.refusals import config_error
 
 # What an installed package has: one fails on rank 0 while the other ranks go on.
 PACKAGE = """
@@ -152,8 +153,7 @@ def test_a_callback_that_raises(config, plugins, tmp_path):
     )
     assert "callback also_failing failed in failed" in failed.stderr
     assert (tmp_path / "run/told0").read_text() == "3 CallbackError"
-    went_on = moepp("train", config, "--resume", ONE)
-    assert went_on.returncode == 0, went_on.stderr
+    went_on = succeeded(moepp("train", config, "--resume", ONE))
     assert "resumed from step 2" in went_on.stdout
     assert logged(tmp_path / "run", "step") == [2, 4]
 
@@ -194,9 +194,9 @@ def refusals(raw):
     return [str(left.value), str(demanding.value), *renamed]
 
 
-def test_what_a_callback_may_not_be(ranks, config, tmp_path):
+def test_what_a_callback_may_not_be(on_one_rank, config, tmp_path):
     raw = settings_of(config, tmp_path / "run")
-    ((left, demanding, *renamed),) = ranks(1).run(refusals, raw | {"parallel": {}})
+    left, demanding, *renamed = on_one_rank(refusals, raw | {"parallel": {}})
     assert left == "callback Leaving failed in begin after step 0: SystemExit: 0"
     nothing_calls = (
         "callback Old (Old) must have no method {}, which nothing calls any more; use {}"
@@ -285,13 +285,13 @@ def given(raw, folder):
     return found
 
 
-def test_a_plugin_brings_a_part(ranks, config, tmp_path):
+def test_a_plugin_brings_a_part(ranks, on_one_rank, config, tmp_path):
     """With a state that a rollback and a resume restore."""
     folder = tmp_path / "installed"
     folder.mkdir()
     install(folder)
     raw = settings_of(config, tmp_path / "run") | {"parallel": {}}
-    (found,) = ranks(1).run(given, raw, folder)
+    found = on_one_rank(given, raw, folder)
     back = ("rollback", 3, 2)
     assert found == [("resume", 0, None), (1, 1), (2, 2), (3, 3), back, (3, 3), (4, 4)]
     raw["checkpoint"]["load"] = "auto"
@@ -319,14 +319,20 @@ def test_callbacks_of_a_program(config, tmp_path):
         "        print('told', run.rank, run.step, flush=True)\n"
         "moepp.train(sys.argv[1], 'training.train_iters=1', callbacks=[Steps()])\n"
     )
-    done = module(
-        "torch.distributed.run", "--standalone", "--nproc-per-node=2", program, config, cwd=tmp_path
+    done = succeeded(
+        module(
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node=2",
+            program,
+            config,
+            cwd=tmp_path,
+        )
     )
-    assert done.returncode == 0, done.stderr
     said = [line for line in done.stdout.splitlines() if line.startswith("told")]
     assert sorted(said) == ["told 0 1", "told 1 1"]
 
 
 def test_objects_are_not_handed_to_other_processes(config):
-    with pytest.raises(ConfigError, match=r"^nproc \(2\) must be 1 with callbacks"):
+    with config_error(r"^nproc \(2\) must be 1 with callbacks"):
         train(config, nproc=2, callbacks=[Callback()])

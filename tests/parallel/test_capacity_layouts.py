@@ -33,7 +33,7 @@ def _kept(places, cp, distinct):
     gates = torch.randint(distinct, shape, generator=generator) / distinct
     selected = torch.rand(shape, generator=generator) < 0.4
     gates = torch.where(selected, gates, 0.0)
-    config = MoEPPConfig(num_ffn_experts=2, capacity_factor=0.7)
+    config = MoEPPConfig(2, capacity_factor=0.7)
     kept = within_capacity(
         gates[places].reshape(-1, EXPERTS),
         selected[places].reshape(-1, EXPERTS),
@@ -45,8 +45,8 @@ def _kept(places, cp, distinct):
 
 
 @pytest.mark.parametrize(("tp", "cp"), [(2, 1), (1, 2), (2, 2), (1, 4), (4, 1)])
-def test_the_same_selections_are_dropped(ranks, tp, cp):
-    ((places, expected),) = ranks(1).run(kept_by_this_rank, 1, 1)
+def test_the_same_selections_are_dropped(ranks, on_one_rank, tp, cp):
+    places, expected = on_one_rank(kept_by_this_rank, 1, 1)
     assert places == list(range(LENGTH))
     assert all(0 < each.sum() < each.size for each in expected)
     seen = []

@@ -137,8 +137,8 @@ def save_with_another_clock(folder):
     return found
 
 
-def test_the_newest_checkpoint_is_the_last_one_whatever_the_clock_says(ranks, tmp_path):
-    (found,) = ranks(1).run(save_with_another_clock, tmp_path)
+def test_the_newest_checkpoint_is_the_last_one_whatever_the_clock_says(on_one_rank, tmp_path):
+    found = on_one_rank(save_with_another_clock, tmp_path)
     steps = [f"step_{step:08d}" for step in (1, 2, 3)]
     assert found == [[steps[1], steps[0]], [steps[2], steps[1]]]
 
@@ -158,12 +158,12 @@ def lose_checkpoints(raw, lost):
 
 
 @pytest.mark.parametrize("lost", [2, 3])
-def test_a_checkpoint_that_is_lost_after_its_save(ranks, corpus, tmp_path, lost):
+def test_a_checkpoint_that_is_lost_after_its_save(on_one_rank, corpus, tmp_path, lost):
     """Is told, and is the run's failure if it was the last one."""
     raw = trainer_settings(
         corpus, tmp_path, training={"train_iters": 3}, checkpoint={"save_interval": 1}
     )
-    ((failure, failed_saves),) = ranks(1).run(lose_checkpoints, raw, lost)
+    failure, failed_saves = on_one_rank(lose_checkpoints, raw, lost)
     gone = f"checkpoint {tmp_path}/checkpoints/step_{lost:08d} was complete and is not any more"
     assert failed_saves == 1
     assert failure == (f"{gone}: is not a folder" if lost == 3 else None)
@@ -202,11 +202,11 @@ def test_a_run_whose_folder_is_removed(ranks, corpus, tmp_path):
     assert {"config.yaml", "status.json", "tensorboard"} <= set(names(run))
 
 
-def test_a_run_whose_folder_is_removed_at_its_end(ranks, corpus, tmp_path):
+def test_a_run_whose_folder_is_removed_at_its_end(on_one_rank, corpus, tmp_path):
     run = tmp_path / "run"
     steps = {"train_iters": 3}
     raw = trainer_settings(corpus, run, training=steps, checkpoint={"save_interval": 3})
-    (failure,) = ranks(1).run(lose_folder, raw, 3, "save")
+    failure = on_one_rank(lose_folder, raw, 3, "save")
     saved, _, records = failure.partition("; ")
     assert saved.startswith(f"checkpoint {run}/checkpoints/step_00000003 was complete and is not")
     assert f"{run}/metrics.jsonl was removed while the run wrote it" in records
@@ -236,10 +236,10 @@ def step_while_writing(folder):
     return waits
 
 
-def test_training_goes_on_while_a_checkpoint_is_written(ranks, tmp_path):
+def test_training_goes_on_while_a_checkpoint_is_written(ranks, on_one_rank, tmp_path):
     # A snapshot, though the parameters have changed twice before they are written.
     assert ranks(1).run(step_while_writing, tmp_path / "slow") == [True]
-    (_,) = ranks(1).run(save_first_step, tmp_path / "fast")
+    _ = on_one_rank(save_first_step, tmp_path / "fast")
     for folder in ("slow", "fast"):
         assert (tmp_path / folder / "step_00000001/__0_0.distcp").is_file()
     slow, fast = ranks(1).run(weights_of, [tmp_path / "slow", tmp_path / "fast"])[0]

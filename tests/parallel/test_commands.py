@@ -1,12 +1,11 @@
 """Processes that are forked where a shell would start an interpreter: the same but for imports."""
 
 import signal
-import subprocess
 import sys
 
 import pytest
 
-from tests.commands import program
+from tests.commands import captured, program
 
 STARTER = """
 import os, signal, subprocess, sys, tempfile, threading
@@ -51,7 +50,7 @@ def starter(tmp_path, monkeypatch):
 def test_a_fork_is_to_its_parent_what_a_start_is(starter):
     forked = program(starter)
     command = [sys.executable, str(starter)]
-    cold = subprocess.run(command, capture_output=True, text=True, cwd=starter.parent)
+    cold = captured(command, cwd=starter.parent)
     assert cold.stdout.startswith("7 __main__ a b yes True\n"), cold.stderr
     assert forked.stdout.replace(" True\n True\n", " False\n True\n") == cold.stdout
     assert forked.stdout != cold.stdout, "torch was there already"

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from moepp_megatron.config import ConfigError, load_config
+from moepp_megatron.config import load_config
 from moepp_megatron.config import megatron_flags as flags
 from moepp_megatron.config.reference import section_references
 from moepp_megatron.data.tokenizer import Tokenizer
@@ -28,7 +28,7 @@ from moepp_megatron.interop.to_megatron_lm import (
     to_megatron_lm,
 )
 from moepp_megatron.training.checkpoint.files import damage
-from tests.commands import moepp
+from tests.commands import moepp, succeeded
 from tests.interop.checkpoints import score
 from tests.parallel.megatron_lm_runs import (
     ARGUMENTS,
@@ -38,6 +38,7 @@ from tests.parallel.megatron_lm_runs import (
     scores_in_megatron_lm,
 )
 from tests.parallel.test_inspect_command import trace
+from tests.refusals import config_error
 
 pytestmark = pytest.mark.parallel
 
@@ -115,15 +116,14 @@ def test_without_hard_links_files_are_copied(saved, tmp_path, monkeypatch):
     assert all(path.stat().st_nlink == 1 for path in (tmp_path / "ours").iterdir())
 
 
-def test_it_generates_inspects_and_exports(ranks, converted, tmp_path):
+def test_it_generates_inspects_and_exports(on_one_rank, converted, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("Document 7: words 49 and lines.\n")
-    (traced,) = ranks(1).run(trace, converted, text, [])
+    traced = on_one_rank(trace, converted, text, [])
     assert np.isfinite(traced["losses"]).any()
     mcore_to_hf(converted, tmp_path / "hf", "moepp")
     assert json.loads((tmp_path / "hf/config.json").read_text())["num_zero_experts"] == 2
-    made = moepp("generate", converted, "--prompt", "Doc", "--max-new-tokens", 4)
-    assert made.returncode == 0, made.stderr
+    made = succeeded(moepp("generate", converted, "--prompt", "Doc", "--max-new-tokens", 4))
     assert made.stdout.startswith("Doc")
 
 
@@ -148,7 +148,7 @@ def test_settings_of_the_environment_are_kept(ranks, saved, monkeypatch):
     expected = _config_from_arguments(arguments, None, "save")
     for name in [name for name in vars(arguments) if name.startswith("moepp_")]:
         delattr(arguments, name)
-    with pytest.raises(ConfigError, match=r"--moepp-args \(absent\) must give the run"):
+    with config_error(r"--moepp-args \(absent\) must give the run"):
         _config_from_arguments(arguments, None, "save")
     assert _config_from_arguments(arguments, OWN, "save") == expected
     arguments.moepp_environment = OWN
@@ -230,7 +230,7 @@ def test_a_model_that_is_not_this_one_is_refused(saved, tmp_path, monkeypatch, c
     monkeypatch.setattr(
         "moepp_megatron.interop.from_megatron_lm._read_arguments", lambda reader: arguments
     )
-    with pytest.raises(ConfigError, match=message):
+    with config_error(message):
         from_megatron_lm(folder, tmp_path / "ours")
     assert list(tmp_path.iterdir()) == []
 
@@ -265,25 +265,25 @@ def test_arguments_that_cannot_be_read_are_an_error(saved, tmp_path, common):
     folder = tmp_path / f"iter_{STEPS:07d}"
     shutil.copytree(saved[0] / folder.name, folder)
     (folder / "common.pt").write_bytes(common)
-    with pytest.raises(ConfigError, match="must hold the arguments of the run that wrote it"):
+    with config_error("must hold the arguments of the run that wrote it"):
         from_megatron_lm(folder, tmp_path / "ours")
 
 
 def test_what_is_no_checkpoint_of_megatrons_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match=r"must be a checkpoint of Megatron-LM in the format"):
+    with config_error(r"must be a checkpoint of Megatron-LM in the format"):
         from_megatron_lm(tmp_path, tmp_path / "ours")
 
 
 def test_the_target_is_not_overwritten(saved, tmp_path):
     (tmp_path / "mine").write_text("kept")
-    with pytest.raises(ConfigError, match="must not exist or be empty"):
+    with config_error("must not exist or be empty"):
         from_megatron_lm(saved[0], tmp_path)
     assert (tmp_path / "mine").read_text() == "kept"
 
 
 def test_a_tokenizer_that_does_not_fit_is_refused(saved, corpus, tmp_path, monkeypatch):
     monkeypatch.setattr(Tokenizer, "load", lambda path: SimpleNamespace(vocab_size=100_000))
-    with pytest.raises(ConfigError, match=r"--tokenizer \(.*must fit .* and has 100000"):
+    with config_error(r"--tokenizer \(.*must fit .* and has 100000"):
         from_megatron_lm(saved[0], tmp_path / "ours", tokenizer=corpus / "tokenizer.json")
     assert list(tmp_path.iterdir()) == []
 
@@ -307,7 +307,7 @@ def test_gates_of_megatrons_own_layer_go_both_ways(saved, given, gates):
 
 def test_norms_over_all_heads_are_refused(converted):
     both = ["model.qk_layernorm=true", "model.qk_layernorm_scope=all_heads"]
-    with pytest.raises(ConfigError, match=r"qk_layernorm_scope \('all_heads'\) must be 'head' for"):
+    with config_error(r"qk_layernorm_scope \('all_heads'\) must be 'head' for"):
         _megatron_arguments(load_config(converted / "config.yaml", both))
 
 

@@ -30,6 +30,7 @@ from tests.parallel.training_runs import (
     short,
     train,
 )
+from tests.refusals import config_error
 
 TOKENS, COLUMNS = 6, 20
 # As in test_cross_entropy.py: a dozen fp32 operations, and sums in another order.
@@ -223,7 +224,7 @@ def refusal_of(raw):
     return str(refused.value)
 
 
-def test_resuming_takes_the_same_teacher_alone(ranks, corpus, tmp_path):
+def test_resuming_takes_the_same_teacher_alone(ranks, on_one_rank, corpus, tmp_path):
     at_once = {"warmup_iters": 0}
     saves = {"save_interval": 1}
     small = {"global_batch_size": 4, "micro_batch_size": 2}
@@ -249,7 +250,7 @@ def test_resuming_takes_the_same_teacher_alone(ranks, corpus, tmp_path):
     for key in ("loss", "distillation_loss"):
         assert logged(tmp_path / "half", key) == logged(tmp_path / "whole", key)
     assert min(logged(tmp_path / "whole", "distillation_loss")) > 0
-    (refused,) = ranks(1).run(refusal_of, student("half", older, 6, "auto"))
+    refused = on_one_rank(refusal_of, student("half", older, 6, "auto"))
     assert "must be the one that this run was taught by" in refused
     raw = student("other", tmp_path / "teacher", 2)
     identities = ranks(2).run(teacher_of_all, raw, [newer, older])
@@ -301,7 +302,7 @@ def test_what_is_refused(teachers, tmp_path):
     from moepp_megatron.tools.planning.plan import _make_plan
 
     def refused(match, **sections):
-        with pytest.raises(ConfigError, match=match):
+        with config_error(match):
             TeacherModel.of(parse_config(settings(**sections)))
 
     teacher = {"teacher": str(teachers["same"])}
@@ -314,7 +315,7 @@ def test_what_is_refused(teachers, tmp_path):
     )
     refused("nothing would be learnt", distillation={**teacher, "weight": 0.0, "text_weight": 0.0})
     refused("top_k", distillation={**teacher, "top_k": 65})
-    with pytest.raises(ConfigError, match="must be null for a plan"):
+    with config_error("must be null for a plan"):
         _make_plan(
             parse_config(settings(distillation=teacher)), 8, machine_of(load_hardware("h100_sxm"))
         )

@@ -82,11 +82,11 @@ def masks_of_text(raw, eod):
 
 
 @pytest.mark.parametrize("eod", [None, 10])
-def test_text_is_masked_as_by_megatron_cores_dataset(ranks, eod):
+def test_text_is_masked_as_by_megatron_cores_dataset(on_one_rank, eod):
     import torch
     from megatron.core.datasets.gpt_dataset import _get_ltor_masks_and_position_ids
 
-    ((tokens, masks),) = ranks(1).run(masks_of_text, settings(data=DATA), eod)
+    tokens, masks = on_one_rank(masks_of_text, settings(data=DATA), eod)
     resets = eod is not None
     assert not resets or (tokens == eod).any()
     for row, mask in zip(torch.from_numpy(tokens), masks, strict=True):

@@ -68,8 +68,8 @@ def biases_of(raw):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_one_process_moves_the_bias_as_the_reference(ranks, kind):
-    ((found, expected),) = ranks(1).run(biases_of, short(moe=KINDS[kind]))
+def test_one_process_moves_the_bias_as_the_reference(on_one_rank, kind):
+    found, expected = on_one_rank(biases_of, short(moe=KINDS[kind]))
     assert found == expected
     assert len(found) == 2
     for steps in found.values():
@@ -83,10 +83,10 @@ def test_one_process_moves_the_bias_as_the_reference(ranks, kind):
     ("kind", "layout"),
     [("moepp", each) for each in LAYOUTS] + [("vanilla", each) for each in ("tp2 ep2", "pp2")],
 )
-def test_layouts_move_it_alike(ranks, layout, kind):
+def test_layouts_move_it_alike(ranks, on_one_rank, layout, kind):
     world_size, sections = LAYOUTS[layout]
     alone = {name: value for name, value in sections.items() if name == "precision"}
-    ((expected, _),) = ranks(1).run(biases_of, short(moe=KINDS[kind], **alone))
+    expected, _ = on_one_rank(biases_of, short(moe=KINDS[kind], **alone))
     found = {}
     for biases, _ in ranks(world_size).run(biases_of, short(moe=KINDS[kind], **sections)):
         for number, steps in biases.items():

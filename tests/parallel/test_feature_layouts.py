@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from moepp_megatron.config import ConfigError, parse_config
+from moepp_megatron.config import parse_config
 from moepp_megatron.training.setup import _compile_extension
 from tests.parallel.checkpoint_runs import continue_in_another_layout
 from tests.parallel.forced_routing import pad_some, vary_norms
@@ -21,6 +21,7 @@ from tests.parallel.training_runs import (
     merged,
     short,
 )
+from tests.refusals import config_error
 
 # fp32 rounds by 6e-8; sums in another order, carried on by steps of Adam (see test_matrix).
 FP32 = 1e-5
@@ -358,5 +359,5 @@ def test_checkpoint_of_another_layout(ranks, tmp_path, feature, first, second, o
         return short(**merged(sections, more))
 
     start = continue_in_another_layout(ranks, tmp_path, raw, first, second)
-    with pytest.raises(ConfigError, match=rf"{refused} must be that of"):
+    with config_error(rf"{refused} must be that of"):
         check_compatible(start, parse_config(raw(**other)))

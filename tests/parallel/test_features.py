@@ -3,17 +3,16 @@
 import ast
 import os
 import shutil
-from pathlib import Path
 
 import pytest
 import yaml
 
 from moepp_megatron.config.sections import section_models
-from tests.commands import program
+from tests import ROOT
+from tests.commands import program, succeeded
 from tests.parallel.checkpoint_runs import trainer_settings
 from tests.unit.data.letters import prepare_letters
 
-ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "moepp_megatron"
 FEATURES = sorted(path.parent.name for path in PACKAGE.glob("features/*/__init__.py"))
 # Another one in every run, the same in all workers of it.
@@ -60,9 +59,9 @@ def delete(name, root):
     shutil.rmtree(root / "features" / name)
     registry = root / "features/registry.py"
     edit = WithoutFeature(name)
-    tree = edit.visit(ast.parse(registry.read_text(encoding="utf-8")))
+    tree = edit.visit(ast.parse(registry.read_text()))
     assert edit.removed, f"{name} has no part in the list"
-    registry.write_text(ast.unparse(ast.fix_missing_locations(tree)), encoding="utf-8")
+    registry.write_text(ast.unparse(ast.fix_missing_locations(tree)))
 
 
 @pytest.mark.parametrize(
@@ -78,10 +77,9 @@ def test_a_run_trains_without(name, tmp_path):
     if name == "validation":
         del raw["training"]["eval_iters"]
     config = tmp_path / "config.yaml"
-    config.write_text(yaml.safe_dump(raw), encoding="utf-8")
+    config.write_text(yaml.safe_dump(raw))
     script = ROOT / "tests/deleted.py"
     for arguments in (["--help"], ["train", str(config)]):
-        done = program(script, tmp_path, *arguments)
-        assert done.returncode == 0, done.stdout + done.stderr
+        succeeded(program(script, tmp_path, *arguments))
     assert len((tmp_path / "run/metrics.jsonl").read_text().splitlines()) == 2
     assert set(section_models()) >= set(raw)

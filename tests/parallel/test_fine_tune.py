@@ -4,12 +4,11 @@ import json
 import shlex
 import subprocess
 import sys
-from pathlib import Path
 
 from moepp_megatron.file_names import CHAT_TEMPLATE_FILE
+from tests import ROOT
 from tests.commands import moepp
 
-ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
 TINY = (
     "model.num_layers=2",

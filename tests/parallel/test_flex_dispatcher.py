@@ -72,10 +72,10 @@ def metadata(routing_map, gates):
     return manager.token_indices.tolist(), manager.token_probs.tolist(), probs.grad.tolist()
 
 
-def test_unused_slots_hold_the_sentinel(ranks):
+def test_unused_slots_hold_the_sentinel(on_one_rank):
     routing_map = [[False] * 4, [False, True, False, False], [True, False, False, True]]
     gates = [[0.0] * 4, [0.0, 0.5, 0.0, 0.0], [0.25, 0.0, 0.0, 0.0]]
-    ((indices, weights, gradient),) = ranks(1).run(metadata, routing_map, gates)
+    indices, weights, gradient = on_one_rank(metadata, routing_map, gates)
     assert indices == [[-1, -1], [1, -1], [0, 3]]
     assert weights == [[0.0, 0.0], [0.5, 0.0], [0.25, 0.0]]
     # The last token's gate of expert 3 is 0 and selected: it still gets its gradient.
@@ -92,6 +92,6 @@ def refusal(backend):
     return str(caught.value)
 
 
-def test_nccl_ep_is_refused(ranks):
-    (message,) = ranks(1).run(refusal, "ncclep")
+def test_nccl_ep_is_refused(on_one_rank):
+    message = on_one_rank(refusal, "ncclep")
     assert message.startswith("moe_flex_dispatcher_backend (ncclep) must be deepep or hybridep")

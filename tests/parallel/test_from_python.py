@@ -1,15 +1,13 @@
 """The package's functions, called as a Python program calls them: in processes of their own."""
 
 import re
-from pathlib import Path
 
 import pytest
 
 from moepp_megatron.file_names import is_of_run
-from tests.commands import module, program
+from tests import ROOT
+from tests.commands import module, program, succeeded
 from tests.faults.harness import short_steps, write_config
-
-REPOSITORY = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -31,7 +29,7 @@ def written(code, folder):
     """A program, with the guard that Python asks of those whose functions start processes."""
     path = folder / "program.py"
     body = "".join(f"    {line}\n" for line in code.strip().splitlines())
-    path.write_text(f"import sys\n\nif __name__ == '__main__':\n{body}", encoding="utf-8")
+    path.write_text(f"import sys\n\nif __name__ == '__main__':\n{body}")
     return path
 
 
@@ -79,8 +77,7 @@ with pytest.raises(ValueError, match="missing"):
 plan = moepp.plan(settings, gpus=2)
 assert plan.best.grid.world == 2
 """
-    done = program(written(code, tmp_path), config)
-    assert done.returncode == 0, done.stdout + done.stderr
+    succeeded(program(written(code, tmp_path), config))
     # --overwrite moves what has these names.
     assert all(is_of_run(path.name) for path in (tmp_path / "run").iterdir())
 
@@ -97,15 +94,14 @@ with open(f"rank{os.environ['RANK']}", "w") as file:
     print(run.step, run.metrics.loss, text, file=file)
 """
     torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    done = module(*torchrun, written(code, tmp_path), config, cwd=tmp_path)
-    assert done.returncode == 0, done.stdout + done.stderr
+    succeeded(module(*torchrun, written(code, tmp_path), config, cwd=tmp_path))
     told = (tmp_path / "rank0").read_text()
     assert told.startswith("3 ")
     assert (tmp_path / "rank1").read_text() == told
 
 
 def test_the_lines_of_the_readme(config, tmp_path):
-    readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    readme = (ROOT / "README.md").read_text()
     lines = re.search(r"## From Python.*?```python\n(.*?)```", readme, re.DOTALL)[1]
     (tmp_path / "configs").mkdir()
     config.rename(tmp_path / "configs/quickstart.yaml")
@@ -114,8 +110,7 @@ def test_the_lines_of_the_readme(config, tmp_path):
     # The built-in corpus takes a while; two ranks hold half of the experts each.
     lines = lines.replace('"stdlib", "data/stdlib"', '"text.txt", "data/text"')
     lines = lines.replace("training.train_iters=20", "parallel.expert_model_parallel_size=2")
-    done = program(written(lines, tmp_path))
-    assert done.returncode == 0, done.stdout + done.stderr
+    done = succeeded(program(written(lines, tmp_path)))
     assert re.search(r"^3 \d+\.\d+ runs/mine/report.html$", done.stdout, re.MULTILINE)
     assert "\ndef main(" in done.stdout
     assert (tmp_path / "exported/config.json").is_file()
@@ -144,8 +139,7 @@ sys.argv[1:] = ["train", sys.argv[1], "training.train_iters=2"]
 from moepp_megatron.cli.main import run
 run()
 """
-    done = program(written(code, tmp_path), config)
-    assert done.returncode == 0, done.stdout + done.stderr
+    done = succeeded(program(written(code, tmp_path), config))
     when = re.findall(r"^imported (\S+) (\S+)$", done.stdout, re.MULTILINE)
     assert ("moepp_megatron.tools.report", "after") in when, "the report is written last"
     assert [name for name, moment in when if moment == "before"] == []

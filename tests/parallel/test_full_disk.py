@@ -6,7 +6,7 @@ import shutil
 import pytest
 import yaml
 
-from tests.commands import moepp
+from tests.commands import moepp, succeeded
 from tests.full_disk import fill
 from tests.parallel.checkpoint_runs import logged, trainer_settings
 from tests.parallel.saving_runs import Run, names
@@ -83,8 +83,7 @@ def test_train_command(corpus, small_disk, tmp_path):
     leftover = checkpoints / ".step_00000099.incomplete-elsewhere-1-ab"
     leftover.mkdir()
     fill(leftover)
-    second = moepp("train", config, "--resume", "checkpoint.keep=1")
-    assert second.returncode == 0, second.stderr
+    second = succeeded(moepp("train", config, "--resume", "checkpoint.keep=1"))
     assert "Traceback" not in second.stderr
     assert logged(run, "step") == [1, 2, 3, 4]
     assert names(checkpoints) == ["latest", "step_00000004"]
@@ -111,13 +110,13 @@ def train_on_a_disk_that_stays_full(raw, disk):
     return trainer.failure
 
 
-def test_a_disk_that_stays_full(ranks, corpus, small_disk):
+def test_a_disk_that_stays_full(on_one_rank, corpus, small_disk):
     run = small_disk / "run"
     training = {"train_iters": 4, **BATCH}
     raw = trainer_settings(
         corpus, run, model=WIDE, training=training, checkpoint={"save_interval": 2}
     )
-    (failure,) = ranks(1).run(train_on_a_disk_that_stays_full, raw, small_disk)
+    failure = on_one_rank(train_on_a_disk_that_stays_full, raw, small_disk)
     saved, _, records = failure.partition("; ")
     assert "step_00000004 could not be written: [Errno 28] No space left on device" in saved
     assert "the last records of metrics could not be written: " in records

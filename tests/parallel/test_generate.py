@@ -98,9 +98,9 @@ def scored_again(raw, sampling, eod=NO_EOD):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("sampling", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
-def test_equals_scoring_again(ranks, layout, sampling):
+def test_equals_scoring_again(ranks, on_one_rank, layout, sampling):
     raw, (size, overrides) = model_settings({}), LAYOUTS[layout]
-    (expected,) = ranks(1).run(scored_again, raw, sampling)
+    expected = on_one_rank(scored_again, raw, sampling)
     assert ranks(size).run(generated, raw, overrides, sampling) == [expected] * size
     if sampling is SAMPLED:
         # The same prompt twice is continued in two ways.
@@ -108,17 +108,17 @@ def test_equals_scoring_again(ranks, layout, sampling):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_what_only_training_wants_is_off(ranks, name):
+def test_what_only_training_wants_is_off(ranks, on_one_rank, name):
     trained, plain = (model_settings({"moe": moe}) for moe in MODELS[name])
-    (expected,) = ranks(1).run(scored_again, plain, SAMPLED)
+    expected = on_one_rank(scored_again, plain, SAMPLED)
     assert ranks(2).run(generated, trained, [PP2], SAMPLED) == [expected] * 2
 
 
-def test_ends_at_end_of_document(ranks):
+def test_ends_at_end_of_document(ranks, on_one_rank):
     raw = model_settings({})
-    (endless,) = ranks(1).run(generated, raw, [], SAMPLED)
+    endless = on_one_rank(generated, raw, [], SAMPLED)
     eod = endless[1][NEW_TOKENS - 2]
-    (expected,) = ranks(1).run(scored_again, raw, SAMPLED, eod)
+    expected = on_one_rank(scored_again, raw, SAMPLED, eod)
     assert len(expected[1]) < NEW_TOKENS
     for size, overrides in ((1, []), (2, [PP2])):
         assert ranks(size).run(generated, raw, overrides, SAMPLED, eod) == [expected] * size

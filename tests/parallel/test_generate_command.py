@@ -6,13 +6,13 @@ import shutil
 import numpy as np
 import pytest
 
-from moepp_megatron.config import ConfigError
 from moepp_megatron.data.prepare import PrepareSettings, prepare
 from moepp_megatron.interop.generate import GenerateRequest
 from moepp_megatron.runtime.terminal import Console
-from tests.commands import moepp
+from tests.commands import moepp, succeeded
 from tests.parallel.checkpoint_runs import run_trainer, trainer_settings
 from tests.parallel.planted_pickles import STATEFUL, plant
+from tests.refusals import config_error
 
 EOD = "<end of it>"
 LENGTH = 64
@@ -46,8 +46,7 @@ def checkpoint(ranks, corpus, tmp_path_factory):
 def test_same_text_in_every_layout(checkpoint):
     prompts = ["--prompt", "Document 7", "--prompt", "-- words"]
     drawn = ["--seed", 5, "--temperature", 1.5, "--top-p", 0.9, "--max-new-tokens", 12]
-    alone = moepp("generate", checkpoint.parent.parent, *prompts, *drawn)
-    assert alone.returncode == 0, alone.stderr
+    alone = succeeded(moepp("generate", checkpoint.parent.parent, *prompts, *drawn))
     tp2 = "parallel.tensor_model_parallel_size=2"
     split = moepp("generate", checkpoint, tp2, "--nproc", 2, *prompts, *drawn)
     # megatron-core warns of what its tensor parallelism does not find in the environment.
@@ -113,7 +112,7 @@ def test_planted_pickle_is_refused_and_not_executed(checkpoint, tmp_path, comman
     ],
 )
 def test_wrong_requests_are_refused(checkpoint, arguments, named):
-    with pytest.raises(ConfigError, match=named):
+    with config_error(named):
         GenerateRequest.read(checkpoint, **{"prompts": ["Document"], **arguments})  # type: ignore[arg-type]
 
 
@@ -126,5 +125,5 @@ def test_tokenizer_of_another_model_is_refused(checkpoint, tmp_path):
     shutil.copytree(checkpoint, tmp_path / "other")
     config = tmp_path / "other/config.yaml"
     config.write_text(config.read_text().replace("vocab_size: 320", "vocab_size: 200"))
-    with pytest.raises(ConfigError, match=r"must not have more than model.vocab_size \(200\)"):
+    with config_error(r"must not have more than model.vocab_size \(200\)"):
         GenerateRequest.read(tmp_path / "other", ["Document"])

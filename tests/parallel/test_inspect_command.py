@@ -10,7 +10,7 @@ import pytest
 from moepp_megatron.config import ConfigError
 from moepp_megatron.data.tokenizer import Tokenizer
 from moepp_megatron.tools.inspection.request import InspectRequest
-from tests.commands import moepp
+from tests.commands import moepp, succeeded
 from tests.parallel.checkpoint_runs import run_trainer, trainer_settings
 from tests.parallel.training_runs import VANILLA
 
@@ -97,8 +97,7 @@ def test_every_layout_records_the_same(ranks, run, text, alone, overrides):
 
 def test_the_command(run, text, alone, tmp_path):
     arguments = ["--text", text, "--out", tmp_path / "page.html", "--json", tmp_path / "all.json"]
-    done = moepp("inspect", checkpoint(run), *arguments)
-    assert done.returncode == 0, done.stderr
+    done = succeeded(moepp("inspect", checkpoint(run), *arguments))
     page, numbers = (line.split()[-1] for line in done.stdout.splitlines()[-2:])
     assert (page, numbers) == (str(tmp_path / "page.html"), str(tmp_path / "all.json"))
     assert "is read in windows of 16 (model.seq_length)" in done.stderr

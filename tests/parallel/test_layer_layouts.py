@@ -37,13 +37,13 @@ VARIANTS = {
 
 
 @pytest.fixture(scope="module")
-def reference(ranks):
+def reference(on_one_rank):
     """What reference.py computes for a variant, once for all layouts."""
 
     @functools.cache
     def computed(variant, data_parallel_size):
         raw = settings(model=MODEL, moe=VARIANTS[variant])
-        (result,) = ranks(1).run(run_reference, raw, data_parallel_size)
+        result = on_one_rank(run_reference, raw, data_parallel_size)
         return result
 
     return computed

@@ -210,9 +210,9 @@ def test_new_data_are_taken(ranks, goes_on, layout):
         ("other targets", "accept", "the texts are as before, but not the labels"),
     ],
 )
-def test_what_is_not_taken_ends_the_run(ranks, goes_on, data, policy, says):
+def test_what_is_not_taken_ends_the_run(on_one_rank, goes_on, data, policy, says):
     _, raw = goes_on("one rank", guard_new_data=policy)
-    (message,) = ranks(1).run(why_it_fails, raw, data=data, corpus="prose")
+    message = on_one_rank(why_it_fails, raw, data=data, corpus="prose")
     assert re.search(says.format(NEW_FROM), message)
     assert (Path(raw["run"]["dir"]) / "checkpoints" / f"step_{NEW_FROM:08}").is_dir()
 
@@ -237,7 +237,7 @@ def test_no_checkpoint_to_go_back_to(ranks, tmp_path):
         assert re.search("3 batches in a row after step 2 .*loss is nan on rank 1", message)
 
 
-def test_rollbacks_that_do_not_help_end_the_run(ranks, tmp_path):
+def test_rollbacks_that_do_not_help_end_the_run(on_one_rank, tmp_path):
     raw = trainer_settings(
         tmp_path,
         resilience={**GUARD, "guard_max_rollbacks": 2},
@@ -245,7 +245,7 @@ def test_rollbacks_that_do_not_help_end_the_run(ranks, tmp_path):
         checkpoint={"save_interval": 1},
     )
     faults = (Fault("loss", 0, tuple(range(2, 40))),)
-    (message,) = ranks(1).run(why_it_fails, raw, (), faults)
+    message = on_one_rank(why_it_fails, raw, (), faults)
     assert re.search(r"2 rollbacks .* got no further", message)
 
 

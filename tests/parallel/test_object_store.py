@@ -11,7 +11,7 @@ import yaml
 from moepp_megatron.cli import main
 from moepp_megatron.runtime.object_store import place
 from moepp_megatron.training.checkpoint.find import find_checkpoint
-from tests.commands import moepp
+from tests.commands import moepp, succeeded
 from tests.object_store import SECRET, Store
 from tests.parallel.checkpoint_runs import logged, train_between, trainer_settings
 from tests.parallel.training_runs import EP2, TP2, settings
@@ -85,29 +85,24 @@ def written_run(corpus, tmp_path, store, **checkpoint):
 
 def test_train_resume_and_use(corpus, tmp_path, store):
     config, run, address = written_run(corpus, tmp_path, store)
-    first = moepp("train", config)
-    assert first.returncode == 0, first.stderr
+    first = succeeded(moepp("train", config))
     assert store.folders("runs/one/") == ["latest", "step_00000004", "step_00000006"]
     # Also as the run that has it.
     assert find_checkpoint(run) == find_checkpoint(address) == place(f"{address}/step_00000006")
-    text_of = moepp("generate", address, "--prompt=words")
-    assert text_of.returncode == 0, text_of.stderr
+    text_of = succeeded(moepp("generate", address, "--prompt=words"))
     assert "words" in text_of.stdout
     text = tmp_path / "text.txt"
     text.write_text("words 4 and lines; words 9 and lines")
-    scored = moepp("score", f"{address}/step_00000004", "--text", text)
-    assert scored.returncode == 0, scored.stderr
+    succeeded(moepp("score", f"{address}/step_00000004", "--text", text))
     out = tmp_path / "exported"
-    exported = moepp("convert", "mcore-to-hf", address, out)
-    assert exported.returncode == 0, exported.stderr
+    succeeded(moepp("convert", "mcore-to-hf", address, out))
     assert (out / "tokenizer.json").is_file()
     # The newest is damaged: its size is right, its content is not.
     name = "runs/one/step_00000006/__0_0.distcp"
     content = bytearray(store.read(name))
     content[len(content) // 2] ^= 1
     store.write(name, bytes(content))
-    second = moepp("train", config, "--resume", "training.train_iters=8")
-    assert second.returncode == 0, second.stderr
+    second = succeeded(moepp("train", config, "--resume", "training.train_iters=8"))
     assert "step_00000006: __0_0.distcp is damaged" in second.stderr
     assert f"resumed from step 4 of {address}/step_00000004" in second.stdout
     assert logged(run, "step") == [1, 2, 3, 4, 5, 6, 7, 8]
@@ -115,8 +110,9 @@ def test_train_resume_and_use(corpus, tmp_path, store):
     assert store.folders("runs/one/") == ["latest", "step_00000006", "step_00000008"]
     # Without the manifest a checkpoint is none, and the next start removes what is left of it.
     store.delete("runs/one/step_00000008/integrity.json")
-    third = moepp("train", config, "--resume", "training.train_iters=10", "checkpoint.keep=3")
-    assert third.returncode == 0, third.stderr
+    third = succeeded(
+        moepp("train", config, "--resume", "training.train_iters=10", "checkpoint.keep=3")
+    )
     assert f"resumed from step 6 of {address}/step_00000006" in third.stdout
     refused = moepp("train", config, "--overwrite")
     assert refused.returncode == 2
@@ -150,8 +146,7 @@ def test_a_connection_that_is_lost_in_a_save(corpus, tmp_path, store, is_async):
         assert gone.stderr.count("\n") == 1
     store.start()
     assert "step_00000004" in store.folders("runs/one/")
-    second = moepp("train", config, "--resume")
-    assert second.returncode == 0, second.stderr
+    second = succeeded(moepp("train", config, "--resume"))
     assert f"resumed from step 2 of {address}/step_00000002" in second.stdout
     assert logged(run, "step") == [1, 2, 3, 4, 5, 6]
     assert store.folders("runs/one/") == ["latest", "step_00000004", "step_00000006"]

@@ -31,12 +31,12 @@ def kinds_of(raw):
 
 
 @pytest.mark.parametrize("kind", ["muon", "lion"])
-def test_matrices_alone_go_to_the_optimizer_that_was_named(ranks, kind):
+def test_matrices_alone_go_to_the_optimizer_that_was_named(on_one_rank, kind):
     optimizer = {"kind": kind}
     model = {"qk_layernorm": True, "qkv_bias": True}
     moe = {"shared_expert_ffn_hidden_size": 16, "shared_expert_gate": True}
     raw = short(optimizer=optimizer, parallel=PLAIN, model=model, moe=moe)
-    (found,) = ranks(1).run(kinds_of, raw)
+    found = on_one_rank(kinds_of, raw)
     own = {"muon": "TensorParallelMuon", "lion": "Lion"}[kind]
     assert {owner for part, owner in found.values() if part == "matrices"} == {own}
     assert {owner for part, owner in found.values() if part != "matrices"} == {"AdamW"}
@@ -143,11 +143,11 @@ def rates_of(raw):
 
 
 @pytest.mark.parametrize("kind", ["adam", "muon"])
-def test_kinds_of_parameters_have_their_own_rates(ranks, kind):
+def test_kinds_of_parameters_have_their_own_rates(on_one_rank, kind):
     optimizer = {"kind": kind, "lr": 1.0e-3, "weight_decay": 0.1, "decay_style": "constant"}
     model = {"qk_layernorm": True}
     plain = short(optimizer=optimizer, parallel=PLAIN, model=model)
-    ((rate, found),) = ranks(1).run(rates_of, plain)
+    rate, found = on_one_rank(rates_of, plain)
     assert rate == 1.0e-3
     assert found == {
         "matrices": {(1.0e-3, 0.1)},
@@ -157,7 +157,7 @@ def test_kinds_of_parameters_have_their_own_rates(ranks, kind):
         "norms_and_biases vector": {(1.0e-3, 0.0)},
     }
     changed = short(optimizer=optimizer | {"groups": GROUPS}, parallel=PLAIN, model=model)
-    ((rate, found),) = ranks(1).run(rates_of, changed)
+    rate, found = on_one_rank(rates_of, changed)
     assert rate == 1.0e-3
     assert found == {
         "matrices": {(1.0e-3, 0.1)},

@@ -3,14 +3,15 @@
 import importlib.util
 import os
 import re
-import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from tests import ROOT
+from tests.commands import captured, succeeded
+
 EXAMPLE = ROOT / "examples/own_megatron_loop.py"
 STEPS = 5
 
@@ -27,8 +28,8 @@ def run_example():
 
 
 @pytest.mark.parallel
-def test_losses_are_those_of_one_process(ranks):
-    (alone,) = ranks(1).run(run_example)
+def test_losses_are_those_of_one_process(ranks, on_one_rank):
+    alone = on_one_rank(run_example)
     both = ranks(2).run(run_example)
     assert both[0] == both[1]
     for (loss, share), (expected, expected_share) in zip(both[0], alone, strict=True):
@@ -63,19 +64,23 @@ def test_page_and_example_need_torch_and_megatron_core_only(tmp_path):
     """As torchrun starts one rank, without a GPU; a port of 0 lets the store choose."""
     base_packages(tmp_path)
     (tmp_path / "moepp_megatron").symlink_to(ROOT / "moepp_megatron")
-    page = (ROOT / "docs/how_to/from_megatron_lm.md").read_text("utf-8")
+    page = (ROOT / "docs/how_to/from_megatron_lm.md").read_text()
     section = page.partition("## In your own loop")[2].partition("\n## ")[0]
     (code,) = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
     steps = f"import runpy, sys; sys.argv[1:] = '2'; runpy.run_path('{EXAMPLE}', None, '__main__')"
     variables = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     variables |= {"LOCAL_RANK": "0", "PYTHONPATH": str(tmp_path)}
-    done = subprocess.run(
-        # -S: without the packages of this environment.
-        [sys.executable, "-S", "-c", f"{code}\n{steps}\nimport moepp_megatron.interop.megatron_lm"],
-        env=os.environ | variables,
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
+    done = succeeded(
+        captured(
+            # -S: without the packages of this environment.
+            [
+                sys.executable,
+                "-S",
+                "-c",
+                f"{code}\n{steps}\nimport moepp_megatron.interop.megatron_lm",
+            ],
+            env=os.environ | variables,
+            cwd=tmp_path,
+        )
     )
-    assert done.returncode == 0, done.stderr
     assert re.match(r"tensor\(5\.\d+, .*\nstep 1: loss 5\.\d+, ", done.stdout)

@@ -5,11 +5,10 @@ import os
 import shlex
 import shutil
 import subprocess
-from pathlib import Path
 
+from tests import ROOT
 from tests.commands import moepp
 
-ROOT = Path(__file__).parents[2]
 _ENV = """
 MOEPP_ROOT={root}
 MOEPP_BIN={root}/bin

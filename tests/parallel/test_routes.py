@@ -68,7 +68,7 @@ def recorded(folder):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_replay_is_the_recorded_run(tmp_path, layout):
+def test_a_replay_is_the_recorded_run(run, tmp_path, layout):
     size, sections = LAYOUTS[layout]
     plain = run(size, {}, **sections)
     assert_same(run(size, {"record": str(tmp_path / "routes")}, **sections), plain)
@@ -141,23 +141,23 @@ NO_FILES = {
 }
 
 
-def test_what_is_no_file_of_the_step_is_refused(ranks, tmp_path):
+def test_what_is_no_file_of_the_step_is_refused(on_one_rank, tmp_path):
     raw, path = short(routes={"replay": str(tmp_path)}), of_step(tmp_path, 1)
     for reason, write in NO_FILES.items():
         write(path)
-        (line,) = ranks(1).run(refusal, raw)
+        line = on_one_rank(refusal, raw)
         assert line.startswith(f"routes.replay ({path}) must be an npz file with this batch's")
         assert reason in line
         assert "\n" not in line
     routes = np.tile(np.array([0, 1]), (64, 2, 1))
     np.savez(path, routed_experts=routes, tokens_sha256="of another run")
-    (line,) = ranks(1).run(refusal, raw)
+    line = on_one_rank(refusal, raw)
     assert line.startswith(f"routes.replay ({path}) must be of this batch's tokens")
 
 
-def test_a_folder_that_cannot_be_one_is_refused(ranks, tmp_path):
+def test_a_folder_that_cannot_be_one_is_refused(on_one_rank, tmp_path):
     (tmp_path / "file").touch()
-    (line,) = ranks(1).run(refusal, short(routes={"record": str(tmp_path / "file")}))
+    line = on_one_rank(refusal, short(routes={"record": str(tmp_path / "file")}))
     assert line.startswith(f"routes.record ({tmp_path}/file) must leave")
 
 

@@ -9,7 +9,7 @@ from unittest import mock
 import pytest
 import yaml
 
-from tests.commands import moepp
+from tests.commands import moepp, succeeded
 from tests.lm_eval_tasks import LAST, SQUARE, write_task
 from tests.parallel.checkpoint_runs import run_trainer, trainer_settings
 from tests.parallel.training_runs import EP2, PP2, TP2
@@ -195,15 +195,13 @@ def test_the_command(corpus, tmp_path):
     config = tmp_path / "c.yaml"
     config.write_text(yaml.safe_dump(raw))
     evaluation = f"evaluation.tasks=[{tmp_path / 'tasks'}]"
-    done = moepp("train", config, evaluation)
-    assert done.returncode == 0, done.stderr
+    done = succeeded(moepp("train", config, evaluation))
     (record,) = records(tmp_path / "run")
     assert f"last/perplexity {record['task_score']['last/perplexity']:.4f} | " in done.stdout
     assert "Scores of tasks" in (tmp_path / "run/report.html").read_text()
     # One word of 600 tokens: exp(600 ln 320) is no float.
     write_task(tmp_path / "tasks", endless, [{"text": "lines;" * 600}])
-    done = moepp("train", config, evaluation, "--resume", "training.train_iters=3")
-    assert done.returncode == 0, done.stderr
+    done = succeeded(moepp("train", config, evaluation, "--resume", "training.train_iters=3"))
     assert "OverflowError" in done.stderr
     assert "evaluation.tasks failed; training continues without these scores" in done.stderr
     assert [record.get("task_score") is None for record in records(tmp_path / "run")] == [

@@ -6,14 +6,14 @@ import shutil
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 
+from tests import ROOT
 from tests.commands import moepp
 from tests.parallel.checkpoint_runs import logged
 
-EXAMPLE = Path(__file__).parents[2] / "examples/thin.sh"
+EXAMPLE = ROOT / "examples/thin.sh"
 SHAPE = {
     "vocab_size": 320,
     "hidden_size": 32,

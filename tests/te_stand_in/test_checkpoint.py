@@ -8,7 +8,6 @@ import torch
 from megatron.core import dist_checkpointing
 from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBucketGroup
 
-from moepp_megatron.config import ConfigError
 from moepp_megatron.training.checkpoint.data_only import load_data, unsafe_pickle
 from moepp_megatron.training.checkpoint.state import (
     _checked_fp8_state,
@@ -19,6 +18,7 @@ from moepp_megatron.training.checkpoint.state import (
     state_to_load,
 )
 from moepp_megatron.training.setup import build_training_model
+from tests.refusals import config_error
 from tests.te_stand_in.models import config_of, losses, model_of
 
 
@@ -158,7 +158,7 @@ def changes_a_class():
 )
 def test_anything_but_a_history_is_refused(value, found):
     state = {"decoder.layers.0.mlp.experts.linear_fc1._extra_state": value}
-    with pytest.raises(ConfigError, match=found) as caught, _checked_fp8_state(state):
+    with config_error(found) as caught, _checked_fp8_state(state):
         pytest.fail("nothing may be read")
     message = str(caught.value)
     assert "_extra_state must hold the history of delayed FP8 scaling" in message

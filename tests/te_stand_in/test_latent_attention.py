@@ -7,10 +7,10 @@ import torch
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from transformer_engine.pytorch.record import CALLS
 
-from moepp_megatron.config import ConfigError
 from moepp_megatron.model import build, megatron_config
 from moepp_megatron.model.initialize import _sharded_tensors
 from tests.parallel.training_runs import LATENT_WIDTHS
+from tests.refusals import config_error
 from tests.te_stand_in.models import RECIPES, config_of, losses, model_of
 from tests.te_stand_in.test_model import ALL_HEADS
 
@@ -105,5 +105,5 @@ def test_every_projection_runs_in_fp8(recipe, norms):
 )
 def test_widths_that_fp8_cannot_have(changes):
     (name,) = changes
-    with pytest.raises(ConfigError, match=rf"model\.latent_attention\.{name} .* multiple of 16"):
+    with config_error(rf"model\.latent_attention\.{name} .* multiple of 16"):
         config_of("tensorwise", model={"latent_attention": WIDE | changes})

@@ -3,7 +3,6 @@
 import re
 import runpy
 import shlex
-from pathlib import Path
 
 import pytest
 import typer
@@ -11,8 +10,8 @@ import typer
 from moepp_megatron.cli import main
 from moepp_megatron.cli.usage import UsageError
 from moepp_megatron.config.load import config_layers, load_config, validated
+from tests import ROOT
 
-ROOT = Path(__file__).parents[2]
 QUICKSTART = ROOT / "configs/quickstart.yaml"
 DOCS = sorted((ROOT / "docs").rglob("*.md"))
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *DOCS]
@@ -81,7 +80,7 @@ def _merged(lower, *uppers):
 
 @pytest.mark.parametrize("page", [p for p in PAGES if p.name != "LOG.md"], ids=_name)
 def test_command_lines_parse(page):
-    for line in dict.fromkeys(_lines(page.read_text(encoding="utf-8"))):
+    for line in dict.fromkeys(_lines(page.read_text())):
         found = re.search(r"(?:^| |/)moepp [a-z].*", line)
         if found is None:
             continue

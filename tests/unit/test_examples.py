@@ -5,13 +5,13 @@ import os
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
+from tests import ROOT
+from tests.commands import captured
 from tests.unit.tools.report.conftest import synthetic_config, synthetic_records, write_run
 
-ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
 NOTEBOOK = EXAMPLES / "read_metrics.ipynb"
 
@@ -66,15 +66,12 @@ def patched(tmp_path):
 
 def test_the_new_kind_of_expert_is_the_reference(patched):
     assert "num_scale_experts" in (patched / "moepp_megatron/experts.py").read_text()
-    process = subprocess.run(
+    process = captured(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
         + ["tests/unit/moe/test_scale_experts.py"],
         cwd=patched,
         env=os.environ | {"PYTHONPATH": str(patched), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
         timeout=240,
-        check=False,
     )
     assert process.returncode == 0, process.stdout[-4000:]
     assert "6 passed" in process.stdout

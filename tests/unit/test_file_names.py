@@ -37,7 +37,7 @@ def test_no_name_is_forgotten():
     named = {
         name
         for path in modules
-        for name in _json_names(path.read_text(encoding="utf-8"))
+        for name in _json_names(path.read_text())
         if path.name != "file_names.py"
     }
     # A file that every rank writes for itself.

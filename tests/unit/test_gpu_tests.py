@@ -1,15 +1,12 @@
 """The tests in tests/gpu, tested without a GPU: what a CPU and the stand-in can stand for."""
 
 import os
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-from tests.commands import forked
-
-ROOT = Path(__file__).parents[2]
+from tests import ROOT
+from tests.commands import captured, forked
 
 
 def run(*arguments, stand_in=False):
@@ -23,9 +20,7 @@ def run(*arguments, stand_in=False):
     }
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "ignore"]
     command += ["--tb=short", "--show-capture=no", *arguments]
-    done = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=999, check=False
-    )
+    done = captured(command, cwd=ROOT, env=environment, timeout=999)
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
     return done.stdout
 

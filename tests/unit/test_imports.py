@@ -2,11 +2,11 @@
 
 import ast
 from functools import cache
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from tests import ROOT
+
 OURS = ("moepp_megatron", "benchmarks", "tests", "launch")
 FILES = sorted(
     path for top in OURS for path in (ROOT / top).rglob("*.py") if "golden" not in path.parts
@@ -26,7 +26,7 @@ def _names(file):
     if not file.exists():
         return frozenset()
     found = set()
-    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+    for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.FunctionDef | ast.ClassDef | ast.AsyncFunctionDef):
             found.add(node.name)
             if node.name == "__getattr__":
@@ -41,7 +41,7 @@ def _names(file):
 
 
 def _missing(path):
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in ast.walk(ast.parse(path.read_text())):
         if not isinstance(node, ast.ImportFrom) or node.level or node.module is None:
             continue
         if node.module.partition(".")[0] not in OURS:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests import ROOT
 
 # Answers the probe with {answer} (nothing: does not fit), makes environments that are copies of
 # itself, and logs each pip call to $CALLS. A pip call does $PIP_DOES first.

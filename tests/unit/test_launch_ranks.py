@@ -1,11 +1,10 @@
 """How many ranks the scripts of launch/ start, with a stand-in of nvidia-smi."""
 
-import subprocess
-from pathlib import Path
-
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests import ROOT
+from tests.commands import captured
+
 # Two GPUs, one of them shared out.
 LISTS = r"""#!/bin/sh
 printf 'GPU 0: NVIDIA H100 (UUID: GPU-1a)\n  MIG 1g.10gb Device 0: (UUID: MIG-3c)\n'
@@ -35,7 +34,5 @@ def test_gpus_that_cuda_does_not_show_get_no_rank(tmp_path, visible, gpus):
     if visible is not None:
         environment["CUDA_VISIBLE_DEVICES"] = visible
     program = f'set -euo pipefail; source "{ROOT}/launch/ranks.sh"; moepp_gpus; moepp_ranks_here'
-    done = subprocess.run(
-        ["bash", "-c", program], env=environment, capture_output=True, text=True, check=True
-    )
+    done = captured(["bash", "-c", program], env=environment, check=True)
     assert done.stdout.split() == [str(gpus), str(gpus or 2)]

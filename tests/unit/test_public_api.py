@@ -3,25 +3,23 @@
 import ast
 import importlib
 import re
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 import moepp_megatron
 from moepp_megatron import config
-
-REPOSITORY = Path(__file__).parents[2]
+from tests import ROOT
+from tests.commands import captured
 
 
 def _documented():
     """Full names that the pages of docs/api document."""
     found = set()
-    for page in (REPOSITORY / "docs/api").glob("*.md"):
+    for page in (ROOT / "docs/api").glob("*.md"):
         module = ""
         for directive, name in re.findall(
-            r"^\.\. (currentmodule|auto\w+):: (\S+)", page.read_text("utf-8"), re.MULTILINE
+            r"^\.\. (currentmodule|auto\w+):: (\S+)", page.read_text(), re.MULTILINE
         ):
             if directive in ("currentmodule", "automodule"):
                 module = name
@@ -60,7 +58,7 @@ def test_every_export_is_documented():
 
 @pytest.mark.parametrize("program", ["examples/own_megatron_loop.py"])
 def test_an_example_uses_documented_names(program):
-    assert not _internal((REPOSITORY / program).read_text("utf-8"))
+    assert not _internal((ROOT / program).read_text())
 
 
 @pytest.mark.parametrize(
@@ -75,5 +73,5 @@ def test_an_example_uses_documented_names(program):
 )
 def test_what_answers_fast_imports_nothing_heavy(code):
     code += "; import sys; print({'torch', 'megatron', 'numpy', 'matplotlib'} & set(sys.modules))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = captured([sys.executable, "-c", code], check=True)
     assert done.stdout == "set()\n"

@@ -1,15 +1,15 @@
 """A quick run covers every room, and what it names is there."""
 
 import ast
-import subprocess
 import sys
 
 import pytest
 
 from tests import quick
+from tests.commands import captured
 from tests.unit.test_rooms import ROOMS
 
-FILES = {file: ast.parse((quick.ROOT / file).read_text("utf-8")) for file in quick.short_files()}
+FILES = {file: ast.parse((quick.ROOT / file).read_text()) for file in quick.short_files()}
 
 
 def _imported(tree):
@@ -36,5 +36,5 @@ def test_every_case_is_there():
     # pytest refuses a name that it does not find, its parameters included.
     cases = [f"tests/{case}" for case in quick.CASES.values()]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--collect-only"]
-    done = subprocess.run([*command, *cases], cwd=quick.ROOT, capture_output=True, text=True)
+    done = captured([*command, *cases], cwd=quick.ROOT)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]

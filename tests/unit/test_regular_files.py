@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from moepp_megatron.config import ConfigError
 from moepp_megatron.config.regular_file import check_regular
 from moepp_megatron.interop.score import read_input_ids, text_of
 from moepp_megatron.observe.metrics import MetricsError, read_metrics
 from moepp_megatron.observe.status import RunStatus
 from moepp_megatron.observe.tail import Tail
 from moepp_megatron.tools.planning.measured.rows import read_runs
+from tests.refusals import config_error
 from tests.unit.tools.report.conftest import synthetic_config, synthetic_records, write_run
 
 
@@ -46,7 +46,7 @@ def test_files_that_options_name_are_regular(kind, pipe):
         (read_input_ids, "--tokens"),
         (read_runs, "--measured"),
     ):
-        with pytest.raises(ConfigError, match=rf"{option} \({given}\) .*Not a regular file"):
+        with config_error(rf"{option} \({given}\) .*Not a regular file"):
             read(given)
 
 

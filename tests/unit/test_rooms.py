@@ -4,14 +4,13 @@ import ast
 import re
 from collections import Counter
 from graphlib import TopologicalSorter
-from pathlib import Path
 
 import pytest
 
 from benchmarks import code_size
 from benchmarks.pages import PAGES
+from tests import ROOT
 
-ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "moepp_megatron"
 # From the top down: a room imports only rooms that come after it.
 TOOLS = ["experiments", "report", "planning", "inspection", "bench", "profiling", "doctor"]
@@ -75,7 +74,7 @@ MODULES = _modules()
 
 def _imports(name, for_types=True):
     """The modules of the package that a module imports, those inside functions included."""
-    tree = ast.parse(MODULES[name].read_text(encoding="utf-8"))
+    tree = ast.parse(MODULES[name].read_text())
     if not for_types:
         tree.body = [node for node in tree.body if not _is_for_types(node)]
     for node in ast.walk(tree):
@@ -139,7 +138,7 @@ def test_no_room_outgrows_its_budget():
     names = dict.fromkeys(ROOMS, 0)
     for name, path in MODULES.items():
         if name not in ("", "tools"):
-            source = path.read_text(encoding="utf-8")
+            source = path.read_text()
             sizes[_room(name)] += code_size.tokens(source)
             names[_room(name)] += len(code_size.public_names(source))
     reached = {room: (sizes[room], names[room]) for room in ROOMS}
@@ -154,18 +153,18 @@ def test_no_room_outgrows_its_budget():
 
 
 def test_class_names_are_used_once():
-    sources = (path.read_text(encoding="utf-8") for path in MODULES.values())
+    sources = (path.read_text() for path in MODULES.values())
     names = Counter(name for source in sources for name in code_size.class_names(source))
     assert len([name for name, uses in names.items() if uses > 1]) <= MAX_CLASS_NAMES_TWICE
 
 
 def _words(paths):
-    return sum(len(path.read_text(encoding="utf-8").split()) for path in paths)
+    return sum(len(path.read_text().split()) for path in paths)
 
 
 def test_what_stands_around_the_package_stays_small():
     templates = [path for path in PACKAGE.rglob("*.*") if path.suffix in (".j2", ".css", ".js")]
-    lines = sum(len(path.read_text(encoding="utf-8").splitlines()) for path in templates)
+    lines = sum(len(path.read_text().splitlines()) for path in templates)
     assert lines <= MAX_TEMPLATE_LINES
     assert code_size.tokens_of((ROOT / "tests").rglob("*.py")) <= MAX_TEST_TOKENS
     assert code_size.tokens_of((ROOT / "benchmarks").rglob("*.py")) <= MAX_BENCHMARK_TOKENS
@@ -179,7 +178,7 @@ def test_what_stands_around_the_package_stays_small():
 
 @pytest.mark.parametrize("room", LISTED)
 def test_a_room_says_what_each_of_its_files_is(room):
-    source = (PACKAGE / room / "__init__.py").read_text(encoding="utf-8")
+    source = (PACKAGE / room / "__init__.py").read_text()
     listed = re.findall(r"^ *(\w+\.py) +\S", ast.get_docstring(ast.parse(source)) or "", re.M)
     files = {path.name for path in (PACKAGE / room).glob("*.py")} - {"__init__.py"}
     assert sorted(listed) == sorted(files)

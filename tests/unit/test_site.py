@@ -1,18 +1,15 @@
 """The site: generated pages, proofs that exist, no loads from elsewhere."""
 
 import re
-from pathlib import Path
 
 import pytest
 import typer
 
 from benchmarks import compared_sources, pages
 from benchmarks.site_check import loads_elsewhere
+from tests import ROOT
 
-ROOT = Path(__file__).parents[2]
-PROVEN, COMPARED = (
-    (ROOT / "docs" / name).read_text(encoding="utf-8") for name in ("proven.md", "compared.md")
-)
+PROVEN, COMPARED = ((ROOT / "docs" / name).read_text() for name in ("proven.md", "compared.md"))
 
 
 @pytest.fixture(autouse=True)
@@ -40,7 +37,7 @@ def _missing(text):
     missing = []
     for path, test in re.findall(r"`((?:[\w.-]+/)+[\w.-]+\.\w+)(?:::(\w+))?`", text):
         file = ROOT / path
-        if not file.is_file() or (test and f"\ndef {test}(" not in file.read_text("utf-8")):
+        if not file.is_file() or (test and f"\ndef {test}(" not in file.read_text()):
             missing.append(f"{path}::{test}" if test else path)
     modules = re.findall(r"python -m (benchmarks\.\w+)", text)
     return missing + [m for m in modules if not (ROOT / f"{m.replace('.', '/')}.py").is_file()]
@@ -48,7 +45,7 @@ def _missing(text):
 
 def test_benchmarks_are_named_that_exist():
     files = [*(ROOT / "docs").rglob("*.md"), *(ROOT / "moepp_megatron").rglob("*.py")]
-    texts = {path: " ".join(path.read_text(encoding="utf-8").split()) for path in files}
+    texts = {path: " ".join(path.read_text().split()) for path in files}
     gone = [
         f"{path.relative_to(ROOT)}: {name}"
         for path, text in texts.items()

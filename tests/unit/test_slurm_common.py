@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from moepp_megatron.runtime.nodes import parse_endpoint
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests import ROOT
+from tests.commands import captured
 
 # Logs each call, one NUL-separated record a call. srun ends with $SRUN_STATUS, after being asked to
 # stop where $SRUN_STOPS says so; for a preflight it plays the nodes, sick ones named by $SICK.
@@ -80,13 +80,11 @@ class Node:
             f"set -euo pipefail\nMOEPP_ROOT={ROOT}\nMOEPP_COMMAND=(moepp)\n{settings}\n"
             'source "$MOEPP_ROOT/slurm/common.sh"\nmoepp_job "/c d/run.yaml" "run.name=$(x)"'
         ).replace("$(x)", "\\$(x)")
-        done = subprocess.run(
+        done = captured(
             ["bash", "-c", script],
             env=self.environment | environment,
             cwd=self.folder,
             stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
         )
         return done.returncode, done.stderr
 
@@ -322,7 +320,7 @@ PLAN = "n8_ep8_b16 8\\nn16_ep8_b16 16\\n"
 
 def scaling(node, **environment):
     """slurm/scaling.sbatch on the two nodes, 8 ranks each."""
-    done = subprocess.run(
+    done = captured(
         ["bash", str(ROOT / "slurm/scaling.sbatch"), "/c d/run.yaml", "/o ut", "run.name=$(x)"],
         env={
             **node.environment,
@@ -334,8 +332,6 @@ def scaling(node, **environment):
         },
         cwd=node.folder,
         stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
     )
     return done.returncode, done.stderr
 

@@ -1,14 +1,12 @@
 """`moepp config`: what a configuration sets and where, and every setting."""
 
-from pathlib import Path
-
 import pytest
 from typer.testing import CliRunner
 
 from moepp_megatron.cli import main
 from moepp_megatron.config import load_config
+from tests import ROOT
 
-ROOT = Path(__file__).parents[3]
 QUICKSTART = ROOT / "configs/quickstart.yaml"
 
 

@@ -3,14 +3,13 @@
 import importlib.util
 import re
 import sys
-from pathlib import Path
 
 import pytest
 
 from moepp_megatron.cli import main
 from moepp_megatron.runtime.nvml import Nvml, NvmlUnavailableError
+from tests import ROOT
 
-ROOT = Path(__file__).parents[3]
 MINIMAL = """\
 run: {dir: runs/test}
 model:

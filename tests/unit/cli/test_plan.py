@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from moepp_megatron.config import Layout, load_config
+from tests import ROOT
 
-ROOT = Path(__file__).parents[3]
 CONFIG = """\
 run: {dir: runs/test, name: planned}
 model:
@@ -205,7 +205,7 @@ def test_the_model_is_held_to_runs(tmp_path, wide):
 
 @pytest.mark.parametrize("model", ["moepp_7b_16_4", "qwen3_30b_a3b_32"])
 def test_readme_has_what_is_printed(model, wide):
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    readme = (ROOT / "README.md").read_text()
     [options] = re.findall(r"^moepp plan CONFIG (.+)$", readme, re.M)
     code, printed, _ = wide(ROOT / "configs/models" / f"{model}.yaml", *options.split())
     assert code == 0

@@ -13,6 +13,7 @@ from moepp_megatron.cli.slurm import slurm
 from moepp_megatron.cluster import slurm_script
 from moepp_megatron.cluster.slurm_script import SlurmJob
 from moepp_megatron.config import ConfigError, load_config, parse_config
+from tests.refusals import config_error
 from tests.unit.data.letters import prepare_letters
 
 CONTENT = {
@@ -232,9 +233,9 @@ def test_only_numbers_of_nodes_that_the_layout_fits(slurm, expected):
 
 
 def test_layout_that_does_not_fit_the_nodes_is_refused():
-    with pytest.raises(ConfigError, match=r"must be divisible .* \(slurm: 5 nodes \* 8 ranks\)"):
+    with config_error(r"must be divisible .* \(slurm: 5 nodes \* 8 ranks\)"):
         job(slurm={"nodes": 5}).script()
-    with pytest.raises(ConfigError, match=r"\(slurm: 1 nodes \* 1 ranks\)"):
+    with config_error(r"\(slurm: 1 nodes \* 1 ranks\)"):
         job(
             slurm={"nodes": 2, "min_nodes": 1, "gpus_per_node": 0},
             parallel={"expert_model_parallel_size": 2},
@@ -244,7 +245,7 @@ def test_layout_that_does_not_fit_the_nodes_is_refused():
 def test_output_path_is_no_pattern():
     output = directives(job(run={"dir": "100%j/x"}).script())["output"]
     assert output == "/shared/code/100%%j/x/slurm/%j.out"
-    with pytest.raises(ConfigError, match="must not hold a backslash"):
+    with config_error("must not hold a backslash"):
         job(run={"dir": "a\\b"}).script()
 
 
@@ -299,7 +300,7 @@ def test_a_path_that_the_job_would_miss_is_said_and_not_submitted(
     before = sorted(tmp_path.rglob("*"))
     slurm(path, overrides, nodes=2)
     assert problem in capsys.readouterr().err
-    with pytest.raises(ConfigError, match=re.escape(problem)):
+    with config_error(re.escape(problem)):
         slurm(path, overrides, nodes=2, submit=True)
     assert sorted(tmp_path.rglob("*")) == before
 
@@ -319,7 +320,7 @@ def test_a_refused_job_leaves_no_folder(path, tmp_path, monkeypatch):
     job = SlurmJob(load_config(path, ["slurm.nodes=2"]), path, [], tmp_path)
     for places, words in ((f"{tmp_path}/bin:/usr/bin:/bin", "invalid partition"), ("", "PATH")):
         monkeypatch.setenv("PATH", places)
-        with pytest.raises(ConfigError, match=words):
+        with config_error(words):
             job.submit()
         assert sorted(tmp_path.rglob("*")) == before
     (tmp_path / "runs/test").mkdir(parents=True)

@@ -4,7 +4,6 @@ import contextlib
 import errno
 import os
 import shlex
-import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -25,6 +24,7 @@ from moepp_megatron.training.checkpoint.find import NoStartError
 from moepp_megatron.training.run import TrainResult, _run_rank
 from moepp_megatron.training.run_folder import Start
 from moepp_megatron.training.train_request import RESOLVED, TrainRequest
+from tests.commands import captured
 from tests.unit.cli.test_dry_run import MINIMAL
 
 OF_OTHERS = (
@@ -392,8 +392,6 @@ def test_a_mistake_is_told_before_torch_is_imported(tmp_path):
         "    print(end.code, 'torch' in sys.modules)\n"
     )
     words = ["train", str(config), f"run.dir={tmp_path / 'run'}", "data.path=no-such-folder"]
-    ended = subprocess.run(
-        [sys.executable, "-c", code, *words], capture_output=True, text=True, check=True
-    )
+    ended = captured([sys.executable, "-c", code, *words], check=True)
     assert ended.stdout == "2 False\n"
     assert ended.stderr.startswith("error: data.path (no-such-folder) must be a prepared folder")

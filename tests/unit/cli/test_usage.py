@@ -6,7 +6,6 @@ import shlex
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import typer
@@ -14,11 +13,12 @@ from typer.testing import CliRunner
 
 from moepp_megatron.cli import main, paths
 from moepp_megatron.config import Layout, load_config
+from tests import ROOT
+from tests.commands import captured
 from tests.full_disk import fill
 from tests.unit.data.letters import prepare_letters
 from tests.unit.tools.report.conftest import synthetic_config, synthetic_records, write_run
 
-ROOT = Path(__file__).parents[3]
 QUICKSTART = ROOT / "configs/quickstart.yaml"
 
 
@@ -162,7 +162,7 @@ def test_ctrl_c_while_the_program_is_imported_prints_nothing():
         "sys.meta_path.insert(0, CtrlC())\n"
         "import moepp_megatron.cli.main\n"
     )
-    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    ended = captured([sys.executable, "-c", code])
     assert (ended.returncode, ended.stdout, ended.stderr) == (-signal.SIGINT, "", "")
 
 
@@ -338,9 +338,7 @@ def test_a_target_that_is_taken_is_refused_before_torch_is_imported(tmp_path):
         "    except SystemExit as end:\n"
         "        print(end.code, 'torch' in sys.modules)\n"
     )
-    ended = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True
-    )
+    ended = captured([sys.executable, "-c", code], cwd=tmp_path, check=True)
     assert ended.stdout == "2 False\n" * 5
     taken = f"error: DST ({tmp_path / 'dst'}) must not exist or be empty; choose another folder\n"
     assert ended.stderr == taken * 5

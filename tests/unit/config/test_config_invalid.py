@@ -14,6 +14,7 @@ from moepp_megatron.config import (
     load_config,
 )
 from moepp_megatron.config.sections import declared
+from tests.refusals import config_error
 
 Case = tuple[list[str], str, str]
 
@@ -57,7 +58,7 @@ def test_invalid_setting(minimal, overrides, name_and_value, remedy):
 def test_a_rule_that_is_dropped_needs_no_metric(minimal):
     off = "observe.health_interval=0"
     load_config(minimal, [off, "routing_guard.rules=[{name: logit_explosion, action: none}]"])
-    with pytest.raises(ConfigError, match="must be measured"):
+    with config_error("must be measured"):
         load_config(minimal, [off, "routing_guard.rules=[{name: logit_explosion}]"])
 
 
@@ -153,7 +154,7 @@ def test_invalid_file(tmp_path, text, fragments):
 )
 def test_what_is_no_file_of_text(tmp_path, name, told):
     (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00\x01")
-    with pytest.raises(ConfigError, match=told):
+    with config_error(told):
         load_config(tmp_path / name)
 
 
@@ -177,7 +178,7 @@ def test_every_missing_field_is_named(tmp_path):
 def test_text_of_a_file_is_quoted(minimal, setting):
     path = minimal.with_name("numbers.yaml")
     path.write_text(f"base: {minimal.name}\n{setting}\nmoe: {{router_topk: 99}}\n")
-    with pytest.raises(ConfigError, match="put it in quotes") as caught:
+    with config_error("put it in quotes") as caught:
         load_config(path)
     assert len(str(caught.value).splitlines()) == 1, "rules are asked where all types are right"
 

@@ -1,7 +1,5 @@
 """The rank grid against megatron-core's, pipeline stages, parameter counts against hand numbers."""
 
-from pathlib import Path
-
 import pytest
 
 from moepp_megatron.config import (
@@ -11,8 +9,9 @@ from moepp_megatron.config import (
     stage_layers,
     with_overrides,
 )
+from tests import ROOT
 
-CONFIGS = Path(__file__).parents[3] / "configs"
+CONFIGS = ROOT / "configs"
 PARALLEL = "parallel.{}_parallel_size={}"
 
 

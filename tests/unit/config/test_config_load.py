@@ -19,8 +19,10 @@ from moepp_megatron.config.schema import Section
 from moepp_megatron.config.schema.section import Unit, meaning_of
 from moepp_megatron.config.sections import section_models, subsection
 from moepp_megatron.experts import Setting
+from tests import ROOT
+from tests.refusals import config_error
 
-CONFIGS = Path(__file__).parents[3] / "configs"
+CONFIGS = ROOT / "configs"
 
 
 def test_defaults_are_valid_and_silent(minimal):
@@ -123,7 +125,7 @@ def test_a_resolved_configuration_of_an_older_version_loads(minimal, tmp_path):
         with pytest.raises(ConfigError) as caught:
             parse_config(old)
         assert str(caught.value).startswith(f"{name} ('another') has been removed; {remedy}")
-        with pytest.raises(ConfigError, match=f"{name} has been removed"):
+        with config_error(f"{name} has been removed"):
             load_config(minimal, [f"{name}={value}"])
 
 
@@ -199,7 +201,7 @@ def test_with_overrides_checks_and_leaves_the_original(minimal):
     config = load_config(minimal)
     assert with_overrides(config, ["moe.tau=0.5"]).moe.tau == 0.5
     assert config.moe.tau == 0.75
-    with pytest.raises(ConfigError, match=r"moe\.router_topk \(99\)"):
+    with config_error(r"moe\.router_topk \(99\)"):
         with_overrides(config, ["moe.router_topk=99"])
 
 
@@ -271,9 +273,9 @@ def test_a_section_that_may_be_left_out(minimal, tmp_path):
     narrower = load_config(base, [f"{name}.v_head_dim=8"])
     assert narrower.model.latent_attention == latent.model_copy(update={"v_head_dim": 8})
     assert with_overrides(config, [f"{name}=null"]) == load_config(minimal)
-    with pytest.raises(ConfigError, match="did you mean model.latent_attention.kv_lora_rank"):
+    with config_error("did you mean model.latent_attention.kv_lora_rank"):
         load_config(minimal, [f"{name}.kv_lora=32"])
-    with pytest.raises(ConfigError, match=r"model\.latent_attention must be a mapping of keys"):
+    with config_error(r"model\.latent_attention must be a mapping of keys"):
         load_config(minimal, [f"{name}=[1]"])
 
 

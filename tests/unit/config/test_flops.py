@@ -1,14 +1,13 @@
 """FLOP a token against counts by hand and by torch."""
 
-from pathlib import Path
-
 import pytest
 
 from moepp_megatron.config import count_parameters, load_config
 from moepp_megatron.config.flops import forward_flops_per_token, training_flops_per_token
+from tests import ROOT
 
-QUICKSTART = Path(__file__).parents[3] / "configs/quickstart.yaml"
-PAPER = Path(__file__).parents[3] / "configs/models/moepp_0.6b_8_4.yaml"
+QUICKSTART = ROOT / "configs/quickstart.yaml"
+PAPER = ROOT / "configs/models/moepp_0.6b_8_4.yaml"
 
 
 def test_a_vanilla_layer_by_hand():

@@ -17,6 +17,7 @@ from moepp_megatron.config.megatron_flags import (
     setting_of,
 )
 from moepp_megatron.config.reference import section_references
+from tests.refusals import config_error
 
 SCRIPT = """\
 #!/bin/bash
@@ -247,7 +248,7 @@ def test_a_file_without_the_command_is_read_whole(tmp_path):
 
 def test_a_script_that_doubles_a_value_many_times_is_refused(tmp_path):
     text = "A=12345678\n" + "A=$A$A\n" * 40 + "pretrain_gpt.py --num-experts $A"
-    with pytest.raises(ConfigError, match="its values have more than 1000000 characters"):
+    with config_error("its values have more than 1000000 characters"):
         _translated(text, tmp_path)
 
 
@@ -378,7 +379,7 @@ def test_what_is_written_is_read_back(tmp_path):
     ],
 )
 def test_what_is_no_such_file_is_refused(text, part, tmp_path):
-    with pytest.raises(ConfigError, match=part):
+    with config_error(part):
         _translated(text, tmp_path)
 
 

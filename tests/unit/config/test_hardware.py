@@ -1,9 +1,7 @@
 """Descriptions of cards."""
 
-import pytest
-
-from moepp_megatron.config import ConfigError
 from moepp_megatron.config.hardware import find_hardware, known_hardware, load_hardware
+from tests.refusals import config_error
 
 
 def test_every_description_is_valid_and_bears_the_name_of_its_file():
@@ -44,10 +42,10 @@ def test_a_file_of_ones_own(tmp_path):
     mine = load_hardware(str(path))
     assert (mine.bf16_tflops, mine.thresholds.matmul_fraction) == (100, 0.5)
     path.write_text("name: mine\nbf16_tflop: 100\n")
-    with pytest.raises(ConfigError, match="bf16_tflop: Extra inputs"):
+    with config_error("bf16_tflop: Extra inputs"):
         load_hardware(str(path))
 
 
 def test_unknown_names_are_refused_with_the_known_ones():
-    with pytest.raises(ConfigError, match=r"hardware \(h1000\) must be a known name .*h100_sxm"):
+    with config_error(r"hardware \(h1000\) must be a known name .*h100_sxm"):
         load_hardware("h1000")

@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from moepp_megatron.config.blends import Blend, Folder
-from moepp_megatron.config.errors import ConfigError
 from moepp_megatron.data.blending import plan_draws
 from moepp_megatron.data.datasets import build_datasets, build_validation_sets
 from moepp_megatron.data.loader import batches
 from moepp_megatron.data.samples import SOURCES, source_names
 from moepp_megatron.data.tokenizer import Tokenizer
+from tests.refusals import config_error
 from tests.unit.data.letters import prepare_letters
 from tests.unit.training.conftest import config_of
 
@@ -147,7 +147,7 @@ def test_a_damaged_token_is_named(folders, tmp_path):
     content.tofile(damaged / "corpus.bin")
     mine = folders | {"b": damaged}
     train, _, _ = open_blends(mine, tmp_path, blend(mine, a=1, b=1))
-    with pytest.raises(ConfigError, match=rf"\[b\]\.path \({damaged}\) .* document \d+ is 300"):
+    with config_error(rf"\[b\]\.path \({damaged}\) .* document \d+ is 300"):
         list(batches(train, 0, 4, 0, 1, 8, vocab_size=257))
 
 

@@ -1,10 +1,10 @@
-import subprocess
 import sys
 
 import pytest
 from typer.testing import CliRunner
 
 from moepp_megatron.cli.data import app
+from tests.commands import captured
 
 runner = CliRunner()
 
@@ -66,7 +66,5 @@ settings = PrepareSettings(vocab_size=300, workers=1)
 assert prepare([{str(corpus_file)!r}], Path({str(prepared)!r}), settings, Console()).up_to_date
 print(light, {{"torch", "megatron"}} & set(sys.modules))
 """
-    result = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True
-    )
+    result = captured([sys.executable, "-c", script], timeout=60, check=True)
     assert result.stdout.strip() == "set() set()"

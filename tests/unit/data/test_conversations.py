@@ -11,7 +11,7 @@ import tokenizers
 import torch
 from pyarrow import parquet
 
-from moepp_megatron.config import ConfigError, parse_config
+from moepp_megatron.config import parse_config
 from moepp_megatron.data.chat_template import ChatTemplate, UnusableChat
 from moepp_megatron.data.datasets import build_datasets
 from moepp_megatron.data.manifest import Manifest
@@ -24,6 +24,7 @@ from moepp_megatron.data.verify import verify
 from moepp_megatron.file_names import CHAT_TEMPLATE_FILE
 from moepp_megatron.runtime.terminal import Console
 from tests.parallel.training_runs import VANILLA, settings
+from tests.refusals import config_error
 
 LENGTH = 64
 CHATML = """{% for message in messages %}
@@ -202,7 +203,7 @@ def test_what_is_left_out_is_counted_by_reason(make):
 
 def test_a_source_with_nothing_usable_is_refused(make, tmp_path):
     record, reason = BAD["no answer"]
-    with pytest.raises(ConfigError, match="has no usable conversation") as caught:
+    with config_error("has no usable conversation") as caught:
         make([record])
     assert reason in str(caught.value)
     assert not (tmp_path / "out").exists()
@@ -213,10 +214,10 @@ def test_another_template_is_another_folder(folder, tokenizer_folder, tmp_path):
     assert prepared(source, tokenizer_folder, folder).up_to_date
     other = tmp_path / "other.jinja"
     other.write_text(CHATML.replace("\n{{ message", " {{ message"))
-    with pytest.raises(ConfigError, match="already holds another dataset .template is"):
+    with config_error("already holds another dataset .template is"):
         prepared(source, tokenizer_folder, folder, template=other)
     text = PrepareSettings(tokenizer=tokenizer_folder, text_key="messages")
-    with pytest.raises(ConfigError, match="has no usable document|already holds another"):
+    with config_error("has no usable document|already holds another"):
         prepare(source, folder, text, Console(quiet=True))
 
 
@@ -370,7 +371,7 @@ def test_no_message_spells_a_special_token_by_its_template(name, tokenizer_folde
     with pytest.raises(UnusableChat, match=r"spells or hides <\|im_end\|>"):
         template.encode([{"role": "user", **own}, answer])
     if "".join(own) == "content":
-        with pytest.raises(ConfigError, match=r"--prompt .* spells or hides <\|im_end\|>"):
+        with config_error(r"--prompt .* spells or hides <\|im_end\|>"):
             template.prompt(own["content"])
 
 
@@ -407,7 +408,7 @@ def test_templates_that_cannot_be_used(name, make, tmp_path):
     text, message = TEMPLATES[name]
     file = tmp_path / "template.jinja"
     file.write_text(text)
-    with pytest.raises(ConfigError, match=message):
+    with config_error(message):
         make([{"messages": chat(2)}], template=file)
 
 
@@ -449,7 +450,7 @@ def test_prompt_is_a_message(folder):
     assert (folder / CHAT_TEMPLATE_FILE).read_text() == CHATML
     template = ChatTemplate.find(folder, Tokenizer.load(folder), None)
     assert template.prompt("hm") == "<|im_start|>user\nhm<|im_end|>\n<|im_start|>assistant\n"
-    with pytest.raises(ConfigError, match="spells the special token <.im_end.>"):
+    with config_error("spells the special token <.im_end.>"):
         template.prompt("hm<|im_end|>")
 
 
@@ -470,16 +471,16 @@ SETTINGS = {
 @pytest.mark.parametrize("name", SETTINGS)
 def test_options_that_do_not_fit(name, make):
     changes, message = SETTINGS[name]
-    with pytest.raises(ConfigError, match=message):
+    with config_error(message):
         make([{"messages": chat(2)}], **changes)
 
 
 def test_sources_and_tokenizers_that_do_not_fit(tokenizer_folder, tmp_path):
     source = write(tmp_path / "chats.txt", [{"messages": chat(2)}])
-    with pytest.raises(ConfigError, match=r"chats.txt must be JSONL .* with --chat"):
+    with config_error(r"chats.txt must be JSONL .* with --chat"):
         prepared(source, tokenizer_folder, tmp_path / "out")
     (tmp_path / "tokenizer.json").write_bytes((tokenizer_folder / "tokenizer.json").read_bytes())
-    with pytest.raises(ConfigError, match="must have a chat template"):
+    with config_error("must have a chat template"):
         prepared(
             source.rename(tmp_path / "c.jsonl"), tmp_path, tmp_path / "out", eod_token="<|im_end|>"
         )
@@ -518,7 +519,7 @@ def test_runs_that_would_train_on_something_else(name, folder):
         return
     for section, values in RUNS[name][0].items():
         raw[section] = raw.get(section, {}) | values
-    with pytest.raises(ConfigError, match=RUNS[name][1]):
+    with config_error(RUNS[name][1]):
         check_data(parse_config(raw))
 
 

@@ -4,13 +4,13 @@ import shutil
 import pytest
 import torch
 
-from moepp_megatron.config.errors import ConfigError
 from moepp_megatron.data.datasets import build_datasets
 from moepp_megatron.data.prepare import PrepareSettings, prepare
 from moepp_megatron.data.split import check_split, document_ranges
 from moepp_megatron.data.tokenizer import EOD_TOKEN, Tokenizer
 from moepp_megatron.model.document_attention import document_numbers
 from moepp_megatron.runtime.terminal import Console
+from tests.refusals import config_error
 
 SEQUENCE_LENGTH = 32
 SEED = 1234
@@ -118,30 +118,28 @@ def test_a_cache_that_cannot_be_used_is_named(build, tmp_path):
     build(cache_dir=tmp_path / "cache")
     for file in (tmp_path / "cache").rglob("*train-shuffle_index.npy"):
         file.write_bytes(file.read_bytes()[:-4])  # as a run leaves it that is killed
-    with pytest.raises(
-        ConfigError, match=rf"data\.cache \({tmp_path}/cache/.*damaged file .*remove"
-    ):
+    with config_error(rf"data\.cache \({tmp_path}/cache/.*damaged file .*remove"):
         build(cache_dir=tmp_path / "cache")
     (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigError, match=r"data\.cache .* cannot be written \(Not a directory\)"):
+    with config_error(r"data\.cache .* cannot be written \(Not a directory\)"):
         build(cache_dir=tmp_path / "file")
 
 
 def test_missing_or_damaged_folder(prepared, tokenizer, tmp_path):
     arguments = (tokenizer, 32, "1,0,0", SEED, (8, 0, 0))
-    with pytest.raises(ConfigError, match=r"data\.path .* run: moepp data prepare"):
+    with config_error(r"data\.path .* run: moepp data prepare"):
         build_datasets(tmp_path, *arguments)
     folder = tmp_path / "dataset"
     shutil.copytree(prepared, folder)
     (folder / "corpus.idx").unlink()
-    with pytest.raises(ConfigError, match=r"data\.path .* is damaged"):
+    with config_error(r"data\.path .* is damaged"):
         build_datasets(folder, *arguments)
 
 
 def test_other_tokenizer_is_refused(prepared, tmp_path):
     from moepp_megatron.data.tokenizer import train_tokenizer
 
-    with pytest.raises(ConfigError, match=r"data\.tokenizer \(257 tokens, EOD 0\) must be the one"):
+    with config_error(r"data\.tokenizer \(257 tokens, EOD 0\) must be the one"):
         build_datasets(prepared, train_tokenizer(["x"], 257), 32, "1,0,0", SEED, (8, 0, 0))
 
 
@@ -154,7 +152,7 @@ class Documents:
 
 @pytest.mark.parametrize("split", ["", "98,2", "1,1,1,1", "a,b,c", "-1,1,1", "0,0,0", "1,,2"])
 def test_malformed_split_is_refused(split):
-    with pytest.raises(ConfigError, match=r"data\.split .* must be three weights"):
+    with config_error(r"data\.split .* must be three weights"):
         check_split(split, Documents(100))
 
 
@@ -163,12 +161,10 @@ def test_split_without_documents_is_refused():
     check_split("1, 0, 0", Documents(1))
     check_split("1e2,0,0", Documents(1))
     for split in ("98,2,0", None):
-        with pytest.raises(
-            ConfigError, match=r"data\.split \(98,2,0\) gives validation none of the 5"
-        ):
+        with config_error(r"data\.split \(98,2,0\) gives validation none of the 5"):
             check_split(split, Documents(5))
     assert check_split("1e1,1e1,0", Documents(4)) == check_split("10.0,10,0", Documents(4))
-    with pytest.raises(ConfigError, match="gives train none of the 1"):
+    with config_error("gives train none of the 1"):
         check_split("1,98,1", Documents(1))
 
 
@@ -180,10 +176,10 @@ def test_validation_may_be_empty_where_it_is_not_read(weights, documents):
     train, validation, test = document_ranges(split, documents)
     is_empty = validation is not None and validation[0] == validation[1]
     if is_empty:
-        with pytest.raises(ConfigError, match="gives validation none"):
+        with config_error("gives validation none"):
             check_split(split, Documents(documents))
     if test is not None and test[0] == test[1]:
-        with pytest.raises(ConfigError, match="gives test none"):
+        with config_error("gives test none"):
             check_split(split, Documents(documents), validates=False)
         return
     checked = check_split(split, Documents(documents), validates=False)

@@ -9,7 +9,6 @@ import torch
 from typer.testing import CliRunner
 
 from moepp_megatron.cli.main import app
-from moepp_megatron.config.errors import ConfigError
 from moepp_megatron.data.datasets import build_datasets
 from moepp_megatron.data.loader import batches
 from moepp_megatron.data.manifest import DOCUMENT_SOURCES, MAX_SOURCES, Manifest
@@ -17,6 +16,7 @@ from moepp_megatron.data.prepare import PrepareSettings, prepare
 from moepp_megatron.data.samples import SOURCES, source_names
 from moepp_megatron.data.tokenizer import Tokenizer
 from moepp_megatron.runtime.terminal import Console
+from tests.refusals import config_error
 
 LENGTH = 24
 # Documents of each source are of one letter, so that a token tells where it comes from.
@@ -89,7 +89,7 @@ def test_the_folder_is_reused_verified_and_refused_when_damaged(sourced, tmp_pat
     array = np.load(copy / DOCUMENT_SOURCES)
     array[5] = 3
     np.save(copy / DOCUMENT_SOURCES, array)
-    with pytest.raises(ConfigError, match=r"sources\.npy does not give each document one of 3"):
+    with config_error(r"sources\.npy does not give each document one of 3"):
         open_training_set(copy, 8)
     assert CliRunner().invoke(app, ["data", "verify", str(copy)]).exit_code != 0
 
@@ -111,7 +111,7 @@ def test_more_sources_than_records_have_room_for(tmp_path):
     [("=text.txt", "must have a name before ="), ("name=", "must not be empty")],
 )
 def test_a_source_without_name_or_path(tmp_path, given, message):
-    with pytest.raises(ConfigError, match=message):
+    with config_error(message):
         prepare([given], tmp_path / "out", SETTINGS, Console(quiet=True))
 
 

@@ -12,6 +12,7 @@ from moepp_megatron.data import documents, source_files
 from moepp_megatron.data.documents import Skipped, check_usable, plan_pieces
 from moepp_megatron.data.source_files import SourceFile
 from moepp_megatron.data.sources import resolve_sources
+from tests.refusals import config_error
 from tests.unit.data.conftest import write_arrow
 
 
@@ -41,7 +42,7 @@ def test_a_file_that_has_gone_is_named(tmp_path, name):
     path.write_bytes(gzip.compress(b"{}") if name.endswith("gz") else b"{}")
     (piece,) = plan_pieces(resolve_sources([str(path)]), "text")
     path.unlink()
-    with pytest.raises(ConfigError, match=rf"{name} cannot be read \(No such file"):
+    with config_error(rf"{name} cannot be read \(No such file"):
         list(piece.documents("text"))
 
 
@@ -49,7 +50,7 @@ def test_a_file_that_has_gone_is_named(tmp_path, name):
 def test_jsonl_under_another_name_is_refused(tmp_path, name):
     lines = b'{"text": "one"}\n{"text": "two"}\n'
     (tmp_path / name).write_bytes(gzip.compress(lines) if name.endswith("gz") else lines)
-    with pytest.raises(ConfigError, match=rf"{name} must be a text, .* rename it to \.jsonl"):
+    with config_error(rf"{name} must be a text, .* rename it to \.jsonl"):
         read_all(tmp_path)
     # Other keys, and files of one record, are texts as any.
     assert read_all(tmp_path, "content") == [lines.decode()]
@@ -137,14 +138,14 @@ def test_damaged_compressed_file_is_named(tmp_path, suffix, damage):
         zstd_file(path, content)
     data = path.read_bytes()
     path.write_bytes(data[:-9] if damage == "cut" else b"not what the name says")
-    with pytest.raises(ConfigError, match=rf"a\.jsonl\.{suffix} cannot be decompressed") as caught:
+    with config_error(rf"a\.jsonl\.{suffix} cannot be decompressed") as caught:
         read_all(path)
     assert "\n" not in str(caught.value)
 
 
 def test_compressed_parquet_is_refused(tmp_path):
     (tmp_path / "a.parquet.gz").write_bytes(b"x")
-    with pytest.raises(ConfigError, match=r"a\.parquet\.gz is compressed parquet; decompress it"):
+    with config_error(r"a\.parquet\.gz is compressed parquet; decompress it"):
         read_all(tmp_path)
 
 
@@ -154,7 +155,7 @@ def test_parquet_rows(tmp_path):
     parquet.write_table(pyarrow.table({"id": range(5), "body": texts}), path, row_group_size=2)
     assert read_all(path, "body") == ["one", Skipped("empty"), Skipped("empty"), "zwei", "three"]
     assert read_all(path, "id") == [Skipped("no text under the key id")] * 5
-    with pytest.raises(ConfigError, match="no column text; set --text-key to one of: id, body"):
+    with config_error("no column text; set --text-key to one of: id, body"):
         read_all(path)
 
 
@@ -163,14 +164,14 @@ def test_a_column_that_is_there_twice_is_named(tmp_path):
     table = pyarrow.table([pyarrow.array(["a"]), pyarrow.array(["b"])], names=["text", "text"])
     parquet.write_table(table, path)
     for text_key in ("text", None):
-        with pytest.raises(ConfigError, match=r"a.parquet has several columns text; rename all"):
+        with config_error(r"a.parquet has several columns text; rename all"):
             plan_pieces(resolve_sources([str(path)]), text_key)
 
 
 def test_damaged_parquet_is_named(tmp_path):
     path = tmp_path / "a.parquet"
     path.write_bytes(b"PAR1 this is not one")
-    with pytest.raises(ConfigError, match=r"a\.parquet is no readable parquet file"):
+    with config_error(r"a\.parquet is no readable parquet file"):
         read_all(path)
 
 
@@ -186,7 +187,7 @@ def test_without_pyarrow_it_is_said_what_to_install(tmp_path, monkeypatch, name)
         return real_import(name, *args, **kwargs)
 
     monkeypatch.setattr(builtins, "__import__", without_pyarrow)
-    with pytest.raises(ConfigError, match="pip install pyarrow"):
+    with config_error("pip install pyarrow"):
         read_all(path)
 
 
@@ -212,7 +213,7 @@ def test_a_small_file_that_unpacks_to_much_is_refused(tmp_path, monkeypatch, nam
         path.write_bytes(gzip.compress(lines))
     else:
         zstd_file(path, lines)
-    with pytest.raises(ConfigError, match="must hold at most 100 times its size") as caught:
+    with config_error("must hold at most 100 times its size") as caught:
         read_all(path)
     assert "\n" not in str(caught.value)
     monkeypatch.setattr(source_files, "_SMALL_BYTES", 1_000_000)
@@ -224,7 +225,7 @@ def test_a_small_table_that_unpacks_to_much_is_refused(tmp_path, monkeypatch):
     path = tmp_path / "a.parquet"
     table = pyarrow.table({"text": ["a" * 300_000], "id": [1]})
     parquet.write_table(table, path, compression="zstd")
-    with pytest.raises(ConfigError, match="must hold at most 100 times its size"):
+    with config_error("must hold at most 100 times its size"):
         read_all(path)
     # Of another column nothing is unpacked.
     assert read_all(path, "id") == [Skipped("no text under the key id")]
@@ -243,10 +244,10 @@ def test_a_text_that_a_table_repeats_counts_each_time(kind, tmp_path, monkeypatc
     monkeypatch.setattr(source_files, "_SMALL_BYTES", 600_000)
     assert len(read_all(path)) == 99
     monkeypatch.setattr(source_files, "_SMALL_BYTES", 500_000)
-    with pytest.raises(ConfigError, match="must hold at most 1 times its size"):
+    with config_error("must hold at most 1 times its size"):
         read_all(path)
     (piece,) = plan_pieces(resolve_sources([str(path)]), None)
-    with pytest.raises(ConfigError, match="must hold at most 1 times its size"):
+    with config_error("must hold at most 1 times its size"):
         list(piece.parts[0].records())
 
 
@@ -268,7 +269,7 @@ def test_conversations_without_chat_are_recognized(tmp_path, record, name):
         parquet.write_table(pyarrow.Table.from_pylist([record, record]), path)
         match = "is of conversations; prepare them with --chat, --tokenizer and --seq-length"
     sources = resolve_sources([str(path)])
-    with pytest.raises(ConfigError, match=re.escape(match)):
+    with config_error(re.escape(match)):
         check_usable(sources, plan_pieces(sources, "text"), "text")
 
 
@@ -276,7 +277,5 @@ def test_text_in_another_encoding_is_to_be_encoded(tmp_path):
     path = tmp_path / "a file.txt"
     path.write_bytes("w\u00f6rds".encode("utf-16"))
     sources = resolve_sources([str(path)])
-    with pytest.raises(
-        ConfigError, match=r"unpack archives, .* iconv -f UTF-16 -t UTF-8 '/.*/a file.txt' > FILE"
-    ):
+    with config_error(r"unpack archives, .* iconv -f UTF-16 -t UTF-8 '/.*/a file.txt' > FILE"):
         check_usable(sources, plan_pieces(sources, "text"), "text")

@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from moepp_megatron.config.errors import ConfigError, UnfitError
+from moepp_megatron.config.errors import UnfitError
 from moepp_megatron.data import external_tokenizers
 from moepp_megatron.data.external_tokenizers import ExternalTokenizer
 from moepp_megatron.data.prepare import PrepareSettings, prepare
 from moepp_megatron.data.tokenizer import Tokenizer
 from moepp_megatron.runtime.terminal import Console
+from tests.refusals import config_error
 from tests.unit.data.conftest import make_texts
 
 HARD = [
@@ -77,7 +78,7 @@ def test_a_conversion_with_other_ids_is_refused(tmp_path):
     wrong = ExternalTokenizer(
         given.tokenizer, given.content, given.identity, lambda text: [1, *given.original(text)]
     )
-    with pytest.raises(ConfigError, match="it gives 'a' other ids than its own library"):
+    with config_error("it gives 'a' other ids than its own library"):
         wrong.check([])
 
 
@@ -123,7 +124,7 @@ def test_known_encodings_are_tiktoken_s():
 
 
 def test_ranks_of_an_unknown_number_are_refused(ranks):
-    with pytest.raises(ConfigError, match=r"has 266 ranks, and must have one of 50256, 100256"):
+    with config_error(r"has 266 ranks, and must have one of 50256, 100256"):
         ExternalTokenizer.open(ranks, None)
 
 
@@ -157,7 +158,7 @@ def test_a_folder_without_tokenizer_json(tmp_path):
     assert given.tokenizer.encode(text) == own.encode(text, add_special_tokens=False)
     assert given.tokenizer.eod_token == "<|endoftext|>"
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ConfigError, match=r"must hold tokenizer\.json or tokenizer_config\.json"):
+    with config_error(r"must hold tokenizer\.json or tokenizer_config\.json"):
         ExternalTokenizer.open(tmp_path / "empty", None)
 
 
@@ -174,8 +175,8 @@ def test_missing_packages_are_told(tmp_path, monkeypatch, missing):
 def test_a_tokenizer_of_the_hub_is_to_be_fetched(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     fetch = "hf download Qwen/Qwen3-8B --include 'tokenizer[*]' --local-dir Qwen3-8B"
-    with pytest.raises(ConfigError, match=fetch):
+    with config_error(fetch):
         ExternalTokenizer.open(Path("Qwen/Qwen3-8B"), None)
     Path("data").mkdir()
-    with pytest.raises(ConfigError, match="name a file or its folder$"):
+    with config_error("name a file or its folder$"):
         ExternalTokenizer.open(Path("data/tokenizer.json"), None)

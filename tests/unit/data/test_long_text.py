@@ -1,5 +1,4 @@
 import random
-import subprocess
 import sys
 
 import pytest
@@ -8,6 +7,7 @@ from tokenizers import AddedToken, Regex, models, normalizers, pre_tokenizers
 
 from moepp_megatron.data.long_text import PATTERNS, PIECE_CHARACTERS, can_cut, cut_text
 from moepp_megatron.data.tokenizer import Tokenizer, train_tokenizer
+from tests.commands import captured
 
 # Parts that texts are drawn from: words, contractions and their halves, digits, punctuation, white
 # space of every kind (also what Python and Unicode call so differently), marks, scripts without
@@ -192,7 +192,5 @@ tokens = sum(len(ids) for ids in tokenizer.encode_in_pieces(text))
 assert tokens > 4e5
 print((peak() - before) / len(text))
 """
-    done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=True
-    )
+    done = captured([sys.executable, "-c", script], timeout=120, check=True)
     assert float(done.stdout) < 50

@@ -16,6 +16,7 @@ from moepp_megatron.data.loader import batches
 from moepp_megatron.data.prepared_data import check_data
 from moepp_megatron.data.tokenizer import train_tokenizer
 from moepp_megatron.data.verify import corpus_identity, read_manifest
+from tests.refusals import config_error
 from tests.unit.training.conftest import config_of
 
 
@@ -70,11 +71,11 @@ def test_what_cannot_be_checked_is_reported(pair, prepared, tmp_path):
 
 
 def test_it_needs_a_tokenizer_that_fits_the_model(pair, prepared):
-    with pytest.raises(ConfigError, match=r"data\.tokenizer \(null\) must be given, because"):
+    with config_error(r"data\.tokenizer \(null\) must be given, because"):
         check_data(config(pair, None))
     small = config(pair, prepared / "tokenizer.json")
     small = small.model_copy(update={"model": small.model.model_copy(update={"vocab_size": 100})})
-    with pytest.raises(ConfigError, match=r"model\.vocab_size \(100\) must hold every token of"):
+    with config_error(r"model\.vocab_size \(100\) must hold every token of"):
         check_data(small)
 
 
@@ -83,7 +84,7 @@ def test_a_token_outside_of_the_vocabulary_is_named(pair, tokenizer, tmp_path):
     tokens[100:] = 400
     tokens.tofile(f"{pair}.bin")
     train, _, _ = build_datasets(pair, tokenizer, 32, "1,0,0", 7, (8, 0, 0), cache_dir=tmp_path)
-    with pytest.raises(ConfigError, match=r"is damaged, or not of data\.tokenizer: .* is 400"):
+    with config_error(r"is damaged, or not of data\.tokenizer: .* is 400"):
         list(batches(train, 0, 4, 0, 1, 8, vocab_size=tokenizer.vocab_size))
 
 
@@ -115,15 +116,15 @@ def test_documents_of_several_sentences(tmp_path, tokenizer):
 
 def test_mistakes(pair, prepared, tmp_path):
     for inside in ("corpus", "corpus.bin"):
-        with pytest.raises(ConfigError, match=rf"must be the folder .* wrote; use {prepared}$"):
+        with config_error(rf"must be the folder .* wrote; use {prepared}$"):
             read_manifest(Folder("data.path", prepared / inside))
-    with pytest.raises(ConfigError, match=rf"must be the prefix of both files; use {pair}"):
+    with config_error(rf"must be the prefix of both files; use {pair}"):
         read_manifest(Folder("data.path", Path(f"{pair}.bin")))
     Path(f"{pair}.idx").write_bytes(b"nonsense")
-    with pytest.raises(ConfigError, match=r"my_text_document\.idx is cut short"):
+    with config_error(r"my_text_document\.idx is cut short"):
         read_manifest(Folder("data.path", pair))
     Path(f"{pair}.idx").unlink()
-    with pytest.raises(ConfigError, match="must be a prepared folder"):
+    with config_error("must be a prepared folder"):
         read_manifest(Folder("data.path", pair))
 
 

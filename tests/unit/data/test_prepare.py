@@ -10,7 +10,7 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from moepp_megatron.config.errors import ConfigError, UnfitError
+from moepp_megatron.config.errors import UnfitError
 from moepp_megatron.data import documents
 from moepp_megatron.data import prepare as prepare_module
 from moepp_megatron.data.manifest import Manifest
@@ -19,6 +19,7 @@ from moepp_megatron.data.tokenizer import Tokenizer
 from moepp_megatron.runtime.atomic import partial_folder
 from moepp_megatron.runtime.terminal import Console
 from tests.full_disk import fill
+from tests.refusals import config_error
 
 from .conftest import VOCAB_SIZE
 
@@ -134,10 +135,10 @@ def test_other_inputs_are_refused_without_force(make, corpus_file, tmp_path):
     shutil.copy(corpus_file, source)
     make(out, source=source)
     before = digests(out)
-    with pytest.raises(ConfigError, match=r"seed is 1234, not 5\); pass --force"):
+    with config_error(r"seed is 1234, not 5\); pass --force"):
         make(out, PrepareSettings(VOCAB_SIZE, seed=5), source)
     source.write_text('{"text": "something else"}\n')
-    with pytest.raises(ConfigError, match=r"the sources differ\); pass --force"):
+    with config_error(r"the sources differ\); pass --force"):
         make(out, source=source)
     assert digests(out) == before
     make(out, FORCE, source)
@@ -164,10 +165,10 @@ def test_damaged_folder_is_noticed(make, tmp_path):
     out = tmp_path / "out"
     make(out)
     (out / "corpus.bin").write_bytes(b"short")
-    with pytest.raises(ConfigError, match=r"damaged.*; pass --force"):
+    with config_error(r"damaged.*; pass --force"):
         make(out)
     (out / "manifest.json").write_text("{}")
-    with pytest.raises(ConfigError, match=r"manifest is unusable.*; pass --force"):
+    with config_error(r"manifest is unusable.*; pass --force"):
         make(out)
     make(out, FORCE)
     assert make(out).up_to_date
@@ -181,10 +182,10 @@ def test_foreign_files_are_never_removed(make, tmp_path, settings, with_manifest
     (out / "thesis.tex").write_text("years of work")
     if with_manifest:
         (out / "manifest.json").write_text("{}")
-    with pytest.raises(ConfigError, match=r"holds thesis\.tex; choose another"):
+    with config_error(r"holds thesis\.tex; choose another"):
         make(out, settings)
     assert (out / "thesis.tex").read_text() == "years of work"
-    with pytest.raises(ConfigError, match="must be a folder, but is a file"):
+    with config_error("must be a folder, but is a file"):
         make(out / "thesis.tex", settings)
 
 
@@ -216,7 +217,7 @@ def test_leftovers_of_a_killed_run_do_no_harm(make, prepared, tmp_path):
 
 def test_two_runs_do_not_write_one_folder(make, tmp_path):
     out = tmp_path / "out"
-    with partial_folder(out), pytest.raises(ConfigError, match="being written by another process"):
+    with partial_folder(out), config_error("being written by another process"):
         make(out)
     assert not make(out).up_to_date
 
@@ -228,7 +229,7 @@ def test_existing_tokenizer_is_used(make, prepared, tmp_path):
     assert (out / "tokenizer.json").read_bytes() == file.read_bytes()
     assert (out / "corpus.bin").read_bytes() == (prepared / "corpus.bin").read_bytes()
     assert manifest.inputs.settings["tokenizer"] == manifest.tokenizer_sha256
-    with pytest.raises(ConfigError, match="already holds another dataset"):
+    with config_error("already holds another dataset"):
         make(out)
 
 
@@ -260,7 +261,7 @@ def test_chosen_end_of_document_token_is_remembered(make, tmp_path):
     ],
 )
 def test_wrong_settings_are_refused(values, message):
-    with pytest.raises(ConfigError, match=message):
+    with config_error(message):
         PrepareSettings(**values)
 
 
@@ -308,7 +309,7 @@ def test_what_is_too_long_to_be_tokenized_whole_is_left_out(make, tmp_path, monk
         ("c.jsonl.gz", gzip.compress(line)),
     ):
         (tmp_path / name).write_bytes(content)
-        with pytest.raises(ConfigError, match="cannot be cut: 1.; cut it into several documents"):
+        with config_error("cannot be cut: 1.; cut it into several documents"):
             make(tmp_path / "out", whole, tmp_path / name)
     (tmp_path / "d.jsonl").write_bytes(line + json.dumps({"text": "a" * 1000}).encode())
     manifest = prepare([str(tmp_path / "d.jsonl")], tmp_path / "out", whole).manifest

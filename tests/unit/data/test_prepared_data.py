@@ -1,16 +1,14 @@
 """What is said about a configuration's data before a run."""
 
-from pathlib import Path
-
 import pytest
 
-from moepp_megatron.config import ConfigError, load_config
+from moepp_megatron.config import load_config
 from moepp_megatron.config.flops import forward_flops_per_token
 from moepp_megatron.config.parameters import count_parameters
 from moepp_megatron.data import prepared_data
 from moepp_megatron.data.prepared_data import check_data
-
-REPOSITORY = Path(__file__).parents[3]
+from tests import ROOT
+from tests.refusals import config_error
 
 
 @pytest.fixture
@@ -34,7 +32,7 @@ def check(monkeypatch):
 
 
 def config_of(name, *overrides):
-    return load_config(REPOSITORY / "configs" / name, ["data.path=anywhere", *overrides])
+    return load_config(ROOT / "configs" / name, ["data.path=anywhere", *overrides])
 
 
 @pytest.mark.parametrize("name", ["moepp_0.6b_8_4", "moepp_1b_16_4", "moepp_7b_16_4"])
@@ -68,13 +66,13 @@ def test_the_numbers_are_what_the_smaller_model_saves(check):
 
 def test_quickstart_fits_its_corpus(check):
     assert check(config_of("quickstart.yaml"), 4096) == []
-    with pytest.raises(ConfigError, match=r"model\.vocab_size \(4096\) must hold every token"):
+    with config_error(r"model\.vocab_size \(4096\) must hold every token"):
         check(config_of("quickstart.yaml"), 4097)
 
 
 def test_split_may_leave_nothing_to_validation_that_is_never_read(check):
     few = ("data.split='98,0.01,0'",)
-    with pytest.raises(ConfigError, match="gives validation none of the 1000 documents"):
+    with config_error("gives validation none of the 1000 documents"):
         check(config_of("quickstart.yaml", *few), 4096)
     check(
         config_of("quickstart.yaml", *few, "training.eval_iters=0", "training.eval_interval=0"),
@@ -83,5 +81,5 @@ def test_split_may_leave_nothing_to_validation_that_is_never_read(check):
 
 
 def test_folder_that_is_none_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match=r"must be a prepared folder; run: moepp data prepare"):
+    with config_error(r"must be a prepared folder; run: moepp data prepare"):
         check_data(config_of("quickstart.yaml", f"data.path={tmp_path}"))

@@ -14,6 +14,7 @@ from moepp_megatron.data.prepared_data import (
     tokenizer_of_run,
 )
 from moepp_megatron.data.tokenizer import Tokenizer, train_tokenizer
+from tests.refusals import config_error
 from tests.unit.training.conftest import config_of
 
 
@@ -77,23 +78,23 @@ def test_another_end_of_document_is_refused(folder, tmp_path):
     (other / "manifest.json").write_text(json.dumps(content | {"eod_id": 5, "eod_token": "%"}))
     blend = [{"path": str(each), "weight": 1.0} for each in (folder, other)]
     message = r"\(.*other\) must end documents with <.endoftext.>, .* and ends them with %"
-    with pytest.raises(ConfigError, match=rf"data\.blend\[1\]\.path {message}"):
+    with config_error(rf"data\.blend\[1\]\.path {message}"):
         _check_corpus_tokenizer(
             config_of(data={"blend": blend}),
             Manifest.read(other),
             Folder("data.blend[1].path", other),
         )
     _check(other)
-    with pytest.raises(ConfigError, match=rf"data\.path {message}"):
+    with config_error(rf"data\.path {message}"):
         _check(other, shutil.copy(folder / "tokenizer.json", tmp_path / "copy.json"))
 
 
 def test_another_one_in_the_folder_is_refused(folder, other):
     shutil.copy(other, folder / "tokenizer.json")
-    with pytest.raises(ConfigError, match=r"data\.path .* must hold the tokenizer\.json that its"):
+    with config_error(r"data\.path .* must hold the tokenizer\.json that its"):
         _check(folder)
     # The folder no longer has what another file could be compared with.
-    with pytest.raises(ConfigError, match=r"data\.tokenizer .* must be the one"):
+    with config_error(r"data\.tokenizer .* must be the one"):
         _check(folder, other)
 
 
@@ -102,7 +103,7 @@ def test_what_is_no_tokenizer_is_refused(folder, tmp_path, content):
     file = tmp_path / "none.json"
     if content is not None:
         file.write_bytes(content)
-    with pytest.raises(ConfigError, match=r"tokenizer \(.*none\.json\) (cannot be read|must be a)"):
+    with config_error(r"tokenizer \(.*none\.json\) (cannot be read|must be a)"):
         _check(folder, file)
 
 

@@ -6,9 +6,9 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from moepp_megatron.config.errors import ConfigError
 from moepp_megatron.data.documents import Skipped, plan_pieces
 from moepp_megatron.data.sources import resolve_sources
+from tests.refusals import config_error
 from tests.unit.data.conftest import write_arrow
 
 TEXTS = [f"text {number} " * 5 for number in range(25)]
@@ -48,14 +48,14 @@ def test_a_cache_of_the_package_is_refused(tmp_path):
     """It holds all splits, and a description that is no text."""
     folder = save_to_disk(tmp_path / "saved", TEXTS)
     (folder / "state.json").unlink()
-    with pytest.raises(ConfigError, match="and is a cache of the package datasets; load it"):
+    with config_error("and is a cache of the package datasets; load it"):
         read_all(folder)
 
 
 def test_a_dataset_must_be_whole(tmp_path):
     folder = save_to_disk(tmp_path / "saved", TEXTS)
     (folder / "data-00001-of-00002.arrow").unlink()
-    with pytest.raises(ConfigError, match=r"must hold all files .* data-00001-of-00002\.arrow is"):
+    with config_error(r"must hold all files .* data-00001-of-00002\.arrow is"):
         read_all(folder)
 
 
@@ -81,7 +81,7 @@ def test_datasets_own_files(tmp_path):
         test=datasets.Dataset.from_dict({"text": ["x"]}),
     )
     both.save_to_disk(tmp_path / "both")
-    with pytest.raises(ConfigError, match="holds a dataset of the splits test, train"):
+    with config_error("holds a dataset of the splits test, train"):
         read_all(tmp_path / "both")
     assert read_all(tmp_path / "both/train") == TEXTS
 
@@ -90,10 +90,10 @@ def test_arrow_s_file_format(tmp_path):
     table = pa.table({"body": TEXTS})
     write_arrow(tmp_path / "a.arrow", table, pa.ipc.new_file, max_chunksize=3)
     assert read_all(tmp_path / "a.arrow", "body") == TEXTS
-    with pytest.raises(ConfigError, match=r"has no column text; set --text-key to one of: body"):
+    with config_error(r"has no column text; set --text-key to one of: body"):
         read_all(tmp_path / "a.arrow")
     (tmp_path / "b.arrow").write_bytes(b"no table")
-    with pytest.raises(ConfigError, match=r"b\.arrow is no readable Arrow file"):
+    with config_error(r"b\.arrow is no readable Arrow file"):
         read_all(tmp_path / "b.arrow")
 
 
@@ -111,7 +111,7 @@ def test_arrow_that_unpacks_to_far_more_is_refused(tmp_path, compression, new, d
         return tmp_path / name
 
     assert read_all(write("sound.arrow", "a")) == ["a", "b", "c"]
-    with pytest.raises(ConfigError, match=r"bomb\.arrow must hold at most 100 times its size"):
+    with config_error(r"bomb\.arrow must hold at most 100 times its size"):
         read_all(write("bomb.arrow", "a" * (80 << 20)))
 
 
@@ -119,7 +119,7 @@ def test_arrow_s_file_format_without_its_end(tmp_path):
     write_arrow(tmp_path / "a.arrow", pa.table({"text": TEXTS}), pa.ipc.new_file)
     content = (tmp_path / "a.arrow").read_bytes()
     (tmp_path / "a.arrow").write_bytes(content[: content.rindex(b"\xff\xff\xff\xff")])
-    with pytest.raises(ConfigError, match=r"a\.arrow is no readable Arrow file .*end is missing"):
+    with config_error(r"a\.arrow is no readable Arrow file .*end is missing"):
         read_all(tmp_path / "a.arrow")
 
 
@@ -131,5 +131,5 @@ def test_parquet_of_the_hub(tmp_path):
     (tmp_path / "hub/README.md").write_text("a card, no text")
     assert read_all(tmp_path / "hub") == TEXTS
     parquet.write_table(pa.table({"text": ["x"]}), data / "test-00000-of-00001.parquet")
-    with pytest.raises(ConfigError, match="splits test, train, and must be one of them"):
+    with config_error("splits test, train, and must be one of them"):
         read_all(tmp_path / "hub")

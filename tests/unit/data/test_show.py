@@ -12,6 +12,7 @@ from moepp_megatron.config.errors import ConfigError
 from moepp_megatron.data.datasets import build_datasets
 from moepp_megatron.data.show import Corpus, planned_shares
 from moepp_megatron.data.tokenizer import Tokenizer
+from tests.refusals import config_error
 from tests.unit.data.letters import prepare_letters
 from tests.unit.training.conftest import config_of
 
@@ -61,7 +62,7 @@ def test_documents_are_the_corpus_s(prepared, tokenizer, texts):
     corpus = Corpus(Folder("DIR", prepared))
     found = {tokenizer.decode(corpus.document(i).tolist()) for i in range(len(texts))}
     assert found == {text + tokenizer.eod_token for text in texts}
-    with pytest.raises(ConfigError, match=r"--document \(60\) must be from 0 to 59"):
+    with config_error(r"--document \(60\) must be from 0 to 59"):
         corpus.document(60)
 
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from moepp_megatron.config.errors import ConfigError
 from moepp_megatron.data.sources import content_fingerprint, resolve_sources, stat_fingerprint
+from tests.refusals import config_error
 
 
 def names(source):
@@ -29,7 +29,7 @@ def test_output_in_a_source_is_refused(tmp_path, out):
     (tmp_path / "texts/a.txt").write_text("x")
     (tmp_path / "link").symlink_to("texts")
     for source in ("texts", "link"):
-        with pytest.raises(ConfigError, match=r"--out .* must not lie in the source") as caught:
+        with config_error(r"--out .* must not lie in the source") as caught:
             resolve_sources([str(tmp_path / source)], tmp_path / out)
         assert "\n" not in str(caught.value)
     resolve_sources([str(tmp_path / "texts")], tmp_path / "texts2")
@@ -67,7 +67,7 @@ def test_links_that_leave_a_source_are_refused(tmp_path, kind):
     if "sub" in target:
         (root / "sub").symlink_to("../secret")
     for source in (str(root), f"mine={root}", f"{root}/../texts"):
-        with pytest.raises(ConfigError, match=r"must not be a link that leaves the source"):
+        with config_error(r"must not be a link that leaves the source"):
             resolve_sources([source])
 
 
@@ -98,14 +98,14 @@ def test_links_within_a_source_and_those_that_a_user_names_are_followed(tmp_path
 )
 def test_a_dataset_of_the_hub_is_to_be_fetched(given, hub_id, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ConfigError, match=f"hf download {hub_id} --repo-type dataset") as caught:
+    with config_error(f"hf download {hub_id} --repo-type dataset") as caught:
         resolve_sources([given])
     assert "\n" not in str(caught.value)
-    with pytest.raises(ConfigError, match="https:// is not supported; mount it .* or copy it"):
+    with config_error("https:// is not supported; mount it .* or copy it"):
         resolve_sources(["https://example.com/a/b.jsonl"])
     Path("data").mkdir()
     for path in ("a/b/c", "data/corpus.jsonl", "corpus.jsonl"):
-        with pytest.raises(ConfigError, match="No such file or directory") as caught:
+        with config_error("No such file or directory") as caught:
             resolve_sources([path])
         assert "hf download" not in str(caught.value)
 
@@ -139,7 +139,7 @@ def test_stdlib_is_this_pythons_library():
 def test_unusable_source_is_named(tmp_path, make, message):
     path = tmp_path / "the-source"
     make(path)
-    with pytest.raises(ConfigError, match=message) as caught:
+    with config_error(message) as caught:
         resolve_sources([str(path)])
     assert "the-source" in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -148,7 +148,7 @@ def test_unusable_source_is_named(tmp_path, make, message):
 def test_dangling_link_in_a_folder_is_an_error(tmp_path):
     (tmp_path / "a.txt").write_text("x")
     (tmp_path / "gone.txt").symlink_to(tmp_path / "nowhere")
-    with pytest.raises(ConfigError, match=r"gone\.txt cannot be read"):
+    with config_error(r"gone\.txt cannot be read"):
         resolve_sources([str(tmp_path)])
 
 
@@ -162,7 +162,7 @@ def test_unreadable_file_is_an_error(tmp_path, monkeypatch):
 
     # chmod would not stop root, which tests in containers often are.
     monkeypatch.setattr(Path, "open", refuse)
-    with pytest.raises(ConfigError, match=r"a\.txt cannot be read \(Permission denied\)"):
+    with config_error(r"a\.txt cannot be read \(Permission denied\)"):
         content_fingerprint(sources)
 
 
@@ -176,19 +176,19 @@ def test_what_is_given_twice_is_refused(again, tmp_path, monkeypatch):
     os.link("a.txt", "hard.txt")
     os.link("a.txt", "folder/a.txt")
     resolve_sources(["a.txt", "other.txt"])
-    with pytest.raises(ConfigError, match=r"must not repeat a\.txt, which .* too; name it once"):
+    with config_error(r"must not repeat a\.txt, which .* too; name it once"):
         resolve_sources(["a.txt", "other.txt", again])
 
 
 def test_no_source_is_an_error():
-    with pytest.raises(ConfigError, match="SOURCE is missing"):
+    with config_error("SOURCE is missing"):
         resolve_sources([])
 
 
 def test_empty_name_is_not_the_working_directory(tmp_path, monkeypatch):
     (tmp_path / "private.txt").write_text("x")
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ConfigError, match=r"SOURCE \(''\) must not be empty; name a file"):
+    with config_error(r"SOURCE \(''\) must not be empty; name a file"):
         resolve_sources([""])
 
 
@@ -213,7 +213,5 @@ def test_fingerprints_see_content_and_name(tmp_path):
 def test_what_has_been_prepared_is_no_text(prepared, tmp_path):
     shutil.copytree(prepared, tmp_path / "texts/old")
     for source in (tmp_path / "texts", tmp_path / "texts/old"):
-        with pytest.raises(
-            ConfigError, match=r"texts/old must be text, and is a folder that moepp"
-        ):
+        with config_error(r"texts/old must be text, and is a folder that moepp"):
             resolve_sources([str(source)])

@@ -3,8 +3,8 @@ import json
 import pytest
 import tokenizers
 
-from moepp_megatron.config.errors import ConfigError
 from moepp_megatron.data.tokenizer import EOD_TOKEN, Tokenizer, tokenizer_config, train_tokenizer
+from tests.refusals import config_error
 
 AWKWARD = [
     "",
@@ -53,20 +53,20 @@ def test_loaded_tokenizer_neither_truncates_nor_adds_special_tokens(tmp_path):
     assert (tokenizer.eod, tokenizer.eod_token) == (1, "</s>")
     assert tokenizer.vocab_size == 6  # ids 0 to 5, though only three tokens
     assert Tokenizer.load(path, "<s>").eod == 0
-    with pytest.raises(ConfigError, match=r"--eod-token \(<end>\) must be in"):
+    with config_error(r"--eod-token \(<end>\) must be in"):
         Tokenizer.load(path, "<end>")
 
 
 def test_unusable_tokenizer_files_are_named(tmp_path):
 
-    with pytest.raises(ConfigError, match=r"none\.json\) cannot be read"):
+    with config_error(r"none\.json\) cannot be read"):
         Tokenizer.load(tmp_path / "none.json")
     (tmp_path / "bad.json").write_text("{}")
-    with pytest.raises(ConfigError, match=r"bad\.json\) must be a Hugging Face tokenizer\.json"):
+    with config_error(r"bad\.json\) must be a Hugging Face tokenizer\.json"):
         Tokenizer.load(tmp_path / "bad.json")
     backend = tokenizers.Tokenizer(tokenizers.models.BPE({"a": 0}, []))
     backend.save(str(tmp_path / "no-eod.json"))
-    with pytest.raises(ConfigError, match="no known end-of-document token .* with --eod-token"):
+    with config_error("no known end-of-document token .* with --eod-token"):
         Tokenizer.load(tmp_path / "no-eod.json")
 
 
@@ -84,7 +84,7 @@ def test_end_of_document_is_the_one_named_beside_the_file(tmp_path, texts, entry
     assert (Tokenizer.load(path).eod_token, Tokenizer.load(path).eod) == ("<stop>", 290)
     assert Tokenizer.load(path, EOD_TOKEN).eod == known.eod
     (tmp_path / "tokenizer_config.json").write_bytes(tokenizer_config("<gone>"))
-    with pytest.raises(ConfigError, match=r"must have the end-of-document token \(<gone>\)"):
+    with config_error(r"must have the end-of-document token \(<gone>\)"):
         Tokenizer.load(path)
     # Damaged, or without the entry: as if it were not there.
     for nothing in ("[]", "{", '{"eos_token": null}'):
@@ -104,8 +104,8 @@ def test_what_the_library_fails_with_is_one_line(name, tmp_path):
     backend = tokenizers.Tokenizer(tokenizers.models.BPE({"<|endoftext|>": 0}, []))
     file = tmp_path / "tokenizer.json"
     file.write_text(json.dumps({**json.loads(backend.to_str()), **DAMAGED[name]}))
-    with pytest.raises(ConfigError, match="; fetch it again$") as caught:
+    with config_error("; fetch it again$") as caught:
         Tokenizer.load(file).encode("text")
     assert "\n" not in str(caught.value)
-    with pytest.raises(ConfigError, match="; fetch it again$"):
+    with config_error("; fetch it again$"):
         Tokenizer.load(file).encode_with_spans("text")

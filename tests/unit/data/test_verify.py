@@ -8,9 +8,9 @@ from typer.testing import CliRunner
 
 from moepp_megatron.cli.data import app
 from moepp_megatron.config.blends import Folder
-from moepp_megatron.config.errors import ConfigError
 from moepp_megatron.data.manifest import Manifest
 from moepp_megatron.data.verify import check_start, read_manifest, verify
+from tests.refusals import config_error
 
 from .conftest import VOCAB_SIZE
 
@@ -156,13 +156,13 @@ def test_damage_is_found_before_training(folder, damage):
     spoil, words = (HEADER_DAMAGES | INDEX_DAMAGES)[damage]
     spoil(folder)
     named = Folder("data.path", folder)
-    with pytest.raises(ConfigError, match=words) as caught:
+    with config_error(words) as caught:
         check_start(named, read_manifest(named), whole_index=True)
     assert str(caught.value).startswith(f"data.path ({folder}) is damaged: ")
     assert str(caught.value).endswith(f"moepp data verify {folder}")
     assert "\n" not in str(caught.value)
     if damage in HEADER_DAMAGES:
-        with pytest.raises(ConfigError, match=words):
+        with config_error(words):
             check_start(named, read_manifest(named))
 
 
@@ -187,7 +187,7 @@ def test_damaged_manifest_is_one_line(folder, content):
         change_manifest(folder, **content)
     else:
         (folder / "manifest.json").write_text(content)
-    with pytest.raises(ConfigError, match=r"data\.path .* must be a prepared folder \(") as caught:
+    with config_error(r"data\.path .* must be a prepared folder \(") as caught:
         read_manifest(Folder("data.path", folder))
     assert "\n" not in str(caught.value)
 
@@ -211,11 +211,11 @@ def test_loader_names_a_token_outside_of_the_vocabulary(folder, document, worker
         loaded = batches(train, 0, 2, 0, 1, 2, num_workers=workers, vocab_size=VOCAB_SIZE)
         return sum(1 for _ in loaded)
 
-    with pytest.raises(ConfigError, match=place) as caught:
+    with config_error(place) as caught:
         read()
     assert str(caught.value).startswith(f"data.path ({folder}) is damaged: ")
     assert "\n" not in str(caught.value)
-    with pytest.raises(ConfigError, match=place):
+    with config_error(place):
         _token_counts(train, VOCAB_SIZE)
 
 

@@ -1,7 +1,6 @@
 """Which machines can run which FP8, and how the others are refused."""
 
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
@@ -9,8 +8,8 @@ from moepp_megatron.config import UnfitError, load_config
 from moepp_megatron.runtime.fit import FP8Machine, check_fit
 from moepp_megatron.tools.doctor import packages
 from moepp_megatron.tools.doctor.finding import Severity
+from tests import ROOT
 
-ROOT = Path(__file__).parents[3]
 H100 = FP8Machine(transformer_engine=(2, 20, 0), capability=(9, 0), cuda=(13, 0))
 A100, L40, NEITHER = (8, 0), (8, 9), FP8Machine(None, None, None)
 

@@ -1,14 +1,12 @@
 """Runs tests/te_stand_in, and some of tests/gpu, in a process in which megatron-core finds it."""
 
 import os
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[3]
-
+from tests import ROOT
+from tests.commands import captured
 
 # Layers; of FP8 one recipe, for the stand-in rounds in all of them alike. On a CPU no kernel is
 # chosen by itself, and tests/unit/moe has every setting.
@@ -31,9 +29,7 @@ def test_fp8_with_a_stand_in_of_transformer_engine():
     command = [sys.executable, "-m", "pytest", str(folder), *gpu, "-q", "-p", "no:cacheprovider"]
     command += ["-k", f"te_stand_in or {GPU_TESTS}"]
     command += ["--tb=short", "--show-capture=no", "-W", "ignore"]
-    result = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1740
-    )
+    result = captured(command, cwd=ROOT, env=environment, timeout=1740)
     assert result.returncode == 0, result.stdout[-8000:] + result.stderr[-2000:]
     assert " passed" in result.stdout
     assert "skipped" not in result.stdout

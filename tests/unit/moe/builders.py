@@ -37,7 +37,7 @@ def of_kinds(experts, topk, **changes):
     """Settings with so many FFN, zero, copy and constant experts."""
     ffn, zero, copy, constant = experts
     return MoEPPConfig(
-        num_ffn_experts=ffn,
+        ffn,
         num_zero_experts=zero,
         num_copy_experts=copy,
         num_constant_experts=constant,

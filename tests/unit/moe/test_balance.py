@@ -47,7 +47,7 @@ def test_global_fractions_are_the_mean_over_the_steps_micro_batches():
 def test_router_gradient_against_finite_differences(score_function, scope, kind):
     # The only gradient that a sum over no output leaves is the balance loss's own.
     config = MoEPPConfig(
-        num_ffn_experts=3,
+        3,
         tau=0.3,
         balance_coeff=1.0,
         score_function=score_function,
@@ -78,7 +78,7 @@ def test_router_gradient_against_finite_differences(score_function, scope, kind)
 
 @pytest.mark.parametrize("types", ["none", "aux_loss"])
 def test_global_scope_needs_counts_that_begin_anew(types):
-    config = MoEPPConfig(num_ffn_experts=3, balance_scope="global")
+    config = MoEPPConfig(3, balance_scope="global")
     changes = {"moe_router_load_balancing_type": types}
     with pytest.raises(ValueError, match=r"moe_router_load_balancing_type \(.*global_aux_loss"):
         build_layer(config, **changes)
@@ -87,7 +87,7 @@ def test_global_scope_needs_counts_that_begin_anew(types):
 
 
 def test_global_counts_begin_anew_in_every_step():
-    config = MoEPPConfig(num_ffn_experts=3, balance_scope="global", balance_coeff=0.1)
+    config = MoEPPConfig(3, balance_scope="global", balance_coeff=0.1)
     layer = build_layer(config)
     steps = torch.randn(2, 2, 4, 2, HIDDEN)
 
@@ -144,6 +144,6 @@ def test_attached_loss_keeps_the_activation_and_gets_a_gradient(per_token_loss, 
 
 
 def test_no_balance_loss_with_coefficient_zero():
-    layer = build_layer(MoEPPConfig(num_ffn_experts=4, balance_coeff=0.0))
+    layer = build_layer(MoEPPConfig(4, balance_coeff=0.0))
     layer(torch.randn(4, 2, 16), torch.randn(4, 2, 8))
     assert layer.statistics.balance_loss is None

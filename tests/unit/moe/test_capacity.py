@@ -41,7 +41,7 @@ def test_limits(ffn, zero_computation, tau, gamma, topk, tokens, expected):
 def test_keeps_what_the_reference_keeps(seed, normalization):
     generator = torch.Generator().manual_seed(seed)
     config = MoEPPConfig(
-        num_ffn_experts=3,
+        3,
         router_topk=2,
         capacity_factor=0.2 + 0.05 * seed,
         gate_normalization=normalization,

@@ -13,7 +13,7 @@ from moepp_megatron.moe.config import MoEPPConfig
 from moepp_megatron.moe.spec import get_moepp_layer_spec
 from tests.unit.moe.builders import megatron_config
 
-MOEPP = MoEPPConfig(num_ffn_experts=4)
+MOEPP = MoEPPConfig(4)
 HEADS, WIDTH, BATCH = 6, 8, 2
 
 

@@ -1,10 +1,11 @@
 """megatron-core's fused functions, which torch.compile compiles on a GPU only."""
 
 import os
-import subprocess
 import sys
 
 import pytest
+
+from tests.commands import captured, succeeded
 
 
 @pytest.mark.slow
@@ -13,13 +14,12 @@ def test_sizes_that_change_are_compiled_twice(tmp_path):
     # A process of its own: here and on CPU ranks nothing is compiled.
     left_out = ("TORCHDYNAMO_DISABLE", "TRITON_INTERPRET")
     environment = {name: value for name, value in os.environ.items() if name not in left_out}
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.unit.moe.compile_fused"],
-        env=environment | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path)},
-        capture_output=True,
-        text=True,
+    done = succeeded(
+        captured(
+            [sys.executable, "-m", "tests.unit.moe.compile_fused"],
+            env=environment | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path)},
+        )
     )
-    assert done.returncode == 0, done.stderr
     found = {
         name: (int(n), float(error))
         for name, n, error in map(str.split, done.stdout.splitlines()[-3:])

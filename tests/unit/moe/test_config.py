@@ -50,7 +50,7 @@ def test_errors_name_value_rule_and_remedy(settings, message):
 
 
 def test_every_expert_may_be_selected():
-    assert MoEPPConfig(num_ffn_experts=4, router_topk=8).num_experts == 8
+    assert MoEPPConfig(4, router_topk=8).num_experts == 8
 
 
 @pytest.mark.parametrize(
@@ -67,8 +67,8 @@ def test_vanilla_refuses_what_it_would_ignore(setting):
     with pytest.raises(
         ValueError, match=rf"{name} \({value}\) must be .* without zero-computation"
     ):
-        MoEPPConfig(num_ffn_experts=4, gating_residual=False, **FFN_ONLY, **setting)
-    MoEPPConfig(num_ffn_experts=4, gating_residual=True, **FFN_ONLY, **setting)
+        MoEPPConfig(4, gating_residual=False, **FFN_ONLY, **setting)
+    MoEPPConfig(4, gating_residual=True, **FFN_ONLY, **setting)
 
 
 def test_only_ffn_experts_are_given_without_their_name():

@@ -26,12 +26,12 @@ from tests.unit.moe.builders import (
     token_losses,
 )
 
-MOEPP = MoEPPConfig(num_ffn_experts=4, router_topk=2)
+MOEPP = MoEPPConfig(4, router_topk=2)
 PARTS = [["attn"], ["moe_router"], ["attn", "moe_router"]]
 CASES = {
     "plain": MOEPP,
     "capacity, two-layer gate, selection bias, nonzero gates": MoEPPConfig(
-        num_ffn_experts=4,
+        4,
         router_topk=2,
         capacity_factor=1.0,
         two_layer_gate=True,

@@ -130,9 +130,7 @@ def test_token_of_zero_computation_experts_alone(normalization):
     assert torch.isfinite(logits.grad).all()
     # One zero-computation expert fewer than selections: the FFN expert is of the best group, though
     # the softmax over all experts leaves all FFN experts a score of exactly 0.
-    fewer = MoEPPConfig(
-        num_ffn_experts=8, num_constant_experts=1, router_topk=4, num_groups=4, group_topk=2
-    )
+    fewer = MoEPPConfig(8, num_constant_experts=1, router_topk=4, num_groups=4, group_topk=2)
     narrow = torch.cat([logits.detach()[:, :8], torch.full((50, 3), 300.0)], dim=-1)
     assert (torch.softmax(narrow, -1)[:, :8] == 0).all()
     made = select(narrow, None, fewer, 1)
@@ -153,7 +151,7 @@ def test_ties_go_to_the_first_group_and_the_first_expert():
 
 def test_ffn_experts_alone_are_selected_as_in_megatron_core():
     config = MoEPPConfig(
-        num_ffn_experts=16,
+        16,
         **FFN_ONLY,
         router_topk=4,
         num_groups=8,
@@ -210,4 +208,4 @@ def test_health_measures_the_margin_among_the_allowed():
 )
 def test_groups_that_cannot_be(changes, message):
     with pytest.raises(ValueError, match=message):
-        MoEPPConfig(num_ffn_experts=8, **changes)
+        MoEPPConfig(8, **changes)

@@ -8,7 +8,7 @@ from tests.unit.moe.builders import SEQUENCE, VOCAB, build_model
 
 
 def test_logits_with_a_cache_are_those_without():
-    model = build_model(MoEPPConfig(num_ffn_experts=4)).eval()
+    model = build_model(MoEPPConfig(4)).eval()
     tokens = torch.randint(VOCAB, (2, SEQUENCE))
     positions = torch.arange(SEQUENCE).expand(2, -1)
     with torch.no_grad():

@@ -62,7 +62,7 @@ CASES = [
 
 @pytest.mark.parametrize(("moe", "changes", "products"), CASES)
 def test_hidden_states_become_fp32_once_a_pass(moe, changes, products):
-    moepp = MoEPPConfig(num_ffn_experts=4, **moe)
+    moepp = MoEPPConfig(4, **moe)
     forward, backward = passes(build_layer(moepp, **BF16, **changes), moepp)
     # The weights' gradient reads them in fp32 once more; the test's own loss casts the output.
     assert forward.casts - 1 == products
@@ -76,7 +76,7 @@ def test_hidden_states_become_fp32_once_a_pass(moe, changes, products):
 def test_weights_of_one_product_are_neighbours():
     """Or a layer's FFN experts lie between them in the order in which parameters are gathered."""
     layer = build_layer(
-        MoEPPConfig(num_ffn_experts=4), moe_shared_expert_intermediate_size=8, add_bias_linear=False
+        MoEPPConfig(4), moe_shared_expert_intermediate_size=8, add_bias_linear=False
     )
     owners = dict.fromkeys(name.split(".")[0] for name, _ in layer.named_parameters())
     assert list(owners) == ["router", "zero_computation", "experts", "shared_experts"]
@@ -93,7 +93,7 @@ def gemm(A, B, out_dtype, layout, **unused):
 @pytest.mark.parametrize("moe", [{}, {"two_layer_gate": True}, {"num_constant_experts": 0}])
 @pytest.mark.parametrize("jitter", [None, 0.1], ids=["joined", "apart"])
 def test_transformer_engine_multiplies_what_it_can(monkeypatch, moe, jitter):
-    moepp = MoEPPConfig(num_ffn_experts=4, **moe)
+    moepp = MoEPPConfig(4, **moe)
     layer = build_layer(moepp, **BF16, moe_input_jitter_eps=jitter)
     products = []
 
@@ -108,7 +108,7 @@ def test_transformer_engine_multiplies_what_it_can(monkeypatch, moe, jitter):
 
 def test_products_in_fp64_stay_apart():
     """fp64 is for the gate alone, and both are what they are with one product in fp32."""
-    moepp = MoEPPConfig(num_ffn_experts=4)
+    moepp = MoEPPConfig(4)
     joined, apart = build_layer(moepp), build_layer(moepp, moe_router_dtype="fp64")
     apart.load_state_dict(joined.state_dict())
     hidden, previous = torch.randn(5, 2, HIDDEN), torch.randn(5, 2, moepp.num_experts)
@@ -127,7 +127,7 @@ def test_products_in_fp64_stay_apart():
 
 @pytest.mark.parametrize("step", ["gating", "second_layer"])
 def test_a_gate_that_somebody_has_changed_is_used(step):
-    moepp = MoEPPConfig(num_ffn_experts=4, gating_residual=False)
+    moepp = MoEPPConfig(4, gating_residual=False)
     layer = build_layer(moepp)
     hidden, rows = torch.randn(5, 2, HIDDEN), layer.zero_computation.mixing_rows
     before = layer.router(hidden, None, None, None, rows).logits

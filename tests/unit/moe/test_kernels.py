@@ -2,7 +2,6 @@
 
 import dataclasses
 import os
-import subprocess
 import sys
 from collections import Counter
 from importlib.metadata import version
@@ -19,6 +18,7 @@ from moepp_megatron.moe.copies import Copies, rows_of_tokens
 from moepp_megatron.moe.scores import SCORES
 from moepp_megatron.moe.token_tags import SOURCE, TagCounts, count_by_tags
 from moepp_megatron.moe.zero_computation import Ingredients
+from tests.commands import captured, succeeded
 from tests.unit.moe.builders import HIDDEN, assert_close, build_layer, of_kinds
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -499,7 +499,7 @@ LAYERS = [
 
 @pytest.mark.parametrize(("changes", "dispatcher", "others"), LAYERS)
 def test_layer_with_and_without_kernels(compiled, changes, dispatcher, others):
-    config = MoEPPConfig(num_ffn_experts=4, balance_coeff=0.5, **changes)
+    config = MoEPPConfig(4, balance_coeff=0.5, **changes)
     plain = build_layer(dataclasses.replace(config, fused=False), dispatcher=dispatcher, **others)
     fused = build_layer(dataclasses.replace(config, fused=True), dispatcher=dispatcher, **others)
     fused.load_state_dict(plain.state_dict())
@@ -550,7 +550,7 @@ def test_local_experts_before_the_rows(compiled, shared, monkeypatch):
     # (tests/parallel/test_dispatchers.py has the order), and get the same.
     from moepp_megatron.moe.kernels import combine
 
-    config = MoEPPConfig(num_ffn_experts=4, fused=True)
+    config = MoEPPConfig(4, fused=True)
     layer = build_layer(config, moe_shared_expert_intermediate_size=shared).to(DEVICE)
     assert layer.fuses_rows
     assert not layer.local_first
@@ -602,13 +602,12 @@ def test_kernels_compile_for_hopper(tmp_path):
     # What the interpreter lets pass may not compile. A process of its own: in this one kernels are
     # interpreted. No GPU is needed; ptxas comes with Triton.
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.unit.moe.compile_kernels"],
-        env=environment | {"TRITON_CACHE_DIR": str(tmp_path)},
-        capture_output=True,
-        text=True,
+    done = succeeded(
+        captured(
+            [sys.executable, "-m", "tests.unit.moe.compile_kernels"],
+            env=environment | {"TRITON_CACHE_DIR": str(tmp_path)},
+        )
     )
-    assert done.returncode == 0, done.stderr
     lines = [line.split() for line in done.stdout.splitlines()]
     assert len({name for name, _, _ in lines}) == 10
     assert all(count >= 2 for count in Counter(name for name, _, _ in lines).values())

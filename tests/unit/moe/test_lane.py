@@ -65,16 +65,16 @@ def test_a_side_without_gradient_gets_zeros(dtype):
 
 @pytest.mark.parametrize(("dtype", "per_logit"), [(torch.float32, 1), (torch.bfloat16, 2)])
 def test_lane_columns(dtype, per_logit):
-    moepp = MoEPPConfig(num_ffn_experts=4)
+    moepp = MoEPPConfig(4)
     columns = lane_columns(moepp, dtype)
     assert columns == 8 * per_logit
     packed = pack(torch.zeros(2, 2, HIDDEN, dtype=dtype), torch.zeros(2, 2, 8))
     assert packed.shape[-1] == HIDDEN + columns
-    assert lane_columns(MoEPPConfig(num_ffn_experts=4, gating_residual=False), dtype) == 0
+    assert lane_columns(MoEPPConfig(4, gating_residual=False), dtype) == 0
 
 
 def test_pipeline_config_widens_only_the_schedules_view():
-    moepp = MoEPPConfig(num_ffn_experts=4)
+    moepp = MoEPPConfig(4)
     single = megatron_config(moepp)
     assert pipeline_config(single, moepp) is single
     staged = megatron_config(
@@ -98,7 +98,7 @@ def test_no_logits(dtype):
 
 
 def test_layer_that_ends_a_stage_glues_the_lane_on():
-    moepp = MoEPPConfig(num_ffn_experts=4)
+    moepp = MoEPPConfig(4)
     layer = build_transformer_layer(moepp)
     randomize(layer)
     hidden, lane = torch.randn(6, 2, HIDDEN), torch.randn(6, 2, 8)

@@ -207,7 +207,7 @@ def check_setting(case, device=None):
 @pytest.mark.parametrize("loss_scale", [0.25, 8.0])
 def test_balance_loss_follows_the_loss_scale(per_token_loss, loss_scale):
     # The schedules set 1 / micro-batches or a gradient scaler's factor.
-    moepp = MoEPPConfig(num_ffn_experts=4, balance_coeff=0.5)
+    moepp = MoEPPConfig(4, balance_coeff=0.5)
     layer = build_layer(moepp, calculate_per_token_loss=per_token_loss)
     run_both(layer, *inputs(moepp), loss_scale=loss_scale).check()
 
@@ -218,19 +218,19 @@ def test_balance_loss_follows_the_loss_scale(per_token_loss, loss_scale):
 )
 def test_topk(topk, normalization):
     # 5 of 3 FFN and 4 others: more picks than there are FFN experts.
-    moepp = MoEPPConfig(num_ffn_experts=3, router_topk=topk, gate_normalization=normalization)
+    moepp = MoEPPConfig(3, router_topk=topk, gate_normalization=normalization)
     run_both(build_layer(moepp), *inputs(moepp)).check()
 
 
 def test_one_ffn_expert():
-    moepp = MoEPPConfig(num_ffn_experts=1, gate_normalization="nonzero")
+    moepp = MoEPPConfig(1, gate_normalization="nonzero")
     run_both(build_layer(moepp), *inputs(moepp)).check()
 
 
 @pytest.mark.parametrize("dispatcher", DISPATCHERS)
 @pytest.mark.parametrize("normalization", ["none", "selected", "nonzero"])
 def test_one_token(dispatcher, normalization):
-    moepp = MoEPPConfig(num_ffn_experts=4, gate_normalization=normalization)
+    moepp = MoEPPConfig(4, gate_normalization=normalization)
     layer = build_layer(moepp, dispatcher=dispatcher)
     run_both(layer, *inputs(moepp, length=1, batch=1)).check()
 
@@ -263,7 +263,7 @@ FORCED = [
 @pytest.mark.parametrize("dispatcher", DISPATCHERS)
 @pytest.mark.parametrize(("changes", "favoured"), FORCED)
 def test_all_tokens_to_the_same_experts(changes, favoured, dispatcher):
-    moepp = MoEPPConfig(num_ffn_experts=4, balance_coeff=0.1, **changes)
+    moepp = MoEPPConfig(4, balance_coeff=0.1, **changes)
     layer, previous = forced(moepp, favoured, dispatcher=dispatcher)
     run = run_both(layer, torch.randn(8, 3, HIDDEN), previous)
     selections = [24 * (index in favoured) for index in range(moepp.num_experts)]
@@ -288,7 +288,7 @@ def test_rows_of_one_rank_are_sorted_once(monkeypatch):
         return original(*args, **kwargs)
 
     monkeypatch.setattr(token_dispatcher, "sort_chunks_by_idxs", counted)
-    layer = build_layer(MoEPPConfig(num_ffn_experts=4))
+    layer = build_layer(MoEPPConfig(4))
     hidden = torch.randn(9, 3, HIDDEN)
     previous = torch.randn(9, 3, layer.moepp.num_experts)
     output, _ = layer(hidden, previous)
@@ -302,7 +302,7 @@ def test_rows_of_one_rank_are_sorted_once(monkeypatch):
 
 
 def test_jitter_is_megatrons():
-    moepp = MoEPPConfig(num_ffn_experts=4)
+    moepp = MoEPPConfig(4)
     layer = build_layer(moepp, moe_input_jitter_eps=0.1)
     hidden, previous = inputs(moepp)
     torch.manual_seed(3)
@@ -315,7 +315,7 @@ def test_jitter_is_megatrons():
 
 
 def test_evaluation_computes_the_same_output():
-    moepp = MoEPPConfig(num_ffn_experts=4, capacity_factor=0.6)
+    moepp = MoEPPConfig(4, capacity_factor=0.6)
     layer = build_layer(moepp)
     hidden, previous = inputs(moepp)
     trained, logits = layer(hidden, previous)
@@ -328,7 +328,7 @@ def test_evaluation_computes_the_same_output():
 
 @pytest.mark.parametrize("normalization", ["none", "selected", "nonzero"])
 def test_bf16(normalization):
-    moepp = MoEPPConfig(num_ffn_experts=4, gate_normalization=normalization, expert_input_scale=2.0)
+    moepp = MoEPPConfig(4, gate_normalization=normalization, expert_input_scale=2.0)
     layer = build_layer(moepp, params_dtype=torch.bfloat16, bf16=True)
     # fp32 parameters would make this test pass without testing anything.
     assert {p.dtype for p in layer.parameters()} == {torch.bfloat16}
@@ -347,13 +347,13 @@ def test_bf16(normalization):
 
 
 def test_residual_needs_previous_logits():
-    layer = build_layer(MoEPPConfig(num_ffn_experts=4))
+    layer = build_layer(MoEPPConfig(4))
     with pytest.raises(AssertionError, match="gating residual but was given no logits"):
         layer(torch.randn(4, 1, HIDDEN))
 
 
 def test_comparison_notices_a_wrong_gradient():
-    moepp = MoEPPConfig(num_ffn_experts=4)
+    moepp = MoEPPConfig(4)
     run = run_both(build_layer(moepp), *inputs(moepp))
     run.layer.zero_computation.constants.grad[0, 0] += 1e-3
     with pytest.raises(AssertionError, match="gradient of constants"):

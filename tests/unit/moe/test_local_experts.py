@@ -13,7 +13,7 @@ from moepp_megatron.moe.local_experts import CPUExperts, GroupedExperts
 from moepp_megatron.moe.spec import get_moepp_layer_spec
 from tests.unit.moe.builders import FFN_HIDDEN, HIDDEN, megatron_config
 
-MOEPP = MoEPPConfig(num_ffn_experts=4)
+MOEPP = MoEPPConfig(4)
 
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available(), reason="on a GPU megatron-core's own experts are used"

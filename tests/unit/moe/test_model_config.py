@@ -1,20 +1,21 @@
 """From the user's configuration to the settings that the layers are built from."""
 
 import dataclasses
-from pathlib import Path
 
 import pytest
 import torch
 from megatron.core.transformer.enums import CudaGraphModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from moepp_megatron.config import ConfigError, load_config
+from moepp_megatron.config import load_config
 from moepp_megatron.config.schema.megatron import MegatronSection
 from moepp_megatron.model import local_modules, megatron_config
 from moepp_megatron.model.megatron_config import moepp_config, transformer_config
 from moepp_megatron.moe.upstream_settings import IDLE, OURS, REFUSED
+from tests import ROOT
+from tests.refusals import config_error
 
-QUICKSTART = Path(__file__).parents[3] / "configs/quickstart.yaml"
+QUICKSTART = ROOT / "configs/quickstart.yaml"
 
 
 @pytest.mark.parametrize("topk", [1, 2, 3])
@@ -70,7 +71,7 @@ def test_settings_of_megatron_are_its_own_and_reach_it():
 
 @pytest.mark.parametrize("name", OURS)
 def test_what_a_setting_of_ours_decides_is_named(name):
-    with pytest.raises(ConfigError, match=r"^unknown key megatron\.\w+; did you mean moe\.\w+\?"):
+    with config_error(r"^unknown key megatron\.\w+; did you mean moe\.\w+\?"):
         load_config(QUICKSTART, [f"megatron.{name}=1"])
 
 

@@ -32,7 +32,7 @@ from tests.unit.moe.builders import (
 pytestmark = tested_version_only
 
 DEPTHS, WEIGHT, BATCH = 2, 0.3, 3
-MOEPP = MoEPPConfig(num_ffn_experts=4, balance_coeff=0.0)
+MOEPP = MoEPPConfig(4, balance_coeff=0.0)
 
 
 def build(moepp=MOEPP, depths=DEPTHS, **changes):

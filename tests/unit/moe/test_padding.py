@@ -73,20 +73,20 @@ LAYERS = {
 @pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
 def test_layer_against_reference(compiled, fused, name):
     moepp, dispatcher, changes = LAYERS[name]
-    config = MoEPPConfig(num_ffn_experts=4, balance_coeff=0.5, fused=fused, **moepp)
+    config = MoEPPConfig(4, balance_coeff=0.5, fused=fused, **moepp)
     layer = build_layer(config, dispatcher=dispatcher, **changes)
     check_layer(layer)
 
 
 def test_recomputed_layer():
-    config = MoEPPConfig(num_ffn_experts=4, balance_coeff=0.5, capacity_factor=0.8)
+    config = MoEPPConfig(4, balance_coeff=0.5, capacity_factor=0.8)
     recompute = SELECTIVE
     check_layer(build_layer(config, **recompute))
 
 
 @pytest.mark.parametrize("is_padded", [False, True])
 def test_shared_experts_join_unscaled_and_return_nothing_for_padding(is_padded):
-    config = MoEPPConfig(num_ffn_experts=4, expert_input_scale=2.0)
+    config = MoEPPConfig(4, expert_input_scale=2.0)
     layer = build_layer(config, moe_shared_expert_intermediate_size=8)
     hidden, previous = inputs(config, LENGTH, BATCH)
     padding = mask() & is_padded
@@ -101,7 +101,7 @@ def test_shared_experts_join_unscaled_and_return_nothing_for_padding(is_padded):
 
 @pytest.mark.parametrize("all_padding", [False, True])
 def test_masks_of_all_and_of_nothing(all_padding):
-    config = MoEPPConfig(num_ffn_experts=4, balance_coeff=0.5, capacity_factor=1.0)
+    config = MoEPPConfig(4, balance_coeff=0.5, capacity_factor=1.0)
     layer = build_layer(config, moe_z_loss_coeff=0.1)
     hidden, previous = inputs(config, LENGTH, BATCH)
     output, _ = layer(hidden, previous, padding_mask=torch.full((BATCH, LENGTH), all_padding))
@@ -122,7 +122,7 @@ def test_masks_of_all_and_of_nothing(all_padding):
 
 
 def test_router_health_measures_tokens_alone():
-    config = MoEPPConfig(num_ffn_experts=4, balance_coeff=0.5)
+    config = MoEPPConfig(4, balance_coeff=0.5)
     layer = build_layer(config)
     hidden, previous = inputs(config, LENGTH, 1)
     padding = mask()[1:2]
@@ -147,7 +147,7 @@ def test_router_health_measures_tokens_alone():
 
 
 def test_counts_by_group():
-    layer = build_layer(MoEPPConfig(num_ffn_experts=4))
+    layer = build_layer(MoEPPConfig(4))
     layer.statistics.num_groups = 1
     padding = mask()
     hidden, previous = inputs(layer.moepp, LENGTH, BATCH)
@@ -172,14 +172,14 @@ def test_vanilla_layer_counts_no_padding(with_bias):
 
 
 def test_mask_of_another_shape_is_refused():
-    layer = build_layer(MoEPPConfig(num_ffn_experts=4))
+    layer = build_layer(MoEPPConfig(4))
     hidden, previous = inputs(layer.moepp, LENGTH, BATCH)
     with pytest.raises(ValueError, match=r"padding_mask \(4, 8\) must have a value for each"):
         layer(hidden, previous, padding_mask=torch.zeros(8, 4, dtype=torch.bool))
 
 
 def test_captured_router_refuses_a_mask():
-    layer = build_transformer_layer(MoEPPConfig(num_ffn_experts=4))
+    layer = build_transformer_layer(MoEPPConfig(4))
     layer.captured = SimpleNamespace(has_router=True)
     with pytest.raises(ValueError, match="padding_mask must be None where .* moe_router"):
         layer._forward_moe(torch.randn(LENGTH, BATCH, HIDDEN), None, mask(), None)

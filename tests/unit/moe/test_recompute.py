@@ -47,7 +47,7 @@ def micro_batches(count):
 
 def make_model(setting="plain", recompute=None):
     moepp_changes, megatron_changes = SETTINGS[setting]
-    moepp = MoEPPConfig(num_ffn_experts=4, balance_coeff=0.1, **moepp_changes)
+    moepp = MoEPPConfig(4, balance_coeff=0.1, **moepp_changes)
     changes = megatron_changes | (RECOMPUTES[recompute] if recompute else {})
     model = build_model(moepp, num_layers=4, **changes)
     torch.manual_seed(5)

@@ -135,7 +135,7 @@ def dense(layer, x, gates):
 @pytest.mark.parametrize("capacity_factor", [None, 0.5])
 def test_equals_the_dense_evaluation(normalization, score_function, capacity_factor):
     config = MoEPPConfig(
-        num_ffn_experts=3,
+        3,
         num_zero_experts=2,
         router_topk=3,
         gate_normalization=normalization,

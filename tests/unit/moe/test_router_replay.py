@@ -51,7 +51,7 @@ def batches():
 
 
 def model_of(setting="plain", recompute="kept", seed=5):
-    moepp = MoEPPConfig(num_ffn_experts=4, balance_coeff=0.1, **SETTINGS[setting])
+    moepp = MoEPPConfig(4, balance_coeff=0.1, **SETTINGS[setting])
     RouterReplay.clear_global_router_replay_instances()
     model = build_model(moepp, moe_enable_routing_replay=True, **RECOMPUTES[recompute])
     torch.manual_seed(seed)
@@ -127,7 +127,7 @@ def test_gates_are_those_of_the_live_logits(recompute):
 
 def test_the_map_is_the_given_one_and_padding_stays_out():
     """Replayed experts count in statistics; those of padding are not selected."""
-    moepp = MoEPPConfig(num_ffn_experts=4)
+    moepp = MoEPPConfig(4)
     layer = build_layer(moepp, moe_enable_routing_replay=True)
     assert layer.router.router_replay.layer_number == 2
     tokens, previous = torch.randn(3, 1, 16), torch.randn(3, 1, moepp.num_experts)
@@ -152,7 +152,7 @@ def test_an_object_of_a_loop_may_take_its_place():
             _, live = compute(scores, topk, num_groups=num_groups, group_topk=group_topk)
             return scores.gather(1, live), torch.full_like(live, 7) - torch.arange(topk)
 
-    layer = build_layer(MoEPPConfig(num_ffn_experts=4))
+    layer = build_layer(MoEPPConfig(4))
     layer.router.router_replay = Own()
     layer(torch.randn(3, 1, 16), torch.randn(3, 1, 8))
     assert layer.statistics.selected.tolist() == [0] * 6 + [3, 3]
@@ -162,11 +162,11 @@ def test_an_object_of_a_loop_may_take_its_place():
 def test_a_captured_router_is_refused():
     changes = {"cuda_graph_impl": "local", "cuda_graph_modules": ["moe_router"]}
     with pytest.raises(ValueError, match="moe_enable_routing_replay"):
-        build_layer(MoEPPConfig(num_ffn_experts=4), moe_enable_routing_replay=True, **changes)
+        build_layer(MoEPPConfig(4), moe_enable_routing_replay=True, **changes)
 
 
 # Two tokens, two MoE layers behind a dense one, K = 2; experts 4 and 5 are no FFN.
-LAYER = MoEPPConfig(num_ffn_experts=4, num_constant_experts=0)
+LAYER = MoEPPConfig(4, num_constant_experts=0)
 PATTERN = [False, True, True]
 GOOD = np.array([[[0, 5], [1, 4]], [[2, 3], [3, 0]]], dtype=np.int32)
 
@@ -185,7 +185,7 @@ def test_own_routes_may_be_of_ffn_experts_only():
 
 
 def test_a_dropped_number_is_that_of_the_one_expert():
-    one = MoEPPConfig(num_ffn_experts=4, num_constant_experts=0, num_copy_experts=0)
+    one = MoEPPConfig(4, num_constant_experts=0, num_copy_experts=0)
     dropped, expected = np.where(GOOD >= 4, -1, GOOD), np.where(GOOD >= 4, 4, GOOD)
     np.testing.assert_array_equal(checked_routes(dropped, 2, PATTERN, one), expected)
     wide = replace(one, num_ffn_experts=128)

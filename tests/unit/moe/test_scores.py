@@ -19,6 +19,7 @@ from moepp_megatron.moe.reference import select_experts
 from moepp_megatron.moe.router_health import RouterHealth
 from moepp_megatron.moe.scores import SCORES, Score, ffn_scores, score_of
 from moepp_megatron.moe.selection import select
+from tests.refusals import config_error
 from tests.unit.moe.builders import DEFINED_SCORES, assert_close, build_layer
 from tests.unit.moe.test_kernels import compiled  # noqa: F401
 
@@ -147,7 +148,7 @@ def test_a_score_that_is_not_listed_is_refused(compiled):  # noqa: F811
     [refuse_uncomputed, RELEASED.fields, ZEDA.fields, VANILLA.fields],
 )
 def test_no_export_has_a_score_that_it_does_not_list(export):
-    with pytest.raises(ConfigError, match=r"moe.score_function \('fake'\) must be 'softmax"):
+    with config_error(r"moe.score_function \('fake'\) must be 'softmax"):
         export(configured(score_function="fake"))
 
 
@@ -163,7 +164,7 @@ def test_no_export_has_a_score_that_it_does_not_list(export):
 )
 def test_an_export_refuses_values_that_its_file_does_not_list(changes, message):
     refuse_uncomputed(configured())
-    with pytest.raises(ConfigError, match=message):
+    with config_error(message):
         refuse_uncomputed(configured(**changes))
 
 

@@ -27,7 +27,7 @@ from tests.unit.moe.builders import (
     token_losses,
 )
 
-MOEPP = MoEPPConfig(num_ffn_experts=4)
+MOEPP = MoEPPConfig(4)
 
 
 @pytest.mark.parametrize(

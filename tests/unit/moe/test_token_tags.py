@@ -11,7 +11,7 @@ from tests.unit.moe.builders import SEQUENCE, VOCAB, build_model, randomize, tok
 
 
 def tagged_model(recompute):
-    moepp = MoEPPConfig(num_ffn_experts=4, num_zero_experts=3, balance_coeff=0.1)
+    moepp = MoEPPConfig(4, num_zero_experts=3, balance_coeff=0.1)
     model = build_model(moepp, **recompute)
     torch.manual_seed(5)
     randomize(model, std=0.1)

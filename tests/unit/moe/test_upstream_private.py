@@ -73,7 +73,7 @@ def defined_upstream():
     )
     found = set()
     for path in Path(megatron.core.__path__[0]).rglob("*.py"):
-        for groups in pattern.findall(path.read_text(encoding="utf-8")):
+        for groups in pattern.findall(path.read_text()):
             found |= {name for name in groups if name}
     return found
 
@@ -141,7 +141,7 @@ def test_the_pinned_version_has_them_all():
 
 
 def test_names_that_moved_are_told_before_a_layer_is_built(monkeypatch):
-    moepp = MoEPPConfig(num_ffn_experts=4)
+    moepp = MoEPPConfig(4)
     for name in ("_forward_post_mlp", RENAMED["_forward_post_mlp"]):
         monkeypatch.delattr(TransformerLayer, name, raising=False)
     monkeypatch.setattr(
@@ -176,7 +176,7 @@ def test_what_only_the_trainer_needs_stops_only_the_trainer(monkeypatch):
 
     monkeypatch.delattr(filesystem_async, "_results_queue")
     check_upstream.cache_clear()
-    moepp = MoEPPConfig(num_ffn_experts=4)
+    moepp = MoEPPConfig(4)
     get_moepp_layer_spec(megatron_config(moepp), moepp, use_transformer_engine=False)
     with pytest.raises(UnfitError, match="filesystem_async._results_queue is gone") as error:
         build_chunks(parse_config(settings()))

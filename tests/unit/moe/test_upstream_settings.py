@@ -27,7 +27,7 @@ from moepp_megatron.moe.upstream_settings import (
 from moepp_megatron.moe.upstream_versions import GONE_FIELDS, NEW_FIELDS, version
 from tests.unit.moe.builders import HIDDEN, megatron_config, of_kinds, randomize
 
-MOEPP = MoEPPConfig(num_ffn_experts=4)
+MOEPP = MoEPPConfig(4)
 FIELDS = {field.name: field for field in dataclasses.fields(MLATransformerConfig)}
 # A value of each refused setting that asks for something.
 WANTED = {

@@ -9,11 +9,11 @@ from contextlib import contextmanager
 import psutil
 import pytest
 
-from moepp_megatron.config import ConfigError
 from moepp_megatron.observe.alert_sinks import _AlertFile
 from moepp_megatron.observe.alerts import Alert, read_alerts
 from moepp_megatron.observe.jsonl import JsonlSink
 from moepp_megatron.observe.status import RunStatus, StatusSink, _ProcessId
+from tests.refusals import config_error
 
 
 def steps_in(path):
@@ -118,7 +118,7 @@ def test_a_run_that_took_the_name_keeps_it_for_itself(make_record, run):
     run.mkdir()
     with other_run(run):
         message = rf"run.dir \({run}\) must stay this run's while it trains, and process"
-        with pytest.raises(ConfigError, match=message):
+        with config_error(message):
             sink.write(make_record(2))
     assert not (run / "metrics.jsonl").exists()
 

@@ -5,7 +5,7 @@ import threading
 
 import pytest
 
-from moepp_megatron.config import ConfigError, UnfitError
+from moepp_megatron.config import UnfitError
 from moepp_megatron.runtime import atomic
 from moepp_megatron.runtime.atomic import (
     create_atomic,
@@ -16,6 +16,7 @@ from moepp_megatron.runtime.atomic import (
     write_atomic,
 )
 from tests.full_disk import torch_error
+from tests.refusals import config_error
 
 
 def write(out, text):
@@ -62,7 +63,7 @@ def test_failure_leaves_the_old_folder(tmp_path):
 
 def test_a_folder_is_one_writers_where_the_file_system_has_locks(tmp_path, monkeypatch):
     out = tmp_path / "out"
-    with partial_folder(out), pytest.raises(ConfigError, match="written by another process"):
+    with partial_folder(out), config_error("written by another process"):
         write(out, "new")
     no_locks = OSError(errno.ENOSYS, "Function not implemented")
 
@@ -139,7 +140,7 @@ def test_a_file_follows_the_umask_and_keeps_its_suffix_while_it_is_written(tmp_p
 def test_a_folder_that_cannot_be_made_is_called_as_the_user_does(tmp_path):
     (tmp_path / "file").touch()
     out = tmp_path / "file/out"
-    refused = pytest.raises(ConfigError, match=r"^DST \(.*out\) cannot be written")
+    refused = config_error(r"^DST \(.*out\) cannot be written")
     with refused, partial_folder(out, "DST"):
         pass
 

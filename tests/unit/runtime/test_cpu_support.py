@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tests.commands import program
+from tests.commands import program, succeeded
 
 _SCRIPT = """
 from moepp_megatron.runtime import cpu_support
@@ -22,8 +22,7 @@ assert torch.arange(2, device="cuda").device.type == "cpu"
 def test_a_context_of_a_device_still_acts_on_factories(tmp_path):
     """Transformers builds models so; with other devices, their rotary frequencies stay garbage."""
     (tmp_path / "program.py").write_text(_SCRIPT)
-    done = program(tmp_path / "program.py")
-    assert done.returncode == 0, done.stderr
+    succeeded(program(tmp_path / "program.py"))
 
 
 def _two_groups():

@@ -5,11 +5,10 @@ import re
 import shlex
 import sys
 import tomllib
-from pathlib import Path
 
 from moepp_megatron.runtime.optional import OF_ALL, TRANSFORMER_ENGINE, how_to_install
+from tests import ROOT
 
-ROOT = Path(__file__).parents[3]
 PACKAGE = ROOT / "moepp_megatron"
 
 

@@ -2,19 +2,18 @@
 
 import functools
 import json
-import subprocess
 import sys
 from dataclasses import replace
 from importlib.machinery import ModuleSpec
-from pathlib import Path
 from types import ModuleType
 
 import pytest
 
 from moepp_megatron.config import load_config
 from moepp_megatron.runtime import backends, optional
+from tests import ROOT
+from tests.commands import captured, succeeded
 
-ROOT = Path(__file__).parents[3]
 APEX = {
     "apex": {},
     "apex.normalization": {},
@@ -200,10 +199,7 @@ def test_a_process_with_an_apex_on_its_path(tmp_path):
         "from moepp_megatron.runtime.backends import kernel_choices\n"
         "print(json.dumps([choice.line() for choice in kernel_choices()]))\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, timeout=120
-    )
-    assert done.returncode == 0, done.stderr
+    done = succeeded(captured([sys.executable, "-c", script], timeout=120))
     found = json.loads(done.stdout.splitlines()[-1])
     assert "Adam: apex (FusedAdam)" in found
     assert "gradient norm and scaling: apex (multi_tensor_l2norm)" in found

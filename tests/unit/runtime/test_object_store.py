@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from moepp_megatron.config import ConfigError
 from moepp_megatron.runtime.object_store import ObjectPath, StoreError, check_store, place
 from tests.object_store import Store
+from tests.refusals import config_error
 
 
 @pytest.fixture
@@ -92,13 +92,13 @@ def test_what_cannot_be_used(store, monkeypatch):
     check_store(folder, "checkpoint.load", writes=False)
     assert store.names() == []
     for writes in (True, False):
-        with pytest.raises(ConfigError, match="the bucket s3://no-.* does not exist; create"):
+        with config_error("the bucket s3://no-.* does not exist; create"):
             check_store(place(f"s3://{store.missing}/a"), "checkpoint.dir", writes=writes)
         store.deny("PUT", "GET", "HEAD")
-        with pytest.raises(ConfigError, match=r"do not allow it \(AccessDenied at s3://"):
+        with config_error(r"do not allow it \(AccessDenied at s3://"):
             check_store(folder, "checkpoint.dir", writes=writes)
         store.deny()
-    with pytest.raises(ConfigError, match="profile nowhere of multi-storage-client cannot"):
+    with config_error("profile nowhere of multi-storage-client cannot"):
         check_store(place("msc://nowhere/a"), "checkpoint.dir", writes=True)
     store.stop()
     with pytest.raises(StoreError, match="Could not connect to the endpoint") as caught:

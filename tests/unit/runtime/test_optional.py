@@ -15,8 +15,8 @@ from moepp_megatron.runtime import fit, optional, rank_environment
 from moepp_megatron.runtime.backends import optional_backends, package_lines
 from moepp_megatron.tools.doctor import packages
 from moepp_megatron.tools.doctor.finding import Severity
+from tests import ROOT
 
-ROOT = Path(__file__).parents[3]
 MODEL = ROOT / "configs/models/moepp_0.6b_8_4.yaml"
 
 FLEX = ("moe.dispatcher=flex", "parallel.expert_model_parallel_size=2")

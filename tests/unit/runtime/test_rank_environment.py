@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
-from moepp_megatron.config import ConfigError, UnfitError, parse_config, with_overrides
+from moepp_megatron.config import UnfitError, parse_config, with_overrides
 from moepp_megatron.runtime import distributed, launch, nodes
 from moepp_megatron.runtime.launch import LaunchOptions, _torchrun, run_ranks
 from moepp_megatron.runtime.nodes import Nodes, interface_of_rank, parse_endpoint
@@ -23,6 +23,7 @@ from moepp_megatron.runtime.rank_environment import (
     with_rank_variables,
 )
 from tests.parallel.training_runs import TP2, settings
+from tests.refusals import config_error
 
 
 def test_nothing_that_the_user_has_set_is_changed():
@@ -60,9 +61,7 @@ def test_logs_are_where_nobody_else_can_write(monkeypatch, tmp_path, taken):
         monkeypatch.setattr(os, "getuid", lambda: 12345)
     options = LaunchOptions(1, log_dir=folder / "job")
     if taken.startswith("by"):
-        with pytest.raises(
-            ConfigError, match=r"must be where nobody else can write.*MOEPP_LOG_DIR"
-        ):
+        with config_error(r"must be where nobody else can write.*MOEPP_LOG_DIR"):
             run_ranks(options, "this", [])
         assert not (folder / "job").exists()
     else:
@@ -87,7 +86,7 @@ def test_variables_at_which_ranks_would_fail(monkeypatch, name, given, says):
         lambda: run_ranks(LaunchOptions(2), "this", []),
         lambda: set_rank_variables(layout()),
     ):
-        with pytest.raises(ConfigError, match=re.escape(says)):
+        with config_error(re.escape(says)):
             start()
 
 
@@ -305,7 +304,7 @@ def test_place_of_a_rank(monkeypatch, environment, numbers, meets_at):
 
 @pytest.mark.parametrize("more", [{}, {"LOCAL_RANK": "1"}])
 def test_ranks_without_a_place_on_their_machine_are_refused(monkeypatch, more):
-    with pytest.raises(ConfigError, match=r"WORLD_SIZE \(16\) must come with LOCAL_RANK"):
+    with config_error(r"WORLD_SIZE \(16\) must come with LOCAL_RANK"):
         place(monkeypatch, RANK="9", WORLD_SIZE="16", **more)
     assert place(monkeypatch, RANK="0", WORLD_SIZE="1", **more).local_world_size == 1
 
@@ -409,7 +408,7 @@ def test_torchrun_is_told_who_hosts_the_meeting():
     ],
 )
 def test_variables_that_are_no_numbers(monkeypatch, variables, says):
-    with pytest.raises(ConfigError, match=says):
+    with config_error(says):
         place(monkeypatch, **SRUN, **variables)
 
 
@@ -417,7 +416,7 @@ def test_nproc_of_ranks_that_srun_has_started(monkeypatch):
     rank = place(monkeypatch, **SRUN)
     for nproc in (1, rank.local_world_size):
         rank.check_nproc(nproc)
-    with pytest.raises(ConfigError, match=r"--nproc \(3\) must not be given to ranks"):
+    with config_error(r"--nproc \(3\) must not be given to ranks"):
         rank.check_nproc(3)
     RankEnvironment().check_nproc(3)
 

@@ -1,7 +1,6 @@
 """Text from elsewhere cannot command a terminal."""
 
 import io
-from pathlib import Path
 
 import pytest
 from rich.table import Table
@@ -9,9 +8,10 @@ from rich.text import Text
 
 from moepp_megatron.runtime.printable import printable
 from moepp_megatron.runtime.terminal import Console
+from tests import ROOT
 from tests.commands import moepp
 
-PACKAGE = Path(__file__).parents[3] / "moepp_megatron"
+PACKAGE = ROOT / "moepp_megatron"
 HOSTILE = "a\x1b]0;title\x07\x1b[2J\x9b31m\u202e\u2028\x7f\rb"
 SHOWN = r"a\x1b]0;title\x07\x1b[2J\x9b31m\u202e\u2028\x7f\x0db"
 

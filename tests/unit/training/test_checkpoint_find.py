@@ -17,6 +17,7 @@ from moepp_megatron.training.checkpoint.find import (
     newest_again,
 )
 from moepp_megatron.training.checkpoint.retention import Pruner
+from tests.refusals import config_error
 from tests.unit.training.conftest import config_of
 
 
@@ -124,7 +125,7 @@ def test_what_a_live_run_removes_is_looked_for_again(write, tmp_path, caplog):
 
     # What was named, or is still there, is not looked for again.
     for name in (second, tmp_path):
-        with pytest.raises(ConfigError, match="not there"):
+        with config_error("not there"):
             use(name, fails=True)
     assert use(tmp_path) == third
     assert used == [second, second, second, third]
@@ -149,11 +150,11 @@ def test_find_follows_a_configured_folder(write, tmp_path):
 
 
 def test_nothing_to_find_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match="must be a checkpoint folder or a run"):
+    with config_error("must be a checkpoint folder or a run"):
         find_checkpoint(tmp_path)
     # An exported model.
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(ConfigError, match="hf-to-mcore, any other with moepp convert upcycle"):
+    with config_error("hf-to-mcore, any other with moepp convert upcycle"):
         find_checkpoint(tmp_path)
 
 
@@ -175,7 +176,7 @@ def test_a_newer_format_is_refused_and_nothing_is_touched(write, tmp_path, caplo
         lambda: check_start(auto, tmp_path),
         lambda: check_start(named, tmp_path),
     ):
-        with pytest.raises(ConfigError, match=message) as caught:
+        with config_error(message) as caught:
             look()
         assert caught.value.exit_code == 2
     assert caplog.messages == []
@@ -249,9 +250,9 @@ def test_keep_counts_valid_ones_and_never_deletes_what_is_damaged(write, tmp_pat
 )
 def test_other_shapes_are_refused_by_name(write, tmp_path, sections, message):
     checkpoint = write(tmp_path / "checkpoints", 5)
-    with pytest.raises(ConfigError, match=message):
+    with config_error(message):
         check_compatible(checkpoint, config_of(**sections))
-    with pytest.raises(ConfigError, match=message):
+    with config_error(message):
         check_start(config_of(**sections, checkpoint={"load": str(tmp_path)}), tmp_path / "own")
 
 
@@ -273,7 +274,7 @@ def test_what_is_drawn_is_counted_in_batches_of_one_size(write, tmp_path, batch,
     config = config_of(data=data, training={"global_batch_size": batch})
     if is_refused:
         message = rf"training.global_batch_size \({batch}\) must be that of .* \(8\)"
-        with pytest.raises(ConfigError, match=message):
+        with config_error(message):
             check_compatible(checkpoint, config)
     else:
         check_compatible(checkpoint, config)
@@ -341,6 +342,6 @@ def test_a_width_that_no_layer_has_does_not_count(write, tmp_path):
 )
 def test_what_means_something_else_is_one_line(write, tmp_path, saved, asked, line):
     checkpoint = write(tmp_path, 5, moe=saved)
-    with pytest.raises(ConfigError, match=line) as caught:
+    with config_error(line) as caught:
         check_compatible(checkpoint, config_of(moe=asked))
     assert len(str(caught.value).splitlines()) == 1

@@ -15,6 +15,7 @@ from moepp_megatron.runtime.atomic import create_atomic
 from moepp_megatron.training.checkpoint.find import find_checkpoint, list_checkpoints
 from moepp_megatron.training.checkpoint.retention import Pruner
 from moepp_megatron.training.run_folder import RunFolder, Start, ownership
+from tests.refusals import config_error
 from tests.unit.training.conftest import config_of
 
 RESUME, OVERWRITE = Start(resume=True), Start(overwrite=True)
@@ -55,7 +56,7 @@ def test_a_run_that_has_not_saved_yet_owns_its_folder(of, place, tmp_path, start
     with RunFolder(of("a")).claim(Start()):
         StatusSink(tmp_path / "runs/a")
         assert mark_of(place) == f"{tmp_path / 'runs' / 'a'}\n"
-        with pytest.raises(ConfigError, match=REFUSED.format("runs/a")) as refused:
+        with config_error(REFUSED.format("runs/a")) as refused:
             enter(of("b"), start)
     assert "\n" not in str(refused.value)
     assert [path.name for path in (tmp_path / "runs").iterdir()] == ["a"]
@@ -103,7 +104,7 @@ def test_without_locks_too(of, place, tmp_path, monkeypatch):
 
     monkeypatch.setattr(fcntl, "flock", no_locks)
     monkeypatch.setattr(ownership.OwnerMark, "refuse_other", look_early)
-    with pytest.raises(ConfigError, match=REFUSED.format("runs/a")):
+    with config_error(REFUSED.format("runs/a")):
         enter(of("b"))
     assert mark_of(place) == f"{tmp_path / 'runs' / 'a'}\n"
     assert [path.name for path in (tmp_path / "runs").iterdir()] == ["a"]
@@ -131,7 +132,7 @@ def test_a_run_that_is_moved_aside_takes_its_checkpoints_along(of, place, tmp_pa
     (aside,) = (tmp_path / "runs").glob("a.2*")
     (saved,) = place.parent.glob("shared.2*")
     enter(of(aside.name, saved), RESUME)
-    with pytest.raises(ConfigError, match=REFUSED.format(aside.name)):
+    with config_error(REFUSED.format(aside.name)):
         enter(of("a", saved), RESUME)
     # One without checkpoints leaves no folder for them.
     enter(of("a"), OVERWRITE)
@@ -177,7 +178,7 @@ def test_a_full_disk_of_checkpoints_is_no_claim(of, place, tmp_path, write, monk
     with RunFolder(of("a")).claim(Start()):
         assert (place / "owner").exists()
     always.append(True)
-    with pytest.raises(ConfigError, match=r"No space left on device at .*owner\); make room there"):
+    with config_error(r"No space left on device at .*owner\); make room there"):
         enter(of("a"))
     assert not (tmp_path / "runs").exists()
     assert list(place.iterdir()) == []
@@ -190,7 +191,7 @@ def test_links_are_followed(of, place, tmp_path):
         (tmp_path / "runs" / name).mkdir(parents=True)
         (tmp_path / "runs" / name / "checkpoints").symlink_to(place)
     enter(of("a", None))
-    with pytest.raises(ConfigError, match=REFUSED.format("runs/a")):
+    with config_error(REFUSED.format("runs/a")):
         enter(of("b", None))
     enter(of("a"), Start(restarted=True))
 

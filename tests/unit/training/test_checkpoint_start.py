@@ -9,6 +9,7 @@ from moepp_megatron.config import ConfigError
 from moepp_megatron.data.tokenizer import train_tokenizer
 from moepp_megatron.training.checkpoint.find import check_start
 from moepp_megatron.training.checkpoint.write import _tokenizer_files
+from tests.refusals import config_error
 from tests.unit.training.conftest import config_of
 
 AUTO = config_of(checkpoint={"load": "auto"})
@@ -34,7 +35,7 @@ def test_a_damaged_configuration_falls_back(write, tmp_path, harm):
     harm(newest / "config.yaml")
     check_start(AUTO, tmp_path)
     # The one before is judged, not passed over.
-    with pytest.raises(ConfigError, match=r"hidden_size .*step_00000005 \(32\)"):
+    with config_error(r"hidden_size .*step_00000005 \(32\)"):
         check_start(WIDER, tmp_path)
     run = config_of(checkpoint={"load": str(tmp_path)})
     check_start(run, tmp_path / "own")
@@ -66,7 +67,7 @@ def test_no_checkpoint_at_all_is_a_start_from_scratch(tmp_path):
 def test_a_sound_checkpoint_of_another_shape_is_refused_not_skipped(write, tmp_path):
     write(tmp_path, 5, model={"hidden_size": 64})
     write(tmp_path, 10)
-    with pytest.raises(ConfigError, match="hidden_size"):
+    with config_error("hidden_size"):
         check_start(WIDER, tmp_path)
 
 
@@ -79,7 +80,7 @@ def test_tokens_are_compared_too(write, tmp_path):
     shutil.copy(data / "tokenizer.json", checkpoint)
     check_start(config, checkpoint.parent)
     train_tokenizer(["another book " * 9], 262).save(data / "tokenizer.json")
-    with pytest.raises(ConfigError, match="whose ids must mean the tokens that .*step_00000005"):
+    with config_error("whose ids must mean the tokens that .*step_00000005"):
         check_start(config, checkpoint.parent)
 
 

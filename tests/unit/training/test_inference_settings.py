@@ -1,14 +1,13 @@
 """What a run was trained with does not keep it from being scored on one rank."""
 
-from pathlib import Path
-
 import pytest
 
 from moepp_megatron.config import check_config, load_config, with_overrides
 from moepp_megatron.config.schema.megatron import MegatronSection
 from moepp_megatron.training.inference_settings import FORWARD_ONLY
+from tests import ROOT
 
-QUICKSTART = Path(__file__).parents[3] / "configs/quickstart.yaml"
+QUICKSTART = ROOT / "configs/quickstart.yaml"
 EP2 = ["parallel.expert_model_parallel_size=2", "precision.dtype=bf16"]
 
 

@@ -2,9 +2,9 @@
 
 import pytest
 
-from moepp_megatron.config import ConfigError
 from moepp_megatron.training.part import Part, Parts
 from moepp_megatron.training.parts.order import STATES, _part_kinds, states_of
+from tests.refusals import config_error
 
 # What checkpoints held before states had keys.
 SHIFT = {"detectors": {}, "event": None}
@@ -91,7 +91,7 @@ def test_each_part_has_its_own_state():
 
 
 def test_two_parts_of_one_key_are_refused():
-    with pytest.raises(ConfigError, match=r"^key \(kept\) of part Kept must be its own, and is"):
+    with config_error(r"^key \(kept\) of part Kept must be its own, and is"):
         Parts([Kept(), Kept()])
-    with pytest.raises(ConfigError, match="^part Keyless must have a key, since it has a state"):
+    with config_error("^part Keyless must have a key, since it has a state"):
         Parts([Keyless()])

@@ -2,15 +2,14 @@
 
 from typing import get_args
 
-import pytest
-
-from moepp_megatron.config import Config, ConfigError
+from moepp_megatron.config import Config
 from moepp_megatron.config.choices import pick
 from moepp_megatron.config.plugins import plugin_of
 from moepp_megatron.data.datasets import DATASETS
 from moepp_megatron.moe.dispatcher import DEDUPLICATING, DISPATCHERS
 from moepp_megatron.training.optimizers import OPTIMIZERS
 from moepp_megatron.training.schedule import SCHEDULES
+from tests.refusals import config_error
 
 
 def allowed(section, key):
@@ -31,5 +30,5 @@ def test_settings_and_registries_have_the_same_names():
 
 
 def test_an_unknown_name_is_answered_with_the_known_ones():
-    with pytest.raises(ConfigError, match=r"^a.b \(c\) must be one of x, y; use one of these$"):
+    with config_error(r"^a.b \(c\) must be one of x, y; use one of these$"):
         pick({"x": 1, "y": 2}, "a.b", "c")

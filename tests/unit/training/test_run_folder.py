@@ -17,6 +17,7 @@ from moepp_megatron.config import ConfigError
 from moepp_megatron.file_names import RUN_FILES
 from moepp_megatron.observe.status import RunStatus, StatusSink, _ProcessId
 from moepp_megatron.training.run_folder import RunFolder, Start, ownership
+from tests.refusals import config_error
 from tests.unit.training.conftest import config_of
 
 RESUME, OVERWRITE = Start(resume=True), Start(overwrite=True)
@@ -91,7 +92,7 @@ def test_folders_without_a_run_are_free(run):
 
 
 def test_both_ways_at_once_are_refused(run):
-    with pytest.raises(ConfigError, match="must not be given together"):
+    with config_error("must not be given together"):
         enter(config_in(run), Start(resume=True, overwrite=True))
     assert not run.exists()
 
@@ -102,7 +103,7 @@ def test_a_run_that_ended_without_a_checkpoint_cannot_go_on(run):
     # Killed: what it has done is done anew, as a requeued job must.
     enter(config_in(run), RESUME)
     assert RunStatus.read(run).state == "ended"
-    with pytest.raises(ConfigError, match="must have a checkpoint for --resume"):
+    with config_error("must have a checkpoint for --resume"):
         enter(config_in(run), RESUME)
 
 
@@ -138,7 +139,7 @@ def test_a_folder_with_another_use_is_refused(run, write, held, start):
     file = run / "mine.yaml" if held == "mine.yaml" else run.parent / "mine.yaml"
     file.write_text("base: run/base.yaml" if held == "base.yaml" else "moe:")
     start = replace(start, config_file=file)
-    with pytest.raises(ConfigError, match=rf"for only the run, and holds {held}; choose"):
+    with config_error(rf"for only the run, and holds {held}; choose"):
         enter(config_in(run), start)
     make_run(run, write)
     before = files(run)
@@ -228,7 +229,7 @@ def test_weights_that_would_be_moved_are_refused_as_a_start(run, write, setting)
     before = files(run)
     section, key = setting.split(".")
     for name in (str(run), "run", str(run / "checkpoints/step_00000005")):
-        with pytest.raises(ConfigError, match=rf"{section}\.{key} .* choose another run\.dir"):
+        with config_error(rf"{section}\.{key} .* choose another run\.dir"):
             enter(config_in(run, **{section: {key: name}}), OVERWRITE)
     assert files(run) == before
 
@@ -240,7 +241,7 @@ def test_checkpoints_elsewhere_are_traces_and_are_moved_beside(run, write):
     (place / "latest").write_text("step_00000005\n")
     (place / "mine.txt").write_text("kept")
     config = config_in(run, checkpoint={"dir": str(place)})
-    with pytest.raises(ConfigError, match="has the checkpoints in .*big disk"):
+    with config_error("has the checkpoints in .*big disk"):
         enter(config)
     enter(config, OVERWRITE)
     assert sorted(path.name for path in place.iterdir()) == ["mine.txt", "owner"]
@@ -254,7 +255,7 @@ def test_checkpoints_of_another_run_are_never_shared(run, write, start):
     make_run(other)
     (write(place, 5) / "config.yaml").write_text(config_in(other).to_yaml())
     config = config_in(run, checkpoint={"dir": str(place)})
-    with pytest.raises(ConfigError, match="must not hold"):
+    with config_error("must not hold"):
         enter(config, start)
     # A run that was renamed takes its checkpoints along.
     other.rename(run)
@@ -264,7 +265,7 @@ def test_checkpoints_of_another_run_are_never_shared(run, write, start):
 def test_nor_is_the_place_of_a_run_that_has_not_saved_yet(run):
     other = run.with_name("other")
     alive(other)
-    with pytest.raises(ConfigError, match=r"of another run, and has those of .*other; choose"):
+    with config_error(r"of another run, and has those of .*other; choose"):
         enter(config_in(run, checkpoint={"dir": str(other / "checkpoints")}))
 
 
@@ -313,13 +314,13 @@ def test_a_dead_process_holds_nothing(run, how):
 @pytest.mark.parametrize("started", [-1e300, 1e18, 1e300])
 def test_a_date_beyond_any_calendar_is_told_in_seconds(run, started):
     alive(run, pid=dead_pid(), started=started, launcher=_ProcessId.own())
-    with pytest.raises(ConfigError, match=f"since {re.escape(f'{started:g}')} s after 1970; stop"):
+    with config_error(f"since {re.escape(f'{started:g}')} s after 1970; stop"):
         enter(config_in(run), RESUME)
 
 
 def test_a_launcher_that_starts_ranks_anew_holds_the_folder(run):
     alive(run, pid=dead_pid(), launcher=_ProcessId.own())
-    with pytest.raises(ConfigError, match=f"process {os.getpid()} on "):
+    with config_error(f"process {os.getpid()} on "):
         enter(config_in(run), RESUME)
 
 
@@ -334,7 +335,7 @@ def test_another_host_is_judged_by_its_beat(run, beats, monkeypatch):
     if beats:
         touching.start()
         try:
-            with pytest.raises(ConfigError, match="on far-away trains in it"):
+            with config_error("on far-away trains in it"):
                 enter(config_in(run), RESUME)
         finally:
             # Where the test fails too: Python waits for its threads.
@@ -349,7 +350,7 @@ def test_whoever_is_in_beats_and_lets_nobody_else_in(run, monkeypatch):
     monkeypatch.setattr(ownership, "BEAT_S", 0.05)
     with RunFolder(config_in(run)).claim(Start()):
         os.utime(run / "status.json", ns=(0, 0))
-        with pytest.raises(ConfigError, match="must not"):
+        with config_error("must not"):
             enter(config_in(run), RESUME)
         while (run / "status.json").stat().st_mtime_ns == 0:
             pass
@@ -382,7 +383,7 @@ def test_ranks_beside_the_leader_know_its_claim(run):
     with RunFolder(config).claim(start):
         make_run(run)
         look_beside_leader(config, start)
-        with pytest.raises(ConfigError, match="must not hold a run"):
+        with config_error("must not hold a run"):
             look_beside_leader(config, Start(name="job 8"))
 
 
@@ -396,7 +397,7 @@ def test_ranks_that_look_while_the_leader_claims_are_let_in(run, monkeypatch):
 
     monkeypatch.setattr(RunFolder, "traces", look_late)
     look_beside_leader(config_in(run), Start(name="job 7"))
-    with pytest.raises(ConfigError, match=r"has status\.json"):
+    with config_error(r"has status\.json"):
         look_beside_leader(config_in(run), Start(name="job 8"))
 
 
@@ -472,7 +473,7 @@ def test_folders_that_cannot_be_used(tmp_path):
         assert cause in line
         assert "another run.dir" in line
     config = config_in(tmp_path / "run", checkpoint={"dir": str(tmp_path / "file/c")})
-    with pytest.raises(ConfigError, match=r"checkpoint\.dir .* must leave .*file to be a folder"):
+    with config_error(r"checkpoint\.dir .* must leave .*file to be a folder"):
         enter(config)
 
 
@@ -484,7 +485,7 @@ def test_read_only_folder(run):
         pytest.skip("mounts are not allowed here")
     try:
         subprocess.run(["mount", "-o", "remount,ro,bind", str(run)], check=True)
-        with pytest.raises(ConfigError, match="can be written .Read-only file system"):
+        with config_error("can be written .Read-only file system"):
             enter(config_in(run))
     finally:
         subprocess.run(["umount", str(run)], check=True)
@@ -495,6 +496,6 @@ def test_a_full_disk_asks_for_room(run, monkeypatch):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(RunStatus, "write", full)
-    with pytest.raises(ConfigError, match=r"No space left on device\); make room there, or choose"):
+    with config_error(r"No space left on device\); make room there, or choose"):
         enter(config_in(run))
     assert not run.exists()

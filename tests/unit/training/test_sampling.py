@@ -6,9 +6,9 @@ from collections import Counter
 import pytest
 import torch
 
-from moepp_megatron.config import ConfigError
 from moepp_megatron.interop.generate import Sampling
 from moepp_megatron.interop.scoring import _sample
+from tests.refusals import config_error
 
 PROBABILITIES = [0.1, 0.4, 0.2, 0.3]
 LOGITS = torch.tensor(PROBABILITIES).log() + 3.0
@@ -67,5 +67,5 @@ def test_last_bits_do_not_reorder_the_draws():
     ],
 )
 def test_settings_that_cannot_be_sampled_from(settings, named):
-    with pytest.raises(ConfigError, match=named):
+    with config_error(named):
         Sampling(**settings)  # type: ignore[arg-type]

@@ -6,7 +6,7 @@ import re
 import pytest
 
 from benchmarks.gpu_page import write_gpu_page
-from moepp_megatron.config import ConfigError
+from tests.refusals import config_error
 
 LAYER = {
     "shape": "0.6B",
@@ -102,6 +102,6 @@ def test_what_is_no_results_file_is_one_line(tmp_path, content):
     file = tmp_path / "x.json"
     if content is not None:
         file.write_text(content)
-    with pytest.raises(ConfigError, match="must be a results file of benchmarks/gpu.sh"):
+    with config_error("must be a results file of benchmarks/gpu.sh"):
         write_gpu_page(file, tmp_path / "x.html")
     assert not (tmp_path / "x.html").exists()

@@ -9,15 +9,15 @@ import subprocess
 import tarfile
 import time
 import zipfile
-from pathlib import Path
 
 import pytest
 
 from benchmarks import one_architecture
 from moepp_megatron.config.load import load_config
 from moepp_megatron.config.parameters import checkpoint_bytes
+from tests import ROOT
+from tests.commands import captured
 
-ROOT = Path(__file__).parents[4]
 CALLS = range(1, 4)
 # Of 30 minutes, starting the machine takes 90 s, and each call some seconds of transfers.
 SECONDS = 30 * 60 - 90 - 10 * len(CALLS)
@@ -33,7 +33,7 @@ def test_all_calls_fit_into_half_an_hour(tmp_path):
     for call in CALLS:
         script = [str(tmp_path / "benchmarks/lent_gpu.sh"), str(call), "--rehearse"]
         script += ["--work", str(tmp_path)]
-        done = subprocess.run(script, capture_output=True, text=True, check=True)
+        done = captured(script, check=True)
         words = done.stdout.splitlines()
         limits.append(int(words[words.index("--limit") + 1]))
         # The real one takes these arguments: it says so by what it lacks.
@@ -65,7 +65,7 @@ def rehearse(folder, *command):
     while process.poll() is None:
         checkpoints = max(checkpoints, len(list(folder.glob("run_*/checkpoints/step_*"))))
         # Files go while they are counted.
-        used = subprocess.run(["du", "-sb", folder], capture_output=True, text=True, check=False)
+        used = captured(["du", "-sb", folder])
         peak = max(peak, int(used.stdout.split()[0]))
         time.sleep(0.2)
     record = json.loads((folder / "out/cpu.json").read_text())

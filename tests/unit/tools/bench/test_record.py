@@ -7,15 +7,16 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import psutil
 import pytest
 
 from benchmarks import record
-from moepp_megatron.config import ConfigError, UnfitError, load_config
+from moepp_megatron.config import UnfitError, load_config
+from tests import ROOT
+from tests.commands import captured
+from tests.refusals import config_error
 
-ROOT = Path(__file__).parents[4]
 CARD = {
     "device": "NVIDIA H100 80GB HBM3",
     "kind": "cuda",
@@ -123,16 +124,16 @@ def test_records_of_two_machines_make_one(folder):
     seconds = {step["name"]: step["seconds"] for step in found["steps"]}
     assert (seconds["card"], seconds["tests"], seconds["layer_bf16_cutlass"]) == (5, 60, 2)
     second.write_text(second.read_text().replace("H100", "H200"))
-    with pytest.raises(ConfigError, match="must be of one card, not of NVIDIA H100 .* and NVIDIA"):
+    with config_error("must be of one card, not of NVIDIA H100 .* and NVIDIA"):
         record.joined([first, second])
 
 
 def test_no_card_no_record(folder):
     (folder / "card.json").unlink()
-    with pytest.raises(ConfigError, match=r"card.json must be what `benchmarks.card` writ"):
+    with config_error(r"card.json must be what `benchmarks.card` writ"):
         record.assemble(folder, "a command")
     (folder / "card.json").write_text("{")
-    with pytest.raises(ConfigError, match=r"card.json must be JSON \(.*\); remove it"):
+    with config_error(r"card.json must be JSON \(.*\); remove it"):
         record.assemble(folder, "a command")
 
 
@@ -162,7 +163,7 @@ def test_wrong_usage_of_the_script(arguments, status, message):
     if status == 3 and shutil.which("nvidia-smi"):
         pytest.skip("there is a card here")
     command = [str(ROOT / "benchmarks/gpu.sh"), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = captured(command)
     assert done.returncode == status
     assert done.stderr.startswith("error: ")
     assert message in done.stderr
@@ -215,7 +216,7 @@ def test_a_part_that_has_passed_is_not_run_again(tmp_path):
     def ran(commit, again="", status=0, choice=""):
         command = ["bash", "-c", program, "gpu.sh", str(tmp_path), commit, again, str(status)]
         command += [choice]
-        return int(subprocess.run(command, capture_output=True, text=True, check=False).stdout)
+        return int(captured(command).stdout)
 
     assert ran("abc", status=1) == 1
     assert ran("abc") == 1, "it had failed"
@@ -241,7 +242,7 @@ def test_parts_end_at_the_limit(tmp_path):
     program += '\nrun quick echo done; run part sleep 60; run next sleep 60; echo "${left[*]}"'
     command = ["bash", "-c", program, "gpu.sh", str(tmp_path)]
     begin = time.monotonic()
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = captured(command)
     assert time.monotonic() - begin < 9
     assert done.stdout.splitlines()[-2:] == ["left out: --limit is reached", "next"]
     assert (tmp_path / "quick.log").read_text() == "done\n"

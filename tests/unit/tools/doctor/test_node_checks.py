@@ -15,10 +15,10 @@ from moepp_megatron.tools.doctor.finding import Finding, Judge, Severity, error,
 from moepp_megatron.tools.doctor.folders import PROBE_BYTES, _ProbedFolder
 from moepp_megatron.tools.doctor.speed import CollectiveSpeed, DeviceSpeed, _expected_seconds
 from moepp_megatron.tools.doctor.system import _Limits, _NetworkPort
+from tests import ROOT
 
 GIB, MIB = 2**30, 2**20
 THRESHOLDS = Thresholds()
-ROOT = Path(__file__).parents[4]
 OK, NOTE, WARNING, ERROR = Severity.OK, Severity.NOTE, Severity.WARNING, Severity.ERROR
 
 

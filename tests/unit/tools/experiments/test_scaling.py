@@ -17,8 +17,10 @@ from moepp_megatron.tools.experiments.scaling.points import (
     shared_settings,
 )
 from moepp_megatron.tools.experiments.timed_step import BothSteps, TimedStepTrial
+from tests import ROOT
+from tests.refusals import config_error
 
-QUICKSTART = Path(__file__).parents[4] / "configs/quickstart.yaml"
+QUICKSTART = ROOT / "configs/quickstart.yaml"
 
 
 @pytest.fixture
@@ -85,7 +87,7 @@ def test_weak_batch_grows_from_the_smallest_count(config):
     "text", ["ep", "ep=0", "ep=x", "dp=2", "ep=1,ep=2", "", "ep=-1", "ep=2;tp=1"]
 )
 def test_malformed_layouts(text):
-    with pytest.raises(ConfigError, match="--layout"):
+    with config_error("--layout"):
         _parse_layout(text)
 
 
@@ -116,12 +118,12 @@ def test_folder_of_another_test_is_refused(config, tmp_path):
     claimed(config)
     # Where files go and how long a run trains say nothing about speed.
     claimed(load_config(QUICKSTART, ["run.dir=else", "training.train_iters=70"]))
-    with pytest.raises(ConfigError, match=r"--out .* moe\.tau \(0.75, now 0.5\) differs"):
+    with config_error(r"--out .* moe\.tau \(0.75, now 0.5\) differs"):
         claimed(load_config(QUICKSTART, ["moe.tau=0.5"]))
-    with pytest.raises(ConfigError, match=r"measuring\.rounds \(20, now 5\) differs"):
+    with config_error(r"measuring\.rounds \(20, now 5\) differs"):
         claimed(config, 5)
     (tmp_path / "settings.json").write_text("{")
-    with pytest.raises(ConfigError, match="differs"):
+    with config_error("differs"):
         claimed(config)
 
 

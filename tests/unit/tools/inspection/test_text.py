@@ -5,10 +5,10 @@ import pytest
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors
 
-from moepp_megatron.config import ConfigError
 from moepp_megatron.data.tokenizer import EOD_TOKEN, Tokenizer
 from moepp_megatron.interop.score import text_of
 from moepp_megatron.tools.inspection.text import tokenize, windows
+from tests.refusals import config_error
 
 AWKWARD = "plain words,  and more\n\n\tGr\u00f6\u00dfe \u6f22 \U0001f916!\r\n   end "
 
@@ -60,7 +60,7 @@ def test_windows_follow_each_other(tokenizer):
 
 
 def test_one_token_is_too_little(tokenizer):
-    with pytest.raises(ConfigError, match=r"--text \(x, 1 tokens\) must have at least 2 tokens"):
+    with config_error(r"--text \(x, 1 tokens\) must have at least 2 tokens"):
         tokenize(tokenizer, "a", "x", 10)
 
 
@@ -79,7 +79,7 @@ def test_unreadable_text_is_refused(tmp_path, content, named):
     path = tmp_path / "text.txt"
     if content is not None:
         path.write_bytes(content)
-    with pytest.raises(ConfigError, match=named):
+    with config_error(named):
         text_of(path, 640)
 
 
@@ -88,5 +88,5 @@ def test_no_more_is_read_than_the_limit_can_need(tmp_path):
     text, is_cut = text_of(tmp_path / "text.txt", 640)
     assert len(text) == 640
     assert is_cut
-    with pytest.raises(ConfigError, match="Is a directory"):
+    with config_error("Is a directory"):
         text_of(tmp_path, 640)

@@ -1,7 +1,5 @@
 """Latent attention in plans: sizes of a rank, built ranks, the fullest stage."""
 
-from pathlib import Path
-
 import pytest
 
 from moepp_megatron.config import Layout, count_parameters, load_config, parse_config
@@ -10,10 +8,11 @@ from moepp_megatron.tools.planning.grid import Grid
 from moepp_megatron.tools.planning.memory import fullest_rank, memory_of, rank_memory
 from moepp_megatron.tools.planning.pipeline import even_stages
 from moepp_megatron.tools.planning.workload import LatentAttention, Workload, _attention_of
+from tests import ROOT
 from tests.unit.tools.planning.rank_builds import WORLD, SplitCompressions, build
 from tests.unit.tools.planning.test_built_rank import settings
 
-DEEPSEEK = Path(__file__).parents[4] / "configs/models/deepseek_v3_256_64.yaml"
+DEEPSEEK = ROOT / "configs/models/deepseek_v3_256_64.yaml"
 WIDTHS = {
     "q_lora_rank": 24,
     "kv_lora_rank": 28,

@@ -2,11 +2,9 @@
 
 import json
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
-from moepp_megatron.config import ConfigError
 from moepp_megatron.config.hardware import load_hardware
 from moepp_megatron.config.stages import stages_of
 from moepp_megatron.tools.planning.machine import machine_of
@@ -22,8 +20,9 @@ from moepp_megatron.tools.planning.measured.compare import (
 from moepp_megatron.tools.planning.measured.rows import read_runs
 from moepp_megatron.tools.planning.memory import GIB, memory_of
 from moepp_megatron.tools.planning.workload import NumberFormats
+from tests import ROOT
+from tests.refusals import config_error
 
-ROOT = Path(__file__).parents[4]
 DOCS = ROOT / "docs/planning.md"
 
 
@@ -147,9 +146,7 @@ def test_custom_stages_are_those_of_the_row(tmp_path):
     [run] = runs_of(tmp_path, row(DEEPSEEK))
     sizes = [len(run.stages[stage % 8][stage // 8]) for stage in range(32)]
     assert sizes == [1, *[2] * 30, 0]
-    with pytest.raises(
-        ConfigError, match=r"layers_per_stage \(62 layers in 32 stages\) must be 61"
-    ):
+    with config_error(r"layers_per_stage \(62 layers in 32 stages\) must be 61"):
         runs_of(tmp_path, row(DEEPSEEK, layers_per_stage=[1, *[2] * 30, 1]))
 
 
@@ -186,18 +183,18 @@ def test_custom_stages_are_those_of_the_row(tmp_path):
     ],
 )
 def test_a_wrong_row_is_refused_by_name(tmp_path, changes, says):
-    with pytest.raises(ConfigError, match=says):
+    with config_error(says):
         compare(runs_of(tmp_path, row(QWEN, **changes))[0])
 
 
 def test_names_are_unique_and_a_file_is_a_list(tmp_path):
-    with pytest.raises(ConfigError, match="must be unique, 2 rows have it"):
+    with config_error("must be unique, 2 rows have it"):
         runs_of(tmp_path, row(QWEN), row(QWEN))
     path = tmp_path / "rows.yaml"
     path.write_text("name: one\n")
-    with pytest.raises(ConfigError, match="must hold a list of rows"):
+    with config_error("must hold a list of rows"):
         read_runs(path)
-    with pytest.raises(ConfigError, match="cannot be read"):
+    with config_error("cannot be read"):
         read_runs(tmp_path / "none.json")
 
 

@@ -3,7 +3,6 @@
 import itertools
 import re
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
@@ -16,6 +15,8 @@ from moepp_megatron.tools.planning.overlay import config_of
 from moepp_megatron.tools.planning.plan import TIE, _complexity, _make_plan
 from moepp_megatron.tools.planning.search import Space, _LayoutCosts
 from moepp_megatron.tools.planning.workload import Workload
+from tests import ROOT
+from tests.refusals import config_error
 
 WORLD = 16
 
@@ -196,13 +197,13 @@ def test_states_are_kept_in_bf16_only_for_room(h100):
 
 
 def test_what_cannot_be_planned_is_refused(h100):
-    with pytest.raises(ConfigError, match=r"--gpus \(7\) must allow a legal layout"):
+    with config_error(r"--gpus \(7\) must allow a legal layout"):
         _make_plan(configured(), 7, h100)
     ampere = machine_of(load_hardware("a100_sxm"))
     fp8 = configured(precision={"dtype": "bf16", "fp8": "hybrid"})
-    with pytest.raises(ConfigError, match=r"precision.fp8 \(hybrid\) must be a format of a100"):
+    with config_error(r"precision.fp8 \(hybrid\) must be a format of a100"):
         _make_plan(fp8, 8, ampere)
-    with pytest.raises(ConfigError, match=r"hardware \(cpu\) must give memory_gb"):
+    with config_error(r"hardware \(cpu\) must give memory_gb"):
         machine_of(load_hardware("cpu"))
 
 
@@ -260,7 +261,7 @@ def test_a_margin_of_memory_stays_free(h100):
     assert all(one.memory_gib * 2**30 <= full.usable_bytes for one in plan.layouts if one.fits)
 
 
-PLANNED = sorted((Path(__file__).parents[4] / "configs/h100").glob("*.yaml"))
+PLANNED = sorted((ROOT / "configs/h100").glob("*.yaml"))
 
 
 @pytest.mark.parametrize("path", PLANNED, ids=lambda path: path.stem)

@@ -2,8 +2,6 @@
 
 import re
 import shutil
-import subprocess
-from pathlib import Path
 
 import pytest
 import yaml
@@ -12,8 +10,10 @@ from moepp_megatron.config.schema import ResilienceSection
 from moepp_megatron.features.guard.settings import DEFAULT_RULES
 from moepp_megatron.tools.report.live import prometheus
 from moepp_megatron.tools.report.live.run import STATES
+from tests import ROOT
+from tests.commands import captured, succeeded
 
-FILE = Path(__file__).parents[4] / "docs/grafana/alerts.yaml"
+FILE = ROOT / "docs/grafana/alerts.yaml"
 LABELS = {
     metric.name: {"run", *metric.labels.split(",")}
     for metric in (
@@ -145,5 +145,4 @@ def test_each_rule_fires_for_what_is_wrong_only(tmp_path):
     }
     (tmp_path / "tests.yaml").write_text(yaml.safe_dump(tests))
     for command in (["check", "rules", str(FILE)], ["test", "rules", str(tmp_path / "tests.yaml")]):
-        done = subprocess.run(["promtool", *command], capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout + done.stderr
+        succeeded(captured(["promtool", *command]))

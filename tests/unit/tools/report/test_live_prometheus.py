@@ -11,7 +11,6 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from benchmarks import pages
-from moepp_megatron.config import ConfigError
 from moepp_megatron.observe.alert_sinks import _AlertFile
 from moepp_megatron.observe.alerts import Alert
 from moepp_megatron.observe.metrics import StepMetrics
@@ -24,6 +23,7 @@ from moepp_megatron.tools.report.live.prometheus import (
     is_open,
     serve,
 )
+from tests.refusals import config_error
 
 EXPORTED = {metric.name for metric in (*OF_RECORDS.values(), *OF_RUN, OTHER, MIN_FFN_LOAD)}
 
@@ -132,7 +132,7 @@ def test_only_this_machine_can_ask(tmp_path, scrape):
 def test_a_port_in_use_is_named(tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        with pytest.raises(ConfigError, match=rf"--prometheus \({port}\) must be a free port"):
+        with config_error(rf"--prometheus \({port}\) must be a free port"):
             serve(LiveRuns([tmp_path]), port)
 
 

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from moepp_megatron.config import ConfigError, with_overrides
+from moepp_megatron.config import with_overrides
 from moepp_megatron.experts import FFN_ONLY
 from moepp_megatron.tools.experiments.pilot.arms import (
     _run_outcome,
@@ -12,6 +12,7 @@ from moepp_megatron.tools.experiments.pilot.arms import (
     matched_arms,
 )
 from moepp_megatron.tools.report.series import Numbers
+from tests.refusals import config_error
 from tests.unit.tools.experiments.pilot.synthetic import config_of, record
 
 HEALTH = {"gate_entropy": [1.0]}
@@ -75,9 +76,9 @@ def test_all_runs_validate_on_the_same_and_end_their_schedule():
 
 def test_vanilla_and_too_few_steps_are_refused():
     none = {**FFN_ONLY}
-    with pytest.raises(ConfigError, match=r"moe.num_zero_experts \(0\).*use 1"):
+    with config_error(r"moe.num_zero_experts \(0\).*use 1"):
         first_arms(config_of(**none), 40)
-    with pytest.raises(ConfigError, match=r"--steps \(7\) must be at least 8"):
+    with config_error(r"--steps \(7\) must be at least 8"):
         first_arms(config_of(), 7)
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from moepp_megatron.config import ConfigError, load_config, with_overrides
+from moepp_megatron.config import load_config, with_overrides
 from moepp_megatron.config.exit_codes import STOPPED
 from moepp_megatron.tools.experiments import runner
 from moepp_megatron.tools.experiments.pilot.arms import first_arms
@@ -16,6 +16,7 @@ from moepp_megatron.tools.experiments.runner import (
     run_missing,
     run_trial,
 )
+from tests.refusals import config_error
 from tests.unit.tools.experiments.pilot.synthetic import config_of, pilot_in, run_in, write_run
 
 
@@ -95,7 +96,7 @@ def test_what_another_command_has_just_finished_stays(tmp_path, stand_in, monkey
 def test_other_settings_are_refused(tmp_path):
     pilot_in(tmp_path, 2)
     before = {path: path.read_bytes() for path in tmp_path.rglob("*.*")}
-    with pytest.raises(ConfigError, match=r"training.train_iters \(8, now 16\).* another folder"):
+    with config_error(r"training.train_iters \(8, now 16\).* another folder"):
         pilot_in(tmp_path, 2, steps=16)
     assert before == {path: path.read_bytes() for path in tmp_path.rglob("*.*")}
 
