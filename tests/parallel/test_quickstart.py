@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -36,6 +37,15 @@ def _commands(folder, gpus, *arguments):
     environment["PATH"] = path
     subprocess.run(script, check=True, env=environment, stdout=subprocess.DEVNULL)
     return [shlex.split(line) for line in (folder / "calls").read_text().splitlines()]
+
+
+def test_the_docs_show_what_the_script_runs(tmp_path):
+    page = (ROOT / "docs/tutorials/first_run.md").read_text(encoding="utf-8")
+    block = re.search(r"## What it does.*?```bash\n(.*?)```", page, re.DOTALL)
+    assert block, "first_run.md has no commands"
+    lines = block[1].splitlines()
+    shown = [shlex.split(line) for line in lines if line.startswith("moepp ")]
+    assert shown == [["moepp", *words] for words in _commands(tmp_path, gpus=0)]
 
 
 def test_the_commands_run(tmp_path, monkeypatch):

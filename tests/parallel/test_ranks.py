@@ -1,11 +1,15 @@
 """The rank pools themselves: results, failures told, recovery, isolation between calls."""
 
 import os
+import signal
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 
-from tests.parallel.ranks import RankError
+from tests.parallel.ranks import RankError, RankPool, RankPools
 
 pytestmark = pytest.mark.parallel
 
@@ -33,6 +37,25 @@ def hang_on(rank):
 
     if dist.get_rank() == rank:
         time.sleep(600)
+    dist.barrier()
+
+
+def write_process_id_and_hang(folder):
+    import torch.distributed as dist
+
+    unfinished = Path(folder) / f"{dist.get_rank()}.new"
+    unfinished.write_text(str(os.getpid()))
+    unfinished.rename(Path(folder) / f"{dist.get_rank()}.pid")
+    time.sleep(600)
+
+
+def segfault_on(rank):
+    import ctypes
+
+    import torch.distributed as dist
+
+    if dist.get_rank() == rank:
+        ctypes.string_at(0)
     dist.barrier()
 
 
@@ -102,6 +125,50 @@ def test_timeout_shows_every_stack_and_the_next_call_works(ranks):
             os.kill(pid, 0)
 
 
+@pytest.mark.faults
+def test_segmentation_fault_is_reported_with_its_stack(ranks):
+    with pytest.raises(RankError, match="rank 0: killed by SIGSEGV") as caught:
+        ranks(2).run(segfault_on, 0)
+    assert "in segfault_on" in str(caught.value)
+
+
+@pytest.mark.faults
+def test_ranks_end_with_the_process_that_started_them(tmp_path):
+    script = tmp_path / "starts_ranks.py"
+    script.write_text(
+        "from tests.parallel import ranks, test_ranks\n"
+        "if __name__ == '__main__':\n"
+        f"    ranks.RankPool(2).run(test_ranks.write_process_id_and_hang, {str(tmp_path)!r})\n"
+    )
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[2])}
+    with subprocess.Popen([sys.executable, str(script)], env=environment) as starter:
+        while len(list(tmp_path.glob("*.pid"))) < 2 and starter.poll() is None:
+            time.sleep(0.05)
+        starter.kill()
+    pids = [int(file.read_text()) for file in tmp_path.glob("*.pid")]
+    assert len(pids) == 2
+    for pid in pids:
+        while _is_running(pid):  # ended by pytest's timeout if it never is
+            time.sleep(0.05)
+
+
+def _is_running(pid):
+    try:
+        # The state follows the command's closing bracket; a zombie only waits to be collected.
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.faults
+def test_ranks_that_died_between_calls_are_replaced(ranks):
+    for pid in ranks(2).run(process_id):
+        os.kill(pid, signal.SIGKILL)
+    while ranks(2).is_alive:  # ended by pytest's timeout if it never is
+        time.sleep(0.01)
+    assert ranks(2).run(describe) == ["0/2", "1/2"]
+
+
 def test_nothing_leaks_into_the_next_call(ranks):
     fresh = ranks(2).run(state_found)
     draws = ranks(2).run(leave_state_behind)
@@ -117,3 +184,19 @@ def test_nothing_leaks_into_the_next_call(ranks):
     }
     assert fresh == [expected] * 2
     assert ranks(2).run(leave_state_behind) == draws
+
+
+def test_least_recently_used_pool_makes_room():
+    with RankPools(max_ranks_alive=3) as pools:
+        one, two = pools(1), pools(2)
+        one.run(process_id)
+        two.run(process_id)
+        assert one.is_alive
+        assert two.is_alive
+        assert pools(1) is one
+        pools(2)  # one is now the least recently used
+        pools(3)
+        assert not one.is_alive
+        assert not two.is_alive
+    with pytest.raises(ValueError, match=r"world_size \(0\) must be at least 1"):
+        RankPool(0)

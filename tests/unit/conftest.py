@@ -1,6 +1,7 @@
 """What tests of several folders share."""
 
 import functools
+import shutil
 
 import pytest
 
@@ -16,6 +17,25 @@ def one_program():
         patch.setattr(typer.main, "get_command", once)
         patch.setattr(typer.testing, "_get_command", once)
         yield
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """Chromium without a window, to look at pages with."""
+    api = pytest.importorskip(
+        "playwright.sync_api", reason="playwright is not installed (pip install playwright)"
+    )
+    names = ("chromium", "chromium-browser", "google-chrome")
+    path = next((found for name in names if (found := shutil.which(name))), None)
+    if path is None:
+        pytest.skip("no Chromium here (apt-get install chromium)")
+    with api.sync_playwright() as playwright:
+        # Chromium's sandbox refuses to start for root, which containers have.
+        running = playwright.chromium.launch(
+            executable_path=path, args=["--no-sandbox", "--disable-gpu"]
+        )
+        yield running
+        running.close()
 
 
 @pytest.fixture

@@ -1,7 +1,12 @@
 """Light and dark, narrow and wide; what is drawn beside the curves, and what the page explains."""
 
 import base64
+import io
 import re
+
+import numpy as np
+import pytest
+from PIL import Image
 
 from moepp_megatron.tools.report import drawing
 from moepp_megatron.tools.report.drawing import (
@@ -59,3 +64,36 @@ def test_the_contents_lead_to_every_section(full_run):
         assert page.count(f'id="{name}"') == 1
     targets = set(re.findall(r'href="#([a-z0-9-]+)"', page))
     assert targets == {name for name, _ in links}
+
+
+@pytest.mark.parametrize(("scheme", "is_dark"), [("light", False), ("dark", True)])
+def test_light_and_dark_in_a_browser(browser, full_run, scheme, is_dark):
+    context = browser.new_context(color_scheme=scheme, viewport={"width": 1200, "height": 900})
+    tab = context.new_page()
+    tab.goto((full_run / "report.html").as_uri())
+    picture = Image.open(io.BytesIO(tab.locator("figure img").first.screenshot())).convert("L")
+    whole = Image.open(io.BytesIO(tab.screenshot())).convert("L")
+    context.close()
+    # Grey levels from 0 to 255; most of a page and of a picture is its paper.
+    for image in (picture, whole):
+        levels = np.asarray(image)
+        paper = float(np.median(levels))
+        assert paper < 60 if is_dark else paper > 230
+        # Letters and lines stand out against it.
+        ink = levels.max() if is_dark else levels.min()
+        assert abs(float(ink) - paper) > 120
+
+
+def test_a_narrow_page_scrolls_its_wide_parts_alone(browser, full_run):
+    context = browser.new_context(viewport={"width": 500, "height": 900})
+    tab = context.new_page()
+    tab.goto((full_run / "report.html").as_uri())
+    wide, widths = tab.evaluate(
+        """() => [document.documentElement.scrollWidth,
+                  [...document.querySelectorAll("figure.wide img")].map((i) => i.clientWidth)]"""
+    )
+    context.close()
+    assert wide == 500
+    # A 950 pt picture on 430 px would have letters of 4 px.
+    assert widths
+    assert all(width >= 800 for width in widths)
