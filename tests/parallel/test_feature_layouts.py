@@ -15,6 +15,7 @@ from tests.parallel.training_runs import (
     LATENT,
     LATENT_WIDTHS,
     PP2,
+    STEPS,
     TP2,
     VANILLA,
     compare,
@@ -289,7 +290,7 @@ def test_training_equals_one_process(trained, alone, feature, layout):
     if "up-projection" in layout:
         # Here: 20 seconds of computing, alone, are not what the ranks have their time for.
         _compile_extension()
-    run = trained(world_size, short(**merged(both, own)), prepare=prepare)
+    run = trained(world_size, short(**merged(both, own)), STEPS, prepare)
     compare(run, alone(short(**both), prepare), FP32)
 
 
