@@ -14,8 +14,11 @@ def experts_by(path):
     """Logits, rows that FFN experts multiplied, and FFN experts that routers picked."""
     import torch
     from torch.nn import functional
+    from transformers import LlamaForCausalLM
     from transformers.integrations import moe
 
+    # What transformers caches on Llama must not be ours.
+    assert not LlamaForCausalLM._can_set_experts_implementation()
     model = random_model(num_zero_experts=2, num_copy_experts=2).eval()
     model.set_experts_implementation(path)
     rows, picks = [], []

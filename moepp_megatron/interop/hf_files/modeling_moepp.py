@@ -429,6 +429,8 @@ class _MoEPPMixin:
     _skip_keys_device_placement = [*(LlamaModel._skip_keys_device_placement or []), "router_lane"]
     # Steps of a bias are far smaller than what bf16 resolves.
     _keep_in_fp32_modules_strict = {"e_score_correction_bias"}
+    # transformers caches its answer on a class; Llama's, once asked for, would be inherited.
+    _can_set_experts_implementation_cached_value = True
     _can_record_outputs = {
         "hidden_states": MoEPPDecoderLayer,
         "attentions": [LlamaAttention, Qwen3Attention],
