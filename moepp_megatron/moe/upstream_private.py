@@ -201,14 +201,6 @@ PRIVATE_NAMES = (
         "called",
         "compiles the extension of recompute_modules before the first step",
     ),
-    # Of planning, which looks into a built model's buffers.
-    _PrivateName(
-        "distributed.param_and_grad_buffer",
-        "",
-        "_ParamAndGradBuffer",
-        "read",
-        "bytes of a built rank's gradient buffers",
-    ),
 )
 
 

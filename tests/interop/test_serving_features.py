@@ -202,7 +202,8 @@ def test_layers_on_several_devices_compute_the_same(plain, tmp_path):
     pytest.importorskip("accelerate")
     expected = plain(saved, tmp_path / "hf", {})
     logits, layers = plain(spread, tmp_path / "hf")
-    np.testing.assert_array_equal(logits, expected)
+    # Weights from the disk lie at other addresses, where a product of few rows may round otherwise.
+    np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-6)
     assert layers == 3
 
 
