@@ -32,11 +32,11 @@ BUDGETS = {
     "tools.profiling": (11_590, 45),
     "tools.doctor": (8_804, 26),
     "cluster": (1_517, 1),
-    "interop": (37_964, 87),
+    "interop": (37_967, 87),
     "features": (23_146, 38),
     "training": (47_882, 143),
     "model": (7_886, 18),
-    "moe": (42_721, 121),
+    "moe": (42_707, 121),
     "data": (29_547, 86),
     "observe": (14_223, 35),
     "runtime": (21_200, 96),
@@ -49,7 +49,7 @@ BUDGETS = {
 }
 MAX_FILES, MAX_TEMPLATE_LINES = 417, 278
 MAX_PUBLIC_NAMES, MAX_CLASS_NAMES_TWICE = 1_125, 4
-MAX_TEST_TOKENS, MAX_BENCHMARK_TOKENS = 419_900, 37_550
+MAX_TEST_TOKENS, MAX_BENCHMARK_TOKENS = 419_600, 37_550
 MAX_WORDS, MAX_README_WORDS = 48_000, 900
 
 # Not yet: planning says in which order to read it, the experiments nothing.
