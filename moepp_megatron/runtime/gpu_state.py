@@ -105,7 +105,7 @@ class Driver:
 
 @dataclass(frozen=True)
 class _RemappedRows:
-    """Whether rows of device memory wait to be replaced by spare ones, or could not be."""
+    """Rows of device memory that wait to be replaced by spare ones, or could not be."""
 
     pending: bool
     failed: bool

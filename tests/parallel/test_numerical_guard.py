@@ -3,7 +3,6 @@
 import functools
 import re
 import shutil
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -122,7 +121,6 @@ LEARNS = {
 }
 OTHER_TEXTS = {"data": "other texts", "corpus": "prose"}
 # World size and configuration of a run in a folder of its own.
-Continued = Callable[..., tuple[int, dict[str, Any]]]
 
 
 def _learning(folder, layout, steps, resilience):

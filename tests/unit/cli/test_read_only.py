@@ -1,7 +1,6 @@
 """Places that cannot be written: each command says so in one line, before it works for them."""
 
 import subprocess
-from collections.abc import Callable
 
 import pytest
 import yaml
@@ -10,8 +9,6 @@ from moepp_megatron.data import prepared_data
 from moepp_megatron.runtime import launch
 from tests.unit.cli.test_dry_run import MINIMAL
 from tests.unit.tools.report.conftest import synthetic_config, synthetic_records, write_run
-
-Command = Callable[..., str]
 
 
 @pytest.fixture

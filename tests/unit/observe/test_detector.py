@@ -2,17 +2,12 @@
 
 import json
 import math
-from collections.abc import Callable
 
 import numpy as np
 import pytest
-from numpy.typing import NDArray
 
 from moepp_megatron.observe.shift.detector import CHARTS, Detector
 
-Course = Callable[
-    [np.random.Generator, int], tuple[NDArray[np.float64], NDArray[np.float64] | float]
-]
 EXPERTS, SELECTIONS = 12, 6000
 SHARES = np.arange(1.0, EXPERTS + 1) / np.arange(1.0, EXPERTS + 1).sum()
 

@@ -2,15 +2,12 @@
 
 import html
 import re
-from collections.abc import Callable
 
 from moepp_megatron.data.token_classes import token_classes
-from moepp_megatron.tools.inspection.request import InspectRequest
 from moepp_megatron.tools.inspection.text import tokenize
 from moepp_megatron.tools.report.inspection import write_inspection
 from tests.unit.tools.inspection.conftest import invented_trace
 
-Make = Callable[..., InspectRequest]
 _SPAN = re.compile(r'<span style="--strength:([0-9.]+)" title="([^"]*)">(.*?)</span>', re.DOTALL)
 
 
