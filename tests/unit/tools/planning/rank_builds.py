@@ -41,13 +41,11 @@ class SplitCompressions(LatentAttention):
 
 
 def build(raw, ranks):
-    """Each rank as built, and what differs from the layout and the plan: built, expected."""
+    """Each rank as built, and its `differences`."""
     config = parse_config(raw)
     layout = Layout.from_config(config, WORLD)
     built = [_build_rank(config, layout, rank) for rank in ranks]
-    return [
-        (one, _differences(config, layout, r, one)) for r, one in zip(ranks, built, strict=True)
-    ]
+    return [(one, differences(config, layout, r, one)) for r, one in zip(ranks, built, strict=True)]
 
 
 def _build_rank(config, layout, rank):
@@ -143,7 +141,8 @@ def _members(layout, rank, varying):
     ]
 
 
-def _differences(config, layout, rank, built):
+def differences(config, layout, rank, built):
+    """What differs from the layout and the plan, by name: built, expected."""
     from moepp_megatron.runtime.optional import have_transformer_engine
 
     load, stage = Workload.from_config(config), layout.coordinates(rank).pp

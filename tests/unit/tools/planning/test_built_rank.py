@@ -1,8 +1,11 @@
 """Ranks of 1,024-rank layouts, built alone, are those that the layout and the plan say."""
 
+from dataclasses import replace
+
 import pytest
 
-from tests.unit.tools.planning.rank_builds import build
+from moepp_megatron.config import Layout, parse_config
+from tests.unit.tools.planning.rank_builds import WORLD, build, differences
 
 
 def settings(parallel, **sections):
@@ -90,8 +93,8 @@ FURTHER_DENSE = FURTHER | {"moe": FURTHER["moe"] | {"layer_freq": 2}}
     ids=["interleaved", "split experts", "one V", "further tokens", "dense further tokens"],
 )
 def test_ranks_are_what_the_layout_says(elsewhere, raw, ranks):
-    for built, differences in elsewhere.submit(build, raw, ranks).result():
-        assert differences == {}
+    for built, found in elsewhere.submit(build, raw, ranks).result():
+        assert found == {}
         assert built.aligned >= built.gradients
 
 
@@ -109,3 +112,21 @@ def test_shards_of_all_ranks_are_all_parameters(elsewhere):
     whole = built[0].dense + 2 * built[0].experts
     assert sum(one.shard for one in built) == whole
     assert sum(one.mean_shard for one in built) == pytest.approx(whole)
+
+
+def test_what_differs_is_found(elsewhere):
+    config = parse_config(INTERLEAVED)
+    layout = Layout.from_config(config, WORLD)
+    [(built, _)] = elsewhere.submit(build, INTERLEAVED, [300]).result()
+    changed = {
+        "ep": {"groups": built.groups | {"ep": built.groups["ep"][::-1]}},
+        "layers": {"layers": [[2, 3], [10]]},
+        "parameters outside FFN experts": {"dense": built.dense + 1},
+        "parameters of FFN experts": {"experts": 0},
+        "bytes of weights": {"weights": 0},
+        "bytes of gradients": {"gradients": 0},
+        "dtypes": {"dtypes": {"float32"}},
+        "bytes of optimizer state, mean of its shards": {"mean_shard": 1.0},
+    }
+    for name, change in changed.items():
+        assert [*differences(config, layout, 300, replace(built, **change))] == [name]

@@ -88,11 +88,18 @@ def test_numbers_in_words_are_those_of_the_last_measured_step(make_run):
 
 
 def test_tokens_by_their_ffn_experts_are_a_table(make_run):
-    table = histogram_table(load_run(make_run(edit=add_health)))
+    def edit(records):
+        add_health(records)
+        records[-1]["layer_ffn_histogram"] = [[0.125, 0.5, 0.375], [0, 0, 1]] * 2
+
+    table = histogram_table(load_run(make_run(edit=edit)))
     assert table.head == ("MoE layer", "0 FFN", "1 FFN", "2 FFN")
-    assert [row[0].text for row in table.rows] == ["1", "2", "3", "4"]
-    for _, *shares in table.rows:
-        assert sum(float(cell.text[:-1]) for cell in shares) == pytest.approx(100, abs=0.2)
+    assert [" ".join(cell.text for cell in row) for row in table.rows] == [
+        "1 12.5% 50.0% 37.5%",
+        "2 0.0% 0.0% 100.0%",
+        "3 12.5% 50.0% 37.5%",
+        "4 0.0% 0.0% 100.0%",
+    ]
 
 
 def test_what_was_not_measured_has_no_plot(make_run):
