@@ -118,7 +118,7 @@ class AlertSinks:
         for name, make in wanted.items():
             try:
                 sinks.append(make())
-            except (OSError, ValueError) as error:  # telling must not keep a run from starting
+            except (OSError, ValueError) as error:  # a sink must not keep a run from starting
                 logger.warning("no %s: %s", name, error)
         return cls(sinks)
 
