@@ -1,27 +1,20 @@
 """examples/finetune_lora.py on an exported run."""
 
-import importlib.util
 import json
 
 from tokenizers import Tokenizer, pre_tokenizers
 
-from tests import ROOT
 from tests.interop.checkpoints import load_tensors, mcore_to_hf
 from tests.interop.models import settings
 from tests.interop.test_export import save_and_compute
 from tests.interop.test_finetuning import needs_peft
 
-EXAMPLE = ROOT / "examples/finetune_lora.py"
-
 
 def run_example(export, out):
     """The losses of the example."""
-    spec = importlib.util.spec_from_file_location("finetune_lora", EXAMPLE)
-    assert spec is not None, EXAMPLE
-    assert spec.loader is not None, EXAMPLE
-    example = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(example)
-    return example.finetune(export, "a b c d e c b a " * 40, out, steps=25)
+    from examples.finetune_lora import finetune
+
+    return finetune(export, "a b c d e c b a " * 40, out, steps=25)
 
 
 def write_word_tokenizer(path):

@@ -7,13 +7,11 @@ its TensorBoard files.
 """
 
 import contextlib
-import importlib.util
 import os
 import shlex
 import sys
 from types import SimpleNamespace
 
-from tests import ROOT
 from tests.parallel.training_runs import (
     Run,
     SyntheticDataset,
@@ -22,7 +20,6 @@ from tests.parallel.training_runs import (
     settings,
 )
 
-SCRIPT = ROOT / "launch/pretrain_megatron_lm.py"
 STEPS = 2
 # Megatron's schedule counts steps from 0 where ours counts from 1; a constant rate has no such
 # difference.
@@ -53,16 +50,6 @@ RUN_ARGUMENTS = (
 ARGUMENTS = f"{MODEL_ARGUMENTS} {RUN_ARGUMENTS}"
 
 
-def script():
-    """launch/pretrain_megatron_lm.py as a module."""
-    spec = importlib.util.spec_from_file_location("pretrain_megatron_lm", SCRIPT)
-    assert spec is not None, f"{SCRIPT} is no Python file"
-    assert spec.loader is not None, f"{SCRIPT} cannot be loaded"
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def command_line(arguments, log):
     """Give this rank the command line of a run that logs to `log`."""
     # Megatron asks for it with tensor or context parallelism before it looks for a GPU.
@@ -90,11 +77,12 @@ def scalars(log):
 
 def train_in_megatron_lm(arguments, way, log):
     """Returns what `training_runs.train` returns; the model gets in by config, spec or provider."""
-    launch = script()
+    from launch import pretrain_megatron_lm
+
     command_line(f"{ARGUMENTS} {arguments}", log)
     observer = Observer(_config(arguments))
     try:
-        _pretrain(launch, way, observer)
+        _pretrain(pretrain_megatron_lm, way, observer)
         logged = scalars(log)
     finally:
         _forget()
@@ -111,12 +99,13 @@ def scores_in_megatron_lm(arguments, log, input_ids, way="config"):
     import torch
     from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 
-    launch = script()
+    from launch import pretrain_megatron_lm
+
     command_line(arguments, log)
     observer = Observer(_config(arguments))
     try:
         with child_processes():
-            _pretrain(launch, way, observer)
+            _pretrain(pretrain_megatron_lm, way, observer)
         (model,) = observer.models
         model.eval()
         tokens = torch.from_numpy(input_ids)
@@ -151,7 +140,7 @@ def child_processes():
             queue._manager.shutdown()
 
 
-def _pretrain(launch, way, observer):
+def _pretrain(script, way, observer):
     from megatron.core.enums import ModelType
     from megatron.training import pretrain
     from megatron.training.argument_utils import (
@@ -165,7 +154,7 @@ def _pretrain(launch, way, observer):
     # Megatron-LM's own pretrain_gpt.py knows no argument of ours.
     extra = None if way == "spec" else megatron_lm.add_moepp_arguments
     args = parse_and_validate_args(extra_args_provider=extra)
-    launch.spare_the_dataset_compiler()
+    script.spare_the_dataset_compiler()
     model_config, provider = None, None
     if way == "provider":
 
@@ -187,7 +176,7 @@ def _pretrain(launch, way, observer):
         pretrain_cfg_container_from_args(args, model_config),
         datasets,
         ModelType.encoder_or_decoder,
-        launch.forward_step,
+        script.forward_step,
         model_provider=provider,
     )
 
@@ -252,9 +241,11 @@ def _parallel(arguments):
 
 def run_script(arguments, log):
     """What launch/pretrain_megatron_lm.py logs, run as it is."""
+    from launch import pretrain_megatron_lm
+
     command_line(arguments, log)
     try:
-        script().main()
+        pretrain_megatron_lm.main()
         return scalars(log)
     finally:
         _forget()

@@ -1,6 +1,5 @@
 """examples/own_megatron_loop.py learns, needs no other packages, and is the same on two ranks."""
 
-import importlib.util
 import os
 import re
 import sys
@@ -18,13 +17,10 @@ STEPS = 5
 
 def run_example():
     """Losses and FFN shares of the example on these ranks, as `main` trains it."""
-    spec = importlib.util.spec_from_file_location("own_megatron_loop", EXAMPLE)
-    assert spec is not None, EXAMPLE
-    assert spec.loader is not None, EXAMPLE
-    example = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(example)
-    example.start()
-    return example.train(STEPS, EXAMPLE.read_bytes())
+    from examples import own_megatron_loop
+
+    own_megatron_loop.start()
+    return own_megatron_loop.train(STEPS, EXAMPLE.read_bytes())
 
 
 @pytest.mark.parallel

@@ -170,18 +170,20 @@ def test_wrong_usage_of_the_script(arguments, status, message):
     assert len(done.stderr.splitlines()) == 1
 
 
-def functions_of_the_script(*names):
+def part_of_the_script(*names, then, settings=""):
+    """A program of functions of gpu.sh, with settings that the script has by then."""
     script = (ROOT / "benchmarks/gpu.sh").read_text()
     begins = [script.index(f"\n{name}() {{") for name in names]
-    return "".join(f"{script[begin : script.index('\n}\n', begin)]}\n}}" for begin in begins)
+    functions = [script[begin : script.index("\n}\n", begin)] + "\n}" for begin in begins]
+    first = f"set -euo pipefail; work=$1 commit=abc again= failed=0 limit= choice= {settings}"
+    return "\n".join([first, *functions, then])
 
 
 def test_an_interrupt_ends_the_part_and_the_script(tmp_path):
     """As a terminal's Ctrl-C, which reaches the script's group and not what `timeout` runs."""
-    program = "set -euo pipefail; work=$1 commit=abc again= failed=0 limit= choice="
-    program += functions_of_the_script("die", "interrupted", "passed", "run")
-    program += (
-        "\ntrap interrupted INT; run part bash -c 'echo $$ >&2; exec sleep 100'; run next true"
+    program = part_of_the_script(
+        *("die", "interrupted", "passed", "run"),
+        then="trap interrupted INT; run part bash -c 'echo $$ >&2; exec sleep 100'; run next true",
     )
     command = ["bash", "-c", program, "gpu.sh", str(tmp_path)]
     script = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
@@ -194,12 +196,12 @@ def test_an_interrupt_ends_the_part_and_the_script(tmp_path):
 
 
 def test_an_interrupt_right_after_the_start_of_a_part_ends_it(tmp_path):
-    functions = functions_of_the_script("die", "interrupted", "passed", "run")
+    program = part_of_the_script(
+        "die", "interrupted", "passed", "run", then="trap interrupted INT; run part sleep 100"
+    )
     waits = 'wait "$!"'
-    assert waits in functions
-    program = "set -euo pipefail; work=$1 commit=abc again= failed=0 limit= choice="
-    program += functions.replace(waits, f"kill -INT $$; {waits}")
-    program += "\ntrap interrupted INT; run part sleep 100"
+    assert waits in program
+    program = program.replace(waits, f"kill -INT $$; {waits}")
     command = ["bash", "-c", program, "gpu.sh", str(tmp_path)]
     script = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
     # Until everything that writes there has ended, the part too.
@@ -209,9 +211,9 @@ def test_an_interrupt_right_after_the_start_of_a_part_ends_it(tmp_path):
 
 
 def test_a_part_that_has_passed_is_not_run_again(tmp_path):
-    program = "set -euo pipefail; work=$1 commit=$2 again=$3 failed=0 limit= choice=$5"
-    program += functions_of_the_script("passed", "run")
-    program += '\nrun part bash -c "echo ran; exit $4" | grep -c "^ran"; exit 0'
+    then = 'run part bash -c "echo ran; exit $4" | grep -c "^ran"; exit 0'
+    settings = "commit=$2 again=$3 choice=$5"
+    program = part_of_the_script("passed", "run", then=then, settings=settings)
 
     def ran(commit, again="", status=0, choice=""):
         command = ["bash", "-c", program, "gpu.sh", str(tmp_path), commit, again, str(status)]
@@ -235,11 +237,9 @@ def test_a_part_that_has_passed_is_not_run_again(tmp_path):
 
 def test_parts_end_at_the_limit(tmp_path):
     """One is cut off, the next is not started, and there is time left for the record."""
-    program = (
-        "set -euo pipefail; work=$1 commit=abc again= failed=0 limit=8 spare=2 choice= left=()"
-    )
-    program += functions_of_the_script("passed", "run")
-    program += '\nrun quick echo done; run part sleep 60; run next sleep 60; echo "${left[*]}"'
+    then = 'run quick echo done; run part sleep 60; run next sleep 60; echo "${left[*]}"'
+    settings = "limit=8 spare=2 left=()"
+    program = part_of_the_script("passed", "run", then=then, settings=settings)
     command = ["bash", "-c", program, "gpu.sh", str(tmp_path)]
     begin = time.monotonic()
     done = captured(command)
