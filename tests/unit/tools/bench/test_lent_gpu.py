@@ -55,9 +55,12 @@ def test_every_test_of_a_gpu_is_in_a_part():
 def rehearse(folder, *command):
     """The record of a rehearsal, with the most checkpoints and bytes that lay there at once."""
     name, *arguments = command
+    out = str(folder / "out")
+    # The other script hands its $OUT on.
+    arguments += ["--out", out] if name == "gpu.sh" else []
     process = subprocess.Popen(
         [str(ROOT / "benchmarks" / name), *arguments, "--work", str(folder)],
-        env=os.environ | {"MOEPP_COMMIT": "abc", "OUT": str(folder / "out")},
+        env=os.environ | {"MOEPP_COMMIT": "abc", "OUT": out},
         stdout=subprocess.DEVNULL,
         cwd=folder,
     )
