@@ -56,7 +56,7 @@ def rehearse(folder, *command):
     """The record of a rehearsal, with the most checkpoints and bytes that lay there at once."""
     name, *arguments = command
     out = str(folder / "out")
-    # The other script hands its $OUT on.
+    # lent_gpu.sh reads $OUT; gpu.sh does not.
     arguments += ["--out", out] if name == "gpu.sh" else []
     process = subprocess.Popen(
         [str(ROOT / "benchmarks" / name), *arguments, "--work", str(folder)],
