@@ -228,7 +228,9 @@ else
         model=(configs/models/moepp_0.6b_8_4.yaml "data.path=$work/corpus" "${tiny[@]}" "${length[@]}"
             training.train_iters=2)
         step=(configs/models/moepp_0.6b_8_4.yaml run.dir=unused "${tiny[@]}" --rounds 1)
+        # 16 GB, of 22 with all experts; a loader's process would keep a copy of all of it.
         large=(configs/models/moepp_7b_16_4.yaml run.dir=unused model.num_layers=1 --rounds 1
+            moe.num_ffn_experts=8 data.num_workers=0
             parallel.expert_model_parallel_size=1 training.micro_batch_size=1 training.global_batch_size=1)
     fi
     export MOEPP_TESTS_CARD=cpu
