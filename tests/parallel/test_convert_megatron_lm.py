@@ -142,9 +142,12 @@ def test_the_way_back(ranks, saved, converted, corpus, tmp_path):
 # ---- what is read of the arguments -----------------------------------------------------------
 
 
+def read_arguments(saved):
+    return _read_arguments(TensorReader(_find_megatron_checkpoint(saved[0])))
+
+
 def test_settings_of_the_environment_are_kept(ranks, saved, monkeypatch):
-    folder = _find_megatron_checkpoint(saved[0])
-    arguments = _read_arguments(TensorReader(folder))
+    arguments = read_arguments(saved)
     expected = _config_from_arguments(arguments, None, "save")
     for name in [name for name in vars(arguments) if name.startswith("moepp_")]:
         delattr(arguments, name)
@@ -197,7 +200,7 @@ def _megatrons_defaults():
 
 
 def test_groups_of_experts_go_both_ways(saved):
-    arguments = _read_arguments(TensorReader(_find_megatron_checkpoint(saved[0])))
+    arguments = read_arguments(saved)
     arguments.moe_router_num_groups, arguments.moe_router_group_topk = 4, 2
     config = _config_from_arguments(arguments, None, "save")
     assert (config.moe.num_groups, config.moe.group_topk) == (4, 2)
@@ -224,14 +227,13 @@ def test_groups_of_experts_go_both_ways(saved):
     ],
 )
 def test_a_model_that_is_not_this_one_is_refused(saved, tmp_path, monkeypatch, changes, message):
-    folder = _find_megatron_checkpoint(saved[0])
-    arguments = _read_arguments(TensorReader(folder))
+    arguments = read_arguments(saved)
     vars(arguments).update(changes)
     monkeypatch.setattr(
         "moepp_megatron.interop.from_megatron_lm._read_arguments", lambda reader: arguments
     )
     with config_error(message):
-        from_megatron_lm(folder, tmp_path / "ours")
+        from_megatron_lm(saved[0], tmp_path / "ours")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -290,7 +292,7 @@ def test_a_tokenizer_that_does_not_fit_is_refused(saved, corpus, tmp_path, monke
 
 @pytest.mark.parametrize(("given", "gates"), [(True, "none"), (False, "selected")])
 def test_gates_of_megatrons_own_layer_go_both_ways(saved, given, gates):
-    arguments = _read_arguments(TensorReader(_find_megatron_checkpoint(saved[0])))
+    arguments = read_arguments(saved)
     changes = {
         "moepp_num_zero_experts": 0,
         "moepp_num_copy_experts": 0,

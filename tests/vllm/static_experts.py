@@ -1,13 +1,15 @@
 """A program for vLLM's own environment: the plug-in's static shapes, on a CPU.
 
 vLLM's Triton kernels run by Triton's interpreter, in buffers full of NaN. The operators around them
-that vLLM has for GPUs only, alignment and sum, are written again here.
+that vLLM has for GPUs only, alignment and sum, are written again here. At the end the same layers
+are played on a GPU that is not there (tests/fake_gpu), where vLLM's operators and kernels do nothing.
 
 python static_experts.py OUT.json
 """
 
 # ruff: noqa: E402
 
+import functools
 import json
 import os
 import sys
@@ -24,6 +26,8 @@ backends["cpu"] = SimpleNamespace(driver=SimpleNamespace(is_active=lambda: True)
 
 import torch
 from torch import nn
+from triton.runtime.interpreter import InterpretedFunction
+from triton.runtime.jit import JITFunction
 from vllm import _custom_ops as ops
 from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 from vllm.model_executor.layers.fused_moe.config import FUSED_MOE_UNQUANTIZED_CONFIG
@@ -32,6 +36,8 @@ from vllm.model_executor.layers.fused_moe.router.custom_routing_router import Cu
 
 from moepp_megatron.interop.hf_files.configuration_moepp import MoEPPConfig
 from moepp_megatron.interop.vllm import model as plugin
+from tests.fake_gpu import machine
+from tests.fake_gpu.record import RECORD
 
 exported = plugin.exported
 SIZES = {"hidden_size": 24, "intermediate_size": 40, "num_ffn_experts": 4, "num_attention_heads": 2}
@@ -127,7 +133,7 @@ class Ffn(nn.Module):
         self.router = CustomRoutingRouter(top_k, num_experts, custom_routing_function)
         self.routed_experts = nn.Module()
         self.routed_experts.register_buffer("_expert_map", None)
-        self.count, self.index = num_experts, len(LAYERS)
+        self.count, self.index, self.own = num_experts, len(LAYERS), slice(None)
         self.kernels = object.__new__(TritonExperts)
         self.kernels.quant_config = FUSED_MOE_UNQUANTIZED_CONFIG
         self.kernels.quantization_emulation = False
@@ -142,23 +148,22 @@ class Ffn(nn.Module):
         return run_ffn(x, picks, self.index)
 
 
-# As vLLM's own operator: opaque, and its output has the input's shape.
-@torch.library.custom_op("moepp_tests::ffn", mutates_args=())
-def run_ffn(x: torch.Tensor, picks: torch.Tensor, index: int) -> torch.Tensor:
+def multiply(x: torch.Tensor, picks: torch.Tensor, index: int) -> torch.Tensor:
     layer = LAYERS[index]
     gates, ids = layer.router._select_experts(x, picks)
-    w1, w2 = layer.w1, layer.w2
-    if layer.expert_map is not None:
-        own = torch.where(layer.expert_map >= 0)[0]
-        w1, w2 = w1[own].contiguous(), w2[own].contiguous()
+    w1, w2 = layer.w1[layer.own], layer.w2[layer.own]
     sizes = len(x), w1.shape[1], x.shape[1], ids.shape[1], layer.count, len(w1)
     shapes = layer.kernels.workspace_shapes(*sizes, None, MoEActivation.SILU)
-    *workspaces, output = (torch.full(shape, torch.nan) for shape in shapes)
+    *workspaces, output = (x.new_full(shape, torch.nan) for shape in shapes)
     layer.kernels.apply(
         output, x, w1, w2, gates, ids, MoEActivation.SILU, layer.count, layer.expert_map,
         None, None, *workspaces, None, False,
     )  # fmt: skip
     return output
+
+
+# As vLLM's own operator: opaque, and its output has the input's shape.
+run_ffn = torch.library.custom_op("moepp_tests::ffn", multiply, mutates_args=())
 
 
 @run_ffn.register_fake
@@ -221,11 +226,13 @@ def check(fields):
         total = torch.zeros_like(output)
         for rank in range(2):
             own = torch.full_like(whole, -1)
-            part = own[rank * half :][:half]
+            static.experts.ffn.own = slice(rank * half, (rank + 1) * half)
+            part = own[static.experts.ffn.own]
             part.copy_(torch.arange(len(part)))
             static.experts.ffn.routed_experts._expert_map = own
             total += static.experts.ffn_output(x, gates, chosen)
         static.experts.ffn.routed_experts._expert_map = whole
+        static.experts.ffn.own = slice(None)
         found["ranks"] = max(found["ranks"], error(total, output))
         expected, theirs, again = ours(x, lane), static(x, lane), compiled(x, lane)
         found["layer"] = max(found["layer"], error(theirs[0], expected[0]))
@@ -244,6 +251,23 @@ def check(fields):
     return found
 
 
+def play(fields):
+    """Whatever would make the host wait for the device, and Triton kernels, of one call."""
+    config, _, static = build(fields)
+    ffn = static.experts.ffn
+    like = functools.partial(torch.empty_like, device="cuda")
+    with machine.fake_mode():
+        for module in static.modules():
+            for held in (module._parameters, module._buffers):
+                held |= {name: like(each) for name, each in held.items() if each is not None}
+        ffn.w1, ffn.w2 = like(ffn.w1), like(ffn.w2)
+        sizes = (config.hidden_size, config.total_experts)
+        inputs = [torch.empty(33, width, device="cuda") for width in sizes]
+        RECORD.clear()
+        static(*inputs)
+    return {"reads": dict(RECORD.reads), "launches": dict(RECORD.launches)}
+
+
 def main():
     torch.set_grad_enabled(False)
     with (
@@ -253,6 +277,17 @@ def main():
         mock.patch.multiple(ops, moe_align_block_size=align, moe_sum=add_up),
     ):
         found = {name: check(fields) for name, fields in FORMS.items()}
+        # It replaces functions of torch and Triton for the rest of the process.
+        machine.install()
+        InterpretedFunction.run = JITFunction.run
+        nothing = mock.Mock(return_value=None)
+        with (
+            mock.patch.dict(globals(), run_ffn=multiply),
+            mock.patch.multiple(ops, moe_align_block_size=nothing, moe_sum=nothing),
+        ):
+            for name, fields in FORMS.items():
+                found[name] |= play(fields)
+    assert RECORD.faults == []
     Path(sys.argv[1]).write_text(json.dumps(found))
 
 

@@ -244,6 +244,7 @@ def test_static_shapes_multiply_the_rows_of_ffn_experts_only(tmp_path):
         assert max(found["kernels"], found["layer"], found["ranks"]) < 2e-6, name
         assert found["compiled"] == 0.0, name
         assert found["unbacked"] == [], name
+        assert (found["reads"], found["launches"]) == ({}, {"fused_moe_kernel": 2}), name
         assert "expert_map (None) must be there" in found["without a map"], name
 
 
