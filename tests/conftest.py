@@ -199,3 +199,15 @@ def _has_cuda():
     import torch  # seconds to import: only if a GPU test was collected
 
     return torch.cuda.is_available()
+
+
+@pytest.fixture
+def store(monkeypatch):
+    """An object store that answers here, and its address in the environment."""
+    from tests.object_store import Store
+
+    made = Store()
+    for name, value in made.environment.items():
+        monkeypatch.setenv(name, value)
+    yield made
+    made.stop()

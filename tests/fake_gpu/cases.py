@@ -203,27 +203,7 @@ def _fp8(recipe, *overrides, **fields):
 
 # What a configuration can name, each by itself or with what it meets in Transformer Engine.
 ENGINE = {
-    **{
-        name: LOCAL[name]
-        for name in (
-            "one rank",
-            "guards, budget, health, evaluation, save",
-            "first stage, expert parallel",
-            "last stage, expert parallel, recompute",
-            "tensor, expert tensor and context parallel",
-            "capacity, context parallel",
-            "all-gather",
-            "deduplicated",
-            "static rows",
-            "static rows, expert parallel",
-            "static rows, graphs",
-            "static rows, graphs, expert parallel",
-            "DeepEP",
-            "HybridEP",
-            "graphs",
-            "vanilla",
-        )
-    },
+    **{name: case for name, case in LOCAL.items() if name != "HybridEP, a part of a chunk"},
     "FP8, delayed": _fp8("delayed"),
     "FP8, delayed, weights": _fp8("delayed", "precision.fp8_param=true"),
     "FP8, tensorwise, ends in bf16": _fp8(

@@ -5,6 +5,7 @@ import logging
 
 import numpy as np
 
+from tests.commands import moepp
 from tests.parallel.training_runs import SyntheticDataset, begin, begin_training, settings
 
 # Wide enough for every run of these tests.
@@ -71,6 +72,20 @@ def logged(run, key="loss"):
     steps = [record["step"] for record in records]
     assert steps == sorted(set(steps)), f"steps are logged twice or out of order: {steps}"
     return [record.get(key) for record in records]
+
+
+def train_on_when_saves_fail(config, run, last, *reasons):
+    """Errors of a run whose saves fail, and which says so at its end; the last alert."""
+    done = moepp("train", config)
+    assert done.returncode == 1
+    at_the_end = "error: at the end of the run, checkpoint"
+    for words in ("training continues without it", at_the_end, *reasons):
+        assert words in done.stderr
+    assert "Traceback" not in done.stderr
+    assert logged(run, "step") == list(range(1, last + 1))
+    alerts = [json.loads(line) for line in (run / "alerts.jsonl").read_text().splitlines()]
+    assert {alert["rule"] for alert in alerts} == {"failed_save"}
+    return alerts[-1]
 
 
 def train_between(raw, folder, last, start=None):

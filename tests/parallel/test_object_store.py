@@ -1,6 +1,5 @@
 """Checkpoints in object storage: the same training, saves that fail and go on, no secrets."""
 
-import json
 import os
 import sys
 from unittest import mock
@@ -12,18 +11,14 @@ from moepp_megatron.cli import main
 from moepp_megatron.runtime.object_store import place
 from moepp_megatron.training.checkpoint.find import find_checkpoint
 from tests.commands import moepp, succeeded
-from tests.object_store import SECRET, Store
-from tests.parallel.checkpoint_runs import logged, train_between, trainer_settings
+from tests.object_store import SECRET
+from tests.parallel.checkpoint_runs import (
+    logged,
+    train_between,
+    train_on_when_saves_fail,
+    trainer_settings,
+)
 from tests.parallel.training_runs import EP2, TP2, settings
-
-
-@pytest.fixture
-def store(monkeypatch):
-    made = Store()
-    for name, value in made.environment.items():
-        monkeypatch.setenv(name, value)
-    yield made
-    made.stop()
 
 
 def in_store(environment, function, *arguments):
@@ -129,15 +124,7 @@ def test_a_connection_that_is_lost_in_a_save(corpus, tmp_path, store, is_async):
     config, run, address = written_run(corpus, tmp_path, store, async_save=is_async)
     # The tensors of step 4 are there; then nothing answers any more.
     store.stop_at("PUT", "step_00000004/", number=2)
-    first = moepp("train", config)
-    assert first.returncode == 1
-    assert "training continues without it" in first.stderr
-    assert "error: at the end of the run, checkpoint" in first.stderr
-    assert "could not be reached" in first.stderr
-    assert "Traceback" not in first.stderr
-    assert logged(run, "step") == [1, 2, 3, 4, 5, 6]
-    alerts = [json.loads(line) for line in (run / "alerts.jsonl").read_text().splitlines()]
-    assert {alert["rule"] for alert in alerts} == {"failed_save"}
+    train_on_when_saves_fail(config, run, 6, "could not be reached")
     assert not any((run / "staging").iterdir())
     if not is_async:
         gone = moepp("train", config, "--resume")

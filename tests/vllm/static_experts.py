@@ -2,7 +2,7 @@
 
 vLLM's Triton kernels run by Triton's interpreter, in buffers full of NaN. The operators around them
 that vLLM has for GPUs only, alignment and sum, are written again here. At the end the same layers
-are played on a GPU that is not there (tests/fake_gpu), where vLLM's operators and kernels do nothing.
+are played by tests/fake_gpu, where vLLM's operators and kernels do nothing.
 
 python static_experts.py OUT.json
 """

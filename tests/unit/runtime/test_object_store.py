@@ -10,17 +10,7 @@ from pathlib import Path
 import pytest
 
 from moepp_megatron.runtime.object_store import ObjectPath, StoreError, check_store, place
-from tests.object_store import Store
 from tests.refusals import config_error
-
-
-@pytest.fixture
-def store(monkeypatch):
-    made = Store()
-    for name, value in made.environment.items():
-        monkeypatch.setenv(name, value)
-    yield made
-    made.stop()
 
 
 @pytest.mark.parametrize("text", ["s3://bucket/a/b", "s3:/bucket/a/b/", Path("s3://bucket/a/b")])
