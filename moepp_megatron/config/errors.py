@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from moepp_megatron.config.exit_codes import REFUSED, UNFIT
 from moepp_megatron.config.paths import without_password
 
@@ -65,6 +67,12 @@ class Problem:
     def __str__(self) -> str:
         """`name (value) rule; remedy`, on one line whatever the value holds."""
         return f"{self.name} ({show(self.value)}) {self.rule}; {self.remedy}"
+
+
+def first_misfit(error: ValidationError) -> tuple[str, str]:
+    """Return the dotted key that pydantic refused first, "" for all of it, and the reason."""
+    first = error.errors(include_url=False, include_input=False)[0]
+    return ".".join(map(str, first["loc"])), first["msg"]
 
 
 def raise_problems(problems: Iterable[Problem]) -> None:

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import ValidationError
 
-from moepp_megatron.config.errors import ConfigError
+from moepp_megatron.config.errors import ConfigError, first_misfit
 from moepp_megatron.config.schema.section import Section, Unit
 from moepp_megatron.config.yaml_file import read_mapping
 
@@ -122,10 +122,9 @@ def _validated(content: Mapping[str, Any], source: str) -> Hardware:
     try:
         return Hardware.model_validate(content)
     except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        key = ".".join(str(part) for part in first["loc"]) or "the file"
+        key, reason = first_misfit(error)
         raise ConfigError(
-            f"{source}: {key}: {first['msg']}; see the fields of config/hardware.py"
+            f"{source}: {key or 'the file'}: {reason}; see the fields of config/hardware.py"
         ) from None
 
 

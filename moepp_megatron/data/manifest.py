@@ -9,7 +9,7 @@ from typing import Annotated
 
 from pydantic import Field, TypeAdapter, ValidationError
 
-from moepp_megatron.config.errors import ConfigError
+from moepp_megatron.config.errors import ConfigError, first_misfit
 from moepp_megatron.config.json_file import read_json
 from moepp_megatron.file_names import CHAT_TEMPLATE_FILE, DATA_MANIFEST_FILE, TOKENIZER_FILE
 
@@ -138,9 +138,7 @@ class Manifest:
         try:
             manifest = TypeAdapter(cls).validate_json(json.dumps(values), strict=True)
         except ValidationError as error:
-            wrong = error.errors(include_url=False, include_input=False)[0]
-            place = ".".join(map(str, wrong["loc"]))
-            raise ValueError(f"not a manifest ({place}: {wrong['msg']})") from None
+            raise ValueError(f"not a manifest ({': '.join(first_misfit(error))})") from None
         wanted = set(_OF_CORPUS) | (set() if manifest.chat is None else _OF_CONVERSATIONS)
         if set(manifest.files) - {DOCUMENT_SOURCES} != wanted:
             raise ValueError("not a manifest (files are missing)")

@@ -61,7 +61,7 @@ def checkpoint_tokenizer(folder: Path, config: Config) -> Tokenizer:
 
 
 @dataclass(frozen=True)
-class TextWindows:
+class _TextWindows:
     """A text as sequences that a model reads.
 
     The text is read as one document: the end of the document before comes first, so that every
@@ -79,7 +79,7 @@ class TextWindows:
     num_bytes: int
 
     @classmethod
-    def read(cls, path: Path, tokenizer: Tokenizer, length: int) -> "TextWindows":
+    def read(cls, path: Path, tokenizer: Tokenizer, length: int) -> "_TextWindows":
         """Cut a file's text into windows of at most `length` tokens; ConfigError if it has none."""
         text, _ = text_of(path)
         ids = np.array([tokenizer.eod, *tokenizer.encode(text)], dtype=np.int64)
@@ -137,7 +137,7 @@ class ScoreRequest:
     out: Path | None
     logits: bool = False
     notices: list[str] = field(default_factory=list)
-    text: TextWindows | None = None
+    text: _TextWindows | None = None
 
     @classmethod
     def read(
@@ -165,7 +165,7 @@ class ScoreRequest:
         windows = None
         if text is not None:
             tokenizer = checkpoint_tokenizer(folder, trained)
-            windows = TextWindows.read(text, tokenizer, trained.model.seq_length)
+            windows = _TextWindows.read(text, tokenizer, trained.model.seq_length)
             input_ids = windows.input_ids
         assert input_ids is not None, "one of the two was given"
         size = trained.model.vocab_size
@@ -326,7 +326,7 @@ def score(
         checkpoint: A checkpoint folder or a run.
         overrides: Settings `parallel.key=value` or `precision.key=value`.
         tokens: Whole numbers [b, s], or an npz file with them as `input_ids`.
-        text: A UTF-8 text file instead, cut into windows (`TextWindows`).
+        text: A UTF-8 text file instead, cut into windows (`_TextWindows`).
         out: File to write the result to.
         logits: Whether logits are wanted; not of a text.
 

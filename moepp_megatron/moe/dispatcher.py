@@ -264,5 +264,21 @@ def bytes_sent(dispatcher: MoETokenDispatcher, hidden: Tensor) -> int | Tensor:
         others = dispatcher.tp_size * dispatcher.ep_size - 1
         return 2 * hidden[..., 0].numel() * others * row
     if isinstance(dispatcher, MoEFlexTokenDispatcher):
-        return 2 * dispatcher.vectors_sent() * row
+        return 2 * _vectors_sent(dispatcher) * row
     raise TypeError(f"no byte count is defined for {type(dispatcher).__name__}")
+
+
+def _vectors_sent(dispatcher: MoEFlexTokenDispatcher) -> Tensor:
+    """Hidden vectors that this rank sends by flex, also of a vanilla layer; stays on the device."""
+    manager: Any = dispatcher._comm_manager
+    group = manager.group
+    if dispatcher.config.moe_flex_dispatcher_backend == "deepep":
+        is_used = manager.token_indices >= 0
+        targets = (manager.token_indices // manager.num_local_experts).masked_fill(~is_used, 0)
+        reached = torch.zeros(targets.shape[0], group.size(), device=targets.device)
+        reached.scatter_add_(1, targets, is_used.to(reached.dtype))
+    else:
+        routing_map = manager.routing_map
+        reached = routing_map.view(routing_map.shape[0], group.size(), -1).sum(dim=-1)
+    reached[:, group.rank()] = 0
+    return (reached > 0).sum()

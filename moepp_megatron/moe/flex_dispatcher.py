@@ -84,21 +84,3 @@ class FFNFlexTokenDispatcher(MoEFlexTokenDispatcher):
     def manager(self) -> Any:
         """megatron-core's own, which calls the backend and keeps a pass's routing and gates."""
         return self._comm_manager
-
-    def vectors_sent(self) -> Tensor:
-        """Hidden vectors that this rank sends in one dispatch, a scalar on the device.
-
-        Call between dispatch and combine, which forgets the routing.
-        """
-        manager = self.manager
-        group = manager.group
-        if self.config.moe_flex_dispatcher_backend == "deepep":
-            is_used = manager.token_indices >= 0
-            targets = (manager.token_indices // manager.num_local_experts).masked_fill(~is_used, 0)
-            reached = torch.zeros(targets.shape[0], group.size(), device=targets.device)
-            reached.scatter_add_(1, targets, is_used.to(reached.dtype))
-        else:
-            routing_map = manager.routing_map
-            reached = routing_map.view(routing_map.shape[0], group.size(), -1).sum(dim=-1)
-        reached[:, group.rank()] = 0
-        return (reached > 0).sum()

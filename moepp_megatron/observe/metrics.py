@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from pydantic import ValidationError
 
 from moepp_megatron.catalogue import Record
-from moepp_megatron.config.errors import ConfigError
+from moepp_megatron.config.errors import ConfigError, first_misfit
 from moepp_megatron.config.regular_file import check_regular
 
 # Commands that only start something do not wait for numpy.
@@ -162,8 +162,7 @@ def read_lines(path: Path) -> Iterator[_Line]:
 
 def _describe(error: ValidationError) -> str:
     """The first problem of a line, in one line."""
-    first = error.errors(include_url=False, include_input=False)[0]
-    if not first["loc"]:
-        return f"is not a JSON object ({first['msg']}); remove the line"
-    key = ".".join(str(part) for part in first["loc"])
-    return f"{key}: {first['msg']}; every record needs the keys of StepMetrics"
+    key, reason = first_misfit(error)
+    if not key:
+        return f"is not a JSON object ({reason}); remove the line"
+    return f"{key}: {reason}; every record needs the keys of StepMetrics"

@@ -19,6 +19,8 @@ pytestmark = pytest.mark.gpu
 
 FUSED = pytest.mark.parametrize("fused", [False, "auto"])
 ALL_TO_ALL = pytest.mark.parametrize("dispatcher", ["alltoall", "alltoall_dedup"])
+FOUR = {"num_ffn_experts": 4, "balance_coeff": 0.1}
+BF16 = {"params_dtype": torch.bfloat16, "bf16": True}
 
 
 @pytest.mark.parametrize("case", CASES, ids=case_id)
@@ -31,7 +33,7 @@ def test_every_setting(card, case):
 @ALL_TO_ALL
 @pytest.mark.parametrize("expert", [0, 3, 5, 6, 7])
 def test_all_tokens_to_one_expert(card, expert, dispatcher, fused):
-    moepp = MoEPPConfig(num_ffn_experts=4, router_topk=1, balance_coeff=0.1, fused=fused)
+    moepp = MoEPPConfig(router_topk=1, fused=fused, **FOUR)
     layer, previous = forced(moepp, [expert], dispatcher=dispatcher, device=card)
     run = run_both(layer, torch.randn(8, 3, HIDDEN).to(card), previous)
     assert run.expected.selected_TE[:, expert].all()
@@ -41,7 +43,7 @@ def test_all_tokens_to_one_expert(card, expert, dispatcher, fused):
 @FUSED
 @ALL_TO_ALL
 def test_no_ffn_token(card, dispatcher, fused):
-    moepp = MoEPPConfig(num_ffn_experts=4, balance_coeff=0.1, fused=fused)
+    moepp = MoEPPConfig(fused=fused, **FOUR)
     layer, previous = forced(moepp, [5, 6], dispatcher=dispatcher, device=card)
     run = run_both(layer, torch.randn(8, 3, HIDDEN).to(card), previous)
     assert not run.expected.selected_TE[:, :4].any()
@@ -106,10 +108,8 @@ def check_bf16(run):
 @FUSED
 @pytest.mark.parametrize("dispatcher", DISPATCHERS)
 def test_bf16(card, dispatcher, fused):
-    moepp = MoEPPConfig(num_ffn_experts=4, balance_coeff=0.1, fused=fused)
-    layer = build_layer(
-        moepp, dispatcher=dispatcher, params_dtype=torch.bfloat16, bf16=True, device=card
-    )
+    moepp = MoEPPConfig(fused=fused, **FOUR)
+    layer = build_layer(moepp, dispatcher=dispatcher, device=card, **BF16)
     hidden, previous = inputs(moepp, length=32, batch=4, device=card)
     check_bf16(run_both(layer, hidden.bfloat16(), previous))
 
@@ -118,15 +118,8 @@ def test_bf16(card, dispatcher, fused):
 @ALL_TO_ALL
 @pytest.mark.parametrize("experts", [[3, 6], [5, 6]])
 def test_bf16_with_experts_without_rows(card, experts, dispatcher, fused):
-    moepp = MoEPPConfig(num_ffn_experts=4, balance_coeff=0.1, fused=fused)
-    layer, previous = forced(
-        moepp,
-        experts,
-        dispatcher=dispatcher,
-        params_dtype=torch.bfloat16,
-        bf16=True,
-        device=card,
-    )
+    moepp = MoEPPConfig(fused=fused, **FOUR)
+    layer, previous = forced(moepp, experts, dispatcher=dispatcher, device=card, **BF16)
     run = run_both(layer, torch.randn(8, 3, HIDDEN).to(card).bfloat16(), previous)
     assert run.expected.selected_TE[:, experts].all()
     check_bf16(run)
@@ -136,12 +129,11 @@ def test_bf16_with_experts_without_rows(card, experts, dispatcher, fused):
 @pytest.mark.parametrize("dispatcher", DISPATCHERS)
 def test_grouped_experts_of_transformer_engine(card, transformer_engine, dispatcher, fused):
     """Its grouped GEMM and its fused permutation."""
-    moepp = MoEPPConfig(num_ffn_experts=4, balance_coeff=0.1, fused=fused)
+    moepp = MoEPPConfig(fused=fused, **FOUR)
     layer = build_layer(
         moepp,
         dispatcher=dispatcher,
-        params_dtype=torch.bfloat16,
-        bf16=True,
+        **BF16,
         device=card,
         use_transformer_engine=True,
         moe_grouped_gemm=True,

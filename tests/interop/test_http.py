@@ -13,7 +13,7 @@ import pytest
 from moepp_megatron.data.tokenizer import Tokenizer
 from tests import ROOT
 from tests.commands import TIMEOUT_S, captured, moepp, slowdown, succeeded
-from tests.interop.transformers_models import load_model
+from tests.interop.transformers_models import load_model, logprobs_of
 from tests.ports import free_port
 
 PROMPT, NEW_TOKENS = "def read(self", 24
@@ -71,7 +71,6 @@ def answered(folder):
 
 def by_transformers(folder):
     """By implementation of experts the new text, all tokens and the log-probability of each."""
-    import torch
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -81,11 +80,8 @@ def by_transformers(folder):
     for experts in ("eager", "grouped_mm", "batched_mm"):
         model.set_experts_implementation(experts)
         whole = model.generate(**ids, max_new_tokens=NEW_TOKENS, do_sample=False)
-        with torch.no_grad():
-            logprobs = model(whole).logits[0, :-1].log_softmax(-1)
-        picked = logprobs.gather(1, whole[0, 1:, None])[:, 0].tolist()
         text = tokenizer.decode(whole[0, ids["input_ids"].shape[1] :])
-        answers[experts] = (text, whole[0].tolist(), picked)
+        answers[experts] = (text, whole[0].tolist(), logprobs_of(model, whole))
     return answers
 
 

@@ -15,7 +15,7 @@ from tests.interop.checkpoints import CASES, GOLDEN, hf_to_mcore, mcore_to_hf
 from tests.interop.models import settings
 from tests.interop.test_export import MODELS, save_and_compute, save_model
 from tests.interop.test_finetuning import FIELDS, batch, random_model
-from tests.interop.transformers_models import load_model
+from tests.interop.transformers_models import load_model, logprobs_of
 from tests.parallel.training_runs import SyntheticDataset, begin_training, short, train
 
 VLLM = os.environ.get("MOEPP_VLLM_PYTHON")
@@ -280,10 +280,8 @@ def greedy(folder, prompts):
         # Without a mask, transformers takes tokens of the padding's id for padding.
         mask = torch.ones_like(ids)
         whole = model.generate(ids, attention_mask=mask, max_new_tokens=8, do_sample=False)
-        with torch.no_grad():
-            logprobs = model(whole).logits[0, :-1].log_softmax(-1)
-        picked = logprobs.gather(1, whole[0, 1:, None])[:, 0]
-        answers.append({"tokens": whole[0, len(prompt) :].tolist(), "logprobs": picked.tolist()})
+        tokens = whole[0, len(prompt) :].tolist()
+        answers.append({"tokens": tokens, "logprobs": logprobs_of(model, whole)})
     return answers
 
 

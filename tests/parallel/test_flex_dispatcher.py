@@ -8,7 +8,7 @@ from tests.parallel.forced_routing import (
     one_ffn_expert,
     only_zero_experts,
 )
-from tests.parallel.training_runs import EP2, TP2, compare, short
+from tests.parallel.training_runs import EP2, TP2, VANILLA, compare, short
 
 FP32 = 1e-5
 
@@ -31,14 +31,17 @@ def test_training_equals_one_process(trained, alone, backend, layout):
     compare(run, alone(short()), FP32)
 
 
-def test_bytes_are_those_of_one_vector_per_token_and_rank(trained):
+# Vanilla layers have megatron-core's own dispatcher.
+@pytest.mark.parametrize("kind", [{}, VANILLA], ids=["MoE++", "vanilla"])
+def test_bytes_are_those_of_one_vector_per_token_and_rank(trained, kind):
     """With one expert a rank no two selections share a vector: as many as the all-to-all sends."""
-    moe = {"num_ffn_experts": 2}
+    moe = {**kind, "num_ffn_experts": 2}
     alltoall = trained(2, short(parallel=EP2, moe=moe), 1)
     raw = short(parallel=EP2, moe={**moe, "dispatcher": "flex"})
     for backend, train_with_flex in BACKENDS.items():
         flex = trained(2, raw, 1, how=train_with_flex)
         assert flex.routing[0]["a2a_bytes"] == alltoall.routing[0]["a2a_bytes"] > 0, backend
+        compare(flex, alltoall, FP32)
 
 
 # What each forces through the routers, and the FFN share that it leaves.

@@ -226,10 +226,6 @@ def _warnings(runs: Sequence[_ComparedRun], settings: Mapping[str, Sequence[str]
     return warnings
 
 
-def _shown(value: float, show: Callable[[float], str] = formatting.number) -> str:
-    return show(value) if math.isfinite(value) else "-"
-
-
 def _validation(run: _ComparedRun) -> str:
     loss = run.summary.valid_loss
     return "none" if loss is None else f"{formatting.number(loss)} at {run.summary.valid_step:,}"
@@ -244,13 +240,15 @@ def _step_time(run: _ComparedRun) -> str:
 _RESULTS: dict[str, Callable[[_ComparedRun], str]] = {
     "Steps": lambda r: f"{r.summary.last_step:,} of {r.data.config.training.train_iters:,}",
     "Tokens": lambda run: formatting.big_count(run.summary.tokens),
-    "Loss": lambda run: _shown(run.summary.tail_loss),
+    "Loss": lambda run: formatting.or_dash(run.summary.tail_loss),
     "Validation": _validation,
     "FFN share": lambda run: formatting.percent(run.summary.tail_ffn_fraction),
     "Step time": _step_time,
     "Tokens/s": lambda run: formatting.count(run.summary.tokens_per_s),
     "Training time": lambda run: formatting.duration(run.summary.train_seconds),
-    "Model FLOP": lambda run: _shown(run.axes.get("flops", [math.nan])[-1], formatting.flops),
+    "Model FLOP": lambda run: formatting.or_dash(
+        run.axes.get("flops", [math.nan])[-1], formatting.flops
+    ),
 }
 # How the end of each axis is written.
 _ENDS: dict[str, Callable[[float], str]] = {
@@ -267,7 +265,7 @@ def _losses(runs: Sequence[_ComparedRun]) -> list[Table]:
         return []
     head = ("Training loss (nats) after", *(_ENDS[axis](end) for axis, end in ends.items()))
     rows = [
-        [Cell(run.name), *(number(_shown(_loss_at(run, *end))) for end in ends.items())]
+        [Cell(run.name), *(number(formatting.or_dash(_loss_at(run, *end))) for end in ends.items())]
         for run in runs
     ]
     caption = "As far as the shortest run reaches; means over the last tenth before it."

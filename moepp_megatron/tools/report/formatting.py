@@ -1,6 +1,7 @@
 """Formats numbers for readers."""
 
 import math
+from collections.abc import Callable
 
 NOT_FINITE = "not finite"
 
@@ -12,6 +13,11 @@ def number(value: float, digits: int = 4) -> str:
     if value != 0 and not 10.0**-digits <= abs(value) < 1e7:
         return f"{value:.3e}"
     return f"{value:,.{digits}f}"
+
+
+def or_dash(value: float, show: Callable[[float], str] = number) -> str:
+    """A number in this form, or a dash where there is none."""
+    return show(value) if math.isfinite(value) else "-"
 
 
 def significant(value: float) -> str:

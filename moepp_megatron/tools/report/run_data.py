@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, Field, ValidationError
 
-from moepp_megatron.config.errors import ConfigError
+from moepp_megatron.config.errors import ConfigError, first_misfit
 from moepp_megatron.config.paths import looked_at
 from moepp_megatron.config.regular_file import check_regular
 from moepp_megatron.config.schema.section import LARGEST, LARGEST_OF_ALL
@@ -218,10 +218,9 @@ def read_config(path: Path) -> tuple[RunConfig, str]:
     except ConfigError as error:
         raise ReportError(f"{error}; restore the run's own file") from error
     except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        key = ".".join(str(part) for part in first["loc"]) or "the file"
+        key, reason = first_misfit(error)
         raise ReportError(
-            f"{path}: {key}: {first['msg']}; restore the resolved configuration of the run"
+            f"{path}: {key or 'the file'}: {reason}; restore the resolved configuration of the run"
         ) from error
 
 

@@ -1,7 +1,5 @@
 """Data sources, classes of tokens and tasks: a table of sources, and plots over steps."""
 
-import math
-from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -28,8 +26,12 @@ def source_table(run: RunData) -> Table | None:
             [
                 Cell(name),
                 number(formatting.percent(_mean(run, newest, "source_tokens", name))),
-                number(_shown(_mean(run, newest, "source_loss", name))),
-                number(_shown(_mean(run, newest, "source_ffn_share", name), formatting.percent)),
+                number(formatting.or_dash(_mean(run, newest, "source_loss", name))),
+                number(
+                    formatting.or_dash(
+                        _mean(run, newest, "source_ffn_share", name), formatting.percent
+                    )
+                ),
             ]
         )
     head = ("Data source", "Tokens", "Loss", "FFN share")
@@ -61,7 +63,3 @@ def _sources(run: RunData) -> list[str]:
 def _mean(run: RunData, places: np.ndarray, key: str, name: str) -> float:
     """Mean over the records in which the source has a token; NaN where none has."""
     return finite_mean(run.numbers.values(key, name)[places])
-
-
-def _shown(value: float, show: Callable[[float], str] = formatting.number) -> str:
-    return show(value) if math.isfinite(value) else "-"

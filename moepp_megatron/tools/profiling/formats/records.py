@@ -10,6 +10,7 @@ from typing import IO, Any, cast
 
 from pydantic import BaseModel, ValidationError
 
+from moepp_megatron.config.errors import first_misfit
 from moepp_megatron.config.json_file import parse_json
 from moepp_megatron.config.regular_file import check_regular
 from moepp_megatron.tools.profiling.trace import ProfileError
@@ -48,9 +49,9 @@ def read_model[Model: BaseModel](
     try:
         return model.model_validate(content)
     except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        where = ".".join(str(part) for part in first["loc"]) or "the whole"
-        raise ProfileError(f"{path}: field {where!r}: {first['msg'].lower()}; {remedy}") from None
+        key, reason = first_misfit(error)
+        field = repr(key or "the whole")
+        raise ProfileError(f"{path}: field {field}: {reason.lower()}; {remedy}") from None
 
 
 @contextmanager
