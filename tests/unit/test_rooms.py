@@ -25,22 +25,22 @@ BUDGETS = {
     "__main__": (16, 0),
     "cli": (19_158, 35),
     "tools.experiments": (9_017, 35),
-    "tools.report": (26_755, 90),
+    "tools.report": (26_694, 91),
     "tools.planning": (24_449, 75),
     "tools.inspection": (3_513, 12),
     "tools.bench": (6_918, 23),
-    "tools.profiling": (11_590, 45),
+    "tools.profiling": (11_572, 45),
     "tools.doctor": (8_804, 26),
     "cluster": (1_517, 1),
-    "interop": (37_967, 87),
+    "interop": (37_967, 86),
     "features": (23_146, 38),
-    "training": (47_882, 143),
+    "training": (47_882, 142),
     "model": (7_886, 18),
-    "moe": (42_707, 121),
-    "data": (29_547, 86),
-    "observe": (14_223, 35),
+    "moe": (42_710, 121),
+    "data": (29_517, 86),
+    "observe": (14_189, 35),
     "runtime": (21_200, 96),
-    "config": (40_239, 147),
+    "config": (40_267, 148),
     "catalogue": (2_839, 3),
     "layer_settings": (1_070, 3),
     "experts": (1_737, 4),
@@ -49,7 +49,7 @@ BUDGETS = {
 }
 MAX_FILES, MAX_TEMPLATE_LINES = 417, 278
 MAX_PUBLIC_NAMES, MAX_CLASS_NAMES_TWICE = 1_125, 4
-MAX_TEST_TOKENS, MAX_BENCHMARK_TOKENS = 419_750, 37_550
+MAX_TEST_TOKENS, MAX_BENCHMARK_TOKENS = 419_730, 37_550
 MAX_WORDS, MAX_README_WORDS = 48_000, 900
 
 # Not yet: planning says in which order to read it, the experiments nothing.
