@@ -6,6 +6,7 @@ FFN, constant, copy, zero.
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import nullcontext
 from functools import partial, wraps
 from typing import Any
 
@@ -103,7 +104,10 @@ class _FP32Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map [n, inputs] to [n, outputs], fp32, under autocast too."""
-        with torch.autocast(x.device.type, enabled=False):
+        device = x.device.type
+        # torch cannot name a graph that has autocast in it, and vLLM would load another's instead.
+        is_needed = torch.is_autocast_enabled(device)
+        with torch.autocast(device, enabled=False) if is_needed else nullcontext():
             return F.linear(x.float(), self.weight.float())
 
 
