@@ -213,13 +213,12 @@ def package_lines(config: Config) -> list[str]:
     if on_gpu and not engine.used and engine.failure is None:
         lines.append(f"warning: {engine.line()}. Steps are slower; {engine.remedy}")
     if on_gpu or any(backend.used for backend in backends):
-        lines.append(_choices_line(config.precision.cross_entropy))
+        lines.append(_choices_line(backends, config.precision.cross_entropy))
     return lines
 
 
-def _choices_line(cross_entropy: CrossEntropy = "auto") -> str:
+def _choices_line(backends: list[Backend], cross_entropy: CrossEntropy) -> str:
     """All choices in one line; imports torch."""
-    backends = optional_backends()
     used = ", ".join(f"{b.name} {b.version}" for b in backends if b.used) or "none"
     missing = ", ".join(b.name for b in backends if not b.used) or "none"
     kernels = "; ".join(choice.line() for choice in kernel_choices(cross_entropy))

@@ -135,10 +135,9 @@ def _check_flex(config: Config) -> None:
 
 def _check_recomputation(config: Config) -> None:
     """Refuse recomputations that megatron-core 0.19 has only with Transformer Engine's modules."""
-    training = config.training
-    modules = training.recompute_modules
+    modules = _recomputed(config)
     lacking = [module for module in ("layernorm", "moe_act") if module in modules]
-    if training.recompute_granularity == "selective" and lacking:
+    if lacking:
         raise UnfitError(
             f"training.recompute_modules ({', '.join(modules)}) must not hold "
             f"{' or '.join(lacking)} without Transformer Engine, which megatron-core needs for "
@@ -177,15 +176,17 @@ def _check_local_latent_attention(config: Config) -> None:
     """Refuse widths that tensor ranks do not divide: megatron-core's local modules split them."""
     latent, ranks = config.model.latent_attention, config.parallel.tensor_model_parallel_size
     assert latent is not None, "the model has latent attention"
-    name = "model.latent_attention."
-    for key, width in (
-        ("q_lora_rank", latent.q_lora_rank or 0),
-        ("kv_lora_rank", latent.kv_lora_rank + latent.qk_pos_emb_head_dim),
+    for key, plus, width in (
+        ("q_lora_rank", "", latent.q_lora_rank or 0),
+        (
+            "kv_lora_rank",
+            ", with qk_pos_emb_head_dim added,",
+            latent.kv_lora_rank + latent.qk_pos_emb_head_dim,
+        ),
     ):
         if width % ranks:
-            plus = ", with qk_pos_emb_head_dim added," if key == "kv_lora_rank" else ""
             raise UnfitError(
-                f"{name}{key} ({getattr(latent, key)}) must{plus} be divisible by "
+                f"model.latent_attention.{key} ({getattr(latent, key)}) must{plus} be divisible by "
                 f"parallel.tensor_model_parallel_size ({ranks}) where Transformer Engine is not "
                 "there; use a multiple, or fewer tensor-parallel ranks"
             )
@@ -240,10 +241,13 @@ def _extension_obstacle() -> tuple[str, str] | None:
 
 def modules_with_extension(config: Config) -> list[str]:
     """Members of `training.recompute_modules` for which megatron-core's extension is compiled."""
+    return sorted(set(_FREED_OUTPUTS) & set(_recomputed(config)))
+
+
+def _recomputed(config: Config) -> list[str]:
+    """Modules that the backward pass recomputes, where it does not recompute whole layers."""
     training = config.training
-    if training.recompute_granularity != "selective":
-        return []
-    return sorted(set(_FREED_OUTPUTS) & set(training.recompute_modules))
+    return training.recompute_modules if training.recompute_granularity == "selective" else []
 
 
 def _lacks_compiler(
@@ -347,16 +351,14 @@ class FP8Machine:
 
 def _engine_versions(config: Config, recipe: str) -> list[tuple[str, Version]]:
     """For each setting in use, (setting with value, first Transformer Engine version with it)."""
-    training = config.training
     wanted: list[tuple[str, Version]] = [
         (f"precision.fp8_recipe ({recipe})", _TE_OF_RECIPE[recipe])
     ]
     if config.precision.fp8_param:
         wanted.append(("precision.fp8_param (true)", _TE_OF_FP8_PARAM))
-    inner = {"moe_act", "layernorm"} & set(training.recompute_modules)
-    if training.recompute_granularity == "selective" and inner:
-        modules = ", ".join(training.recompute_modules)
-        setting = f"training.recompute_modules ([{modules}]) with precision.fp8"
+    modules = _recomputed(config)
+    if {"moe_act", "layernorm"} & set(modules):
+        setting = f"training.recompute_modules ([{', '.join(modules)}]) with precision.fp8"
         wanted.append((setting, _TE_OF_INNER_RECOMPUTE))
     return wanted
 

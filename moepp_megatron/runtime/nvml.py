@@ -6,13 +6,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
-from moepp_megatron.runtime.gpu_state import (
-    ALL_LINKS,
-    SAMPLE,
-    Driver,
-    GPUState,
-    Library,
-)
+from moepp_megatron.runtime.gpu_state import ALL_LINKS, SAMPLE, Driver, GPUState, Library
 
 # "MIG-GPU-<uuid>/<instance>/<slice>" is the name of a MIG device up to driver 470.
 _PREFIXES = ("MIG-GPU-", "MIG-", "GPU-")

@@ -88,9 +88,9 @@ _ATTEMPTS = 3
 
 def place(name: str | Path) -> Path:
     """The path that a user means: of a store for an address, otherwise of this machine."""
-    if isinstance(name, ObjectPath) or not is_address(str(name)):
-        return name if isinstance(name, ObjectPath) else Path(os.path.expanduser(name))
-    return ObjectPath(name)
+    if isinstance(name, ObjectPath):
+        return name
+    return ObjectPath(name) if is_address(str(name)) else Path(os.path.expanduser(name))
 
 
 class ObjectPath(PosixPath):

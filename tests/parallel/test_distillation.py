@@ -298,7 +298,7 @@ def test_the_planner_counts_the_teacher(ranks, teachers):
 def test_what_is_refused(teachers, tmp_path):
     from moepp_megatron.config.hardware import load_hardware
     from moepp_megatron.features.distillation.teacher import TeacherModel
-    from moepp_megatron.tools.planning.machine import machine_of
+    from moepp_megatron.tools.planning.machine import Machine
     from moepp_megatron.tools.planning.plan import _make_plan
 
     def refused(match, **sections):
@@ -317,7 +317,7 @@ def test_what_is_refused(teachers, tmp_path):
     refused("top_k", distillation={**teacher, "top_k": 65})
     with config_error("must be null for a plan"):
         _make_plan(
-            parse_config(settings(distillation=teacher)), 8, machine_of(load_hardware("h100_sxm"))
+            parse_config(settings(distillation=teacher)), 8, Machine.of(load_hardware("h100_sxm"))
         )
     (tmp_path / "config.json").write_text("{}")
     refused("moepp convert upcycle", distillation={"teacher": str(tmp_path)})

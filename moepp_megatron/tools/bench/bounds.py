@@ -72,7 +72,9 @@ def measure_card(
     fit = [dtype for dtype in dtypes if _card_obstacle(dtype) is None]
     return CardResult(
         device=torch.cuda.get_device_name(device) if on_gpu else "cpu",
-        matmul_tflops={dtype: _matmul_tflops(dtype, size) for dtype in fit},
+        matmul_tflops={
+            dtype: 2.0 * size**3 / _median_seconds(_matmul(dtype, size)) / 1e12 for dtype in fit
+        },
         copy_gb_s=_copy_gb_s(num_bytes or (_GPU_BYTES if on_gpu else _CPU_BYTES)),
     )
 
@@ -88,14 +90,8 @@ def _card_obstacle(dtype: str) -> str | None:
     return needs if capability < _FP8_CAPABILITY else None
 
 
-def _matmul_tflops(dtype: str, size: int) -> float:
-    """Measure TFLOP/s of a square product: fp8 with a scale a tensor, fp32 without TF32."""
-    product = _matmul(dtype, size)
-    return 2.0 * size**3 / _median_seconds(product) / 1e12
-
-
 def _matmul(dtype: str, size: int) -> Callable[[], Tensor]:
-    """The product that `_matmul_tflops` times."""
+    """A square product to be timed: fp8 with a scale a tensor, fp32 without TF32."""
     device = _device()
     # Ordinary numbers: the power that a product draws, and so its speed, depends on its bits.
     left, right = (torch.randn(size, size, device=device) for _ in range(2))
@@ -145,9 +141,7 @@ def _median_seconds(work: Callable[[], object]) -> float:
 
 
 def _device() -> torch.device:
-    if torch.cuda.is_available():
-        return torch.device("cuda", torch.cuda.current_device())
-    return torch.device("cpu")
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @dataclass(frozen=True)
@@ -230,13 +224,11 @@ def layer_work(
     experts = shape.experts
     mixed = experts.num_constant_experts
     weights = experts.local_parameters(shape.hidden_size, is_first=True) * width
-    if not fused:
-        work["zero_computation"] = MinimalWork((load.used_tokens + load.tokens) * vector + weights)
-        return work
-    work["zero_computation"] = MinimalWork(
-        load.used_tokens * vector + weights + load.tokens * 2 * mixed * _FP32
-    )
-    work["combine"] = _fused_combine(load, mixed, vector, topk)
+    # Fused, they write mixing logits only.
+    written = load.tokens * (2 * mixed * _FP32 if fused else vector)
+    work["zero_computation"] = MinimalWork(load.used_tokens * vector + weights + written)
+    if fused:
+        work["combine"] = _fused_combine(load, mixed, vector, topk)
     return work
 
 
@@ -266,7 +258,8 @@ def _experts(shape: PaperShape, load: RoutedLoad, width: int, dtype: str) -> Min
     """Work of SwiGLU experts: gate and up projections [D, 2 H], down projection [H, D]."""
     matrices = FFN.parameters(shape.hidden_size, shape.ffn_hidden_size)
     moved = load.busy_experts * matrices * width + 2 * load.rows * shape.hidden_size * width
-    return MinimalWork(moved, expert_flops(shape, load.rows), dtype)
+    flops = load.rows * FFN.flops(shape.hidden_size, shape.ffn_hidden_size)
+    return MinimalWork(moved, flops, dtype)
 
 
 def _fused_combine(load: RoutedLoad, mixed: int, vector: int, topk: int) -> MinimalWork:
@@ -274,8 +267,3 @@ def _fused_combine(load: RoutedLoad, mixed: int, vector: int, topk: int) -> Mini
     # V comes from the cache but once, and is not counted.
     small = load.tokens * (4 * topk + (1 + mixed) * (_FP32 + _BOOL) + 2 * mixed * _FP32)
     return MinimalWork((load.rows + load.used_tokens + load.tokens) * vector + small)
-
-
-def expert_flops(shape: PaperShape, rows: int) -> int:
-    """FLOPs of the FFN experts' forward pass; forward and backward take three times as many."""
-    return rows * FFN.flops(shape.hidden_size, shape.ffn_hidden_size)

@@ -38,7 +38,7 @@ from torch import Tensor
 from moepp_megatron.layer_settings import Fused
 from moepp_megatron.runtime.patches import Replacements
 from moepp_megatron.tools.bench import clock
-from moepp_megatron.tools.bench.bounds import CardResult, bounds_ms, expert_flops, measure_card
+from moepp_megatron.tools.bench.bounds import CardResult, bounds_ms, measure_card
 from moepp_megatron.tools.bench.clock import interleaved, speedup
 from moepp_megatron.tools.bench.contestants import Contestant
 from moepp_megatron.tools.bench.shapes import PaperShape
@@ -120,7 +120,8 @@ def _measure(
     result: dict[str, Any] = {}
     for key, layer in layers.items():
         parts = parts_ms(layer.layer, layer.forward_only, rounds)
-        flops = expert_flops(shape, layer.load.rows)
+        flops = layer.work["experts"].flops
+        # Forward and backward take three times as many as forward.
         passes = 1 if name == "forward" else 3
         numbers = {
             "ms": times[key].median_ms,

@@ -30,7 +30,7 @@ from torch import Tensor
 from moepp_megatron.config import Config, Layout
 from moepp_megatron.config.vanilla import vanilla
 from moepp_megatron.moe.lane import use_static_rows
-from moepp_megatron.moe.router import MoEPPRouter
+from moepp_megatron.runtime.distributed import gathered
 from moepp_megatron.runtime.nvml import Nvml, NvmlUnavailableError
 from moepp_megatron.runtime.patches import replaced
 from moepp_megatron.tools.bench.clock import interleaved, now, seconds, settle, speedup
@@ -83,9 +83,7 @@ class _Stepper:
             times.append(sum(seconds(*pair) for pair in ends))
         if self._layout.ep > 1 and not any(times):
             return None
-        mean = torch.tensor(statistics.median(times)).to(torch.cuda.current_device())
-        dist.all_reduce(mean)
-        return mean.item() / dist.get_world_size()
+        return statistics.fmean(gathered(statistics.median(times)))
 
 
 @contextmanager
@@ -157,13 +155,10 @@ def _hold_all(models: list[Any], config: Config, layout: Layout) -> None:
     moe, training = config.moe, config.training
     num_tokens = training.micro_batch_size * config.model.seq_length // (layout.tp * layout.cp)
     generator = torch.Generator().manual_seed(training.seed + dist.get_rank())
+    shares = balanced_shares(moe.num_ffn_experts, moe.num_zero_computation_experts, moe.tau)
     for model in models:
         for router in model.modules():
             if isinstance(router, TopKRouter):
-                zero_computation = (
-                    moe.num_zero_computation_experts if isinstance(router, MoEPPRouter) else 0
-                )
-                shares = balanced_shares(moe.num_ffn_experts, zero_computation, moe.tau)
                 picks = balanced_selection(num_tokens, shares, moe.router_topk, generator)
                 hold(router, picks)
 

@@ -38,6 +38,7 @@ _SOFTWARE_SLOWDOWN = {
     0x200: "board limit",
     0x400: "reliability limit",
 }
+_RESTART = "restart nvidia-fabricmanager; if it stays, reset all GPUs or return the node"
 _RESEAT = "reseat GPU or riser, check BIOS settings of the slot; nvidia-smi -q -d PCIE"
 
 
@@ -88,21 +89,21 @@ def _ecc_errors(card: GPUState, judge: Judge) -> _Sign:
 
 def _memory_rows(card: GPUState, judge: Judge) -> _Sign:
     """Rows of memory that could not be replaced by spare ones, or not yet."""
-    if card.rows is None or not (card.rows.failed or card.rows.pending):
-        return None
-    if card.rows.failed:
+    if card.rows is not None and card.rows.failed:
         return (
             Severity.ERROR,
             "a row could not be remapped",
             "spare rows must be left",
             "return the GPU",
         )
-    return (
-        Severity.ERROR,
-        "a remapped row waits for a reset",
-        "broken memory is still in use until then",
-        "reset the GPU (nvidia-smi -r) or reboot the node",
-    )
+    if card.rows is not None and card.rows.pending:
+        return (
+            Severity.ERROR,
+            "a remapped row waits for a reset",
+            "broken memory is still in use until then",
+            "reset the GPU (nvidia-smi -r) or reboot the node",
+        )
+    return None
 
 
 def _throttling(card: GPUState, judge: Judge) -> _Sign:
@@ -129,14 +130,13 @@ def _throttling(card: GPUState, judge: Judge) -> _Sign:
 
 def _is_loaded(card: GPUState) -> bool:
     """True if the GPU was computing when it was read: in P0 and not marked idle."""
-    idle = card.throttle_reasons is not None and bool(card.throttle_reasons & 0x1)
-    return bool(card.busy_power_state) and card.throttle_reasons is not None and not idle
+    reasons = card.throttle_reasons
+    return bool(card.busy_power_state) and reasons is not None and not reasons & 0x1
 
 
 def _power_cap(card: GPUState, judge: Judge) -> _Sign:
     """Finds a power limit below the GPU's rated power."""
-    rated_watts = judge.hardware.power_watts if judge.hardware is not None else None
-    rated_watts = rated_watts or card.default_power_limit
+    rated_watts = judge.hardware.power_watts or card.default_power_limit
     if card.power_limit is None or rated_watts is None:
         return None
     if card.power_limit >= rated_watts * judge.thresholds.power_limit_fraction:
@@ -175,8 +175,6 @@ def _pcie(card: GPUState, judge: Judge) -> _Sign:
     support is judged then.
     """
     hardware = judge.hardware
-    if hardware is None:
-        return None
     if _below(card.pcie_width, hardware.pcie_width):
         observation, rule = f"x{card.pcie_width}", f"must be x{hardware.pcie_width}"
     elif _below(card.pcie_max_generation, hardware.pcie_generation):
@@ -198,15 +196,15 @@ def _nvlink_state(card: GPUState, judge: Judge) -> _Sign:
             Severity.ERROR,
             f"links {', '.join(down)} are down",
             f"all {len(card.links)} links must be up",
-            "restart nvidia-fabricmanager; if it stays, reset all GPUs or return the node",
+            _RESTART,
         )
-    expected = judge.hardware.nvlink_links if judge.hardware is not None else 0
+    expected = judge.hardware.nvlink_links
     if 0 < len(card.links) < expected:
         return (
             Severity.ERROR,
             f"{len(card.links)} links",
             f"must have {expected}",
-            "restart nvidia-fabricmanager; if it stays, reset all GPUs or return the node",
+            _RESTART,
         )
     return None
 

@@ -7,20 +7,13 @@ import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
 
 import psutil
 import torch
 import torch.distributed as dist
 
 from moepp_megatron.config import Config
-from moepp_megatron.config.hardware import (
-    Hardware,
-    Thresholds,
-    find_hardware,
-    known_hardware,
-    load_hardware,
-)
+from moepp_megatron.config.hardware import Hardware, find_hardware, known_hardware, load_hardware
 from moepp_megatron.runtime import distributed
 from moepp_megatron.runtime.nvml import GPUState, Nvml
 from moepp_megatron.runtime.optional import flex_backend
@@ -64,23 +57,18 @@ class _NodeExaminer:
     ) -> None:
         self.request, self.cards = request, cards
         self.hardware = _hardware(request, cards)
-        self.judge = Judge(
-            self.hardware,
-            Thresholds() if self.hardware is None else self.hardware.thresholds,
-            request.preflight,
-            own_pids | {os.getpid()},
-        )
+        known = self.hardware or Hardware(name="not described")
+        self.judge = Judge(known, request.preflight, own_pids | {os.getpid()})
 
     def node_findings(self) -> list[Finding]:
         """All findings except those of speeds."""
-        request, thresholds, cards = self.request, self.judge.thresholds, self.cards.cards
-        rate = self.hardware.network_gbit_s_per_gpu if self.hardware is not None else None
+        request, cards = self.request, self.cards.cards
         described = request.hardware is None
         return [
             *gpu_checks.check_together(self.cards, self.hardware, described, request.expected_gpus),
             *(card_checks.check_cards(cards, self.judge) if cards else []),
-            *system.check_system(thresholds, len(cards), rate),
-            *folders.check_folders(request.config, thresholds),
+            *system.check_system(self.judge.hardware, len(cards)),
+            *folders.check_folders(request.config, self.judge.thresholds),
             *packages.check_packages(request.config),
         ]
 
@@ -88,9 +76,7 @@ class _NodeExaminer:
         self, speeds: list[speed.DeviceSpeed], loaded: list[GPUState] | None = None
     ) -> list[Finding]:
         """Findings from this node's matrix products, and from its GPUs while they ran."""
-        findings = speed.check_matmul(
-            speeds, self.hardware, self.judge.thresholds, self.judge.unfit_now
-        )
+        findings = speed.check_matmul(speeds, self.judge)
         for name in _UNDER_LOAD:
             findings += card_checks.signs(loaded or [], self.judge, name)
         return findings
@@ -126,9 +112,7 @@ def examine_machine(request: Request) -> list[Finding]:
     examiner = _NodeExaminer(request, cards)
     findings = examiner.node_findings()
     loaded: list[GPUState] = []
-    speeds = []
-    for device in _devices():
-        speeds.append(speed.DeviceSpeed(_name(device), _matmul(device, loaded)))
+    speeds = [speed.DeviceSpeed(_name(each), _matmul(each, loaded)) for each in _devices()]
     return _once(findings + examiner.speed_findings(speeds, loaded))
 
 
@@ -159,8 +143,7 @@ def _examine_started(
         from megatron.core.transformer.moe.fused_a2a import fused_combine, fused_dispatch
 
         findings.append(speed.check_dispatch(fused_dispatch, fused_combine, device).on(node))
-    reports: list[Any] = [None] * rank.world_size
-    dist.all_gather_object(reports, report)
+    reports = distributed.gathered(report)
     if rank.rank != 0:
         return None
     assert examiner is not None, "rank 0 is the first of its node"
@@ -182,9 +165,8 @@ def _together(
         speeds = [report.speed for report in node_reports]
         findings += [finding.on(node) for finding in examiner.speed_findings(speeds, loaded)]
     if rank.world_size > 1:
-        findings.append(
-            speed.check_slowest([report.speed for report in reports], examiner.judge.thresholds)
-        )
+        speeds = [report.speed for report in reports]
+        findings.append(speed.check_slowest(speeds, examiner.judge))
     sizes = rank.world_size, rank.local_world_size
     findings += [speed.check_collective(each, *sizes, examiner.judge) for each in collectives]
     return _once(findings)

@@ -123,16 +123,20 @@ class Judge:
     """Expectations of a GPU.
 
     Attributes:
-        hardware: Rated numbers of its kind; None where the kind is not described.
-        thresholds: The limits beyond which a measurement is a finding.
+        hardware: Rated numbers of its kind, none of them known where the kind is not described, and
+            the limits beyond which a measurement is a finding.
         preflight: Whether a job is about to start, which taken or slow GPUs must prevent.
         own_pids: Processes that belong to this examination.
     """
 
-    hardware: Hardware | None
-    thresholds: Thresholds
+    hardware: Hardware
     preflight: bool = False
     own_pids: frozenset[int] = frozenset()
+
+    @property
+    def thresholds(self) -> Thresholds:
+        """Limits of health of this kind of GPU."""
+        return self.hardware.thresholds
 
     @property
     def unfit_now(self) -> Severity:

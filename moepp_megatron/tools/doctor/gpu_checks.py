@@ -40,10 +40,20 @@ def check_together(
     `described` is false where the user has given the description, `expected` the GPUs of the job.
     """
     if found.error is not None and found.error.has_driver:
-        return [_check_driver_fault(str(found.error))]
+        return [
+            error(
+                "GPU driver",
+                f"NVML does not start: {found.error}",
+                "the driver must be loaded and match its library",
+                "reboot the node (a driver update without reboot does this), or reinstall the "
+                "driver",
+            )
+        ]
     if not found.cards:
-        reason = str(found.error) if found.error is not None else "the driver finds none"
-        return [_no_cards(reason, expected)]
+        if expected:
+            return [_check_count([], expected)]
+        reason = found.error or "the driver finds none"
+        return [note("GPU count", f"no GPU: {reason}; GPU checks skipped")]
     assert found.driver is not None, "NVML answered"
     return [
         _check_count(found.cards, expected),
@@ -56,15 +66,14 @@ def check_together(
 class _TorchCuda:
     """The CUDA version torch was built with, as (13, 0), and whether torch can use a GPU."""
 
-    built_with: tuple[int, int] | None
+    built_with: tuple[int, ...] | None
     available: bool
 
 
 def _torch_cuda() -> _TorchCuda:
     built = torch.version.cuda
     parts = None if built is None else tuple(int(part) for part in built.split(".")[:2])
-    assert parts is None or len(parts) == 2, f"CUDA version {built} has no minor part"
-    return _TorchCuda(parts and (parts[0], parts[1]), torch.cuda.is_available())
+    return _TorchCuda(parts, torch.cuda.is_available())
 
 
 def _check_count(cards: Sequence[GPUState], expected: int | None) -> Finding:
@@ -122,8 +131,7 @@ def _check_driver(driver: Driver, torch_cuda: _TorchCuda) -> Finding:
             "torch must be built for CUDA on a machine with GPUs",
             "install torch from the CUDA index that fits the driver",
         )
-    built = f"{torch_cuda.built_with[0]}.{torch_cuda.built_with[1]}"
-    versions = f"{versions}, torch for CUDA {built}"
+    versions += f", torch for CUDA {'.'.join(map(str, torch_cuda.built_with))}"
     if driver.cuda is not None and driver.cuda[0] < torch_cuda.built_with[0]:
         return error(
             "GPU driver",
@@ -139,20 +147,3 @@ def _check_driver(driver: Driver, torch_cuda: _TorchCuda) -> Finding:
             "check CUDA_VISIBLE_DEVICES, the container's GPU access and the fabric manager",
         )
     return Finding("GPU driver", versions)
-
-
-def _check_driver_fault(message: str) -> Finding:
-    """The finding for a driver that is installed but refuses."""
-    return error(
-        "GPU driver",
-        f"NVML does not start: {message}",
-        "the driver must be loaded and match its library",
-        "reboot the node (a driver update without reboot does this), or reinstall the driver",
-    )
-
-
-def _no_cards(reason: str, expected: int | None) -> Finding:
-    """The finding for a machine without NVIDIA driver: fine, unless the job expects GPUs."""
-    if not expected:
-        return note("GPU count", f"no GPU: {reason}; GPU checks skipped")
-    return _check_count([], expected)

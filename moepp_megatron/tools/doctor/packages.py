@@ -13,7 +13,6 @@ from moepp_megatron.config import Config, UnfitError
 from moepp_megatron.moe import upstream_versions
 from moepp_megatron.runtime.backends import (
     Backend,
-    KernelChoice,
     kernel_choices,
     optional_backends,
     version_of,
@@ -26,19 +25,29 @@ from moepp_megatron.tools.doctor.finding import Finding, Severity, error, judged
 
 def check_packages(config: Config | None) -> list[Finding]:
     """Check which packages are installed and used; one that `config` needs must be."""
-    backends = optional_backends()
     # Of what is imported, which a path can put before what is installed.
     megatron = version_of("megatron-core") and upstream_versions.version()
-    findings = [_python(), _torch(), _check_megatron(megatron), _nccl(), _extra()]
+    build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU only"
+    findings = [
+        Finding("Python", f"{platform.python_version()} at {sys.executable}"),
+        Finding("torch", f"{torch.__version__}, built for {build}"),
+        _check_megatron(megatron),
+        _nccl(),
+        _extra(),
+    ]
     on_gpu = torch.cuda.is_available()
-    findings += [_check_backend(backend, on_gpu) for backend in backends]
+    findings += [_check_backend(backend, on_gpu) for backend in optional_backends()]
     findings += [_check_compiler(), _check_caches()] if have_triton() else []
     loss = "auto" if config is None else config.precision.cross_entropy
     if megatron is not None:
-        findings += [_check_kernel(choice) for choice in kernel_choices(loss)]
+        # All of them are correct, some are faster.
+        findings += [
+            Finding(f"kernel: {choice.operation}", f"{choice.implementation}: {choice.detail}")
+            for choice in kernel_choices(loss)
+        ]
         if config is not None:
             findings.append(_check_config(config))
-    return [finding for finding in findings if finding is not None]
+    return findings
 
 
 def _check_megatron(version: str | None) -> Finding:
@@ -102,12 +111,6 @@ def _check_caches() -> Finding:
     return judged(not lost, "compiled kernels", ", ".join(found), rule, remedy, Severity.WARNING)
 
 
-def _check_kernel(choice: KernelChoice) -> Finding:
-    """Name the implementation of an operation: all are correct, some are faster."""
-    observation = f"{choice.implementation}: {choice.detail}"
-    return Finding(f"kernel: {choice.operation}", observation)
-
-
 def _check_config(config: Config) -> Finding:
     """Check that this machine can run a configuration, as training does at its start."""
     try:
@@ -118,17 +121,7 @@ def _check_config(config: Config) -> Finding:
     return Finding("configuration", "can run with these packages")
 
 
-def _python() -> Finding:
-    observation = f"{platform.python_version()} at {sys.executable}"
-    return Finding("Python", observation)
-
-
-def _torch() -> Finding:
-    build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU only"
-    return Finding("torch", f"{torch.__version__}, built for {build}")
-
-
-def _nccl() -> Finding | None:
+def _nccl() -> Finding:
     """NCCL's version, where torch was built with it."""
     if not torch.cuda.is_available() or not dist.is_nccl_available():
         return note("NCCL", "not used without a GPU: gloo carries collectives")

@@ -1,5 +1,6 @@
 """Short measurements, and their judgement: a matrix product per device, collectives of ranks."""
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from moepp_megatron.config.hardware import Hardware, Thresholds
+from moepp_megatron.runtime.distributed import gathered
 from moepp_megatron.tools.doctor.finding import Finding, Judge, Severity, error, judged
 
 # Large enough to fill any GPU (1.1 TFLOP each), and enough of them to look at the GPU meanwhile;
@@ -80,7 +81,7 @@ def measure_collectives(device: torch.device) -> list[CollectiveSpeed]:
         "all-to-all": lambda: dist.all_to_all_single(received, sent),
     }
     return [
-        CollectiveSpeed(name, count * 4, _slowest(_median_seconds(operation, device), device))
+        CollectiveSpeed(name, count * 4, max(gathered(_median_seconds(operation, device))))
         for name, operation in operations.items()
     ]
 
@@ -126,42 +127,34 @@ def _expected_seconds(
     each rank, over NVLink within the node and over the rank's port beyond it. Bandwidths are those
     of a GPU in one direction.
     """
-    crosses = num_ranks > ranks_per_node
-    if link_bytes_s is None or (crosses and network_bytes_s is None):
+    if num_ranks <= ranks_per_node:
+        network_bytes_s = math.inf  # nothing leaves the node
+    if link_bytes_s is None or network_bytes_s is None:
         return None
-    if collective.name == "all-reduce":
-        rate = link_bytes_s
-        if crosses:
-            assert network_bytes_s is not None, "checked above"
-            rate = min(rate, network_bytes_s * ranks_per_node)
-        return 2 * (num_ranks - 1) / num_ranks * collective.num_bytes / rate
     part = collective.num_bytes / num_ranks
+    if collective.name == "all-reduce":
+        return 2 * (num_ranks - 1) * part / min(link_bytes_s, network_bytes_s * ranks_per_node)
     within = part * (min(num_ranks, ranks_per_node) - 1) / link_bytes_s
-    if not crosses:
-        return within
-    assert network_bytes_s is not None, "checked above"
     return max(within, part * (num_ranks - ranks_per_node) / network_bytes_s)
 
 
-def check_matmul(
-    speeds: Sequence[DeviceSpeed], hardware: Hardware | None, thresholds: Thresholds, bad: Severity
-) -> list[Finding]:
+def check_matmul(speeds: Sequence[DeviceSpeed], judge: Judge) -> list[Finding]:
     """Compare one node's devices with the rated bf16 rate; one finding for those that reach it.
 
-    Without a rated rate speeds are reported, not judged. `bad` is the severity of a slow device.
+    Without a rated rate speeds are reported, not judged.
     """
-    rated_tflops = hardware.bf16_tflops if hardware is not None else None
+    rated_tflops = judge.hardware.bf16_tflops
     if rated_tflops is None:
         text = ", ".join(f"{s.name}: {s.tflops:.3g} TFLOP/s" for s in speeds)
         return [Finding(_MATMUL, f"{text} (no rated speed to compare with)")]
-    least = rated_tflops * thresholds.matmul_fraction
+    least = rated_tflops * judge.thresholds.matmul_fraction
     slow = [
         Finding(
             _MATMUL,
             f"{s.name}: {s.tflops:.0f} TFLOP/s in bf16",
             f"should reach {least:.0f} of {rated_tflops:.0f} TFLOP/s",
             "look at GPU throttling, GPU power cap and GPU processes; else leave the node out",
-            bad,
+            judge.unfit_now,
         )
         for s in speeds
         if s.tflops < least
@@ -174,16 +167,16 @@ def check_matmul(
     return [Finding(_MATMUL, observation)]
 
 
-def check_slowest(speeds: Sequence[DeviceSpeed], thresholds: Thresholds) -> Finding:
+def check_slowest(speeds: Sequence[DeviceSpeed], judge: Judge) -> Finding:
     """Compare the slowest device of all ranks, named with its node, with their median."""
     slowest = min(speeds, key=lambda speed: speed.tflops)
     ratio = median(speed.tflops for speed in speeds) / slowest.tflops
     where = f"{slowest.name} of {slowest.node}" if slowest.node else slowest.name
     return judged(
-        ratio <= thresholds.slowest_ratio,
+        ratio <= judge.thresholds.slowest_ratio,
         "slowest rank",
         f"{where}: {ratio:.2f} times the median time",
-        f"should be at most {thresholds.slowest_ratio:g}",
+        f"should be at most {judge.thresholds.slowest_ratio:g}",
         f"all ranks wait for it: look at its findings, or exclude {slowest.node or 'the device'}",
         Severity.WARNING,
     )
@@ -195,12 +188,9 @@ def check_collective(
     """Compare a collective with the time that rated links need; without rates it is reported."""
     name, seconds = collective.name, collective.seconds
     observation = f"{collective.num_bytes / 2**20:.0f} MiB a rank in {seconds * 1e3:.3g} ms"
-    link = network = None
-    if judge.hardware is not None:
-        # NVLink is rated in both directions together.
-        link = judge.hardware.nvlink_gb_s and judge.hardware.nvlink_gb_s / 2 * 1e9
-        network = judge.hardware.network_gbit_s_per_gpu
-        network = network and network / 8 * 1e9
+    link, network = judge.hardware.nvlink_gb_s, judge.hardware.network_gbit_s_per_gpu
+    # NVLink is rated in both directions together.
+    link, network = link and link / 2 * 1e9, network and network / 8 * 1e9
     expected = _expected_seconds(collective, num_ranks, ranks_per_node, link, network)
     if expected is None:
         return Finding(name, f"{observation} (no rated speed to compare with)")
@@ -233,12 +223,6 @@ def _median_seconds(operation: Callable[[], object], device: torch.device) -> fl
         _synchronize(device)
         times.append(time.perf_counter() - started)
     return median(times[1:])
-
-
-def _slowest(seconds: float, device: torch.device) -> float:
-    value = torch.tensor([seconds], dtype=torch.float64, device=device)
-    dist.all_reduce(value, op=dist.ReduceOp.MAX)
-    return float(value.item())
 
 
 def _synchronize(device: torch.device) -> None:

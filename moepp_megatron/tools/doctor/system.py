@@ -7,19 +7,17 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from moepp_megatron.config.hardware import Thresholds
+from moepp_megatron.config.hardware import Hardware, Thresholds
 from moepp_megatron.tools.doctor.finding import Finding, Severity, judged, note, warning
 
 
-def check_system(
-    thresholds: Thresholds, num_cards: int, rate_per_gpu: float | None
-) -> list[Finding]:
-    """Check shared memory, limits and network ports (`rate_per_gpu` in Gbit/s)."""
-    ports = _read_ports()
+def check_system(hardware: Hardware, num_cards: int) -> list[Finding]:
+    """Check shared memory, limits and network ports of a node with this many such GPUs."""
+    ports, thresholds = _read_ports(), hardware.thresholds
     return [
         _check_shared_memory(_shared_memory_bytes(), thresholds, num_cards > 0),
         *_check_limits(_Limits.read(), thresholds, bool(ports)),
-        *_check_ports(ports, num_cards, rate_per_gpu),
+        *_check_ports(ports, num_cards, hardware.network_gbit_s_per_gpu),
     ]
 
 
@@ -129,21 +127,20 @@ def _check_ports(
     if not ports:
         text = "no RDMA device: between nodes NCCL uses TCP"
         return [(note if num_cards else Finding)("network ports", text)]
-    findings = []
     # Unplugged Ethernet ports are common and not meant for the job; InfiniBand ports are.
-    down = [p for p in ports if p.state != "ACTIVE" and p.link_layer != "Ethernet"]
-    for port in down:
-        findings.append(
-            warning(
-                "network ports",
-                f"{port.name} is {port.state}",
-                "InfiniBand ports should be ACTIVE",
-                "check cable and subnet manager (ibstat), or leave it out with NCCL_IB_HCA",
-            )
+    findings = [
+        warning(
+            "network ports",
+            f"{port.name} is {port.state}",
+            "InfiniBand ports should be ACTIVE",
+            "check cable and subnet manager (ibstat), or leave it out with NCCL_IB_HCA",
         )
+        for port in ports
+        if port.state != "ACTIVE" and port.link_layer != "Ethernet"
+    ]
     rate = sum(p.rate or 0.0 for p in ports if p.state == "ACTIVE")
     wanted = (rate_per_gpu or 0.0) * num_cards
-    observation = f"{len(ports) - len(down)} of {len(ports)} ports, {rate:g} Gbit/s active"
+    observation = f"{len(ports) - len(findings)} of {len(ports)} ports, {rate:g} Gbit/s active"
     if rate < wanted:
         findings.append(
             note(

@@ -3,6 +3,8 @@
 Shape suffixes: L MoE layers, N tokens, K experts selected per token.
 """
 
+from __future__ import annotations
+
 import json
 import math
 from collections import Counter
@@ -117,21 +119,21 @@ class Findings:
     fewest_ffn: list[TokenGroup]
     by_layer: list[TokenGroup]
 
-
-def find(request: InspectRequest, trace: Trace) -> Findings:
-    """All aggregates of a trace of the request's text."""
-    text = request.text
-    classes = [CLASSES[index] for index in request.classes.tolist()]
-    by_class = sorted(trace.groups(classes, classes), key=lambda group: CLASSES.index(group.name))
-    return Findings(
-        trace.group("all tokens"),
-        by_class,
-        *_extremes(trace, text.ids, text.pieces, _EXTREMES),
-        [
-            trace.group(str(number), layers=slice(row, row + 1))
-            for row, number in enumerate(trace.model.layers)
-        ],
-    )
+    @classmethod
+    def of(cls, request: InspectRequest, trace: Trace) -> Findings:
+        """All aggregates of a trace of the request's text."""
+        text = request.text
+        classes = [CLASSES[index] for index in request.classes.tolist()]
+        by_class = sorted(trace.groups(classes, classes), key=lambda each: CLASSES.index(each.name))
+        return cls(
+            trace.group("all tokens"),
+            by_class,
+            *_extremes(trace, text.ids, text.pieces, _EXTREMES),
+            [
+                trace.group(str(number), layers=slice(row, row + 1))
+                for row, number in enumerate(trace.model.layers)
+            ],
+        )
 
 
 def _extremes(
@@ -168,7 +170,7 @@ def to_json(request: InspectRequest, trace: Trace) -> bytes:
         "layers": list(model.layers),
         "router_topk": trace.topk,
         "balanced_ffn_share": model.balanced_share,
-        **asdict(find(request, trace)),
+        **asdict(Findings.of(request, trace)),
         # [layer][token][k], the largest gate first.
         "selected": trace.selected.tolist(),
         "gates": trace.gates.round(6).tolist(),

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from moepp_megatron.interop.score import ScoreRequest
 from moepp_megatron.interop.scoring import score_stages, scoring_stages
-from moepp_megatron.moe.layer import MoEPPLayer, decoder_moepp_layers
+from moepp_megatron.moe.layer import decoder_moepp_layers
 from moepp_megatron.moe.selection import Routing
 from moepp_megatron.runtime.distributed import build_groups
 from moepp_megatron.tools.inspection.findings import Trace
@@ -26,7 +26,6 @@ from moepp_megatron.tools.inspection.request import InspectRequest
 class _RecordedPass(NamedTuple):
     """One router's decisions for one micro-batch: [T, K] experts and gates, largest gate first."""
 
-    layer: int
     selected: np.ndarray
     gates: np.ndarray
 
@@ -41,17 +40,15 @@ def recorded_routing(
         # Layers of multi-token prediction run only in training.
         for layer in [layer for stage in stages for layer in decoder_moepp_layers(stage)]:
             passes[layer.layer_number] = []
-            hook = layer.router.register_forward_hook(_keep(layer, passes[layer.layer_number]))
-            hooks.callback(hook.remove)
+            keep = _keep(layer.moepp.router_topk, passes[layer.layer_number])
+            hooks.callback(layer.router.register_forward_hook(keep).remove)
         yield passes
 
 
-def _keep(layer: MoEPPLayer, passes: list[_RecordedPass]) -> Any:
-    topk, number = layer.moepp.router_topk, layer.layer_number
-
+def _keep(topk: int, passes: list[_RecordedPass]) -> Any:
     def hook(router: torch.nn.Module, arguments: Any, routing: Routing) -> None:
         selected, gates = _selected_experts(routing.gates, routing.routing_map, topk)
-        passes.append(_RecordedPass(number, selected.cpu().numpy(), gates.double().cpu().numpy()))
+        passes.append(_RecordedPass(selected.cpu().numpy(), gates.double().cpu().numpy()))
 
     return hook
 
@@ -70,36 +67,27 @@ def trace_model(request: InspectRequest) -> Trace | None:
     Returns the trace on rank 0, nothing elsewhere: the windows joined, without the last one's
     fillers.
     """
-    model, count = request.model, len(request.text)
-    build_groups(model.scoring.config, model.scoring.layout)
-    recorded = _record_routing(model.scoring)
-    parallel_state.destroy_model_parallel()
-    if recorded is None:
-        return None
-    selected, gates = (
-        recorded[name].reshape(len(model.layers), -1, recorded[name].shape[-1])[:, :count]
-        for name in ("selected", "gates")
-    )
-    return Trace(model, selected, gates, recorded["losses"].reshape(-1)[:count])
-
-
-def _record_routing(request: ScoreRequest) -> dict[str, np.ndarray] | None:
-    """`selected` and `gates` [L, b, s, K], `losses` [b, s] (NaN first) on rank 0, else None."""
-    stages = scoring_stages(request)
+    model, scoring, count = request.model, request.model.scoring, len(request.text)
+    build_groups(scoring.config, scoring.layout)
+    stages = scoring_stages(scoring)
     with recorded_routing(stages) as passes:
-        scores = score_stages(request, stages)
+        scores = score_stages(scoring, stages)
     everyone: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
-    dist.gather_object(_placed(request, passes), everyone)
+    dist.gather_object(_placed(scoring, passes), everyone)
+    parallel_state.destroy_model_parallel()
     if everyone is None or scores is None:
         return None
-    selected, gates = _assemble(request, [piece for pieces in everyone for piece in pieces])
-    losses = np.full(request.input_ids.shape, np.nan)
+    selected, gates = (
+        each.reshape(len(model.layers), -1, each.shape[-1])[:, :count]
+        for each in _assemble(scoring, [piece for pieces in everyone for piece in pieces])
+    )
+    losses = np.full(scoring.input_ids.shape, np.nan)
     losses[:, 1:] = -scores["token_logprobs"]
-    return {"selected": selected, "gates": gates, "losses": losses}
+    return Trace(model, selected, gates, losses.reshape(-1)[:count])
 
 
-# Sequence, positions [T] in it, and what a router decided there.
-_Piece = tuple[int, np.ndarray, _RecordedPass]
+# Layer, sequence, positions [T] in it, and what the layer's router decided there.
+_Piece = tuple[int, int, np.ndarray, _RecordedPass]
 
 
 def _placed(request: ScoreRequest, passes: dict[int, list[_RecordedPass]]) -> list[_Piece]:
@@ -109,7 +97,7 @@ def _placed(request: ScoreRequest, passes: dict[int, list[_RecordedPass]]) -> li
     rank, size = parallel_state.get_data_parallel_rank(), request.layout.dp
     tensor_rank = parallel_state.get_tensor_model_parallel_rank()
     pieces = []
-    for of_layer in passes.values():
+    for layer, of_layer in passes.items():
         for step, record in enumerate(of_layer):
             sequence = step * size + rank
             places = positions
@@ -120,8 +108,8 @@ def _placed(request: ScoreRequest, passes: dict[int, list[_RecordedPass]]) -> li
                 continue
             if sequence < count:
                 inside = places < length
-                kept = _RecordedPass(record.layer, record.selected[inside], record.gates[inside])
-                pieces.append((sequence, places[inside], kept))
+                kept = _RecordedPass(record.selected[inside], record.gates[inside])
+                pieces.append((layer, sequence, places[inside], kept))
     return pieces
 
 
@@ -135,11 +123,11 @@ def _positions(length: int) -> np.ndarray:
 
 def _assemble(request: ScoreRequest, pieces: list[_Piece]) -> tuple[np.ndarray, np.ndarray]:
     """[L, b, s, K] experts and gates from the pieces of all ranks."""
-    numbers = sorted({record.layer for _, _, record in pieces})
+    numbers = sorted({number for number, *_ in pieces})
     shape = (len(numbers), *request.input_ids.shape, request.config.moe.router_topk)
     selected, gates = np.full(shape, -1, dtype=np.int64), np.full(shape, np.nan)
-    for sequence, places, record in pieces:
-        layer = numbers.index(record.layer)
+    for number, sequence, places, record in pieces:
+        layer = numbers.index(number)
         selected[layer, sequence, places] = record.selected
         gates[layer, sequence, places] = record.gates
     assert (selected >= 0).all(), "some tokens were routed by no rank"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,12 +14,7 @@ from moepp_megatron.data.token_classes import Language, language_of, token_class
 from moepp_megatron.experts import LOCAL_COUNTS, ExpertCounts
 from moepp_megatron.file_names import CONFIG_FILE
 from moepp_megatron.interop.score import ScoreRequest, checkpoint_tokenizer, text_of
-from moepp_megatron.tools.inspection.text import (
-    CHARACTERS_A_TOKEN,
-    TokenizedText,
-    tokenize,
-    windows,
-)
+from moepp_megatron.tools.inspection.text import CHARACTERS_A_TOKEN, TokenizedText
 from moepp_megatron.training.checkpoint.files import SavedRecord
 from moepp_megatron.training.checkpoint.find import find_checkpoint
 from moepp_megatron.training.inference_settings import inference_override
@@ -90,29 +86,24 @@ class InspectRequest:
             inference_override(override)
         folder = find_checkpoint(checkpoint)
         config = load_config(folder / CONFIG_FILE)
-        _check_kinds(folder, config)
+        if config.moe.num_zero_computation_experts == 0:
+            raise ConfigError(
+                f"checkpoint ({folder}) must have zero-computation experts ({LOCAL_COUNTS} "
+                "is 0): every token takes "
+                f"{config.moe.router_topk} FFN experts in every layer, so there is nothing to "
+                "distinguish; name a MoE++ checkpoint"
+            )
         tokenizer = checkpoint_tokenizer(folder, config)
         content, more = text_of(text, max_tokens * CHARACTERS_A_TOKEN)
-        tokens = tokenize(tokenizer, content, text.name, max_tokens)
+        tokens = TokenizedText.of(tokenizer, content, text.name, max_tokens)
         window = min(len(tokens), config.model.seq_length)
-        input_ids = windows(tokens, window, tokenizer.eod)
+        input_ids = tokens.windows(window, tokenizer.eod)
         scoring = ScoreRequest.of(folder, config, input_ids, overrides, world_size)
         language = language_of(text, language)
         classes = token_classes(tokens.text, tokens.spans.tolist(), language)
         notices = _notices(scoring, tokens, tokens.is_cut or more, window)
         model = _model(folder, config, scoring)
         return cls(tokens, language, classes, window, model, out, json, notices)
-
-
-def _check_kinds(folder: Path, config: Config) -> None:
-    moe = config.moe
-    if moe.num_zero_computation_experts == 0:
-        raise ConfigError(
-            f"checkpoint ({folder}) must have zero-computation experts ({LOCAL_COUNTS} "
-            "is 0): every token takes "
-            f"{moe.router_topk} FFN experts in every layer, so there is nothing to distinguish; "
-            "name a MoE++ checkpoint"
-        )
 
 
 def _model(folder: Path, config: Config, scoring: ScoreRequest) -> InspectedModel:
@@ -127,16 +118,11 @@ def _model(folder: Path, config: Config, scoring: ScoreRequest) -> InspectedMode
         f"{moe.summary} experts, top-{moe.router_topk}",
         f"tau {moe.tau:g}" if target is None else f"budget {target:g} FFN experts per token",
     )
-    return InspectedModel(_label(folder, config), facts, moe.counts, layers, moe.ffn_share, scoring)
-
-
-def _label(folder: Path, config: Config) -> str:
-    try:
-        record = SavedRecord.read(folder)
-    except ValueError:
-        record = None
-    step = "" if record is None else f", step {record.progress.step:,}"
-    return f"{config.run.name}{step}"
+    label = config.run.name
+    with suppress(ValueError):
+        if (record := SavedRecord.read(folder)) is not None:
+            label += f", step {record.progress.step:,}"
+    return InspectedModel(label, facts, moe.counts, layers, moe.ffn_share, scoring)
 
 
 def _notices(scoring: ScoreRequest, text: TokenizedText, is_cut: bool, window: int) -> list[str]:

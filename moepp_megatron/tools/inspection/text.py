@@ -1,5 +1,7 @@
 """A text as tokens with their positions, cut into windows that a model can read."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,6 +31,19 @@ class TokenizedText:
     spans: np.ndarray
     is_cut: bool = False
 
+    @classmethod
+    def of(cls, tokenizer: Tokenizer, text: str, name: str, max_tokens: int) -> TokenizedText:
+        """The first `max_tokens` tokens of a text; ConfigError if there are fewer than two."""
+        ids, spans = tokenizer.encode_with_spans(text)
+        if len(ids) < 2:
+            raise ConfigError(
+                f"--text ({name}, {len(ids)} tokens) must have at least 2 tokens, because the loss "
+                "is that of predicting the next one; give it more text"
+            )
+        kept = _in_order(np.asarray(spans[:max_tokens], dtype=np.int64), text)
+        known = np.asarray(ids[:max_tokens], dtype=np.int64)
+        return cls(name, text[: int(kept[-1, 1])], known, kept, len(ids) > max_tokens)
+
     def __len__(self) -> int:
         """Number of tokens, N."""
         return len(self.ids)
@@ -38,29 +53,13 @@ class TokenizedText:
         """The characters of each token."""
         return [self.text[begin:end] for begin, end in self.spans.tolist()]
 
-
-def tokenize(tokenizer: Tokenizer, text: str, name: str, max_tokens: int) -> TokenizedText:
-    """The first `max_tokens` tokens of a text; ConfigError if there are fewer than two."""
-    ids, spans = tokenizer.encode_with_spans(text)
-    if len(ids) < 2:
-        raise ConfigError(
-            f"--text ({name}, {len(ids)} tokens) must have at least 2 tokens, because the loss is "
-            "that of predicting the next one; give it more text"
-        )
-    kept = _in_order(np.asarray(spans[:max_tokens], dtype=np.int64), text)
-    end = int(kept[-1, 1])
-    return TokenizedText(
-        name, text[:end], np.asarray(ids[:max_tokens], dtype=np.int64), kept, len(ids) > max_tokens
-    )
-
-
-def windows(text: TokenizedText, length: int, filler: int) -> np.ndarray:
-    """Cut the tokens into [b, s] consecutive windows, s at most `length`, the last with fillers."""
-    width = min(length, len(text))
-    rows = -(-len(text) // width)
-    padded = np.full(rows * width, filler, dtype=np.int64)
-    padded[: len(text)] = text.ids
-    return padded.reshape(rows, width)
+    def windows(self, length: int, filler: int) -> np.ndarray:
+        """[b, s] consecutive windows, s at most `length`, the last one with fillers."""
+        width = min(length, len(self))
+        rows = -(-len(self) // width)
+        padded = np.full(rows * width, filler, dtype=np.int64)
+        padded[: len(self)] = self.ids
+        return padded.reshape(rows, width)
 
 
 def _in_order(spans: np.ndarray, text: str) -> np.ndarray:

@@ -19,9 +19,8 @@ _JOINED_RANKS = 8
 
 def kept_bytes(load: Workload, grid: Grid, layer: Layer) -> float:
     """Bytes kept between the passes of one micro-batch and layer."""
-    size = load.numbers.activation_bytes
     tokens = grid.tokens(load.seq)
-    stream = float(tokens * load.hidden * size)
+    stream = float(tokens * load.row_bytes)
     if grid.recomputes_all:
         # What the layer starts from: hidden states, and the logits of the MoE layer before.
         passed_on = load.experts.num_experts if load.experts.gating_residual else 0
@@ -37,17 +36,15 @@ def kept_bytes(load: Workload, grid: Grid, layer: Layer) -> float:
 
 def peak_bytes(load: Workload, grid: Grid, layer: Layer) -> float:
     """Bytes that the pass of one layer needs besides the kept ones: buffers, gradients."""
-    size = load.numbers.activation_bytes
-    tokens = grid.tokens(load.seq)
-    peak = 3.0 * tokens * load.hidden * size
+    tokens, row = grid.tokens(load.seq), load.row_bytes
+    peak = 3.0 * tokens * row
     if layer.is_moe:
         # Sent and received rows, and gradients of the experts' two inner tensors.
-        row = load.hidden * size
         sent = rows_with_room(load, grid, tokens * load.experts.ffn_per_token) * row
         if load.experts.dispatcher in ("alltoall_dedup", "flex"):
             taken, experts = load.experts.ffn_per_token, load.experts.num_ffn_experts
             sent = tokens * distinct_targets(grid.ep, taken, experts) * row
-        inner = layer.rows * grid.etp * load.experts.ffn_size / grid.etp * size
+        inner = layer.rows * load.experts.ffn_size * load.numbers.activation_bytes
         # PyTorch's operations have twice as many (`moe/local_experts.py`).
         inner *= 3 if load.experts.static_rows is None else 6
         arrived = layer.rows * grid.etp * row
@@ -82,7 +79,7 @@ def resident_bytes(load: Workload, grid: Grid) -> float:
     # DeepEP and HybridEP receive into buffers for the worst case, one for each direction: all
     # tokens of the ranks that NVLink joins (deepseek-ai/DeepEP, csrc/hybrid_ep).
     tokens = grid.tokens(load.seq) * min(grid.ep, _JOINED_RANKS)
-    return 2.0 * tokens * load.hidden * load.numbers.activation_bytes
+    return 2.0 * tokens * load.row_bytes
 
 
 def _input_size(load: Workload) -> float:
@@ -107,13 +104,13 @@ def _attention(load: Workload, grid: Grid) -> float:
     group = grid.tokens(load.seq) * grid.tp
     size = load.numbers.activation_bytes
     kept = group * load.attention.kept_width(grid.tp) * size
+    output = group * load.attention.heads // grid.tp * load.attention.v_dim * size
     if "core_attn" in grid.recompute:
         # Only queries, keys and values stay.
-        kept -= group * load.attention.heads // grid.tp * load.attention.v_dim * size
+        kept -= output
     if "mla_up_proj" in grid.recompute:
         # Compressed vectors stay instead, and the output.
-        kept = group * load.attention.heads // grid.tp * load.attention.v_dim * size
-        kept += group * load.attention.gathered_width(load.hidden) * size
+        kept = output + group * load.attention.gathered_width(load.hidden) * size
     return kept + 4.0 * group * load.attention.heads / grid.tp
 
 

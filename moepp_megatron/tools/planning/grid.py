@@ -81,6 +81,11 @@ class Grid:
         return self.world // (self.ep * self.etp * self.pp)
 
     @property
+    def shards(self) -> tuple[int, int]:
+        """Ranks that share an optimizer's state: of everything but FFN experts, and of these."""
+        return (self.dp * self.cp, self.edp) if self.distributed_optimizer else (1, 1)
+
+    @property
     def splits(self) -> list[str]:
         """The degrees above 1 of what splits the model and its sequences, such as TP2, EP64."""
         names = ("tp", "cp", "pp", "vpp", "ep", "etp")
@@ -96,6 +101,22 @@ class Grid:
         """The same layout in the unpaired passes of the combined schedule."""
         return replace(self, expert_overlap=False, unpaired=self.expert_overlap)
 
+    @property
+    def layer_key(self) -> Grid:
+        """The grid without what a layer's time and bytes do not depend on: the key of caches."""
+        return Grid(
+            self.tp * self.cp * self.ep * self.etp,
+            self.tp,
+            self.cp,
+            ep=self.ep,
+            etp=self.etp,
+            micro_batch=self.micro_batch,
+            recompute=self.recompute,
+            expert_overlap=self.expert_overlap,
+            recomputed_layers=self.recomputed_layers,
+            unpaired=self.unpaired,
+        )
+
     def micro_batches(self, batch: int) -> int:
         """Micro-batches of a step and data-parallel rank."""
         return batch // (self.micro_batch * self.dp)
@@ -103,19 +124,3 @@ class Grid:
     def tokens(self, seq: int) -> int:
         """Tokens of a micro-batch that a rank routes, T."""
         return seq * self.micro_batch // (self.cp * self.tp)
-
-
-def layer_key(grid: Grid) -> Grid:
-    """The grid without what a layer's time and bytes do not depend on: the key of caches."""
-    return Grid(
-        grid.tp * grid.cp * grid.ep * grid.etp,
-        grid.tp,
-        grid.cp,
-        ep=grid.ep,
-        etp=grid.etp,
-        micro_batch=grid.micro_batch,
-        recompute=grid.recompute,
-        expert_overlap=grid.expert_overlap,
-        recomputed_layers=grid.recomputed_layers,
-        unpaired=grid.unpaired,
-    )

@@ -2,7 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import lru_cache
 
 from moepp_megatron.tools.planning.grid import Grid
@@ -15,7 +15,7 @@ from moepp_megatron.tools.planning.parts import (
     layer_parts,
     output_part,
 )
-from moepp_megatron.tools.planning.rates import Work, work_seconds
+from moepp_megatron.tools.planning.rates import Work
 from moepp_megatron.tools.planning.traffic import layer_traffic
 from moepp_megatron.tools.planning.workload import Workload
 
@@ -58,7 +58,7 @@ def sum_passes(parts: Sequence[tuple[PassTime, float]]) -> PassTime:
 def layer_time(
     load: Workload, grid: Grid, machine: Machine, is_moe: bool, rows: float, skew: float
 ) -> PassTime:
-    """Time of a layer; `grid` need not be whole, see `grid.layer_key`."""
+    """Time of a layer; `grid` need not be whole, see `Grid.layer_key`."""
     parts = list(layer_parts(load, grid, Layer(is_moe, rows, has_residual=True)))
     traffic = layer_traffic(load, grid, machine, is_moe, skew)
     overlaps = grid.expert_overlap and traffic.experts > 0
@@ -72,8 +72,8 @@ def layer_time(
         clock.communicate(TENSOR, 0.0, traffic.tensor_forward)
     # Keys and values travel while the core works on those that have arrived.
     core = next(part for part in parts if part.name == "attention")
-    ahead = traffic.context - _core_seconds(core.forward, machine)
-    back = 2 * traffic.context - _core_seconds(core.backward, machine)
+    ahead = traffic.context - core.forward.core_seconds(machine)
+    back = 2 * traffic.context - core.backward.core_seconds(machine)
     clock.communicate(CONTEXT, max(ahead, 0.0), max(back, 0.0))
     if traffic.experts:
         repeats = 2 if grid.recomputes_all or "moe" in grid.recompute else 1
@@ -112,11 +112,7 @@ def _seconds_during_rows(
     if is_combined or not travels or load.experts.is_vanilla:
         return 0.0
     most = exchange / 2 * (1.0 - machine.reached.overlap_slowdown)
-    return sum(min(work_seconds(work, machine), most) for work in works)
-
-
-def _core_seconds(work: Work, machine: Machine) -> float:
-    return work_seconds(replace(work, products=(), moved=0.0, kernels=0), machine)
+    return sum(min(work.seconds(machine), most) for work in works)
 
 
 # The part of a layer that each scope of CUDA graphs covers (megatron-core, transformer/enums.py).
@@ -149,17 +145,13 @@ class _LayerClock:
         self._hidden: dict[str, float] = defaultdict(float)
 
     def add(self, part: LayerPart) -> None:
-        ahead = work_seconds(part.forward, self._machine) * self._slower
-        back = work_seconds(part.backward, self._machine) * self._slower
-        again = work_seconds(part.again, self._machine) * self._slower
+        works = part.forward, part.backward, part.again
+        ahead, back, again = (work.seconds(self._machine) * self._slower for work in works)
         self._forward += ahead
         self._backward += back + again
         self._seconds[part.name] += ahead + back
         if again:
             self._seconds[RECOMPUTE] += again
-        self._issue(part, ahead)
-
-    def _issue(self, part: LayerPart, ahead: float) -> None:
         scopes = {"full_iteration", *_SCOPES.get(part.name, ())}
         launch_s = 0.0 if self._graphs & scopes else self._machine.reached.launch_s
         if part.name in _BEFORE_SIZES:

@@ -112,6 +112,34 @@ class Machine:
     network: float  # bytes per second and direction of a GPU's port
     per_node: int  # GPUs of a node
 
+    @classmethod
+    def of(cls, hardware: Hardware, reached: _Efficiencies | None = None) -> Machine:
+        """The machine of a description, with its own `reached` or these.
+
+        Raises:
+            ConfigError: The description lacks a number that a plan needs.
+        """
+        lacking = [name for name in _NEEDED if getattr(hardware, name) is None]
+        if lacking:
+            raise ConfigError(
+                f"hardware ({hardware.name}) must give {', '.join(lacking)} for a plan; add "
+                f"{'it' if len(lacking) == 1 else 'them'} to a YAML file of your own and name that"
+            )
+        reached = reached or _Efficiencies.of(hardware.reached, f"hardware ({hardware.name})")
+        network = (hardware.network_gbit_s_per_gpu or 0.0) / 8 * 1e9 * reached.network
+        nvlink = hardware.nvlink_gb_s
+        return cls(
+            hardware=hardware,
+            reached=reached,
+            multiprocessors=hardware.multiprocessors or 1,
+            memory_bytes=hardware.memory_bytes or 0.0,
+            memory_rate=(hardware.memory_bandwidth_gb_s or 0.0) * 1e9 * reached.memory,
+            # Without NVLink the GPUs of a node reach each other no faster than the network.
+            nvlink=nvlink / 2 * 1e9 * reached.nvlink if nvlink else network,
+            network=network,
+            per_node=hardware.gpus_per_node or 1,
+        )
+
     @property
     def usable_bytes(self) -> float:
         """Device memory that a plan may fill."""
@@ -124,36 +152,7 @@ class Machine:
 
     def rated_flops(self, number: str) -> float:
         """Rated FLOP/s of a format."""
-        fp8 = dict.fromkeys(("fp8", "fp8_blockwise", "mxfp8"), self.hardware.fp8_tflops)
-        plain = {"fp32": self.hardware.fp32_tflops, "bf16": self.hardware.bf16_tflops}
-        tflops = (plain | fp8)[number]
+        fp8 = None if number in ("fp32", "bf16") else number
+        tflops = self.hardware.peak_tflops(number, fp8)
         assert tflops is not None, f"{self.hardware.name} has no {number} rate"
         return tflops * 1e12
-
-
-def machine_of(hardware: Hardware, reached: _Efficiencies | None = None) -> Machine:
-    """The machine of a description, with its own `reached` or these.
-
-    Raises:
-        ConfigError: The description lacks a number that a plan needs.
-    """
-    lacking = [name for name in _NEEDED if getattr(hardware, name) is None]
-    if lacking:
-        raise ConfigError(
-            f"hardware ({hardware.name}) must give {', '.join(lacking)} for a plan; add "
-            f"{'it' if len(lacking) == 1 else 'them'} to a YAML file of your own and name that"
-        )
-    reached = reached or _Efficiencies.of(hardware.reached, f"hardware ({hardware.name})")
-    network = hardware.network_gbit_s_per_gpu or 0.0
-    nvlink = hardware.nvlink_gb_s
-    return Machine(
-        hardware=hardware,
-        reached=reached,
-        multiprocessors=hardware.multiprocessors or 1,
-        memory_bytes=hardware.memory_bytes or 0.0,
-        memory_rate=(hardware.memory_bandwidth_gb_s or 0.0) * 1e9 * reached.memory,
-        # Without NVLink the GPUs of a node reach each other no faster than the network.
-        nvlink=nvlink / 2 * 1e9 * reached.nvlink if nvlink else network / 8 * 1e9 * reached.network,
-        network=network / 8 * 1e9 * reached.network,
-        per_node=hardware.gpus_per_node or 1,
-    )

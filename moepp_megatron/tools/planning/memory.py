@@ -4,14 +4,13 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from math import prod
 
 from moepp_megatron.config import Config, Layout, stage_layers
 from moepp_megatron.config.stages import Stages
 from moepp_megatron.experts import FFN
 from moepp_megatron.features.registry import OTHER_MODELS, named
 from moepp_megatron.tools.planning import activations
-from moepp_megatron.tools.planning.grid import Grid, layer_key
+from moepp_megatron.tools.planning.grid import Grid
 from moepp_megatron.tools.planning.parts import Layer
 from moepp_megatron.tools.planning.pipeline import chunks_in_flight
 from moepp_megatron.tools.planning.traffic import rows_with_room
@@ -51,22 +50,24 @@ def _of_stage(load: Workload, grid: Grid, stages: Stages, pp_rank: int) -> RankP
         # layer, a norm after.
         dense += load.extra_layers * load.hidden * (3 + 2 * load.hidden // grid.tp)
         of_adam += load.extra_layers * 3 * load.hidden
+    # Norms inside attention, biases, and the two norms of the layer.
+    attention, number = load.attention, kinds.total()
+    vectors = attention.norm_parameters() + attention.bias_parameters(grid.tp) + 2 * load.hidden
+    of_adam += number * vectors
+    matmuls = attention.matmuls(load.hidden, grid.tp)
+    dense += number * (vectors + sum(matmul.outputs * matmul.inputs for matmul in matmuls))
     experts = 0
     for (is_moe, is_first), count in kinds.items():
-        dense += count * _attention(load, grid)
-        of_adam += count * _attention_vectors(load, grid)
         if is_moe:
-            outside = _moe_dense(load, grid, is_first)
-            dense += count * outside
-            of_adam += count * (outside - _shared_matrices(load, grid))
-            experts += count * _ffn_experts(load, grid)
+            whole = _moe_whole(load, is_first)
+            of_adam += count * whole
+            dense += count * (whole + 3 * load.hidden * load.experts.shared_size // grid.tp)
+            weights = FFN.parameters(load.hidden, load.experts.ffn_size)
+            experts += count * (load.experts.num_ffn_experts // grid.ep * weights // grid.etp)
         else:
-            dense += count * _dense_ffn(load, grid)
+            matrices = 3 if load.gated else 2
+            dense += count * (matrices * load.hidden * load.dense_size // grid.tp)
     return RankParameters(dense, experts, of_adam)
-
-
-def _dense_ffn(load: Workload, grid: Grid) -> int:
-    return (3 if load.gated else 2) * load.hidden * load.dense_size // grid.tp
 
 
 def _outside_layers(load: Workload, grid: Grid, pp_rank: int) -> int:
@@ -85,36 +86,13 @@ def _outside_layers(load: Workload, grid: Grid, pp_rank: int) -> int:
     return count
 
 
-def _attention(load: Workload, grid: Grid) -> int:
-    """Projections of this rank's heads, norms inside, and the two norms of the layer."""
-    matmuls = load.attention.matmuls(load.hidden, grid.tp)
-    projections = sum(prod((matmul.outputs, matmul.inputs)) for matmul in matmuls)
-    return projections + _attention_vectors(load, grid)
-
-
-def _attention_vectors(load: Workload, grid: Grid) -> int:
-    """Norms inside attention, biases, and the two norms of the layer."""
-    inside = load.attention.norm_parameters() + load.attention.bias_parameters(grid.tp)
-    return inside + 2 * load.hidden
-
-
-def _moe_dense(load: Workload, grid: Grid, is_first: bool) -> int:
-    """Router and zero-computation experts, whole on every rank, and the shared expert's part."""
+def _moe_whole(load: Workload, is_first: bool) -> int:
+    """Router, zero-computation experts and the shared expert's gate, whole on every rank."""
     # The first MoE layer has no gating residual. If all layers share V, only the first has it.
     experts, hidden = load.experts, load.hidden
-    shared = _shared_matrices(load, grid)
-    shared += hidden if experts.shared_gate else 0
     router = experts.router_parameters(hidden, is_first=is_first)
-    return router + experts.local_parameters(hidden, is_first=is_first) + shared
-
-
-def _shared_matrices(load: Workload, grid: Grid) -> int:
-    return 3 * load.hidden * load.experts.shared_size // grid.tp
-
-
-def _ffn_experts(load: Workload, grid: Grid) -> int:
-    weights = FFN.parameters(load.hidden, load.experts.ffn_size)
-    return load.experts.num_ffn_experts // grid.ep * weights // grid.etp
+    gate = hidden if experts.shared_gate else 0
+    return router + experts.local_parameters(hidden, is_first=is_first) + gate
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,18 +116,23 @@ class RankMemory:
 
 
 def rank_memory(config: Config, layout: Layout, pp_rank: int) -> RankMemory:
-    """Memory of each rank of a pipeline stage of a checked configuration."""
-    stages = stage_layers(config)
+    """Memory of each rank of a pipeline stage of a checked configuration.
+
+    Raises:
+        ConfigError: The teacher is not there, or does not fit the run.
+    """
     load, grid = Workload.from_config(config), Grid.from_config(config, layout.world_size)
-    memory = memory_of(load, grid, stages, pp_rank)
-    return replace(memory, teacher=_other_models_bytes(config, layout, pp_rank))
+    memory = _memory_of(load, grid, stage_layers(config), pp_rank)
+    others = (model_of(config) for model_of in named(OTHER_MODELS))
+    forward = (_forward_bytes(other, layout, pp_rank) for other in others if other is not None)
+    return replace(memory, teacher=sum(forward))
 
 
-def memory_of(
+def _memory_of(
     load: Workload, grid: Grid, stages: Stages, pp_rank: int, skew: float = 1.0
 ) -> RankMemory:
     """Memory of each rank of a pipeline stage; `skew`: rows of the fullest rank over the mean."""
-    some, key = grid.recomputed_layers, layer_key(grid)
+    some, key = grid.recomputed_layers, grid.layer_key
     kept = buffers = 0.0
     for (is_moe, repeats), number in layer_counts(load, stages, pp_rank, some).items():
         kind = key if repeats else replace(key, recompute=())
@@ -205,9 +188,8 @@ def _optimizer_bytes(load: Workload, grid: Grid, parameters: RankParameters) -> 
     numbers = load.numbers
     state = numbers.matrix_moments_bytes + numbers.master_bytes
     further = (numbers.moments_bytes - numbers.matrix_moments_bytes) * parameters.of_adam
-    shards = (grid.dp * grid.cp, grid.edp) if grid.distributed_optimizer else (1, 1)
-    dense = state * parameters.dense + further
-    return dense // shards[0] + state * parameters.experts // shards[1]
+    dense, experts = state * parameters.dense + further, state * parameters.experts
+    return dense // grid.shards[0] + experts // grid.shards[1]
 
 
 def fullest_rows(load: Workload, grid: Grid, skew: float = 1.0) -> float:
@@ -229,36 +211,24 @@ def _candidate_ranks(load: Workload, stages: Stages) -> tuple[int, ...]:
 
 def fullest_rank(load: Workload, grid: Grid, stages: Stages, skew: float = 1.0) -> RankMemory:
     """Memory of the fullest rank."""
-    memories = (memory_of(load, grid, stages, at, skew) for at in _candidate_ranks(load, stages))
+    memories = (_memory_of(load, grid, stages, at, skew) for at in _candidate_ranks(load, stages))
     return max(memories, key=lambda memory: memory.total)
 
 
-def _other_models_bytes(config: Config, layout: Layout, pp_rank: int) -> float:
-    """Bytes that a teacher of a checked configuration adds to each rank of a pipeline stage.
+def _forward_bytes(theirs: Config, layout: Layout, pp_rank: int) -> float:
+    """Bytes that a teacher adds to each rank of a pipeline stage.
 
     Its weights; on the last stage its last hidden states, and what comparing a micro-batch's logits
     needs: its own, and both models' and their difference in fp32. This comes before the buffers of
     the model's own loss, so that their sum is an estimate from above.
-
-    Raises:
-        ConfigError: There is no such teacher, or it does not fit the run.
     """
-    return sum(
-        _forward_bytes(theirs, layout, pp_rank)
-        for model_of in named(OTHER_MODELS)
-        if (theirs := model_of(config)) is not None
-    )
-
-
-def _forward_bytes(theirs: Config, layout: Layout, pp_rank: int) -> float:
-    """Bytes of a model that only runs forward, and of the comparison with it."""
     stages = stage_layers(theirs)
     load, grid = Workload.from_config(theirs), Grid.from_config(theirs, layout.world_size)
     parameters = rank_parameters(load, grid, stages)[pp_rank]
     weights = float(load.numbers.weight_bytes * (parameters.dense + parameters.experts))
     if pp_rank < layout.pp - 1:
         return weights
-    size, tokens = load.numbers.activation_bytes, grid.tokens(load.seq)
+    tokens = grid.tokens(load.seq)
     ahead = layout.num_microbatches if layout.pp > 1 else 1
-    hidden = float(ahead * tokens * load.hidden * size)
-    return weights + hidden + tokens * load.vocab * (size + 3 * 4.0)
+    hidden = float(ahead * tokens * load.row_bytes)
+    return weights + hidden + tokens * load.vocab * (load.numbers.activation_bytes + 3 * 4.0)

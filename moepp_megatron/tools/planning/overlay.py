@@ -8,7 +8,7 @@ import yaml
 
 from moepp_megatron.config import Config, Layout, with_overrides
 from moepp_megatron.tools.planning.grid import Grid, States
-from moepp_megatron.tools.planning.pipeline import layout_string, stage_sizes
+from moepp_megatron.tools.planning.pipeline import layout_string
 
 _LOWERED: dict[str, tuple[str, dict[str, Any]]] = {
     "moments": ("optimizer", {"exp_avg_dtype": "bf16", "exp_avg_sq_dtype": "bf16"}),
@@ -19,7 +19,7 @@ _LOWERED: dict[str, tuple[str, dict[str, Any]]] = {
 def settings_of(grid: Grid, layers: int) -> dict[str, dict[str, Any]]:
     """Every setting that a layout decides, by section."""
     stages = grid.pp * grid.vpp
-    text = layout_string(stage_sizes(layers, stages)) if layers % stages else None
+    text = layout_string(layers, stages) if layers % stages else None
     parallel = {
         "tensor_model_parallel_size": grid.tp,
         "context_parallel_size": grid.cp,

@@ -120,7 +120,7 @@ def _attention(load: Workload, grid: Grid) -> LayerPart:
 
 def _norms(load: Workload, grid: Grid) -> LayerPart:
     """Two RMSNorms and two additions to the residual stream."""
-    tensor = grid.tokens(load.seq) * load.hidden * load.numbers.activation_bytes
+    tensor = grid.tokens(load.seq) * load.row_bytes
     forward = Work(moved=10 * tensor, kernels=4)
     backward = Work(moved=10 * tensor, kernels=6)
     again = Work(moved=4 * tensor, kernels=2)
@@ -163,9 +163,17 @@ def _permutation(load: Workload, grid: Grid, rows: float) -> LayerPart:
     tokens = grid.tokens(load.seq)
     arrived = rows * grid.etp
     taken, experts = load.experts.ffn_per_token, load.experts.num_ffn_experts
+    passes, kernels = 2.0, 8
+    if not load.experts.permute_fused:
+        # Sorting of the map, gathers and scatter-adds with their zeroed targets, one by one.
+        passes, kernels = 4.0, 24
     match load.experts.dispatcher if grid.ep > 1 else None:
         case _ if load.experts.static_rows is not None:
-            return _static_permutation(load, grid, rows_with_room(load, grid, rows))
+            # `moe/static_dispatcher.py`, in PyTorch's operations over all rows of a buffer: a
+            # gather reads and writes them; a sum reads them, and adds to what it reads and writes.
+            # Between ranks rows are sorted by expert once more, and back.
+            moved = tokens + (9 if grid.ep > 1 else 3) * rows_with_room(load, grid, rows)
+            passes, kernels = 1.0, _STATIC_KERNELS
         case None:
             moved = tokens + arrived
         case "alltoall":
@@ -177,21 +185,7 @@ def _permutation(load: Workload, grid: Grid, rows: float) -> LayerPart:
             moved = tokens + 2 * tokens * distinct_targets(grid.ep, taken, experts) + arrived
         case other:
             assert_never(other)
-    moved, kernels = 2.0 * load.hidden * load.numbers.activation_bytes * moved, 8
-    if not load.experts.permute_fused:
-        # Sorting of the map, gathers and scatter-adds with their zeroed targets, one by one.
-        moved, kernels = 2.0 * moved, 24
-    work = Work(moved=moved, kernels=kernels)
-    return LayerPart("permutation", work, work, _again(grid, "moe", work))
-
-
-def _static_permutation(load: Workload, grid: Grid, rows: float) -> LayerPart:
-    """The same of `moe/static_dispatcher.py`, in PyTorch's operations over all rows of a buffer."""
-    # A gather reads and writes all rows; a sum reads them, and adds to what it reads and writes.
-    # Between ranks rows are sorted by expert once more, and back.
-    passes = 9 if grid.ep > 1 else 3
-    moved = (grid.tokens(load.seq) + passes * rows) * load.hidden * load.numbers.activation_bytes
-    work = Work(moved=moved, kernels=_STATIC_KERNELS)
+    work = Work(moved=passes * load.row_bytes * moved, kernels=kernels)
     return LayerPart("permutation", work, work, _again(grid, "moe", work))
 
 
@@ -227,7 +221,7 @@ def _around_products(
 ) -> tuple[list[float], list[int]]:
     """Bytes besides the experts' products, and kernels with them, forward and backward."""
     clamped, biased = load.experts.is_clamped, load.experts.has_bias
-    output = load.numbers.activation_bytes * rows * load.hidden
+    output = load.row_bytes * rows
     moved = [
         (passes + clamped * clamp) * activation + biased * bias * output
         for passes, clamp, bias in zip(_ACTIVATION_PASSES, _CLAMP_PASSES, _BIAS_PASSES, strict=True)
@@ -259,13 +253,7 @@ def _row_copies(load: Workload, rows: float) -> tuple[float, int]:
     if load.numbers.fp8 is None or is_padded:
         return 0.0, 0
     # Two copies of [rows, D], each read and written; gates are fp32.
-    return rows * (4.0 * load.hidden * load.numbers.activation_bytes + 2.0 * 4), 3
-
-
-def _zero_computation(load: Workload, grid: Grid) -> LayerPart:
-    """`y = s x + A V`: no token is gathered, sorted or sent."""
-    ahead, back = _local_work(load, grid)
-    return LayerPart("zero_computation", ahead, back, _again(grid, "moe", ahead))
+    return rows * (4.0 * load.row_bytes + 2.0 * 4), 3
 
 
 def _local_form(load: Workload, grid: Grid) -> Literal["combined", "apart", "plain"]:
@@ -284,33 +272,35 @@ def _mixing_logits(load: Workload) -> int:
     return sum(n for n, k in load.experts.local_matmuls(load.hidden) if k == load.hidden)
 
 
-def _local_work(load: Workload, grid: Grid) -> tuple[Work, Work]:
-    """Forward and backward work of `y = s x + A V`, without `U x`."""
+def _zero_computation(load: Workload, grid: Grid) -> LayerPart:
+    """`y = s x + A V` without `U x`: no token is gathered, sorted or sent."""
     tokens = grid.tokens(load.seq)
-    tensor = tokens * load.hidden * load.numbers.activation_bytes
+    tensor = tokens * load.row_bytes
     matmuls = [(n, k) for n, k in load.experts.local_matmuls(load.hidden) if k != load.hidden]
     ahead, back = linear_products(tokens, matmuls, load.numbers.dtype)
     form = _local_form(load, grid)
     if form == "plain":
         forward = Work(ahead, moved=3.0 * tensor, kernels=5)
-        return forward, Work(back, moved=6.0 * tensor, kernels=8)
-    # Tensors [T, D] of the kernel, those of its products too: x; apart also the output, which is
-    # read again. Backward x and its gradient, apart also the output's gradient.
-    # Apart, gradients of hidden states and gates meet those of the rows in sums of their own.
-    tensors, kernels = {"combined": ((1.0, 2.0), (0, 0)), "apart": ((3.0, 3.0), (1, 4))}[form]
-    moved = [
-        max(count * tensor - sum(product.moved for product in products), 0.0)
-        for count, products in zip(tensors, (ahead, back), strict=True)
-    ]
-    # Gradients of the gates, then of V: parts added up, rounded.
-    after = 1 + (2 if matmuls else 0)
-    forward = Work(ahead, 0.0, 0, moved[0], kernels[0])
-    return forward, Work(back, 0.0, 0, moved[1], kernels[1] + after)
+        backward = Work(back, moved=6.0 * tensor, kernels=8)
+    else:
+        # Tensors [T, D] of the kernel, those of its products too: x; apart also the output, which
+        # is read again. Backward x and its gradient, apart also the output's gradient. Apart,
+        # gradients of hidden states and gates meet those of the rows in sums of their own.
+        tensors, kernels = {"combined": ((1.0, 2.0), (0, 0)), "apart": ((3.0, 3.0), (1, 4))}[form]
+        moved = [
+            max(count * tensor - sum(product.moved for product in products), 0.0)
+            for count, products in zip(tensors, (ahead, back), strict=True)
+        ]
+        # Gradients of the gates, then of V: parts added up, rounded.
+        after = 1 + (2 if matmuls else 0)
+        forward = Work(ahead, moved=moved[0], kernels=kernels[0])
+        backward = Work(back, moved=moved[1], kernels=kernels[1] + after)
+    return LayerPart("zero_computation", forward, backward, _again(grid, "moe", forward))
 
 
 def embedding_part(load: Workload, grid: Grid) -> LayerPart:
     """Work of the embedding: rows of the table are read; backward, gradients are added to it."""
-    tensor = grid.tokens(load.seq) * grid.tp * load.hidden * load.numbers.activation_bytes
+    tensor = grid.tokens(load.seq) * grid.tp * load.row_bytes
     backward = Work(moved=3.0 * tensor, kernels=3)
     return LayerPart("output", Work(moved=2.0 * tensor, kernels=3), backward)
 

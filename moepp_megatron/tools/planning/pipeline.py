@@ -33,12 +33,6 @@ def bubble_seconds(others: float, vpp: int, is_dualpipe: bool = False) -> float:
     return others / vpp
 
 
-def messages_sent(pp: int, vpp: int, rank: int) -> int:
-    """Messages that a pipeline rank sends for one micro-batch, both ways."""
-    # None before the first stage or after the last.
-    return 2 * vpp - (rank == 0) - (rank == pp - 1) if pp > 1 else 0
-
-
 def late_messages(pp: int, vpp: int, together: float) -> float:
     """Messages on the critical path of a step that nothing hides.
 
@@ -63,7 +57,7 @@ def chunks_in_flight(pp: int, vpp: int, rank: int, micro_batches: int) -> float:
     return min(warm_up + 1, micro_batches * vpp)
 
 
-def stage_sizes(layers: int, stages: int) -> tuple[int, ...]:
+def _stage_sizes(layers: int, stages: int) -> tuple[int, ...]:
     """Layers of each stage: equal, or with embedding and loss counted as a layer each."""
     if layers % stages == 0:
         return (layers // stages,) * stages
@@ -81,12 +75,9 @@ def stage_sizes(layers: int, stages: int) -> tuple[int, ...]:
 @lru_cache(maxsize=4096)
 def even_stages(layers: int, pp: int, vpp: int) -> Stages:
     """Layer numbers by pipeline rank and, within it, by chunk; as `config.stages.stage_layers`."""
-    return stages_of(stage_sizes(layers, pp * vpp), pp)
+    return stages_of(_stage_sizes(layers, pp * vpp), pp)
 
 
-def layout_string(sizes: tuple[int, ...]) -> str:
+def layout_string(layers: int, stages: int) -> str:
     """megatron-core's layout string, such as `Et|tt|tL`."""
-    texts = ["t" * size for size in sizes]
-    texts[0] = "E" + texts[0]
-    texts[-1] += "L"
-    return "|".join(texts)
+    return f"E{'|'.join('t' * size for size in _stage_sizes(layers, stages))}L"

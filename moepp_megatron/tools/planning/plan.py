@@ -17,7 +17,7 @@ from moepp_megatron.config.hardware import load_hardware
 from moepp_megatron.config.sections import used
 from moepp_megatron.config.vanilla import vanilla
 from moepp_megatron.tools.planning.grid import Grid
-from moepp_megatron.tools.planning.machine import Machine, machine_of
+from moepp_megatron.tools.planning.machine import Machine
 from moepp_megatron.tools.planning.memory import GIB
 from moepp_megatron.tools.planning.overlay import config_of, settings_of
 from moepp_megatron.tools.planning.search import Search, Space, search_layouts
@@ -149,7 +149,7 @@ def plan(
         config = load_config(config, overrides)
     elif overrides:
         config = with_overrides(config, overrides)
-    return _make_plan(config, gpus, machine_of(load_hardware(gpu)), taus, top)
+    return _make_plan(config, gpus, Machine.of(load_hardware(gpu)), taus, top)
 
 
 def _make_plan(

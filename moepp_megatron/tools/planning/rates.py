@@ -103,14 +103,18 @@ class Work:
             kernels=self.kernels + sum(other.kernels for other in others) + kernels,
         )
 
+    def seconds(self, machine: Machine) -> float:
+        """Time of a part on one rank, without communication."""
+        products = sum(_product_seconds(product, machine) for product in self.products)
+        others = self.moved / machine.memory_rate + self.kernels * machine.reached.kernel_s
+        return products + self.core_seconds(machine) + others
 
-def work_seconds(work: Work, machine: Machine) -> float:
-    """Time of a part on one rank, without communication."""
-    seconds = sum(_product_seconds(product, machine) for product in work.products)
-    if work.core_flop:
-        share = machine.reached.attention_share(work.core_seq, work.is_backward)
-        seconds += work.core_flop / (machine.rated_flops(work.core_number) * share)
-    return seconds + work.moved / machine.memory_rate + work.kernels * machine.reached.kernel_s
+    def core_seconds(self, machine: Machine) -> float:
+        """Time of the attention's core alone."""
+        if not self.core_flop:
+            return 0.0
+        share = machine.reached.attention_share(self.core_seq, self.is_backward)
+        return self.core_flop / (machine.rated_flops(self.core_number) * share)
 
 
 # By FP8 recipe: the products' format; of casting a tensor, bytes an element (bf16 is read, rows and

@@ -13,19 +13,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from itertools import product
+from operator import itemgetter
 
 from moepp_megatron.config import Config, ConfigError
 from moepp_megatron.config.schema.moe import HIDDEN_ALIGNMENT
 from moepp_megatron.config.stages import Stages
 from moepp_megatron.tools.planning import memory, pipeline, step
-from moepp_megatron.tools.planning.grid import (
-    FULL,
-    Dispatcher,
-    Grid,
-    Recompute,
-    States,
-    layer_key,
-)
+from moepp_megatron.tools.planning.grid import FULL, Dispatcher, Grid, Recompute, States
 from moepp_megatron.tools.planning.imbalance import Load
 from moepp_megatron.tools.planning.layer_time import layer_time
 from moepp_megatron.tools.planning.machine import Machine
@@ -102,7 +96,7 @@ class _LayoutCosts:
         return step.expert_load(self._load, grid)
 
     def _dispatcher(self, grid: Grid) -> Dispatcher | None:
-        return self._fastest_of(layer_key(grid)) if self._dispatchers else None
+        return self._fastest_of(grid.layer_key) if self._dispatchers else None
 
     def _fastest(self, grid: Grid) -> Dispatcher:
         """The dispatcher whose layers are fastest; equals go to the first."""
@@ -135,9 +129,9 @@ class Space:
     groups_are_set: bool  # whether key/value heads are given, so that tensor ranks must fit them
     can_overlap: bool  # whether the configuration allows the combined schedule
     distributed_optimizer: bool  # whether optimizer state is sharded
-    dispatchers: tuple[Dispatcher, ...] = ()  # dispatchers that are compared where tokens travel
+    dispatchers: tuple[Dispatcher, ...]  # dispatchers that are compared where tokens travel
     # Number formats by what is kept in bf16.
-    states: Mapping[States, NumberFormats] = field(default_factory=dict)
+    states: Mapping[States, NumberFormats]
 
     @classmethod
     def of(cls, config: Config, world: int, per_node: int) -> Space:
@@ -181,24 +175,25 @@ class Space:
                 if load.batch % unit:
                     continue
                 for ep, etp in self._experts(tp, pp):
-                    yield from self._of_choices(tp, cp, pp, vpp, micro_batch, ep, etp, dp)
+                    grid = Grid(self.world, tp, cp, pp, vpp, ep, etp, micro_batch)
+                    yield from self._of_choices(grid)
 
-    def _of_choices(
-        self, tp: int, cp: int, pp: int, vpp: int, micro_batch: int, ep: int, etp: int, dp: int
-    ) -> Iterator[Grid]:
-        overlaps = self.can_overlap and ep > 1 and (pp == 1 or vpp > 1)
-        degrees = (self.world, tp, cp, pp, vpp, ep, etp, micro_batch)
-        is_sharded, others = self.distributed_optimizer, dp * cp > 1
-        ends = (is_sharded, others, is_sharded and others)
+    def _of_choices(self, grid: Grid) -> Iterator[Grid]:
+        overlaps = self.can_overlap and grid.ep > 1 and (grid.pp == 1 or grid.vpp > 1)
+        is_sharded, others = self.distributed_optimizer, grid.dp * grid.cp > 1
         # Flex needs more than one rank; where no token travels, any will do.
-        needs_others = self.load.experts.dispatcher == "flex" and ep * etp == 1
-        instead: Dispatcher | None = "alltoall" if needs_others else None
+        needs_others = self.load.experts.dispatcher == "flex" and grid.ep * grid.etp == 1
+        grid = replace(
+            grid,
+            distributed_optimizer=is_sharded,
+            grad_overlap=others,
+            param_overlap=is_sharded and others,
+            dispatcher="alltoall" if needs_others else None,
+        )
         for states, recompute in product(self.states, self._recompute):
             for overlap in (False, True) if overlaps else (False,):
-                if overlap and not _NOT_WITH_OVERLAP.isdisjoint(recompute):
-                    continue
-                grid = Grid(*degrees, recompute, overlap, *ends, dispatcher=instead)
-                yield replace(grid, states=states) if states else grid
+                if not (overlap and _NOT_WITH_OVERLAP & set(recompute)):
+                    yield replace(grid, recompute=recompute, expert_overlap=overlap, states=states)
 
     @property
     def _recompute(self) -> tuple[Recompute, ...]:
@@ -292,10 +287,10 @@ def _states(config: Config) -> dict[States, NumberFormats]:
     return found
 
 
+@cache
 def _divisors(number: int) -> Sequence[int]:
     """All divisors, ascending."""
-    small = [n for n in range(1, int(number**0.5) + 1) if number % n == 0]
-    return small + [number // n for n in reversed(small) if n * n != number]
+    return [n for n in range(1, number + 1) if number % n == 0]
 
 
 @dataclass
@@ -314,12 +309,12 @@ def search_layouts(config: Config, world: int, machine: Machine) -> Search:
     space = Space.of(config, world, machine.per_node)
     costs = space.costs(machine)
     search = Search()
-    fitting: list[tuple[float, int, Grid, float]] = []
-    missing: list[tuple[float, int, Grid]] = []
+    fitting: list[tuple[float, Grid, float]] = []
+    missing: list[tuple[float, Grid]] = []
     # What fits without states in bf16, or with fewer, and without recomputation.
     roomy: set[tuple[bool, Recompute]] = set()
-    for number, grid in enumerate(space.grids(), start=1):
-        search.legal = number
+    for grid in space.grids():
+        search.legal += 1
         if not (grid.states or grid.recompute or grid.expert_overlap):
             # The first of the choices within the same degrees.
             roomy.clear()
@@ -328,17 +323,17 @@ def search_layouts(config: Config, world: int, machine: Machine) -> Search:
             continue
         held = costs.memory(grid)
         if held > machine.usable_bytes:
-            missing.append((held, number, grid))
+            missing.append((held, grid))
             continue
         roomy.add((grid.expert_overlap, grid.recompute))
-        fitting.append((costs.seconds(grid), number, grid, held))
+        fitting.append((costs.seconds(grid), grid, held))
     search.too_large = len(missing)
-    search.misses = [
-        (held, costs.named(grid)) for held, _, grid in heapq.nsmallest(_NEAREST_MISSES, missing)
-    ]
-    fitting.sort(key=lambda entry: entry[:2])
-    chosen, exact = fitting, [entry for entry in fitting if not entry[2].states]
+    # Both keep the order of equals.
+    nearest = heapq.nsmallest(_NEAREST_MISSES, missing, key=itemgetter(0))
+    search.misses = [(held, costs.named(grid)) for held, grid in nearest]
+    fitting.sort(key=itemgetter(0))
+    chosen, exact = fitting, [entry for entry in fitting if not entry[1].states]
     if exact and fitting[0][0] > exact[0][0] * (1.0 - _LEAST_GAIN):
         chosen = exact
-    search.best = [(seconds, costs.named(grid), held) for seconds, _, grid, held in chosen[:_KEPT]]
+    search.best = [(seconds, costs.named(grid), held) for seconds, grid, held in chosen[:_KEPT]]
     return search

@@ -6,14 +6,9 @@ from functools import lru_cache
 
 from moepp_megatron.config.stages import Stages
 from moepp_megatron.tools.planning import pipeline
-from moepp_megatron.tools.planning.grid import Grid, layer_key
+from moepp_megatron.tools.planning.grid import Grid
 from moepp_megatron.tools.planning.imbalance import Load, rank_load
-from moepp_megatron.tools.planning.layer_time import (
-    PassTime,
-    edge_time,
-    layer_time,
-    sum_passes,
-)
+from moepp_megatron.tools.planning.layer_time import PassTime, edge_time, layer_time, sum_passes
 from moepp_megatron.tools.planning.machine import Machine
 from moepp_megatron.tools.planning.memory import (
     RankParameters,
@@ -50,16 +45,18 @@ def _step_end(load: Workload, grid: Grid, machine: Machine, stages: Stages) -> _
     The first stage starts first and ends last, so that its transfers count; the slowest optimizer
     does, because all wait for the gradients' norm.
     """
-    numbers, ranks = load.numbers, rank_parameters(load, grid, stages)
-    parameters = ranks[0]
-    dense = placement(grid, "dp_cp", machine.per_node)
-    experts = placement(grid, "edp", machine.per_node)
-    reduce = gather_seconds(dense, parameters.dense * numbers.gradient_bytes, machine)
-    reduce += gather_seconds(experts, parameters.experts * numbers.gradient_bytes, machine)
-    gather = 0.0
+    ranks = rank_parameters(load, grid, stages)
+    groups = {"dp_cp": ranks[0].dense, "edp": ranks[0].experts}
+
+    def seconds(size: int) -> float:
+        return sum(
+            gather_seconds(placement(grid, name, machine.per_node), count * size, machine)
+            for name, count in groups.items()
+        )
+
+    reduce, gather = seconds(load.numbers.gradient_bytes), 0.0
     if grid.distributed_optimizer:
-        gather = gather_seconds(dense, parameters.dense * numbers.weight_bytes, machine)
-        gather += gather_seconds(experts, parameters.experts * numbers.weight_bytes, machine)
+        gather = seconds(load.numbers.weight_bytes)
     else:
         reduce *= 2  # an all-reduce is a reduce-scatter and an all-gather
     optimizers = [_optimizer(load, grid, machine, of_rank) for of_rank in dict.fromkeys(ranks)]
@@ -68,8 +65,7 @@ def _step_end(load: Workload, grid: Grid, machine: Machine, stages: Stages) -> _
 
 def _optimizer(load: Workload, grid: Grid, machine: Machine, parameters: RankParameters) -> float:
     numbers = load.numbers
-    shards = (grid.dp * grid.cp, grid.edp) if grid.distributed_optimizer else (1, 1)
-    elements = parameters.dense / shards[0] + parameters.experts / shards[1]
+    elements = parameters.dense / grid.shards[0] + parameters.experts / grid.shards[1]
     # Norm and update read the gradient, Adam reads and writes moments and master weights, then
     # writes the weights; clearing the gradients writes all of them.
     weight = min(numbers.master_bytes + numbers.weight_bytes, 4)
@@ -124,27 +120,25 @@ def critical_path(
     load: Workload, grid: Grid, machine: Machine, skew: float, stages: Stages
 ) -> _CriticalPath:
     """The critical path of a step in a legal layout; `skew`: rows of the fullest rank over mean."""
-    alone = _stage_passes(load, layer_key(grid.apart), machine, skew, stages)
+    alone = _stage_passes(load, grid.apart.layer_key, machine, skew, stages)
     paired = alone
     if grid.expert_overlap:
-        paired = _stage_passes(load, layer_key(grid), machine, skew, stages)
+        paired = _stage_passes(load, grid.layer_key, machine, skew, stages)
     blocking, overlapped = _stage_transfers(load, grid, machine)
     micro_batches = grid.micro_batches(load.batch)
     apart, together = pipeline.split_passes(grid.pp, grid.vpp, micro_batches, grid.expert_overlap)
-    sending = [
-        pipeline.messages_sent(grid.pp, grid.vpp, rank) * blocking for rank in range(grid.pp)
-    ]
+    # Of a micro-batch each chunk sends both ways, but before the first stage and after the last.
+    last = grid.pp - 1
+    sending = [(2 * grid.vpp - (rank == 0) - (rank == last)) * blocking for rank in range(grid.pp)]
     busy = [
         apart * one.total + together * other.total + micro_batches * sent
         for one, other, sent in zip(alone, paired, sending, strict=True)
     ]
     slowest = busy.index(max(busy))
-    bubble = 0.0
-    if grid.pp > 1:
-        passes = [one.total + sent for one, sent in zip(alone, sending, strict=True)]
-        late = pipeline.late_messages(grid.pp, grid.vpp, together) * overlapped
-        others = sum(passes) - passes[slowest]
-        bubble = pipeline.bubble_seconds(others, grid.vpp, grid.is_dualpipe) + late
+    passes = [one.total + sent for one, sent in zip(alone, sending, strict=True)]
+    others = sum(passes) - passes[slowest]
+    bubble = pipeline.bubble_seconds(others, grid.vpp, grid.is_dualpipe)
+    bubble += pipeline.late_messages(grid.pp, grid.vpp, together) * overlapped
     # A step begins and ends with passes of the first stage, which run alone: beside them its
     # parameters and gradients travel.
     end = _step_end(load, grid, machine, stages)
@@ -211,11 +205,11 @@ def _stage_transfers(load: Workload, grid: Grid, machine: Machine) -> tuple[floa
     """Seconds for which a message between stages holds up its sender, and arrives later."""
     if grid.pp == 1:
         return 0.0, 0.0
-    size = grid.tokens(load.seq) * load.hidden * load.numbers.activation_bytes
+    size = load.row_bytes
     if load.experts.gating_residual:
         # Router logits travel with the hidden states, as fp32.
-        size += grid.tokens(load.seq) * load.experts.num_experts * 4
+        size += load.experts.num_experts * 4
     across = placement(grid, "pp", machine.per_node).nodes > 1
-    seconds = send_seconds(across, size, machine)
+    seconds = send_seconds(across, grid.tokens(load.seq) * size, machine)
     share = 1.0 - machine.reached.point_to_point_overlap if grid.vpp > 1 else 1.0
     return seconds * share, seconds * (1.0 - share)

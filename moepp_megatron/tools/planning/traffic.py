@@ -50,11 +50,8 @@ def gather_seconds(place: _Placement, total_bytes: float, machine: Machine) -> f
         return 0.0
     share = (place.size - 1) / place.size if place.per_node > 1 else 0.0
     inside = total_bytes * share / machine.nvlink
-    if place.nodes == 1:
-        return inside + machine.reached.nvlink_latency_s
     across = total_bytes * (place.nodes - 1) / place.nodes / (place.per_node * machine.network)
-    reached = machine.reached
-    return max(inside, across) + reached.network_latency_s + reached.hop_s * (place.nodes - 1)
+    return max(inside, across) + _start(place, machine) + machine.reached.hop_s * (place.nodes - 1)
 
 
 def _all_to_all_seconds(place: _Placement, sent_bytes: float, machine: Machine) -> float:
@@ -132,19 +129,15 @@ def layer_traffic(
     blocks = [load.attention.gathered_width(load.hidden)]
     if not is_moe or load.experts.shared_size:
         blocks.append(load.hidden)
-    forward = backward = 0.0
-    if grid.tp > 1:
-        place = placement(grid, "tp", machine.per_node)
-        size = grid.tokens(load.seq) * grid.tp * load.numbers.activation_bytes
-        scatter = gather_seconds(place, size * load.hidden, machine)
-        for width in blocks:
-            gather = gather_seconds(place, size * width, machine)
-            forward += gather + scatter
-            # The gathered input is not kept: the weights' gradients gather it again. That gather
-            # and the reduce-scatter of the input's gradient run during products (megatron-core,
-            # tensor_parallel/layers.py, and Transformer Engine's modules): what is left is the
-            # gather of the output's gradient, as long as the forward pass's reduce-scatter.
-            backward += scatter
+    place = placement(grid, "tp", machine.per_node)
+    size = grid.tokens(load.seq) * grid.tp * load.numbers.activation_bytes
+    scatter = gather_seconds(place, size * load.hidden, machine)
+    forward = sum(gather_seconds(place, size * width, machine) + scatter for width in blocks)
+    # The gathered input is not kept: the weights' gradients gather it again. That gather and the
+    # reduce-scatter of the input's gradient run during products (megatron-core,
+    # tensor_parallel/layers.py, and Transformer Engine's modules): what is left is the gather of
+    # the output's gradient, as long as the forward pass's reduce-scatter.
+    backward = scatter * len(blocks)
     if load.tensor_overlap:
         # Around a ring, all but one of a product's chunks compute during the next one's transfer.
         forward, backward = forward / grid.tp, backward / grid.tp
@@ -153,22 +146,18 @@ def layer_traffic(
 
 
 def _context(load: Workload, grid: Grid, machine: Machine) -> float:
-    if grid.cp == 1:
-        return 0.0
     place = placement(grid, "cp", machine.per_node)
     block = grid.tokens(load.seq) * grid.tp * load.attention.exchanged_width(grid.tp)
     step = send_seconds(place.nodes > 1, block * load.numbers.activation_bytes, machine)
     return (grid.cp - 1) * step
 
 
-def _expert_seconds(load: Workload, grid: Grid, machine: Machine, skew: float = 1.0) -> float:
+def _expert_seconds(load: Workload, grid: Grid, machine: Machine, skew: float) -> float:
     """Dispatch and combine of one pass (forward or backward)."""
     place = placement(grid, "ep", machine.per_node)
-    row, tokens = load.hidden * load.numbers.activation_bytes, grid.tokens(load.seq)
-    experts, taken, seconds = load.experts.num_ffn_experts, load.experts.ffn_per_token, 0.0
-    match load.experts.dispatcher if place.size > 1 else None:
-        case None:
-            pass
+    row, tokens = load.row_bytes, grid.tokens(load.seq)
+    experts, taken = load.experts.num_ffn_experts, load.experts.ffn_per_token
+    match load.experts.dispatcher:
         case "alltoall":
             rows = rows_with_room(load, grid, skew * tokens * taken)
             seconds = _all_to_all_seconds(place, rows * row, machine)
@@ -184,11 +173,9 @@ def _expert_seconds(load: Workload, grid: Grid, machine: Machine, skew: float = 
             seconds = gather_seconds(place, tokens * place.size * row, machine)
         case other:
             assert_never(other)
-    if grid.etp > 1:
-        group = placement(grid, "etp", machine.per_node)
-        gathered = skew * tokens * taken * row * grid.etp
-        seconds += gather_seconds(group, gathered, machine)
-    return 2 * seconds
+    group = placement(grid, "etp", machine.per_node)
+    gathered = skew * tokens * taken * row * grid.etp
+    return 2 * (seconds + gather_seconds(group, gathered, machine))
 
 
 def _hierarchical_rows(
@@ -212,7 +199,6 @@ def exchanged_bytes(load: Workload, grid: Grid) -> float:
 
     As `moe.dispatcher.bytes_sent` counts: dispatch and combine, without gates and maps.
     """
-    row = load.hidden * load.numbers.activation_bytes
     tokens, taken, ep = grid.tokens(load.seq), load.experts.ffn_per_token, grid.ep
     if ep == 1:
         return 0.0
@@ -225,4 +211,4 @@ def exchanged_bytes(load: Workload, grid: Grid) -> float:
             rows = distinct_targets(ep, taken, load.experts.num_ffn_experts) * (ep - 1) / ep
         case other:
             assert_never(other)
-    return 2.0 * tokens * rows * row
+    return 2.0 * tokens * rows * load.row_bytes

@@ -303,6 +303,11 @@ class Workload:
         )
 
     @property
+    def row_bytes(self) -> int:
+        """Bytes of a token's hidden vector."""
+        return self.hidden * self.numbers.activation_bytes
+
+    @property
     def layers(self) -> int:
         """Transformer layers."""
         return len(self.is_moe)

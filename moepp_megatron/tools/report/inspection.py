@@ -6,7 +6,7 @@ from pathlib import Path
 
 from moepp_megatron.experts import KIND_NAMES
 from moepp_megatron.runtime.atomic import write_result
-from moepp_megatron.tools.inspection.findings import Findings, TokenGroup, Trace, find, to_json
+from moepp_megatron.tools.inspection.findings import Findings, TokenGroup, Trace, to_json
 from moepp_megatron.tools.inspection.request import InspectRequest
 from moepp_megatron.tools.inspection.text import TokenizedText
 from moepp_megatron.tools.report import formatting
@@ -51,7 +51,7 @@ def write_inspection(request: InspectRequest, trace: Trace) -> list[tuple[str, P
 
 
 def _page(request: InspectRequest, trace: Trace) -> Page:
-    found = find(request, trace)
+    found = Findings.of(request, trace)
     note = f"Tokens that occur at least {found.least_count} times in the text. A dot is a space."
     ends = (("Most", found.most_ffn), ("Fewest", found.fewest_ffn))
     return Page(

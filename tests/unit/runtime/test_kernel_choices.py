@@ -157,7 +157,7 @@ def test_what_megatron_core_has_chosen_is_named(install, monkeypatch, module, pa
 
 def test_the_log_has_one_line_with_every_choice(install):
     install()
-    line = backends._choices_line()
+    line = backends._choices_line(backends.optional_backends(), "auto")
     assert "\n" not in line
     for choice in backends.kernel_choices():
         assert choice.line() in line
@@ -174,11 +174,11 @@ def test_a_run_on_a_cpu_has_nothing_to_say_of_packages_for_gpus(install, monkeyp
     config = load_config(ROOT / "configs/quickstart.yaml", ["precision.cross_entropy=unfused"])
     assert backends.package_lines(config) == []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert backends._choices_line("unfused") in backends.package_lines(config)
-    assert "cross entropy: torch (megatron-core's, on" in backends._choices_line("unfused")
+    assert backends._choices_line(found, "unfused") in backends.package_lines(config)
+    assert "cross entropy: torch (megatron-core's, on" in backends._choices_line(found, "unfused")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     found[0] = replace(found[0], used=True)
-    assert backends._choices_line("unfused") in backends.package_lines(config)
+    assert backends._choices_line(found, "unfused") in backends.package_lines(config)
 
 
 def test_a_process_with_an_apex_on_its_path(tmp_path):

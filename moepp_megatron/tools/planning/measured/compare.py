@@ -10,7 +10,7 @@ from statistics import median
 import numpy as np
 
 from moepp_megatron.config import Config
-from moepp_megatron.tools.planning.machine import Machine, machine_of
+from moepp_megatron.tools.planning.machine import Machine
 from moepp_megatron.tools.planning.measured.rows import Run, read_runs
 from moepp_megatron.tools.planning.memory import GIB, fullest_rank
 from moepp_megatron.tools.planning.step import StepTime, step_time
@@ -48,7 +48,7 @@ class Comparison:
 
 def compare(run: Run, machine: Machine | None = None) -> Comparison:
     """The model's answer for a run, on its hardware file's machine or this one."""
-    machine = machine or machine_of(run.hardware)
+    machine = machine or Machine.of(run.hardware)
     step = step_time(run.load, run.grid, machine, run.stages)
     # Over all layers a rank receives about as much as any other.
     held = fullest_rank(run.load, run.grid, run.stages).total
@@ -76,15 +76,14 @@ def family_errors(
     for comparison in comparisons:
         if comparison.error is not None and comparison.run.row.scope in scopes:
             by_family[comparison.run.row.family].append(comparison.error)
-    return {family: _summary(errors) for family, errors in by_family.items()}
-
-
-def _summary(errors: Sequence[float]) -> FamilyErrors:
-    sizes = [abs(error) for error in errors]
-    fast = sum(error > 0 for error in errors)
-    # Measured time over estimated time is estimated speed over measured speed.
-    tenths = np.quantile([1.0 + error for error in errors], (0.1, 0.9)).tolist()
-    return FamilyErrors(len(errors), median(sizes), max(sizes), fast, *tenths)
+    found = {}
+    for family, errors in by_family.items():
+        sizes = [abs(error) for error in errors]
+        fast = sum(error > 0 for error in errors)
+        # Measured time over estimated time is estimated speed over measured speed.
+        tenths = np.quantile([1.0 + error for error in errors], (0.1, 0.9)).tolist()
+        found[family] = FamilyErrors(len(errors), median(sizes), max(sizes), fast, *tenths)
+    return found
 
 
 @dataclass(frozen=True)
@@ -109,11 +108,14 @@ def pair_errors(comparisons: Iterable[Comparison]) -> list[_RatioError]:
             pairs[name].append(comparison)
     ratios = []
     for name, members in pairs.items():
-        speeds = [(run.run.tokens_per_s_per_gpu, run.tokens_per_s_per_gpu) for run in members]
-        if len(members) == 2 and all(measured for measured, _ in speeds):
-            slow, fast = sorted(speeds, key=lambda speed: speed[0] or 0.0)
-            measured = (fast[0] or 0.0) / (slow[0] or 1.0)
-            ratios.append(_RatioError(name, measured, fast[1] / slow[1]))
+        speeds = sorted(
+            (measured, each.tokens_per_s_per_gpu)
+            for each in members
+            if (measured := each.run.tokens_per_s_per_gpu) is not None
+        )
+        if len(members) == len(speeds) == 2:
+            slow, fast = speeds
+            ratios.append(_RatioError(name, fast[0] / slow[0], fast[1] / slow[1]))
     return ratios
 
 
@@ -152,9 +154,6 @@ def error_range(config: Config, machine: Machine) -> Range | None:
 
 @lru_cache(maxsize=1)
 def _errors_by_family() -> dict[str, FamilyErrors]:
-    return family_errors(_held_out(), scopes=("in", "near")) if HELD_OUT.is_file() else {}
-
-
-def _held_out() -> list[Comparison]:
-    """The published runs that set no number, with the model."""
-    return [compare(run) for run in read_runs(HELD_OUT)]
+    """Errors of the published runs that set no number."""
+    runs = read_runs(HELD_OUT) if HELD_OUT.is_file() else ()
+    return family_errors(map(compare, runs), scopes=("in", "near"))

@@ -6,13 +6,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from moepp_megatron.experts import ExpertLayout
+from moepp_megatron.experts import FFN, ExpertLayout
 from moepp_megatron.tools.bench import bounds
 from moepp_megatron.tools.bench.bounds import (
     MinimalWork,
     RoutedLoad,
     bounds_ms,
-    expert_flops,
     layer_work,
 )
 from moepp_megatron.tools.bench.clock import _Timed, interleaved, speedup
@@ -66,7 +65,7 @@ def test_vanilla_layer_has_no_residual_and_no_zero_computation():
     vanilla = layer_work(SHAPE, RoutedLoad.of(picks, SHAPE), "fp32", topk=2, vanilla=True)
     assert set(vanilla) == {"router", "dispatch", "experts", "combine"}
     assert vanilla["router"] == MinimalWork((4 + 2) * 32 + 8 * 5, 2 * 4 * 2 * 8, "fp32")
-    assert vanilla["experts"].flops == expert_flops(SHAPE, 8)
+    assert vanilla["experts"].flops == 8 * FFN.flops(SHAPE.hidden_size, SHAPE.ffn_hidden_size)
     assert vanilla["combine"] == MinimalWork((8 + 4) * 32)
 
 

@@ -3,7 +3,7 @@
 import pynvml
 import pytest
 
-from moepp_megatron.config.hardware import load_hardware
+from moepp_megatron.config.hardware import Hardware, load_hardware
 from moepp_megatron.runtime.gpu_state import Driver
 from moepp_megatron.tools.doctor import card_checks, gpu_checks
 from moepp_megatron.tools.doctor.finding import Judge, Severity
@@ -16,7 +16,7 @@ GIB = 2**30
 
 
 def judge(preflight=False):
-    return Judge(H100, H100.thresholds, preflight, frozenset({OWN_PID}))
+    return Judge(H100, preflight, frozenset({OWN_PID}))
 
 
 def complaints(*cards, preflight=False):
@@ -159,7 +159,7 @@ def test_what_is_no_sickness(changes):
 
 def test_without_a_description_the_card_is_measured_by_itself():
     read = Cards.read(FakeNvml(answers(0, nvmlDeviceGetEnforcedPowerLimit=450_000))).cards
-    undescribed = Judge(None, H100.thresholds)
+    undescribed = Judge(Hardware(name="not described"))
     found = card_checks.check_cards(read, undescribed)
     assert [f.check for f in found if f.severity > Severity.OK] == ["GPU power cap"]
 

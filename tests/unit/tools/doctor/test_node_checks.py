@@ -162,20 +162,20 @@ def test_what_training_would_refuse_is_an_error_here(monkeypatch):
 
 
 def test_a_slow_card_is_named():
-    h100 = load_hardware("h100_sxm")
+    judge = Judge(load_hardware("h100_sxm"), preflight=True)
     speeds = [DeviceSpeed(f"GPU {i}", 720.0, "node1") for i in range(8)]
-    (fine,) = speed.check_matmul(speeds, h100, THRESHOLDS, ERROR)
+    (fine,) = speed.check_matmul(speeds, judge)
     assert fine.severity == OK
-    assert speed.check_slowest(speeds, THRESHOLDS).severity == OK
+    assert speed.check_slowest(speeds, judge).severity == OK
     speeds[5] = DeviceSpeed("GPU 5", 500.0, "node2")
-    (slow,) = speed.check_matmul(speeds, h100, THRESHOLDS, ERROR)
+    (slow,) = speed.check_matmul(speeds, judge)
     assert (slow.severity, slow.found) == (ERROR, "GPU 5: 500 TFLOP/s in bf16")
-    slowest = speed.check_slowest(speeds, THRESHOLDS)
+    slowest = speed.check_slowest(speeds, judge)
     assert (slowest.severity, slowest.found) == (
         WARNING,
         "GPU 5 of node2: 1.44 times the median time",
     )
-    (unrated,) = speed.check_matmul(speeds, load_hardware("cpu"), THRESHOLDS, ERROR)
+    (unrated,) = speed.check_matmul(speeds, Judge(load_hardware("cpu"), preflight=True))
     assert unrated.severity == OK
 
 
@@ -203,7 +203,7 @@ def test_collectives_against_rated_links():
 
     def check(expected):
         rated = expected and 2 * 1.75 * GIB / 1e9 / expected
-        judge = Judge(Hardware(name="x", nvlink_gb_s=rated), THRESHOLDS, preflight=True)
+        judge = Judge(Hardware(name="x", nvlink_gb_s=rated), preflight=True)
         return speed.check_collective(reduced, 8, 8, judge)
 
     assert check(None).severity == OK

@@ -8,7 +8,7 @@ from moepp_megatron.data.tokenizer import train_tokenizer
 from moepp_megatron.experts import ExpertCounts
 from moepp_megatron.tools.inspection.findings import Trace
 from moepp_megatron.tools.inspection.request import InspectedModel, InspectRequest
-from moepp_megatron.tools.inspection.text import tokenize
+from moepp_megatron.tools.inspection.text import TokenizedText
 
 SOURCE = '''import re
 
@@ -31,7 +31,7 @@ def tokenizer():
 
 @pytest.fixture(scope="session")
 def text(tokenizer):
-    return tokenize(tokenizer, SOURCE, "words.py", 10_000)
+    return TokenizedText.of(tokenizer, SOURCE, "words.py", 10_000)
 
 
 def model(experts, layers):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from moepp_megatron.experts import ExpertCounts
-from moepp_megatron.tools.inspection.findings import Trace, _extremes, find, to_json
+from moepp_megatron.tools.inspection.findings import Findings, Trace, _extremes, to_json
 from tests.unit.tools.inspection.conftest import invented_trace, model
 
 # Experts: FFN 0, FFN 1, constant 2, copy 3, zero 4. Two layers, four tokens.
@@ -61,4 +61,4 @@ def test_json_has_every_selection_and_aggregate(make_request, text):
     assert content["loss"][0] is None
     assert content["loss"][1] == pytest.approx(invented.losses[1], abs=1e-6)
     assert sum(group["count"] for group in content["by_class"]) == len(text)
-    assert content["whole"]["ffn"] == pytest.approx(find(request, invented).whole.ffn)
+    assert content["whole"]["ffn"] == pytest.approx(Findings.of(request, invented).whole.ffn)

@@ -4,7 +4,7 @@ import html
 import re
 
 from moepp_megatron.data.token_classes import token_classes
-from moepp_megatron.tools.inspection.text import tokenize
+from moepp_megatron.tools.inspection.text import TokenizedText
 from moepp_megatron.tools.report.inspection import write_inspection
 from tests.unit.tools.inspection.conftest import invented_trace
 
@@ -42,7 +42,7 @@ def test_every_token_has_its_colour_and_path(make_request, text):
 
 def test_text_cannot_break_out(make_request, tokenizer):
     evil = "</span><script>alert('1')</script> <b>&amp; \u2028 caf\u00e9 \"> " * 3
-    own = tokenize(tokenizer, evil, "<i>&", 1000)
+    own = TokenizedText.of(tokenizer, evil, "<i>&", 1000)
     classes = token_classes(own.text, own.spans.tolist(), "text")
     request = make_request(text=own, language="text", classes=classes)
     write_inspection(request, invented_trace(len(own)))

@@ -7,7 +7,7 @@ from tokenizers import decoders, models, pre_tokenizers, processors
 
 from moepp_megatron.data.tokenizer import EOD_TOKEN, Tokenizer
 from moepp_megatron.interop.score import text_of
-from moepp_megatron.tools.inspection.text import tokenize, windows
+from moepp_megatron.tools.inspection.text import TokenizedText
 from tests.refusals import config_error
 
 AWKWARD = "plain words,  and more\n\n\tGr\u00f6\u00dfe \u6f22 \U0001f916!\r\n   end "
@@ -21,7 +21,7 @@ def whole(text):
 
 
 def test_pieces_make_up_the_text(tokenizer):
-    text = tokenize(tokenizer, AWKWARD, "x", 1000)
+    text = TokenizedText.of(tokenizer, AWKWARD, "x", 1000)
     assert text.text == AWKWARD
     whole(text)
     # The robot is four bytes that were never merged: three tokens have no character of their own.
@@ -37,13 +37,13 @@ def test_trimmed_offsets_lose_no_white_space():
     backend.post_processor = processors.ByteLevel(trim_offsets=True)
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens([EOD_TOKEN])
-    text = tokenize(Tokenizer(backend, EOD_TOKEN), "a  b\n\n c", "x", 100)
+    text = TokenizedText.of(Tokenizer(backend, EOD_TOKEN), "a  b\n\n c", "x", 100)
     whole(text)
     assert len(text) == 8
 
 
 def test_limit_cuts_the_text(tokenizer):
-    text = tokenize(tokenizer, AWKWARD, "x", 5)
+    text = TokenizedText.of(tokenizer, AWKWARD, "x", 5)
     assert len(text) == 5
     assert text.is_cut
     assert AWKWARD.startswith(text.text)
@@ -51,17 +51,17 @@ def test_limit_cuts_the_text(tokenizer):
 
 
 def test_windows_follow_each_other(tokenizer):
-    text = tokenize(tokenizer, AWKWARD, "x", 11)
-    cut = windows(text, 4, filler=7)
+    text = TokenizedText.of(tokenizer, AWKWARD, "x", 11)
+    cut = text.windows(4, filler=7)
     assert cut.shape == (3, 4)
     assert cut.ravel()[:11].tolist() == text.ids.tolist()
     assert cut[2, 3] == 7
-    assert np.array_equal(windows(text, 100, filler=7), [text.ids])
+    assert np.array_equal(text.windows(100, filler=7), [text.ids])
 
 
 def test_one_token_is_too_little(tokenizer):
     with config_error(r"--text \(x, 1 tokens\) must have at least 2 tokens"):
-        tokenize(tokenizer, "a", "x", 10)
+        TokenizedText.of(tokenizer, "a", "x", 10)
 
 
 @pytest.mark.parametrize(

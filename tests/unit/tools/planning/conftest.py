@@ -6,13 +6,13 @@ from concurrent.futures import ProcessPoolExecutor
 import pytest
 
 from moepp_megatron.config.hardware import load_hardware
-from moepp_megatron.tools.planning.machine import machine_of
+from moepp_megatron.tools.planning.machine import Machine
 from tests.parallel.ranks import fork_server
 
 
 @pytest.fixture(scope="module")
 def h100():
-    return machine_of(load_hardware("h100_sxm"))
+    return Machine.of(load_hardware("h100_sxm"))
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 from moepp_megatron.config import Layout, parse_config, stage_layers
 from moepp_megatron.tools.planning.grid import Grid
-from moepp_megatron.tools.planning.memory import memory_of
+from moepp_megatron.tools.planning.memory import _memory_of
 from moepp_megatron.tools.planning.workload import LatentAttention, Workload
 
 WORLD = 1024
@@ -150,7 +150,7 @@ def differences(config, layout, rank, built):
         # What this machine builds; plans count Transformer Engine's modules.
         load = replace(load, attention=SplitCompressions(**vars(load.attention)))
     grid, stages = Grid.from_config(config, layout.world_size), stage_layers(config)
-    planned, numbers = memory_of(load, grid, stages, stage), load.numbers
+    planned, numbers = _memory_of(load, grid, stages, stage), load.numbers
     # The plan cuts dense and expert state to whole bytes.
     state = built.mean_shard * (numbers.moments_bytes + numbers.master_bytes)
     near = planned.optimizer if abs(state - planned.optimizer) < 2 else state

@@ -14,15 +14,15 @@ from moepp_megatron.config.hardware import load_hardware
 from moepp_megatron.tools.planning.activations import kept_bytes, output_bytes
 from moepp_megatron.tools.planning.grid import FULL, Grid
 from moepp_megatron.tools.planning.layer_time import HOST, METADATA, layer_time
-from moepp_megatron.tools.planning.machine import _Efficiencies, machine_of
-from moepp_megatron.tools.planning.memory import fullest_rank, fullest_rows, memory_of
+from moepp_megatron.tools.planning.machine import Machine, _Efficiencies
+from moepp_megatron.tools.planning.memory import _memory_of, fullest_rank, fullest_rows
 from moepp_megatron.tools.planning.parts import Layer, layer_parts, output_part
 from moepp_megatron.tools.planning.pipeline import (
+    _stage_sizes,
     bubble_seconds,
     chunks_in_flight,
     even_stages,
     layout_string,
-    stage_sizes,
 )
 from moepp_megatron.tools.planning.rates import _Product, _product_seconds, linear_work
 from moepp_megatron.tools.planning.search import _LayoutCosts
@@ -121,11 +121,11 @@ def test_interleaving_shrinks_the_bubble_and_keeps_more_in_flight():
 
 @pytest.mark.parametrize(("layers", "stages"), [(48, 8), (94, 32), (61, 16), (5, 4), (24, 7)])
 def test_stages_hold_every_layer_once(layers, stages):
-    sizes = stage_sizes(layers, stages)
+    sizes = _stage_sizes(layers, stages)
     assert sum(sizes) == layers
     assert min(sizes) >= 0
     assert max(sizes) - min(sizes) <= 2
-    assert layout_string(sizes).count("t") == layers
+    assert layout_string(layers, stages).count("t") == layers
     held = even_stages(layers, stages, 1)
     assert [layer for (chunk,) in held for layer in chunk] == list(range(layers))
 
@@ -144,7 +144,7 @@ def test_what_takes_memory():
     def held(load=LOAD, **grid):
         chosen = Grid(**{"world": 64, "ep": 8, **grid})
         stages = even_stages(load.layers, chosen.pp, chosen.vpp)
-        return memory_of(load, chosen, stages, 0).activations
+        return _memory_of(load, chosen, stages, 0).activations
 
     base = held()
     assert held(micro_batch=2) == pytest.approx(2 * base)
@@ -240,7 +240,7 @@ def seconds_of(load, grid, machine):
 
 
 def with_reached(**values):
-    return machine_of(load_hardware("h100_sxm"), _Efficiencies.of(values, "a test"))
+    return Machine.of(load_hardware("h100_sxm"), _Efficiencies.of(values, "a test"))
 
 
 def test_a_slow_host_decides_over_many_small_kernels():
@@ -368,7 +368,7 @@ def test_static_rows_are_sent_moved_and_kept_whatever_is_needed(h100):
     more = pytest.approx(rows / needed)
     assert exchanged_bytes(static, grid) / exchanged_bytes(LOAD, grid) == more
     stages = even_stages(8, 1, 1)
-    kept = [memory_of(load, grid, stages, 0).activations / 8 for load in (LOAD, static)]
+    kept = [_memory_of(load, grid, stages, 0).activations / 8 for load in (LOAD, static)]
     # The activation between the products is computed again.
     wider = rows * (2048 + 2 * 5632) - needed * (2048 + 3 * 5632)
     assert kept[1] - kept[0] == pytest.approx(2 * wider)

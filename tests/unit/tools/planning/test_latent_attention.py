@@ -5,7 +5,7 @@ import pytest
 from moepp_megatron.config import Layout, count_parameters, load_config, parse_config
 from moepp_megatron.config.flops import forward_flops_per_token
 from moepp_megatron.tools.planning.grid import Grid
-from moepp_megatron.tools.planning.memory import fullest_rank, memory_of, rank_memory
+from moepp_megatron.tools.planning.memory import _memory_of, fullest_rank, rank_memory
 from moepp_megatron.tools.planning.pipeline import even_stages
 from moepp_megatron.tools.planning.workload import LatentAttention, Workload, _attention_of
 from tests import ROOT
@@ -84,7 +84,7 @@ def test_the_fullest_stage_may_be_none_of_the_first_two():
     for pp, vpp in ((32, 1), (16, 1), (4, 4), (1, 1)):
         grid = Grid(1024, tp=2, pp=pp, vpp=vpp, ep=8)
         stages = even_stages(load.layers, pp, vpp)
-        most = max(memory_of(load, grid, stages, rank).total for rank in range(pp))
+        most = max(_memory_of(load, grid, stages, rank).total for rank in range(pp))
         # The first MoE layer has no gating residual: E x E weights and their state.
         residual = 18 * load.experts.num_experts**2
         assert fullest_rank(load, grid, stages).total == pytest.approx(most, abs=residual)

@@ -7,18 +7,17 @@ import pytest
 
 from moepp_megatron.config.hardware import load_hardware
 from moepp_megatron.config.stages import stages_of
-from moepp_megatron.tools.planning.machine import machine_of
+from moepp_megatron.tools.planning.machine import Machine
 from moepp_megatron.tools.planning.measured.compare import (
     HELD_OUT,
     SET_NUMBERS,
-    _held_out,
     compare,
     error_range,
     family_errors,
     pair_errors,
 )
 from moepp_megatron.tools.planning.measured.rows import read_runs
-from moepp_megatron.tools.planning.memory import GIB, memory_of
+from moepp_megatron.tools.planning.memory import GIB, _memory_of
 from moepp_megatron.tools.planning.workload import NumberFormats
 from tests import ROOT
 from tests.refusals import config_error
@@ -33,7 +32,7 @@ def chosen_by():
 
 @pytest.fixture(scope="module")
 def shown_on():
-    return _held_out()
+    return [compare(run) for run in read_runs(HELD_OUT)]
 
 
 def rows():
@@ -74,11 +73,11 @@ def test_ratios_that_set_numbers_are_met(chosen_by):
 
 def test_the_range_of_a_plan_is_that_of_its_family():
     run = read_runs(HELD_OUT)[0]
-    h100, b200 = (machine_of(load_hardware(name)) for name in ("h100_sxm", "b200"))
+    h100, b200 = (Machine.of(load_hardware(name)) for name in ("h100_sxm", "b200"))
     of_hopper, of_blackwell = error_range(run.config, h100), error_range(run.config, b200)
     assert (of_hopper.family, of_blackwell.family) == ("bf16 MoE", "B200")
     assert of_hopper.errors.tenth < 1.0 < of_hopper.errors.nine_tenths
-    ampere = error_range(run.config, machine_of(load_hardware("a100_sxm")))
+    ampere = error_range(run.config, Machine.of(load_hardware("a100_sxm")))
     # There are only dense runs of A100s: MoE models on H100 say more.
     assert (ampere.family, ampere.is_own) == ("bf16 MoE", False)
     assert of_hopper.is_own
@@ -204,7 +203,7 @@ def test_memory_of_deepseek_v3_in_bf16(tmp_path):
     load = replace(run.load, numbers=NumberFormats())
     grid = replace(run.grid, world=256, tp=1, pp=4, vpp=4, recompute=())
     stages = stages_of((*(4,) * 13, 3, 3, 3), 4)
-    ranks = [memory_of(load, grid, stages, rank) for rank in range(4)]
+    ranks = [_memory_of(load, grid, stages, rank) for rank in range(4)]
     middle = ranks[1]
     # The table does not say which rank it describes; a middle one holds no vocabulary.
     assert (middle.weights + middle.gradients) / 1e9 == pytest.approx(36.4, rel=0.03)

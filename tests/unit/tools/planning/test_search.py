@@ -9,7 +9,7 @@ import pytest
 from moepp_megatron.config import ConfigError, Layout, load_config, parse_config
 from moepp_megatron.config.hardware import load_hardware
 from moepp_megatron.tools.planning.grid import FULL, Grid
-from moepp_megatron.tools.planning.machine import machine_of
+from moepp_megatron.tools.planning.machine import Machine
 from moepp_megatron.tools.planning.memory import GIB
 from moepp_megatron.tools.planning.overlay import config_of
 from moepp_megatron.tools.planning.plan import TIE, _complexity, _make_plan
@@ -199,12 +199,12 @@ def test_states_are_kept_in_bf16_only_for_room(h100):
 def test_what_cannot_be_planned_is_refused(h100):
     with config_error(r"--gpus \(7\) must allow a legal layout"):
         _make_plan(configured(), 7, h100)
-    ampere = machine_of(load_hardware("a100_sxm"))
+    ampere = Machine.of(load_hardware("a100_sxm"))
     fp8 = configured(precision={"dtype": "bf16", "fp8": "hybrid"})
     with config_error(r"precision.fp8 \(hybrid\) must be a format of a100"):
         _make_plan(fp8, 8, ampere)
     with config_error(r"hardware \(cpu\) must give memory_gb"):
-        machine_of(load_hardware("cpu"))
+        Machine.of(load_hardware("cpu"))
 
 
 def test_the_fastest_dispatcher_is_taken_where_tokens_travel(h100):

@@ -10,10 +10,10 @@ from moepp_megatron.tools.planning.layer_time import EXCHANGE, layer_time
 from moepp_megatron.tools.planning.parts import (
     Layer,
     _local_form,
-    _local_work,
+    _zero_computation,
     layer_parts,
 )
-from moepp_megatron.tools.planning.rates import _Product, work_seconds
+from moepp_megatron.tools.planning.rates import _Product
 from moepp_megatron.tools.planning.workload import Workload
 from tests.unit.tools.planning.test_costs import LOAD, configured
 
@@ -63,30 +63,30 @@ def test_the_form_is_that_of_the_layer(dispatcher, grid, form):
 
 def test_kernels_move_less_the_more_they_do_at_once(h100):
     combined, apart, plain = (
-        _local_work(load, grid)
+        _zero_computation(load, grid)
         for load, grid in ((LOAD, Grid(8)), (LOAD, EP4), (WITHOUT_KERNELS, EP4))
     )
-    for which in (0, 1):
-        works = [form[which] for form in (combined, apart, plain)]
+    for which in ("forward", "backward"):
+        works = [getattr(form, which) for form in (combined, apart, plain)]
         assert len({work.products for work in works}) == 1
-        seconds = [work_seconds(work, h100) for work in works]
+        seconds = [work.seconds(h100) for work in works]
         assert seconds == sorted(seconds)
         assert len(set(seconds)) == 3
     # x; x, what is written and read again, and next to it A and V.
     tensor = LOAD.seq * LOAD.hidden * 2
-    for (forward, _), tensors in ((combined, 1), (apart, 3)):
-        moved = forward.moved + sum(product.moved for product in forward.products)
+    for part, tensors in ((combined, 1), (apart, 3)):
+        moved = part.forward.moved + sum(product.moved for product in part.forward.products)
         assert moved == pytest.approx(tensors * tensor, rel=0.01)
     # Gradients of gates; parts of V's added up and rounded.
-    assert [combined[0].kernels, combined[1].kernels] == [0, 3]
-    assert [apart[0].kernels, apart[1].kernels] == [1, 7]
+    assert [combined.forward.kernels, combined.backward.kernels] == [0, 3]
+    assert [apart.forward.kernels, apart.backward.kernels] == [1, 7]
 
 
 @pytest.mark.parametrize("dispatcher", ["alltoall", "alltoall_dedup"])
 def test_zero_computation_run_while_rows_travel(h100, dispatcher):
     load = LOAD.with_dispatcher(dispatcher)
     local = parts_of(load, EP4)["zero_computation"]
-    seconds = [work_seconds(work, h100) for work in (local.forward, local.backward)]
+    seconds = [work.seconds(h100) for work in (local.forward, local.backward)]
     time = time_of(load, EP4, h100)
     # The way back is longer than that: all of it is hidden.
     assert time.hidden[EXCHANGE] == pytest.approx(sum(seconds))
