@@ -32,9 +32,10 @@ from moepp_megatron.interop.model_card import (
     model_card,
 )
 from moepp_megatron.interop.tensor_rules import UNUSED_PREFIX, Fields, TensorRule
-from moepp_megatron.interop.to_mcore import TORCH_DTYPES, copy_companions
+from moepp_megatron.interop.to_mcore import copy_companions
 from moepp_megatron.interop.vanilla import VANILLA
 from moepp_megatron.interop.zeda import ZEDA
+from moepp_megatron.model.megatron_config import DTYPES
 from moepp_megatron.runtime.atomic import partial_folder, publish
 from moepp_megatron.runtime.terminal import Console
 from moepp_megatron.training.checkpoint.find import find_checkpoint, newest_again
@@ -165,7 +166,7 @@ def _write_weights(
     """Write the tensors into shards, selection biases in their dtype; returns the embedding's."""
     tensors = reader.tensors
     stored = {key: stored for key, (stored, _) in tensors.items()}
-    wanted = stored if dtype is None else dict.fromkeys(stored, TORCH_DTYPES[dtype])
+    wanted = stored if dtype is None else dict.fromkeys(stored, DTYPES[dtype])
     dtypes = {key: stored[key] if key.endswith(".expert_bias") else wanted[key] for key in stored}
     main_dtype = dtypes["embedding.word_embeddings.weight"]
     plan = [
