@@ -258,20 +258,19 @@ def _deepseek_attention(config: Config, layer: int, is_moe: bool) -> Rules:
     width, heads = model.hidden_size, model.num_attention_heads
     yield same(ours + "input_layernorm.weight", theirs + "input_layernorm.weight", width)
     yield same(ours + ffn_norm, theirs + "post_attention_layernorm.weight", width)
-    ours, theirs = ours + "self_attention.linear_", theirs + "self_attn."
-    rank = latent.q_lora_rank
-    yield same(ours + "q_down_proj.weight", theirs + "q_a_proj.weight", rank, width)
-    yield same(ours + "q_up_proj.layer_norm_weight", theirs + "q_a_layernorm.weight", rank)
-    queries = heads * latent.qk_dim
-    yield same(ours + "q_up_proj.weight", theirs + "q_b_proj.weight", queries, rank)
-    rank = latent.kv_lora_rank
-    rows = rank + latent.qk_pos_emb_head_dim
-    yield same(ours + "kv_down_proj.weight", theirs + "kv_a_proj_with_mqa.weight", rows, width)
-    yield same(ours + "kv_up_proj.layer_norm_weight", theirs + "kv_a_layernorm.weight", rank)
-    rows = heads * (latent.qk_head_dim + latent.v_head_dim)
-    yield same(ours + "kv_up_proj.weight", theirs + "kv_b_proj.weight", rows, rank)
-    columns = heads * latent.v_head_dim
-    yield same(ours + "proj.weight", theirs + "o_proj.weight", width, columns)
+    queries, keys = latent.q_lora_rank, latent.kv_lora_rank
+    expanded = heads * (latent.qk_head_dim + latent.v_head_dim)
+    for own, other, *shape in (
+        ("q_down_proj.", "q_a_proj", queries, width),
+        ("q_up_proj.layer_norm_", "q_a_layernorm", queries),
+        ("q_up_proj.", "q_b_proj", heads * latent.qk_dim, queries),
+        ("kv_down_proj.", "kv_a_proj_with_mqa", keys + latent.qk_pos_emb_head_dim, width),
+        ("kv_up_proj.layer_norm_", "kv_a_layernorm", keys),
+        ("kv_up_proj.", "kv_b_proj", expanded, keys),
+        ("proj.", "o_proj", width, heads * latent.v_head_dim),
+    ):
+        key = f"{ours}self_attention.linear_{own}weight"
+        yield same(key, f"{theirs}self_attn.{other}.weight", *shape)
 
 
 def _dense(model: Callable[[Fields], Fields]) -> SourceKind:
