@@ -6,8 +6,10 @@ A request is checked before anything heavy is imported.
 import logging
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -23,6 +25,9 @@ from moepp_megatron.runtime.rank import RankEnvironment
 from moepp_megatron.runtime.rank_environment import prepare_rank
 from moepp_megatron.training.checkpoint.find import find_checkpoint
 from moepp_megatron.training.inference_settings import FORWARD_ONLY, inference_override
+
+if TYPE_CHECKING:
+    from moepp_megatron.model.stage import PipelineStage
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +66,7 @@ def checkpoint_tokenizer(folder: Path, config: Config) -> Tokenizer:
 
 
 @dataclass(frozen=True)
-class TextWindows:
+class _TextWindows:
     """A text as sequences that a model reads.
 
     The text is read as one document: the end of the document before comes first, so that every
@@ -79,7 +84,7 @@ class TextWindows:
     num_bytes: int
 
     @classmethod
-    def read(cls, path: Path, tokenizer: Tokenizer, length: int) -> "TextWindows":
+    def read(cls, path: Path, tokenizer: Tokenizer, length: int) -> "_TextWindows":
         """Cut a file's text into windows of at most `length` tokens; ConfigError if it has none."""
         text, _ = text_of(path)
         ids = np.array([tokenizer.eod, *tokenizer.encode(text)], dtype=np.int64)
@@ -134,10 +139,10 @@ class ScoreRequest:
     config: Config
     layout: Layout
     input_ids: np.ndarray
-    out: Path | None
+    out: Path | None = None
     logits: bool = False
     notices: list[str] = field(default_factory=list)
-    text: TextWindows | None = None
+    text: _TextWindows | None = None
 
     @classmethod
     def read(
@@ -153,7 +158,7 @@ class ScoreRequest:
         """Check a request for tokens (an npz file or an array) or for a text file (ConfigError)."""
         _check_options(tokens, text, out, logits)
         source = f"--tokens ({tokens})" if isinstance(tokens, Path) else "tokens"
-        input_ids = read_input_ids(tokens) if isinstance(tokens, Path) else tokens
+        input_ids = _read_input_ids(tokens) if isinstance(tokens, Path) else tokens
         if input_ids is not None:
             input_ids = _checked(input_ids, source)
         for override in overrides:
@@ -165,7 +170,7 @@ class ScoreRequest:
         windows = None
         if text is not None:
             tokenizer = checkpoint_tokenizer(folder, trained)
-            windows = TextWindows.read(text, tokenizer, trained.model.seq_length)
+            windows = _TextWindows.read(text, tokenizer, trained.model.seq_length)
             input_ids = windows.input_ids
         assert input_ids is not None, "one of the two was given"
         size = trained.model.vocab_size
@@ -175,8 +180,8 @@ class ScoreRequest:
                 f"{source}: input_ids ({wrong[0]}) must be between 0 and {size - 1}, the "
                 "model's vocabulary; use the tokenizer that the model was trained with"
             )
-        request = cls.of(folder, trained, input_ids, overrides, world_size, out=out, logits=logits)
-        return replace(request, text=windows)
+        request = cls.of(folder, trained, input_ids, overrides, world_size)
+        return replace(request, out=out, logits=logits, text=windows)
 
     @classmethod
     def of(
@@ -186,9 +191,6 @@ class ScoreRequest:
         input_ids: np.ndarray,
         overrides: Sequence[str],
         world_size: int,
-        *,
-        out: Path | None = None,
-        logits: bool = False,
     ) -> "ScoreRequest":
         """A request for [b, s] int64 tokens that fit the model `trained`.
 
@@ -198,17 +200,25 @@ class ScoreRequest:
         config = _scoring_config(trained, overrides, input_ids, world_size)
         layout = Layout.from_config(config, world_size)
         notices = list(_notices(trained, input_ids, config))
-        return cls(folder, config, layout, input_ids, out, logits, notices)
+        return cls(folder, config, layout, input_ids, notices=notices)
 
-    def run(self) -> dict[str, np.ndarray] | None:
-        """Be this process's rank; returns, and writes, the same as `score`."""
+    @contextmanager
+    def stages(self) -> Iterator["list[PipelineStage]"]:
+        """Be this process's rank in the block, which gets its part of the model."""
         rank = prepare_rank(self.config)
-        from moepp_megatron.interop.scoring import score_stages, scoring_stages
+        from moepp_megatron.interop.scoring import scoring_stages
         from moepp_megatron.runtime import distributed
 
         with distributed.initialized(rank):
             distributed.build_groups(self.config, self.layout)
-            scores = score_stages(self, scoring_stages(self))
+            yield scoring_stages(self)
+
+    def run(self) -> dict[str, np.ndarray] | None:
+        """Be this process's rank; returns, and writes, the same as `score`."""
+        with self.stages() as stages:
+            from moepp_megatron.interop.scoring import score_stages
+
+            scores = score_stages(self, stages)
         if scores is None:
             return None
         if self.text is not None:
@@ -233,7 +243,7 @@ def _check_options(
         raise ConfigError("--logits must not be given with --text; leave it out, or use --tokens")
 
 
-def read_input_ids(tokens: str | Path) -> np.ndarray:
+def _read_input_ids(tokens: str | Path) -> np.ndarray:
     """The array `input_ids` of an npz file; ConfigError if the file is none, or lacks it."""
     try:
         return read_arrays(Path(tokens), "input_ids")["input_ids"]
@@ -326,7 +336,7 @@ def score(
         checkpoint: A checkpoint folder or a run.
         overrides: Settings `parallel.key=value` or `precision.key=value`.
         tokens: Whole numbers [b, s], or an npz file with them as `input_ids`.
-        text: A UTF-8 text file instead, cut into windows (`TextWindows`).
+        text: A UTF-8 text file instead, cut into windows (`_TextWindows`).
         out: File to write the result to.
         logits: Whether logits are wanted; not of a text.
 
@@ -339,7 +349,7 @@ def score(
         ConfigError: Whatever is wrong with the request.
     """
     quiet()
-    given = tokens if tokens is None or isinstance(tokens, np.ndarray) else read_input_ids(tokens)
+    given = tokens if tokens is None or isinstance(tokens, np.ndarray) else _read_input_ids(tokens)
     places = [None if path is None else Path(path) for path in (out, text)]
     world_size = RankEnvironment.read().world_size
     request = ScoreRequest.read(

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from moepp_megatron.data.tokenizer import train_tokenizer
-from moepp_megatron.interop.score import ScoreRequest, TextWindows
+from moepp_megatron.interop.score import ScoreRequest, _TextWindows
 from tests.commands import cold, moepp, succeeded
 from tests.interop.checkpoints import GOLDEN, hf_to_mcore, score
 from tests.interop.test_cli import TP2
@@ -38,7 +38,7 @@ def test_every_token_is_predicted_once(tmp_path, length, shape):
     tokenizer = train_tokenizer(["abc"], 257)
     file = tmp_path / "text.txt"
     file.write_text("nineteen characters")
-    text = TextWindows.read(file, tokenizer, length)
+    text = _TextWindows.read(file, tokenizer, length)
     ids = tokenizer.encode("nineteen characters")
     assert text.input_ids.shape == shape
     assert text.num_tokens == len(ids) == 19
