@@ -101,12 +101,8 @@ def _only_capturable(config: Config) -> str:
 
 
 def _recomputes_absent_shared_experts(config: Config) -> bool:
-    training = config.training
-    return (
-        training.recompute_granularity == "selective"
-        and "shared_experts" in training.recompute_modules
-        and config.moe.shared_expert_ffn_hidden_size is None
-    )
+    has_none = config.moe.shared_expert_ffn_hidden_size is None
+    return has_none and "shared_experts" in config.training.recomputed
 
 
 class EngineTrainingSection(Section):
@@ -137,6 +133,11 @@ class EngineTrainingSection(Section):
     """Steps between log lines"""
     deterministic: bool = False
     """Only deterministic kernels, at some cost in speed"""
+
+    @property
+    def recomputed(self) -> set[str]:
+        """The modules that are recomputed one by one; none without selective."""
+        return set(self.recompute_modules) if self.recompute_granularity == "selective" else set()
 
     @property
     def captures_router(self) -> bool:
