@@ -207,10 +207,11 @@ class MoEPPLayer(_CountedLayer):
                 f"layers train with tensor_model_parallel_size ({self.attn_tp_group.size()}) > 1"
             )
         padding = self.padding_of(hidden_states, padding_mask)
+        arguments = (hidden_states, previous_logits, padding, tags)
         if self.moe_layer_recompute and self.training:
-            return self._recomputed_forward(hidden_states, previous_logits, padding, tags)
+            return self._recomputed_forward(*arguments)
         if chosen is None:
-            return self._forward(hidden_states, previous_logits, padding, tags)
+            return self._forward(*arguments)
         return self._experts(hidden_states, self.router.settle(chosen))
 
     def padding_of(self, hidden_states: Tensor, padding_mask: Tensor | None) -> Tensor | None:
@@ -221,15 +222,8 @@ class MoEPPLayer(_CountedLayer):
             padding_mask.transpose(0, 1).bool(), hidden_states, self.config, self.attn_tp_group
         )
 
-    def _recomputed_forward(
-        self,
-        hidden_states: Tensor,
-        previous_logits: Tensor | None,
-        padding: Tensor | None,
-        tags: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
+    def _recomputed_forward(self, *arguments: Tensor | None) -> tuple[Tensor, Tensor]:
         """Same as `_forward`, run again in the backward pass; logits go in and out of it."""
-        arguments = (hidden_states, previous_logits, padding, tags)
         if not (self.config.fp8 or self.config.fp4):
             return tensor_parallel.checkpoint(self._forward, False, *arguments)
         # The backward pass runs outside of the FP8 context. Transformer Engine's own function

@@ -63,8 +63,8 @@ class CPUExperts(SequentialMLP):
             for linear in (expert.linear_fc1, expert.linear_fc2)
         ]
         weights = [linear.get_parameter("weight") for linear in _gathered(linears)]
-        tokens, gates = permuted_local_hidden_states, permuted_probs
-        return self.compute(tokens, gates, tokens_per_expert, weights), None
+        rows = permuted_local_hidden_states
+        return self.compute(rows, permuted_probs, tokens_per_expert, weights), None
 
     def compute(
         self, tokens: Tensor, gates: Tensor, tokens_per_expert: Tensor, weights: Sequence[Tensor]
@@ -227,15 +227,14 @@ class GroupedExperts(CPUExperts):
     @staticmethod
     def suits(config: TransformerConfig) -> bool:
         """True if this class can replace `SequentialMLP`: bf16 on Hopper or newer."""
-        if not (
+        width = config.moe_ffn_hidden_size // config.expert_tensor_parallel_size
+        return (
             CPUExperts.suits(config)
             and torch.cuda.is_available()
             and config.params_dtype == torch.bfloat16
-        ):
-            return False
-        width = config.moe_ffn_hidden_size // config.expert_tensor_parallel_size
-        is_aligned = config.hidden_size % _ALIGNMENT == 0 and width % _ALIGNMENT == 0
-        return is_aligned and torch.cuda.get_device_capability() >= (9, 0)
+            and config.hidden_size % _ALIGNMENT == width % _ALIGNMENT == 0
+            and torch.cuda.get_device_capability() >= (9, 0)
+        )
 
     def compute(
         self, tokens: Tensor, gates: Tensor, tokens_per_expert: Tensor, weights: Sequence[Tensor]
@@ -272,8 +271,8 @@ class EngineExperts(TEGroupedMLP):
             for index in range(self.num_local_experts)
             for linear in linears
         ]
-        tokens, gates = permuted_local_hidden_states, permuted_probs
-        return _outputs(tokens, gates, tokens_per_expert, weights), None
+        rows = permuted_local_hidden_states
+        return _outputs(rows, permuted_probs, tokens_per_expert, weights), None
 
 
 def _outputs(

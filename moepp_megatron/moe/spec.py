@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from megatron.core.models.gpt.gpt_layer_specs import (
@@ -111,16 +112,9 @@ def get_moepp_block_spec(
     pipeline rank is Megatron's global one where None; the rest is as in `get_moepp_layer_spec`.
     """
     pattern = moe_layer_pattern(config)
-    layer = partial(
-        get_moepp_layer_spec,
-        config,
-        moepp,
-        use_transformer_engine=use_transformer_engine,
-        adapt=adapt,
-    )
-    dense = get_dense_layer_spec(
-        config, moepp, use_transformer_engine=use_transformer_engine, adapt=adapt
-    )
+    backend: dict[str, Any] = {"use_transformer_engine": use_transformer_engine, "adapt": adapt}
+    layer = partial(get_moepp_layer_spec, config, moepp, **backend)
+    dense = get_dense_layer_spec(config, moepp, **backend)
     first_moe_layer = pattern.index(True)
     layers = [
         layer(has_residual=index > first_moe_layer) if is_moe else dense

@@ -253,18 +253,17 @@ def _moved_from(private: _PrivateName) -> Iterator[str]:
     except (ImportError, AttributeError):
         yield f"{private.module}.{private.owner} is gone"
         return
+    method = None
     if not private.owner:
-        if not hasattr(owner, private.name):
-            yield f"{what} is gone ({private.reason})"
-        return
-    if private.use == "read":
-        if private.name not in owner.__init__.__code__.co_names:
-            yield f"{what} is gone ({private.reason})"
-        return
-    method = by_name(owner, private.name)
-    if method is None:
+        is_there = hasattr(owner, private.name)
+    elif private.use == "read":
+        is_there = private.name in owner.__init__.__code__.co_names
+    else:
+        method = by_name(owner, private.name)
+        is_there = method is not None
+    if not is_there:
         yield f"{what} is gone ({private.reason})"
-        return
-    lacking = set(private.parameters) - set(inspect.signature(method).parameters)
-    if lacking:
-        yield f"{what} has no {', '.join(sorted(lacking))} any more"
+    elif method is not None:
+        lacking = set(private.parameters) - set(inspect.signature(method).parameters)
+        if lacking:
+            yield f"{what} has no {', '.join(sorted(lacking))} any more"

@@ -4,7 +4,7 @@ The definition is `moepp_megatron.moe.selection`: about 25 PyTorch operations fo
 per token, so that on a GPU nearly all of their time is launches. The residual G z is added by the
 matrix product that computes it, before this kernel.
 
-Selection is the same, ties included: keys are built from the scores' bits as in `top_experts`. The
+Selection is the same, ties included: keys are built from the scores' bits as in `_top_experts`. The
 scores themselves may differ from PyTorch's in the last bit, which can decide between two scores
 that are that close. NaN counts as the largest score.
 
