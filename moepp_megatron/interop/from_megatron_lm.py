@@ -131,9 +131,7 @@ def _with_own(arguments: Namespace, own_arguments: str | None) -> Namespace:
     """The arguments including `moepp_*`, from the checkpoint or from MOEPP_ARGS."""
     if hasattr(arguments, "moepp_tau"):
         return arguments
-    text = own_arguments
-    if text is None:
-        text = getattr(arguments, "moepp_environment", None)
+    text = getattr(arguments, "moepp_environment", None) if own_arguments is None else own_arguments
     if text is None:
         raise ConfigError(
             "--moepp-args (absent) must give the run's MOEPP_ARGS, which the checkpoint does not "

@@ -195,17 +195,16 @@ def _released_moe(hf: Fields) -> Fields:
 
 def _own_moe(hf: Fields) -> Fields:
     # An export that is older than a setting does without it, as the exported code does.
+    optional = {*EXTENSIONS, *_BALANCE}
     moe = {
-        key: hf.get(key, DECLARED[key].default) if key in EXTENSIONS else require(hf, key)
-        for key in EXPORTED
+        key: hf.get(key, DECLARED[key].default) if key in optional else require(hf, key)
+        for key in (*EXPORTED, *_BALANCE)
     }
     moe["router_topk"] = require(hf, "num_experts_per_tok")
     moe["layer_freq"] = require(hf, "moe_layers")
     moe["ffn_hidden_size"] = hf.get("moe_intermediate_size")
     moe["shared_expert_ffn_hidden_size"] = hf.get("shared_expert_intermediate_size")
     moe["shared_expert_gate"] = hf.get("shared_expert_gate", False)
-    for key in _BALANCE:
-        moe[key] = hf.get(key, DECLARED[key].default)
     return moe
 
 

@@ -102,13 +102,8 @@ class _TextWindows:
         starts = step * np.arange(rows)[:, None]
         return cls(padded[starts + np.arange(step + 1)], count, len(text.encode()))
 
-    @property
-    def token_ids(self) -> np.ndarray:
-        """[N] int64: the text's tokens."""
-        return self.input_ids[:, 1:].reshape(-1)[: self.num_tokens]
-
-    def token_logprobs(self, windows: np.ndarray) -> np.ndarray:
-        """[N] float64 of the text's tokens, from [b, s - 1] of the windows."""
+    def of_tokens(self, windows: np.ndarray) -> np.ndarray:
+        """[N] values of the text's tokens, from [b, s - 1] of the windows."""
         return windows.reshape(-1)[: self.num_tokens]
 
     def lines(self, token_logprobs: np.ndarray) -> Iterator[str]:
@@ -222,8 +217,8 @@ class ScoreRequest:
         if scores is None:
             return None
         if self.text is not None:
-            logprobs = self.text.token_logprobs(scores["token_logprobs"])
-            scores = {"token_ids": self.text.token_ids, "token_logprobs": logprobs}
+            values = {"token_ids": self.input_ids[:, 1:], **scores}
+            scores = {name: self.text.of_tokens(value) for name, value in values.items()}
         if self.out is not None:
             self.out.parent.mkdir(parents=True, exist_ok=True)
             with whole_file(self.out) as temporary, temporary.open("wb") as stream:

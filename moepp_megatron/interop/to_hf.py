@@ -161,13 +161,13 @@ def _write_weights(
     folder: Path,
     max_shard_bytes: int,
     console: Console | None,
-    dtype: str | None = None,
+    dtype: str | None,
 ) -> torch.dtype:
     """Write the tensors into shards, selection biases in their dtype; returns the embedding's."""
-    tensors = reader.tensors
-    stored = {key: stored for key, (stored, _) in tensors.items()}
-    wanted = stored if dtype is None else dict.fromkeys(stored, DTYPES[dtype])
-    dtypes = {key: stored[key] if key.endswith(".expert_bias") else wanted[key] for key in stored}
+    dtypes = {
+        key: stored if dtype is None or key.endswith(".expert_bias") else DTYPES[dtype]
+        for key, (stored, _) in reader.tensors.items()
+    }
     main_dtype = dtypes["embedding.word_embeddings.weight"]
     plan = [
         (name, dtypes.get(rule.key, main_dtype), shape)
@@ -180,7 +180,7 @@ def _write_weights(
         def produced() -> Iterator[Tensor]:
             for rule in rules:
                 assert rule.unpack is not None, f"{rule.key} cannot be converted back"
-                if rule.key in tensors:
+                if rule.key in dtypes:
                     tensor = reader.read(rule.key, rule.index).to(dtypes[rule.key])
                 else:
                     assert rule.key.startswith(UNUSED_PREFIX), rule.key

@@ -95,7 +95,7 @@ def _new_rows(ffn: Tensor, norm: Tensor, directions: Tensor) -> Tensor:
 def _selection_bias(rows: Tensor, norm: Tensor, num_ffn_experts: int) -> Tensor:
     """[E] fp32: the bias on FFN experts above any score that an added expert can have."""
     bias = torch.zeros(rows.shape[0])
-    ffn, added = rows.double().split([num_ffn_experts, rows.shape[0] - num_ffn_experts])
+    ffn, added = rows.double().tensor_split([num_ffn_experts])
     above_mean = norm.double() * (added - ffn.mean(dim=0))
     eta = float(above_mean.norm(dim=-1).max()) * math.sqrt(norm.numel())
     bias[:num_ffn_experts] = math.exp(eta) / num_ffn_experts * (1.0 + _MARGIN)

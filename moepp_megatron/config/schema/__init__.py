@@ -19,7 +19,6 @@ training.py          section `training`: batches, length, recomputation and logg
 """
 
 from moepp_megatron.config.schema.data import BlendPart
-from moepp_megatron.config.schema.latent_attention import LatentAttentionSection
 from moepp_megatron.config.schema.observe import WandbSection
 from moepp_megatron.config.schema.resilience import ResilienceSection
 from moepp_megatron.config.schema.section import Section
@@ -34,7 +33,6 @@ __all__ = [
     "BlendPart",
     "Config",
     "DataSection",
-    "LatentAttentionSection",
     "ModelSection",
     "MoESection",
     "ResilienceSection",

@@ -126,20 +126,17 @@ def _inner_recomputed(config: Config) -> list[str]:
     return sorted({"moe_act", "layernorm"} & config.training.recomputed)
 
 
-def _layers_of_a_rank(config: Config) -> int:
-    return config.model.num_layers // config.parallel.pipeline_model_parallel_size
-
-
-def _layers_in_bf16(config: Config) -> int:
+def _leaves_no_layer_in_fp8(config: Config) -> bool:
     precision = config.precision
-    return precision.num_layers_at_start_in_bf16 + precision.num_layers_at_end_in_bf16
+    in_bf16 = precision.num_layers_at_start_in_bf16 + precision.num_layers_at_end_in_bf16
+    return in_bf16 >= config.model.num_layers
 
 
 def _too_many_at_one_end(key: str) -> Rule:
     return refuse(
         f"precision.{key}",
-        lambda c: getattr(c.precision, key) > _layers_of_a_rank(c),
-        lambda c: f"must be at most the layers of a pipeline rank ({_layers_of_a_rank(c)})",
+        lambda c: getattr(c.precision, key) > c.layers_per_rank,
+        "must be at most the layers of a pipeline rank ({layers_per_rank})",
         "use 1",
     )
 
@@ -251,7 +248,7 @@ class PrecisionSection(Section):
                 _too_many_at_one_end("num_layers_at_end_in_bf16"),
                 refuse(
                     "precision.num_layers_at_start_in_bf16",
-                    lambda c: _layers_in_bf16(c) >= c.model.num_layers,
+                    _leaves_no_layer_in_fp8,
                     "must leave a layer in FP8: with precision.num_layers_at_end_in_bf16 "
                     "({precision.num_layers_at_end_in_bf16}) all {model.num_layers} are in bf16",
                     "use fewer, or set precision.fp8 to null",
@@ -263,7 +260,7 @@ class PrecisionSection(Section):
             lambda c: c.precision.recipe == "delayed" and _inner_recomputed(c),
             lambda c: (
                 f"must not hold {' or '.join(_inner_recomputed(c))} with precision.fp8_recipe "
-                f"delayed"
+                "delayed"
             ),
             "use [moe], or set precision.fp8_recipe to tensorwise or blockwise",
         ),
