@@ -17,7 +17,6 @@ from megatron.core import tensor_parallel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
-from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
@@ -34,15 +33,6 @@ from moepp_megatron.moe.statistics import RoutingStatistics, tracked_losses
 from moepp_megatron.moe.upstream_private import check_upstream
 from moepp_megatron.moe.upstream_settings import refuse_ignored
 from moepp_megatron.moe.zero_computation import Ingredients, ZeroComputationExperts
-
-
-class VanillaRouter(TopKRouter):
-    """megatron-core's router, whose selection bias learns from tokens that are not padding."""
-
-    def _apply_expert_bias(self, routing_map: Tensor, padding_mask: Tensor | None = None) -> None:
-        # megatron-core masks the map [T, E] by [T], which fails, or with T = E masks experts.
-        mask = None if padding_mask is None else padding_mask.unsqueeze(-1)
-        super()._apply_expert_bias(routing_map, mask)
 
 
 class _CountedLayer(MoELayer):

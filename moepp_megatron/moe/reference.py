@@ -108,7 +108,7 @@ class ReferenceMoEPP(nn.Module):
             return values.new_zeros(len(x_TD), values.shape[1]).index_copy(0, tokens, values)
 
         *of_tokens, loss = self(*others)
-        return _ReferenceOutput(*map(in_place, of_tokens), loss)
+        return _ReferenceOutput._make([*map(in_place, of_tokens), loss])
 
     def route(self, x_TD: Tensor, previous_logits_TE: Tensor | None) -> Tensor:
         """Router logits: `z_j = W_j x + G_j z_(j-1)` (gating residuals), in fp32."""

@@ -141,7 +141,8 @@ class MoEPPRouter(TopKRouter):
         # megatron-core adds the noise in validation too; there it would only blur the loss.
         jitters = self.training and self.config.moe_input_jitter_eps is not None
         mixing_logits = None
-        apart = jitters or self.bias is not None or self._in_fp64 or self._has_another_gate
+        in_fp64 = self.config.moe_router_dtype == "fp64"
+        apart = jitters or self.bias is not None or in_fp64 or self._has_another_gate
         if mixing_weight is None or apart:
             logits = self.gating(self.apply_input_jitter(input) if jitters else input)
         else:
@@ -175,10 +176,6 @@ class MoEPPRouter(TopKRouter):
     def _num_tracked(self) -> int:
         """Layers in megatron-core's tracker: the decoder's and those of multi-token prediction."""
         return int(self.config.num_layers + (self.config.mtp_num_layers or 0))
-
-    @property
-    def _in_fp64(self) -> bool:
-        return bool(self.config.moe_router_dtype == "fp64")
 
     @property
     def logits_weight(self) -> Tensor:
