@@ -67,7 +67,7 @@ class Problem:
         return f"{self.name} ({show(self.value)}) {self.rule}; {self.remedy}"
 
 
-def raise_problems(problems: Iterable[Problem]) -> None:
+def raise_problems(problems: Iterable[Problem | str]) -> None:
     """Raise one ConfigError with a line for each problem, if there is any."""
     lines = [str(problem) for problem in problems]
     if lines:

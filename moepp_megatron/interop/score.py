@@ -50,15 +50,16 @@ def checkpoint_tokenizer(folder: Path, config: Config) -> Tokenizer:
     Raises:
         ConfigError: It has none, or one with more tokens than the model.
     """
-    if not (folder / TOKENIZER_FILE).is_file():
+    file = folder / TOKENIZER_FILE
+    if not file.is_file():
         raise ConfigError(
             f"checkpoint ({folder}) must hold {TOKENIZER_FILE} to turn text into tokens, and the "
             "model it was converted from had none; copy the model's tokenizer.json there"
         )
-    tokenizer = Tokenizer.load(folder / TOKENIZER_FILE)
+    tokenizer = Tokenizer.load(file)
     if tokenizer.vocab_size > config.model.vocab_size:
         raise ConfigError(
-            f"{folder / TOKENIZER_FILE} ({tokenizer.vocab_size} tokens) must not have more than "
+            f"{file} ({tokenizer.vocab_size} tokens) must not have more than "
             f"model.vocab_size ({config.model.vocab_size}) of the checkpoint; put the tokenizer "
             "there that the model was trained with"
         )

@@ -1,6 +1,7 @@
 """Converts a checkpoint of ours to a Hugging Face checkpoint, tensor by tensor."""
 
 import json
+import re
 import shlex
 import shutil
 from collections.abc import Iterator, Sequence
@@ -28,7 +29,6 @@ from moepp_megatron.interop.hf_source import read_json, write_tensors
 from moepp_megatron.interop.model_card import (
     TRAINING_CONFIG_FILE,
     UNKNOWN_LICENSE,
-    check_license,
     model_card,
 )
 from moepp_megatron.interop.tensor_rules import UNUSED_PREFIX, Fields, TensorRule
@@ -43,6 +43,7 @@ from moepp_megatron.training.checkpoint.find import find_checkpoint, newest_agai
 _DEFAULT_SHARD_BYTES = 5 * 1000**3
 # What a checkpoint holds next to the model's weights.
 _NOT_EXPORTED = ("optimizer", "mtp.", UNUSED_PREFIX)
+_LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]{0,63}")
 _SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _NOT_LATENT: tuple[Row, ...] = (("model.latent_attention", (None,), "no layout has it"),)
 _LATENT_REMEDY = "score and generate from the checkpoint itself"
@@ -80,7 +81,7 @@ def mcore_to_hf(
         ConfigError: If the layout cannot express the model, or the checkpoint is damaged.
     """
     form = _FORMATS[layout]
-    check_license(license_id)
+    _check_license(license_id)
     folder = find_checkpoint(source)
     trained = load_config(folder / CONFIG_FILE)
     config = _without_further_tokens(trained)
@@ -117,6 +118,15 @@ def mcore_to_hf(
     if config.moe.capacity_factor is not None:
         warnings.append("moe.capacity_factor is not exported: the model there drops no selection")
     return warnings
+
+
+def _check_license(license_id: str) -> None:
+    """Refuse a text that is not an identifier of a licence; ConfigError if it is not one."""
+    if not _LICENSE.fullmatch(license_id):
+        raise ConfigError(
+            f"--license ({license_id}) must be an identifier of the Hub in small letters, such as "
+            "apache-2.0; name one, or leave it out"
+        )
 
 
 def _without_further_tokens(config: Config) -> Config:

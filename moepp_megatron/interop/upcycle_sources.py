@@ -9,7 +9,6 @@ from moepp_megatron.interop.hf_config import (
     decoder_section,
     refuse_fields,
     require,
-    rope_theta,
 )
 from moepp_megatron.interop.tensor_rules import (
     Fields,
@@ -174,7 +173,8 @@ def _deepseek_decoder_section(hf: Fields) -> Fields:
     )
     refuse_fields(rows)
     plain = {key: hf[key] for key in hf if key not in ("kv_lora_rank", "head_dim", "rope_scaling")}
-    plain |= {"rope_parameters": {"rope_theta": rope_theta(hf)}, "qk_norm": True}
+    rope = (hf.get("rope_parameters") or {}) | {"rope_type": "default"}
+    plain |= {"rope_parameters": rope, "qk_norm": True}
     section = decoder_section(plain)
     del section["num_query_groups"]
     latent = {
@@ -204,14 +204,13 @@ def _rotation(hf: Fields) -> Fields:
             f"config.json: rope_type ({kind}) must be default or yarn; such a checkpoint cannot be "
             "converted"
         )
+    # Those that are absent have the same default here.
+    given = [key for key in ("beta_fast", "beta_slow", "mscale", "mscale_all_dim") if rope.get(key)]
     return {
         "rope_type": "yarn",
         "rotary_scaling_factor": float(require(rope, "factor")),
         "original_max_position_embeddings": require(rope, "original_max_position_embeddings"),
-        "beta_fast": float(rope.get("beta_fast") or 32.0),
-        "beta_slow": float(rope.get("beta_slow") or 1.0),
-        "mscale": float(rope.get("mscale") or 1.0),
-        "mscale_all_dim": float(rope.get("mscale_all_dim") or 0.0),
+        **{key: float(rope[key]) for key in given},
     }
 
 
