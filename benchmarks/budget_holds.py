@@ -190,14 +190,15 @@ def _block(model: Any) -> None:
 @torch.no_grad()
 def _upcycle(model: Any, config: Config) -> None:
     """Give zero-computation experts the router rows and the bias of an upcycled model."""
-    from moepp_megatron.interop.upcycle import _new_rows, _noise, _selection_bias
+    from moepp_megatron.interop.upcycle import _new_rows, _selection_bias
+    from moepp_megatron.model.initialize import seeded_noise
     from moepp_megatron.moe.layer import moepp_layers
 
     ffn = config.moe.num_ffn_experts
     norms = [layer.pre_mlp_layernorm.weight for layer in model.models[0].decoder.layers]
     for norm, layer in zip(norms, moepp_layers(model.models[0]), strict=True):
         rows = layer.router.weight
-        added = _noise(config.training.seed, str(layer.layer_number), tuple(rows[ffn:].shape))
+        added = seeded_noise(config.training.seed, str(layer.layer_number), tuple(rows[ffn:].shape))
         rows[ffn:] = _new_rows(rows[:ffn], norm, added)
         layer.router.expert_bias.copy_(_selection_bias(rows, norm, ffn))
     model.optimizer.reload_model_params()

@@ -115,10 +115,12 @@ def with_whole_paths(data: DataSection) -> DataSection:
 
     single = {key: getattr(data, key) for key in ("path", "tokenizer", "cache")}
     return data.model_copy(
-        update={key: path and path.resolve() for key, path in single.items()}
-        | {"blend": whole(data.blend)}
-        | {"stages": [s.model_copy(update={"blend": whole(s.blend)}) for s in data.stages]}
-        | {"validation": {name: path.resolve() for name, path in data.validation.items()}}
+        update={
+            **{key: path and path.resolve() for key, path in single.items()},
+            "blend": whole(data.blend),
+            "stages": [s.model_copy(update={"blend": whole(s.blend)}) for s in data.stages],
+            "validation": {name: path.resolve() for name, path in data.validation.items()},
+        }
     )
 
 

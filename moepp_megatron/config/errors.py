@@ -75,7 +75,7 @@ def first_misfit(error: ValidationError) -> tuple[str, str]:
     return ".".join(map(str, first["loc"])), first["msg"]
 
 
-def raise_problems(problems: Iterable[Problem]) -> None:
+def raise_problems(problems: Iterable[Problem | str]) -> None:
     """Raise one ConfigError with a line for each problem, if there is any."""
     lines = [str(problem) for problem in problems]
     if lines:

@@ -296,9 +296,8 @@ class _Translator:
             self._settings.setdefault("model.num_query_groups", 1)
         else:
             self._settings.pop("model.num_query_groups", None)
-        latent = "multi-latent-attention" in self._left
         prefix = "model.latent_attention."
-        if not latent:
+        if "multi-latent-attention" not in self._left:
             self._settings = {
                 key: value for key, value in self._settings.items() if not key.startswith(prefix)
             }

@@ -17,7 +17,7 @@ from moepp_megatron.config.checks import check_config
 from moepp_megatron.config.errors import ConfigError, raise_problems
 from moepp_megatron.config.mistakes import as_current, field_problems, refuse_unknown_keys
 from moepp_megatron.config.schema import Config, Section
-from moepp_megatron.config.sections import is_optional, section_models, subsection
+from moepp_megatron.config.sections import all_sections, is_optional, section_models, subsection
 from moepp_megatron.config.yaml_file import parse_yaml, read_mapping
 
 Content = dict[str, Any]
@@ -143,13 +143,8 @@ def parse_override(override: str) -> tuple[str, str, Any]:
 
 def _is_text(section: str, name: str) -> bool:
     """True if a setting is text or a path, and not a number."""
-    *sections, key = name.split(".")
-    model = section_models()[section]
-    for inner in sections:
-        inner_section = subsection(model, inner)
-        assert inner_section is not None, f"{inner} is no section"
-        model = inner_section
-    annotation = model.model_fields[key].annotation
+    path, _, key = f"{section}.{name}".rpartition(".")
+    annotation = dict(all_sections())[path].model_fields[key].annotation
     kinds = set(get_args(annotation) or (annotation,)) - {type(None)}
     return kinds <= {str, Path}
 

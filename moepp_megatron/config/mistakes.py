@@ -8,7 +8,7 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
-from moepp_megatron.config.errors import ConfigError, Problem, show
+from moepp_megatron.config.errors import ConfigError, Problem, raise_problems, show
 from moepp_megatron.config.megatron_flags import counterpart_of
 from moepp_megatron.config.plugins import PREFIX, plugin_of
 from moepp_megatron.config.schema import Config, Section
@@ -98,8 +98,7 @@ def refuse_unknown_keys(content: Mapping[Any, Any], source: str) -> None:
             lines.append(_unknown_section(_one_line(section)))
         else:
             lines += _unknown_keys(section, sections[section], keys)
-    if lines:
-        raise ConfigError("\n".join(f"{line} (in {source})" for line in lines))
+    raise_problems(f"{line} (in {source})" for line in lines)
 
 
 def _unknown_keys(path: str, model: type[Section], keys: Any) -> Iterator[str]:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from moepp_megatron.config.schema import Config, LatentAttentionSection, ModelSection
+from moepp_megatron.config.schema import Config, ModelSection
 from moepp_megatron.experts import FFN
 
 
@@ -106,7 +106,10 @@ def _attention_parameters(config: Config) -> int:
     model = config.model
     if model.latent_attention is not None:
         matrices = sum(rows * columns for rows, columns in latent_matrices(model))
-        return matrices + (sum(_latent_widths(model.latent_attention)) if model.qk_layernorm else 0)
+        latent = model.latent_attention
+        # Of the compressed vectors.
+        norms = (latent.q_lora_rank or 0) + latent.kv_lora_rank
+        return matrices + (norms if model.qk_layernorm else 0)
     projections = 2 * (model.num_attention_heads + model.query_groups) * model.head_dim
     heads = {"head": 2, "all_heads": model.num_attention_heads + model.query_groups}
     norms = heads[model.qk_layernorm_scope] * model.head_dim if model.qk_layernorm else 0
@@ -131,8 +134,3 @@ def latent_matrices(model: ModelSection) -> list[tuple[int, int]]:
         (heads * (latent.qk_head_dim + latent.v_head_dim), keys),
         (width, heads * latent.v_head_dim),
     ]
-
-
-def _latent_widths(latent: LatentAttentionSection) -> list[int]:
-    """Widths of the compressed vectors that can have a norm."""
-    return [width for width in (latent.q_lora_rank, latent.kv_lora_rank) if width is not None]

@@ -216,12 +216,11 @@ def divisible(
     name: str,
     divisor: Callable[[Config], int],
     divisor_text: Text,
-    reason: str = "",
     others: Sequence[int] | None = None,
 ) -> Rule:
     """A rule: `divisor` must divide this setting; the texts as in `must_divide`."""
     return lambda config: must_divide(
-        name, attrgetter(name)(config), divisor(config), fill(divisor_text, config), reason, others
+        name, attrgetter(name)(config), divisor(config), fill(divisor_text, config), others=others
     )
 
 

@@ -13,11 +13,10 @@ from moepp_megatron.config.schema.section import Use
 def section_models() -> dict[str, type[Section]]:
     """The sections by name, in file order."""
     sections: dict[str, type[Section]] = {}
-    for name, field in Config.model_fields.items():
-        annotation = field.annotation
-        assert isinstance(annotation, type), f"{name} is no section but {annotation}"
-        assert issubclass(annotation, Section), f"{name} is no section but {annotation}"
-        sections[name] = annotation
+    for name in Config.model_fields:
+        model = subsection(Config, name)
+        assert model is not None, f"{name} is no section"
+        sections[name] = model
     return sections
 
 

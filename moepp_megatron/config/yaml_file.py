@@ -17,6 +17,8 @@ _MAX_DEPTH = 64
 _MAX_CHARACTERS = 300_000
 # A path has up to 4095; of 1:1:1..., a number of base 60 in YAML 1.1, time grows quadratically.
 _MAX_SCALAR = 10_000
+_TOO_LARGE = f"more than {_MAX_NODES} values, aliases written out"
+_TOO_DEEP = f"nested more than {_MAX_DEPTH} levels deep, or contains itself"
 
 
 class _StrictLoader(yaml.SafeLoader):
@@ -27,30 +29,28 @@ class _StrictLoader(yaml.SafeLoader):
     def fetch_flow_collection_start(self, TokenClass: Any) -> None:  # noqa: N803 (PyYAML's name)
         """Refuse too many brackets as soon as they are read; PyYAML looks far ahead after each."""
         if self.flow_level >= _MAX_DEPTH:
-            raise _too_deep(self.get_mark())
+            raise _refused(_TOO_DEEP, self.get_mark())
         super().fetch_flow_collection_start(TokenClass)
 
     def add_indent(self, column: int) -> bool:
         """Refuse too many indentations as soon as they are read."""
         if len(self.indents) >= _MAX_DEPTH:
-            raise _too_deep(self.get_mark())
+            raise _refused(_TOO_DEEP, self.get_mark())
         return super().add_indent(column)
 
     def compose_scalar_node(self, anchor: Any) -> yaml.ScalarNode:
         """Refuse a value that is too long."""
         node = super().compose_scalar_node(anchor)
         if len(node.value) > _MAX_SCALAR:
-            raise yaml.MarkedYAMLError(
-                problem=f"a value has {len(node.value)} characters, more than {_MAX_SCALAR}",
-                problem_mark=node.start_mark,
-            )
+            problem = f"a value has {len(node.value)} characters, more than {_MAX_SCALAR}"
+            raise _refused(problem, node.start_mark)
         return node
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         """Refuse too many nodes before all of them are built."""
         self._num_composed += 1
         if self._num_composed > _MAX_NODES:
-            raise _too_large(None)
+            raise _refused(_TOO_LARGE)
         return super().compose_node(parent, index)
 
     def get_single_node(self) -> yaml.Node | None:
@@ -82,7 +82,7 @@ def _expanded(node: yaml.Node, known: dict[int, int], depth: int) -> int:
     if id(node) in known:
         return known[id(node)]
     if depth > _MAX_DEPTH:
-        raise _too_deep(node.start_mark)
+        raise _refused(_TOO_DEEP, node.start_mark)
     below: list[yaml.Node] = []
     if isinstance(node, yaml.MappingNode):
         below = [part for pair in node.value for part in pair]
@@ -90,19 +90,12 @@ def _expanded(node: yaml.Node, known: dict[int, int], depth: int) -> int:
         below = node.value
     count = 1 + sum(_expanded(part, known, depth + 1) for part in below)
     if count > _MAX_NODES:
-        raise _too_large(node)
+        raise _refused(_TOO_LARGE, node.start_mark)
     known[id(node)] = count
     return count
 
 
-def _too_large(node: yaml.Node | None) -> yaml.MarkedYAMLError:
-    mark = None if node is None else node.start_mark
-    problem = f"more than {_MAX_NODES} values, aliases written out"
-    return yaml.MarkedYAMLError(problem=problem, problem_mark=mark)
-
-
-def _too_deep(mark: Any) -> yaml.MarkedYAMLError:
-    problem = f"nested more than {_MAX_DEPTH} levels deep, or contains itself"
+def _refused(problem: str, mark: yaml.Mark | None = None) -> yaml.MarkedYAMLError:
     return yaml.MarkedYAMLError(problem=problem, problem_mark=mark)
 
 

@@ -62,8 +62,7 @@ class TensorReader:
 
     def read(self, key: str, index: int | None = None) -> Tensor:
         """Read a tensor, or slice `index` of it along the first axis, whatever layout wrote it."""
-        entry = self._metadata.state_dict_metadata[key]
-        assert isinstance(entry, TensorStorageMetadata), f"{key} is no tensor"
+        entry = self._entry(key)
         begin, end = (0, entry.size[0]) if index is None else (index, index + 1)
         target = torch.empty((end - begin, *entry.size[1:]), dtype=entry.properties.dtype)
         for chunk in entry.chunks:
@@ -96,10 +95,14 @@ class TensorReader:
 
     def places(self, key: str) -> tuple[TensorStorageMetadata, dict[MetadataIndex, _StorageInfo]]:
         """A tensor's dtype, shape and pieces, and the bytes of the files that hold each piece."""
-        entry = self._metadata.state_dict_metadata[key]
-        assert isinstance(entry, TensorStorageMetadata), f"{key} is no tensor"
+        entry = self._entry(key)
         pieces = (MetadataIndex(key, chunk.offsets) for chunk in entry.chunks)
         return entry, {piece: self._metadata.storage_data[piece] for piece in pieces}
+
+    def _entry(self, key: str) -> TensorStorageMetadata:
+        entry = self._metadata.state_dict_metadata[key]
+        assert isinstance(entry, TensorStorageMetadata), f"{key} is no tensor"
+        return entry
 
     def _record(self, index: MetadataIndex) -> Any:
         data = io.BytesIO(self._bytes(index))

@@ -37,28 +37,34 @@ from moepp_megatron.runtime.atomic import partial_folder, publish
 
 # How data files of ours begin that stand beside data files of another writer.
 _PREFIX = "__converted"
-# Megatron's arguments that the decoder here has one value of: value, what to call it.
-_FIXED: tuple[tuple[str, Any, str], ...] = (
-    ("position_embedding_type", "rope", "--position-embedding-type"),
-    ("rotary_percent", 1.0, "--rotary-percent"),
-    ("rotary_interleaved", False, "--rotary-interleaved"),
-    ("rotary_seq_len_interpolation_factor", None, "--rotary-seq-len-interpolation-factor"),
-    ("use_rope_scaling", False, "--use-rope-scaling"),
-    ("no_rope_freq", None, "--no-rope-freq"),
-    ("normalization", "RMSNorm", "--normalization"),
-    ("layernorm_zero_centered_gamma", False, "--apply-layernorm-1p"),
-    ("apply_residual_connection_post_layernorm", False, "the residual after the norm"),
-    ("swiglu", True, "--swiglu"),
-    ("activation_func_clamp_value", None, "--activation-func-clamp-value"),
-    ("add_bias_linear", False, "biases (--disable-bias-linear)"),
-    ("add_qkv_bias", False, "--add-qkv-bias"),
-    ("attention_output_gate", False, "--attention-output-gate"),
-    ("softmax_type", "vanilla", "--softmax-type"),
-    ("window_size", None, "--window-size"),
-    ("use_mup", False, "--use-mup"),
-    ("fp16", False, "--fp16"),
-    ("moe_shared_expert_gate", False, "--moe-shared-expert-gate"),
-)
+# Megatron's arguments that the decoder here has one value of, and what to call those that are not
+# named as on the command line.
+_FIXED: dict[str, Any] = {
+    "position_embedding_type": "rope",
+    "rotary_percent": 1.0,
+    "rotary_interleaved": False,
+    "rotary_seq_len_interpolation_factor": None,
+    "use_rope_scaling": False,
+    "no_rope_freq": None,
+    "normalization": "RMSNorm",
+    "layernorm_zero_centered_gamma": False,
+    "apply_residual_connection_post_layernorm": False,
+    "swiglu": True,
+    "activation_func_clamp_value": None,
+    "add_bias_linear": False,
+    "add_qkv_bias": False,
+    "attention_output_gate": False,
+    "softmax_type": "vanilla",
+    "window_size": None,
+    "use_mup": False,
+    "fp16": False,
+    "moe_shared_expert_gate": False,
+}
+_CALLED = {
+    "layernorm_zero_centered_gamma": "--apply-layernorm-1p",
+    "apply_residual_connection_post_layernorm": "the residual after the norm",
+    "add_bias_linear": "biases (--disable-bias-linear)",
+}
 
 
 def from_megatron_lm(
@@ -102,9 +108,10 @@ def from_megatron_lm(
 
 def _config_from_arguments(arguments: Namespace, own_arguments: str | None, name: str) -> Config:
     """The configuration of the model of Megatron's arguments; ConfigError if we do not have it."""
-    for key, wanted, what in _FIXED:
+    for key, wanted in _FIXED.items():
         value = getattr(arguments, key, wanted)
         if value != wanted:
+            what = _CALLED.get(key, f"--{key.replace('_', '-')}")
             raise ConfigError(
                 f"{what} ({value}) of the checkpoint must be {wanted}: this package's decoder has "
                 "nothing else; such a checkpoint cannot be converted"
@@ -124,9 +131,7 @@ def _with_own(arguments: Namespace, own_arguments: str | None) -> Namespace:
     """The arguments including `moepp_*`, from the checkpoint or from MOEPP_ARGS."""
     if hasattr(arguments, "moepp_tau"):
         return arguments
-    text = own_arguments
-    if text is None:
-        text = getattr(arguments, "moepp_environment", None)
+    text = getattr(arguments, "moepp_environment", None) if own_arguments is None else own_arguments
     if text is None:
         raise ConfigError(
             "--moepp-args (absent) must give the run's MOEPP_ARGS, which the checkpoint does not "

@@ -15,7 +15,6 @@ from moepp_megatron.file_names import CONFIG_FILE
 from moepp_megatron.interop.score import ScoreRequest, checkpoint_tokenizer, divisible
 from moepp_megatron.runtime.optional import quiet
 from moepp_megatron.runtime.rank import RankEnvironment
-from moepp_megatron.runtime.rank_environment import prepare_rank
 from moepp_megatron.training.checkpoint.find import find_checkpoint
 from moepp_megatron.training.inference_settings import inference_override
 
@@ -123,14 +122,10 @@ class GenerateRequest:
 
     def run(self) -> list[str]:
         """Be this process's rank; prompt and continuation of each, on every rank."""
-        scoring = self.scoring
-        rank = prepare_rank(scoring.config)
-        from moepp_megatron.interop.scoring import continue_prompts, scoring_stages
-        from moepp_megatron.runtime import distributed
+        with self.scoring.stages() as stages:
+            from moepp_megatron.interop.scoring import continue_prompts
 
-        with distributed.initialized(rank):
-            distributed.build_groups(scoring.config, scoring.layout)
-            new = continue_prompts(scoring_stages(scoring), self)
+            new = continue_prompts(stages, self)
         pairs = zip(self.prompts, new, strict=True)
         return [self.tokenizer.decode(old + more) for old, more in pairs]
 

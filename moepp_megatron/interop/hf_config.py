@@ -100,18 +100,16 @@ def decoder_section(hf: Fields) -> Fields:
         "num_query_groups": hf.get("num_key_value_heads") or heads,
         "seq_length": hf.get("max_position_embeddings", 2048),
         "vocab_size": require(hf, "vocab_size"),
-        "rotary_base": rope_theta(hf),
+        "rotary_base": _rope_theta(hf),
         "norm_epsilon": hf.get("rms_norm_eps", 1e-6),
         "tie_embeddings": hf.get("tie_word_embeddings", False),
         "init_method_std": hf.get("initializer_range", 0.02),
+        "kv_channels": hf.get("head_dim"),
+        "qk_layernorm": bool(hf.get("qk_norm")),
+        "qkv_bias": bool(hf.get("qkv_bias")),
     }
-    if hf.get("head_dim") is not None:
-        section["kv_channels"] = hf["head_dim"]
-    if hf.get("qk_norm"):
-        section["qk_layernorm"] = True
+    if section["qk_layernorm"]:
         section["qk_layernorm_scope"] = hf.get("qk_norm_scope", "head")
-    if hf.get("qkv_bias"):
-        section["qkv_bias"] = True
     return section
 
 
@@ -122,7 +120,7 @@ def require(hf: Fields, key: str) -> Any:
     return hf[key]
 
 
-def rope_theta(hf: Fields) -> float:
+def _rope_theta(hf: Fields) -> float:
     """The rotary base, from transformers 5's `rope_parameters` or the older field."""
     stated = {**hf, **(hf.get("rope_parameters") or {})}
     return float(stated.get("rope_theta", 10000.0))
@@ -195,17 +193,16 @@ def _released_moe(hf: Fields) -> Fields:
 
 def _own_moe(hf: Fields) -> Fields:
     # An export that is older than a setting does without it, as the exported code does.
+    optional = {*EXTENSIONS, *_BALANCE}
     moe = {
-        key: hf.get(key, DECLARED[key].default) if key in EXTENSIONS else require(hf, key)
-        for key in EXPORTED
+        key: hf.get(key, DECLARED[key].default) if key in optional else require(hf, key)
+        for key in (*EXPORTED, *_BALANCE)
     }
     moe["router_topk"] = require(hf, "num_experts_per_tok")
     moe["layer_freq"] = require(hf, "moe_layers")
     moe["ffn_hidden_size"] = hf.get("moe_intermediate_size")
     moe["shared_expert_ffn_hidden_size"] = hf.get("shared_expert_intermediate_size")
     moe["shared_expert_gate"] = hf.get("shared_expert_gate", False)
-    for key in _BALANCE:
-        moe[key] = hf.get(key, DECLARED[key].default)
     return moe
 
 

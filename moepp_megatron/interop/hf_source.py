@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from moepp_megatron.config import ConfigError, json_file
+from moepp_megatron.config.errors import raise_problems
 from moepp_megatron.config.paths import looked_at
 from moepp_megatron.config.regular_file import check_regular
 from moepp_megatron.file_names import MODEL_CONFIG_FILE, PICKLES_INDEX_FILE, SAFETENSORS_INDEX_FILE
@@ -94,8 +95,7 @@ class HFSource:
             if len(dtypes) > 1:
                 names = ", ".join(rule.sources)
                 problems.append(f"tensors {names} must have one dtype; use --dtype fp32 or bf16")
-        if problems:
-            raise ConfigError("\n".join(f"{self.folder}: {problem}" for problem in problems))
+        raise_problems(f"{self.folder}: {problem}" for problem in problems)
 
     def _open_shards(self, index: Path) -> None:
         content = read_json(index)
@@ -287,6 +287,7 @@ def write_tensors(
     files = [f"model-{n + 1:05d}-of-{len(shards):05d}.safetensors" for n in range(len(shards))]
     if len(shards) == 1:
         files = ["model.safetensors"]
+    weight_map = {}
     for file, shard in zip(files, shards, strict=True):
         with (folder / file).open("wb") as stream:
             stream.write(_header(shard))
@@ -294,15 +295,13 @@ def write_tensors(
                 tensor = next(tensors)
                 given = (planned[0], tensor.dtype, tuple(tensor.shape))
                 assert given == planned, f"planned {planned}, given {given}"
+                weight_map[planned[0]] = file
                 if tensor.numel():
                     stream.write(tensor.contiguous().view(-1).view(torch.uint8).numpy())
             stream.flush()
             os.fsync(stream.fileno())
     assert next(tensors, None) is None, "there are more tensors than planned"
     if len(shards) > 1:
-        weight_map = {
-            name: file for file, shard in zip(files, shards, strict=True) for name, _, _ in shard
-        }
         total = sum(_num_bytes(dtype, shape) for _, dtype, shape in plan)
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         text = json.dumps(index, indent=2, sort_keys=True)

@@ -144,7 +144,9 @@ class MoEPPModelBuilder(GPTModelBuilder):
 
     def build_distributed_models(self, *args: Any, **kwargs: Any) -> list[Any]:
         """Same as Megatron's, but the bf16 wrapper gets the stage's own configuration."""
-        kwargs.setdefault("mixed_precision_wrapper", _as_float16)
+        kwargs.setdefault(
+            "mixed_precision_wrapper", lambda _, stage: Float16Module(stage.config, stage)
+        )
         return super().build_distributed_models(*args, **kwargs)
 
 
@@ -162,10 +164,6 @@ def model_provider(
     return MoEPPModelBuilder(model_config).build_model(
         pg_collection, pre_process, post_process, vp_stage
     )
-
-
-def _as_float16(config: TransformerConfig, stage: MoEPPGPTModel) -> Float16Module:
-    return Float16Module(stage.config, stage)
 
 
 def _half_layer(config: TransformerConfig, moepp: MoEPPConfig, upstream: ModuleSpec) -> ModuleSpec:

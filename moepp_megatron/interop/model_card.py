@@ -1,10 +1,9 @@
 """The model card of an exported model: `README.md` with the front matter that the Hub reads."""
 
-import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from moepp_megatron.config import Config, ConfigError
+from moepp_megatron.config import Config
 from moepp_megatron.config.parameters import count_parameters
 from moepp_megatron.data.tokenizer import read_tokenizer_config
 from moepp_megatron.experts import CONSTANT, COPY, KINDS, ZERO
@@ -21,7 +20,6 @@ from moepp_megatron.training.checkpoint.files import Progress, SavedRecord
 UNKNOWN_LICENSE = "unknown"
 # The run's configuration beside the exported weights.
 TRAINING_CONFIG_FILE = "training_config.yaml"
-_LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]{0,63}")
 
 _LLAMA_CPP = "llama.cpp (by moepp_megatron's `to_gguf.py`)"
 _OWN_FILES = "transformers >= 5.8 and the Python files of this folder"
@@ -40,15 +38,6 @@ _COMPUTE = {
     COPY: "copy experts return it",
     ZERO: "zero experts return 0",
 }
-
-
-def check_license(license_id: str) -> None:
-    """Refuse a text that is not an identifier of a licence; ConfigError if it is not one."""
-    if not _LICENSE.fullmatch(license_id):
-        raise ConfigError(
-            f"--license ({license_id}) must be an identifier of the Hub in small letters, such as "
-            "apache-2.0; name one, or leave it out"
-        )
 
 
 def model_card(folder: Path, export: Path, config: Config, command: str, license_id: str) -> str:

@@ -6,8 +6,10 @@ A request is checked before anything heavy is imported.
 import logging
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -23,6 +25,9 @@ from moepp_megatron.runtime.rank import RankEnvironment
 from moepp_megatron.runtime.rank_environment import prepare_rank
 from moepp_megatron.training.checkpoint.find import find_checkpoint
 from moepp_megatron.training.inference_settings import FORWARD_ONLY, inference_override
+
+if TYPE_CHECKING:
+    from moepp_megatron.model.stage import PipelineStage
 
 logger = logging.getLogger(__name__)
 
@@ -45,15 +50,16 @@ def checkpoint_tokenizer(folder: Path, config: Config) -> Tokenizer:
     Raises:
         ConfigError: It has none, or one with more tokens than the model.
     """
-    if not (folder / TOKENIZER_FILE).is_file():
+    file = folder / TOKENIZER_FILE
+    if not file.is_file():
         raise ConfigError(
             f"checkpoint ({folder}) must hold {TOKENIZER_FILE} to turn text into tokens, and the "
             "model it was converted from had none; copy the model's tokenizer.json there"
         )
-    tokenizer = Tokenizer.load(folder / TOKENIZER_FILE)
+    tokenizer = Tokenizer.load(file)
     if tokenizer.vocab_size > config.model.vocab_size:
         raise ConfigError(
-            f"{folder / TOKENIZER_FILE} ({tokenizer.vocab_size} tokens) must not have more than "
+            f"{file} ({tokenizer.vocab_size} tokens) must not have more than "
             f"model.vocab_size ({config.model.vocab_size}) of the checkpoint; put the tokenizer "
             "there that the model was trained with"
         )
@@ -97,13 +103,8 @@ class _TextWindows:
         starts = step * np.arange(rows)[:, None]
         return cls(padded[starts + np.arange(step + 1)], count, len(text.encode()))
 
-    @property
-    def token_ids(self) -> np.ndarray:
-        """[N] int64: the text's tokens."""
-        return self.input_ids[:, 1:].reshape(-1)[: self.num_tokens]
-
-    def token_logprobs(self, windows: np.ndarray) -> np.ndarray:
-        """[N] float64 of the text's tokens, from [b, s - 1] of the windows."""
+    def of_tokens(self, windows: np.ndarray) -> np.ndarray:
+        """[N] values of the text's tokens, from [b, s - 1] of the windows."""
         return windows.reshape(-1)[: self.num_tokens]
 
     def lines(self, token_logprobs: np.ndarray) -> Iterator[str]:
@@ -134,7 +135,7 @@ class ScoreRequest:
     config: Config
     layout: Layout
     input_ids: np.ndarray
-    out: Path | None
+    out: Path | None = None
     logits: bool = False
     notices: list[str] = field(default_factory=list)
     text: _TextWindows | None = None
@@ -153,7 +154,7 @@ class ScoreRequest:
         """Check a request for tokens (an npz file or an array) or for a text file (ConfigError)."""
         _check_options(tokens, text, out, logits)
         source = f"--tokens ({tokens})" if isinstance(tokens, Path) else "tokens"
-        input_ids = read_input_ids(tokens) if isinstance(tokens, Path) else tokens
+        input_ids = _read_input_ids(tokens) if isinstance(tokens, Path) else tokens
         if input_ids is not None:
             input_ids = _checked(input_ids, source)
         for override in overrides:
@@ -175,8 +176,8 @@ class ScoreRequest:
                 f"{source}: input_ids ({wrong[0]}) must be between 0 and {size - 1}, the "
                 "model's vocabulary; use the tokenizer that the model was trained with"
             )
-        request = cls.of(folder, trained, input_ids, overrides, world_size, out=out, logits=logits)
-        return replace(request, text=windows)
+        request = cls.of(folder, trained, input_ids, overrides, world_size)
+        return replace(request, out=out, logits=logits, text=windows)
 
     @classmethod
     def of(
@@ -186,9 +187,6 @@ class ScoreRequest:
         input_ids: np.ndarray,
         overrides: Sequence[str],
         world_size: int,
-        *,
-        out: Path | None = None,
-        logits: bool = False,
     ) -> "ScoreRequest":
         """A request for [b, s] int64 tokens that fit the model `trained`.
 
@@ -198,22 +196,30 @@ class ScoreRequest:
         config = _scoring_config(trained, overrides, input_ids, world_size)
         layout = Layout.from_config(config, world_size)
         notices = list(_notices(trained, input_ids, config))
-        return cls(folder, config, layout, input_ids, out, logits, notices)
+        return cls(folder, config, layout, input_ids, notices=notices)
 
-    def run(self) -> dict[str, np.ndarray] | None:
-        """Be this process's rank; returns, and writes, the same as `score`."""
+    @contextmanager
+    def stages(self) -> Iterator["list[PipelineStage]"]:
+        """Be this process's rank in the block, which gets its part of the model."""
         rank = prepare_rank(self.config)
-        from moepp_megatron.interop.scoring import score_stages, scoring_stages
+        from moepp_megatron.interop.scoring import scoring_stages
         from moepp_megatron.runtime import distributed
 
         with distributed.initialized(rank):
             distributed.build_groups(self.config, self.layout)
-            scores = score_stages(self, scoring_stages(self))
+            yield scoring_stages(self)
+
+    def run(self) -> dict[str, np.ndarray] | None:
+        """Be this process's rank; returns, and writes, the same as `score`."""
+        with self.stages() as stages:
+            from moepp_megatron.interop.scoring import score_stages
+
+            scores = score_stages(self, stages)
         if scores is None:
             return None
         if self.text is not None:
-            logprobs = self.text.token_logprobs(scores["token_logprobs"])
-            scores = {"token_ids": self.text.token_ids, "token_logprobs": logprobs}
+            values = {"token_ids": self.input_ids[:, 1:], **scores}
+            scores = {name: self.text.of_tokens(value) for name, value in values.items()}
         if self.out is not None:
             self.out.parent.mkdir(parents=True, exist_ok=True)
             with whole_file(self.out) as temporary, temporary.open("wb") as stream:
@@ -233,7 +239,7 @@ def _check_options(
         raise ConfigError("--logits must not be given with --text; leave it out, or use --tokens")
 
 
-def read_input_ids(tokens: str | Path) -> np.ndarray:
+def _read_input_ids(tokens: str | Path) -> np.ndarray:
     """The array `input_ids` of an npz file; ConfigError if the file is none, or lacks it."""
     try:
         return read_arrays(Path(tokens), "input_ids")["input_ids"]
@@ -339,7 +345,7 @@ def score(
         ConfigError: Whatever is wrong with the request.
     """
     quiet()
-    given = tokens if tokens is None or isinstance(tokens, np.ndarray) else read_input_ids(tokens)
+    given = tokens if tokens is None or isinstance(tokens, np.ndarray) else _read_input_ids(tokens)
     places = [None if path is None else Path(path) for path in (out, text)]
     world_size = RankEnvironment.read().world_size
     request = ScoreRequest.read(

@@ -1,6 +1,7 @@
 """Converts a checkpoint of ours to a Hugging Face checkpoint, tensor by tensor."""
 
 import json
+import re
 import shlex
 import shutil
 from collections.abc import Iterator, Sequence
@@ -28,13 +29,13 @@ from moepp_megatron.interop.hf_source import read_json, write_tensors
 from moepp_megatron.interop.model_card import (
     TRAINING_CONFIG_FILE,
     UNKNOWN_LICENSE,
-    check_license,
     model_card,
 )
 from moepp_megatron.interop.tensor_rules import UNUSED_PREFIX, Fields, TensorRule
-from moepp_megatron.interop.to_mcore import TORCH_DTYPES, copy_companions
+from moepp_megatron.interop.to_mcore import copy_companions
 from moepp_megatron.interop.vanilla import VANILLA
 from moepp_megatron.interop.zeda import ZEDA
+from moepp_megatron.model.megatron_config import DTYPES
 from moepp_megatron.runtime.atomic import partial_folder, publish
 from moepp_megatron.runtime.terminal import Console
 from moepp_megatron.training.checkpoint.find import find_checkpoint, newest_again
@@ -42,6 +43,7 @@ from moepp_megatron.training.checkpoint.find import find_checkpoint, newest_agai
 _DEFAULT_SHARD_BYTES = 5 * 1000**3
 # What a checkpoint holds next to the model's weights.
 _NOT_EXPORTED = ("optimizer", "mtp.", UNUSED_PREFIX)
+_LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]{0,63}")
 _SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _NOT_LATENT: tuple[Row, ...] = (("model.latent_attention", (None,), "no layout has it"),)
 _LATENT_REMEDY = "score and generate from the checkpoint itself"
@@ -79,7 +81,7 @@ def mcore_to_hf(
         ConfigError: If the layout cannot express the model, or the checkpoint is damaged.
     """
     form = _FORMATS[layout]
-    check_license(license_id)
+    _check_license(license_id)
     folder = find_checkpoint(source)
     trained = load_config(folder / CONFIG_FILE)
     config = _without_further_tokens(trained)
@@ -116,6 +118,15 @@ def mcore_to_hf(
     if config.moe.capacity_factor is not None:
         warnings.append("moe.capacity_factor is not exported: the model there drops no selection")
     return warnings
+
+
+def _check_license(license_id: str) -> None:
+    """Refuse a text that is not an identifier of a licence; ConfigError if it is not one."""
+    if not _LICENSE.fullmatch(license_id):
+        raise ConfigError(
+            f"--license ({license_id}) must be an identifier of the Hub in small letters, such as "
+            "apache-2.0; name one, or leave it out"
+        )
 
 
 def _without_further_tokens(config: Config) -> Config:
@@ -160,13 +171,13 @@ def _write_weights(
     folder: Path,
     max_shard_bytes: int,
     console: Console | None,
-    dtype: str | None = None,
+    dtype: str | None,
 ) -> torch.dtype:
     """Write the tensors into shards, selection biases in their dtype; returns the embedding's."""
-    tensors = reader.tensors
-    stored = {key: stored for key, (stored, _) in tensors.items()}
-    wanted = stored if dtype is None else dict.fromkeys(stored, TORCH_DTYPES[dtype])
-    dtypes = {key: stored[key] if key.endswith(".expert_bias") else wanted[key] for key in stored}
+    dtypes = {
+        key: stored if dtype is None or key.endswith(".expert_bias") else DTYPES[dtype]
+        for key, (stored, _) in reader.tensors.items()
+    }
     main_dtype = dtypes["embedding.word_embeddings.weight"]
     plan = [
         (name, dtypes.get(rule.key, main_dtype), shape)
@@ -179,7 +190,7 @@ def _write_weights(
         def produced() -> Iterator[Tensor]:
             for rule in rules:
                 assert rule.unpack is not None, f"{rule.key} cannot be converted back"
-                if rule.key in tensors:
+                if rule.key in dtypes:
                     tensor = reader.read(rule.key, rule.index).to(dtypes[rule.key])
                 else:
                     assert rule.key.startswith(UNUSED_PREFIX), rule.key

@@ -4,8 +4,6 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
 from moepp_megatron.config import Config
 from moepp_megatron.data.progress import track
 from moepp_megatron.data.tokenizer import Tokenizer
@@ -24,10 +22,10 @@ from moepp_megatron.interop.hf_config import config_from_hf
 from moepp_megatron.interop.hf_source import HFSource
 from moepp_megatron.interop.tensor_rules import Fields, TensorRule, moepp_rules
 from moepp_megatron.interop.zeda import ZEDA, is_zeda, zeda_config
+from moepp_megatron.model.megatron_config import DTYPES
 from moepp_megatron.runtime.atomic import partial_folder, publish
 from moepp_megatron.runtime.terminal import Console
 
-TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # What models of Hugging Face and checkpoints have under the same names.
 _COMPANIONS = (
     TOKENIZER_FILE,
@@ -89,7 +87,7 @@ def write_checkpoint(
     target = free_folder(target)
     tensors = hf.tensors
     rules = [rule for rule in rules if not rule.unused or tensors.keys() & rule.sources]
-    wanted = None if dtype is None else TORCH_DTYPES[dtype]
+    wanted = None if dtype is None else DTYPES[dtype]
     total = sum(tensors[name].nbytes for rule in rules for name in rule.sources)
     with (
         partial_folder(target, "DST") as folder,

@@ -6,10 +6,12 @@ takes the model from its command line, so the arguments that describe it are wri
 
 import shutil
 from collections.abc import Iterator
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 from moepp_megatron.config import Config, ConfigError, load_config
+from moepp_megatron.config.megatron_flags import ALWAYS, SETTINGS
 from moepp_megatron.file_names import CONFIG_FILE, TOKENIZER_FILE
 from moepp_megatron.interop.checkpoint_tensors import ConvertedCheckpointWriter, TensorReader
 from moepp_megatron.interop.convert import free_folder
@@ -23,6 +25,16 @@ from moepp_megatron.training.checkpoint.find import find_checkpoint, newest_agai
 
 ARGUMENTS_FILE = "arguments.txt"
 _PREFIX = "__release"
+# Arguments with a value, in the order in which they are written.
+_NAMES = (
+    "num-layers hidden-size ffn-hidden-size num-attention-heads kv-channels seq-length "
+    "max-position-embeddings padded-vocab-size position-embedding-type rotary-base normalization "
+    "norm-epsilon init-method-std attention-dropout hidden-dropout num-experts "
+    "moe-ffn-hidden-size moe-layer-freq moe-shared-expert-intermediate-size moe-router-topk "
+    "moe-router-score-function moe-router-topk-scaling-factor moe-router-bias-update-rate "
+    "moe-router-num-groups moe-router-group-topk moe-router-load-balancing-type "
+    "moe-aux-loss-coeff moe-z-loss-coeff moe-input-jitter-eps"
+)
 _RULES: tuple[Row, ...] = (
     ("model.latent_attention", (None,), "MoE++ has no multi-latent attention there"),
     ("model.mtp_num_layers", (0,), "multi-token prediction gets no router logits there"),
@@ -84,36 +96,23 @@ def _options(config: Config) -> Iterator[list[str]]:
     model, moe = config.model, config.moe
     pattern = [int(is_moe) for is_moe in moe.moe_layer_pattern(model.num_layers)]
     balance = BALANCE_TYPES[moe.balance_scope] if moe.balance_coeff > 0 else "none"
-    values: dict[str, Any] = {
-        "num-layers": model.num_layers,
-        "hidden-size": model.hidden_size,
-        "ffn-hidden-size": model.ffn_hidden_size,
-        "num-attention-heads": model.num_attention_heads,
+    derived: dict[str, Any] = {
+        **ALWAYS,
         "kv-channels": model.head_dim,
-        "seq-length": model.seq_length,
         "max-position-embeddings": model.seq_length,
-        "padded-vocab-size": model.vocab_size,
-        "position-embedding-type": "rope",
         "rotary-base": int(model.rotary_base),
-        "normalization": "RMSNorm",
-        "norm-epsilon": model.norm_epsilon,
-        "init-method-std": model.init_method_std,
-        "attention-dropout": 0,
-        "hidden-dropout": 0,
-        "num-experts": moe.num_ffn_experts,
         "moe-ffn-hidden-size": config.expert_ffn_hidden_size,
         "moe-layer-freq": 1 if all(pattern) else f"[{','.join(map(str, pattern))}]",
-        "moe-shared-expert-intermediate-size": moe.shared_expert_ffn_hidden_size,
-        "moe-router-topk": moe.router_topk,
-        "moe-router-score-function": moe.score_function,
         "moe-router-topk-scaling-factor": None if moe.gate_scale == 1.0 else moe.gate_scale,
         "moe-router-bias-update-rate": moe.bias_update_rate or None,
         "moe-router-num-groups": moe.num_groups if moe.limits_groups else None,
         "moe-router-group-topk": moe.group_topk if moe.limits_groups else None,
         "moe-router-load-balancing-type": balance,
         "moe-aux-loss-coeff": moe.balance_coeff,
-        "moe-z-loss-coeff": moe.z_loss_coeff,
-        "moe-input-jitter-eps": moe.input_jitter_eps,
+    }
+    values = {
+        name: derived[name] if name in derived else attrgetter(SETTINGS[name])(config)
+        for name in _NAMES.split()
     }
     moepp_values = {option(name).removeprefix("--"): getattr(moe, name) for name in OWN_SETTINGS}
     values |= {name: value for name, value in moepp_values.items() if not isinstance(value, bool)}

@@ -11,7 +11,6 @@ experts, router rows. Added: zero-computation experts and gating residuals, so t
   `moe.budget` takes it back in training.
 """
 
-import hashlib
 import math
 import re
 from collections.abc import Iterable, Sequence
@@ -26,9 +25,11 @@ from moepp_megatron.experts import LOCAL_KINDS, ExpertCounts
 from moepp_megatron.interop.hf_config import assemble, require
 from moepp_megatron.interop.hf_source import HFSource
 from moepp_megatron.interop.tensor_rules import Fields, Rules, Shape, TensorRule
-from moepp_megatron.interop.to_mcore import TORCH_DTYPES, write_checkpoint
+from moepp_megatron.interop.to_mcore import write_checkpoint
 from moepp_megatron.interop.upcycle_sources import SourceKind
 from moepp_megatron.layer_settings import LayerSettings
+from moepp_megatron.model.initialize import seeded_noise
+from moepp_megatron.model.megatron_config import params_dtype
 from moepp_megatron.runtime.terminal import Console
 
 # Of the noise on new rows: eta, the most by which it raises a logit over the mean FFN logit.
@@ -52,11 +53,11 @@ def _router_rules(
         norm = tensors[0]
         if gate is None:
             std = config.model.init_method_std
-            ffn = std * _noise(seed, ours + "ffn", (moe.num_ffn_experts, width))
+            ffn = std * seeded_noise(seed, ours + "ffn", (moe.num_ffn_experts, width))
             ffn = ffn.to(norm.dtype)
         else:
             ffn = tensors[1]
-        added = _noise(seed, ours + "added", (moe.num_zero_computation_experts, width))
+        added = seeded_noise(seed, ours + "added", (moe.num_zero_computation_experts, width))
         if not moe.selection_bias:
             # Of the FFN rows' own mean and deviation.
             return torch.cat([ffn, (ffn.mean(dim=0) + ffn.std(dim=0) * added).to(ffn.dtype)])
@@ -73,16 +74,15 @@ def _router_rules(
     yield TensorRule(ours + "weight", shape, sources, None, rows, None)
     if not moe.selection_bias:
         return
-    key = ours + "expert_bias"
     # What keeps added experts from being selected depends on the scores.
     match moe.score_function, bias:
         case "softmax", None:
-            yield TensorRule(key, (moe.num_experts,), sources, None, softmax_bias, None)
+            pack = softmax_bias
         case "sigmoid", str():
-            own = {theirs + bias: (moe.num_ffn_experts,)}
-            yield TensorRule(key, (moe.num_experts,), own, None, sigmoid_bias, None)
+            sources, pack = {theirs + bias: (moe.num_ffn_experts,)}, sigmoid_bias
         case other:
             raise AssertionError(f"added experts have no bias for (scores, bias) of {other}")
+    yield TensorRule(ours + "expert_bias", (moe.num_experts,), sources, None, pack, None)
 
 
 def _new_rows(ffn: Tensor, norm: Tensor, directions: Tensor) -> Tensor:
@@ -95,7 +95,7 @@ def _new_rows(ffn: Tensor, norm: Tensor, directions: Tensor) -> Tensor:
 def _selection_bias(rows: Tensor, norm: Tensor, num_ffn_experts: int) -> Tensor:
     """[E] fp32: the bias on FFN experts above any score that an added expert can have."""
     bias = torch.zeros(rows.shape[0])
-    ffn, added = rows.double().split([num_ffn_experts, rows.shape[0] - num_ffn_experts])
+    ffn, added = rows.double().tensor_split([num_ffn_experts])
     above_mean = norm.double() * (added - ffn.mean(dim=0))
     eta = float(above_mean.norm(dim=-1).max()) * math.sqrt(norm.numel())
     bias[:num_ffn_experts] = math.exp(eta) / num_ffn_experts * (1.0 + _MARGIN)
@@ -105,11 +105,11 @@ def _selection_bias(rows: Tensor, norm: Tensor, num_ffn_experts: int) -> Tensor:
 def _added_rules(config: Config, ours: str, has_residual: bool, seed: int) -> Rules:
     """Yield new tensors: gating residuals and zero-computation experts."""
     moe, width, std = config.moe, config.model.hidden_size, config.model.init_method_std
-    dtype = TORCH_DTYPES[config.precision.dtype]
+    dtype = params_dtype(config)
 
     def made(key: str, shape: Shape, scale: float) -> TensorRule:
         def value(_: Sequence[Tensor]) -> Tensor:
-            return (scale * _noise(seed, ours + key, shape)).to(dtype)
+            return (scale * seeded_noise(seed, ours + key, shape)).to(dtype)
 
         return TensorRule(ours + key, shape, {}, None, value, None)
 
@@ -117,13 +117,6 @@ def _added_rules(config: Config, ours: str, has_residual: bool, seed: int) -> Ru
         yield made("router.residual_weight", (moe.num_experts, moe.num_experts), 0.0)
     for name, shape in moe.local_weights(width):
         yield made(f"zero_computation.{name}", shape, std)
-
-
-def _noise(seed: int, name: str, shape: Shape) -> Tensor:
-    """Standard normal numbers, fp32, that depend only on seed and name."""
-    digest = hashlib.sha256(repr((seed, name)).encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-    return torch.randn(shape, generator=generator)
 
 
 @dataclass(frozen=True, kw_only=True)

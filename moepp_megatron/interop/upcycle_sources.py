@@ -9,7 +9,6 @@ from moepp_megatron.interop.hf_config import (
     decoder_section,
     refuse_fields,
     require,
-    rope_theta,
 )
 from moepp_megatron.interop.tensor_rules import (
     Fields,
@@ -174,7 +173,8 @@ def _deepseek_decoder_section(hf: Fields) -> Fields:
     )
     refuse_fields(rows)
     plain = {key: hf[key] for key in hf if key not in ("kv_lora_rank", "head_dim", "rope_scaling")}
-    plain |= {"rope_parameters": {"rope_theta": rope_theta(hf)}, "qk_norm": True}
+    rope = (hf.get("rope_parameters") or {}) | {"rope_type": "default"}
+    plain |= {"rope_parameters": rope, "qk_norm": True}
     section = decoder_section(plain)
     del section["num_query_groups"]
     latent = {
@@ -204,14 +204,13 @@ def _rotation(hf: Fields) -> Fields:
             f"config.json: rope_type ({kind}) must be default or yarn; such a checkpoint cannot be "
             "converted"
         )
+    # Those that are absent have the same default here.
+    given = [key for key in ("beta_fast", "beta_slow", "mscale", "mscale_all_dim") if rope.get(key)]
     return {
         "rope_type": "yarn",
         "rotary_scaling_factor": float(require(rope, "factor")),
         "original_max_position_embeddings": require(rope, "original_max_position_embeddings"),
-        "beta_fast": float(rope.get("beta_fast") or 32.0),
-        "beta_slow": float(rope.get("beta_slow") or 1.0),
-        "mscale": float(rope.get("mscale") or 1.0),
-        "mscale_all_dim": float(rope.get("mscale_all_dim") or 0.0),
+        **{key: float(rope[key]) for key in given},
     }
 
 
@@ -258,20 +257,19 @@ def _deepseek_attention(config: Config, layer: int, is_moe: bool) -> Rules:
     width, heads = model.hidden_size, model.num_attention_heads
     yield same(ours + "input_layernorm.weight", theirs + "input_layernorm.weight", width)
     yield same(ours + ffn_norm, theirs + "post_attention_layernorm.weight", width)
-    ours, theirs = ours + "self_attention.linear_", theirs + "self_attn."
-    rank = latent.q_lora_rank
-    yield same(ours + "q_down_proj.weight", theirs + "q_a_proj.weight", rank, width)
-    yield same(ours + "q_up_proj.layer_norm_weight", theirs + "q_a_layernorm.weight", rank)
-    queries = heads * latent.qk_dim
-    yield same(ours + "q_up_proj.weight", theirs + "q_b_proj.weight", queries, rank)
-    rank = latent.kv_lora_rank
-    rows = rank + latent.qk_pos_emb_head_dim
-    yield same(ours + "kv_down_proj.weight", theirs + "kv_a_proj_with_mqa.weight", rows, width)
-    yield same(ours + "kv_up_proj.layer_norm_weight", theirs + "kv_a_layernorm.weight", rank)
-    rows = heads * (latent.qk_head_dim + latent.v_head_dim)
-    yield same(ours + "kv_up_proj.weight", theirs + "kv_b_proj.weight", rows, rank)
-    columns = heads * latent.v_head_dim
-    yield same(ours + "proj.weight", theirs + "o_proj.weight", width, columns)
+    queries, keys = latent.q_lora_rank, latent.kv_lora_rank
+    expanded = heads * (latent.qk_head_dim + latent.v_head_dim)
+    for own, other, *shape in (
+        ("q_down_proj.", "q_a_proj", queries, width),
+        ("q_up_proj.layer_norm_", "q_a_layernorm", queries),
+        ("q_up_proj.", "q_b_proj", heads * latent.qk_dim, queries),
+        ("kv_down_proj.", "kv_a_proj_with_mqa", keys + latent.qk_pos_emb_head_dim, width),
+        ("kv_up_proj.layer_norm_", "kv_a_layernorm", keys),
+        ("kv_up_proj.", "kv_b_proj", expanded, keys),
+        ("proj.", "o_proj", width, heads * latent.v_head_dim),
+    ):
+        key = f"{ours}self_attention.linear_{own}weight"
+        yield same(key, f"{theirs}self_attn.{other}.weight", *shape)
 
 
 def _dense(model: Callable[[Fields], Fields]) -> SourceKind:

@@ -24,6 +24,8 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from moepp_megatron.moe.capacity import in_rank_order, in_sequence_order
+
 
 class _LocalAttention(MegatronModule):
     """Causal core attention; subclasses give `_context` [S, b, n, v]."""
@@ -161,7 +163,7 @@ class ContextParallelAttention(_LocalAttention):
 
     The result is that of `DotProductAttention` on one rank. Keys and values of whole sequences are
     held during forward and backward, with one collective each. `softmax_scale` defaults to
-    1 / sqrt(d).
+    1 / sqrt(d). Unused are the type of attention and the widths of heads.
 
     Raises:
         ValueError: If a setting cannot be honoured: a mask that is not causal, dropout, a
@@ -173,13 +175,11 @@ class ContextParallelAttention(_LocalAttention):
         config: TransformerConfig,
         layer_number: int,
         attn_mask_type: AttnMaskType,
-        attention_type: str,
         attention_dropout: float | None = None,
         softmax_scale: float | None = None,
         cp_comm_type: str | None = None,
         pg_collection: ProcessGroupCollection | None = None,
-        k_channels: int | None = None,
-        v_channels: int | None = None,
+        **unused: object,
     ) -> None:
         super().__init__(config=config)
         dropout = config.attention_dropout if attention_dropout is None else attention_dropout
@@ -191,9 +191,9 @@ class ContextParallelAttention(_LocalAttention):
         self.softmax_scale = softmax_scale
 
     def _context(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        starts = _chunk_starts(query.shape[0], self.cp_group)
         gathered = _GatherSequence.apply(torch.cat([key, value], dim=-1), self.cp_group)
         whole_key, whole_value = gathered.split([key.shape[-1], value.shape[-1]], dim=-1)
-        starts = _chunk_starts(query.shape[0], self.cp_group)
         masks = (None, None) if mask is None else mask.chunk(2, dim=2)
         return torch.cat(
             [
@@ -237,17 +237,13 @@ class _GatherSequence(torch.autograd.Function):
         # Along axis 0, the one way of joining tensors that gloo and NCCL both know.
         gathered = local.new_empty(group.size() * local.shape[0], *local.shape[1:])
         torch.distributed.all_gather_into_tensor(gathered, local.contiguous(), group=group)
-        early, late = gathered.unflatten(0, (group.size(), -1)).chunk(2, dim=1)
-        return torch.cat([*early, *late.flip(0)])
+        return in_sequence_order(gathered, group.size())
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         """Sum over ranks in fp32."""
         ranks = ctx.group.size()
-        chunks = grad.float().chunk(2 * ranks)
-        by_rank = torch.cat(
-            [part for r in range(ranks) for part in (chunks[r], chunks[2 * ranks - 1 - r])]
-        )
+        by_rank = in_rank_order(grad.float(), ranks)
         local = torch.empty_like(by_rank.chunk(ranks)[0])
         torch.distributed.reduce_scatter_tensor(local, by_rank, group=ctx.group)
         return local.to(grad.dtype), None

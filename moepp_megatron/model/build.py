@@ -31,12 +31,12 @@ def build_model(config: Config) -> list[MoEPPGPTModel]:
     Process groups must exist (`moepp_megatron.runtime.distributed.build_groups`). There is a chunk
     per virtual pipeline stage. UnfitError if megatron-core lacks a part that the layers use.
     """
-    chunks = [chunk.to(torch.cuda.current_device()) for chunk in build_chunks(config)]
+    chunks = [chunk.to(torch.cuda.current_device()) for chunk in _build_chunks(config)]
     initialize_weights(chunks, config.training.seed)
     return chunks
 
 
-def build_chunks(config: Config) -> list[MoEPPGPTModel]:
+def _build_chunks(config: Config) -> list[MoEPPGPTModel]:
     """This rank's model chunks with uninitialised weights; process groups must exist."""
     try:
         check_upstream(PRIVATE_NAMES)
@@ -44,13 +44,13 @@ def build_chunks(config: Config) -> list[MoEPPGPTModel]:
         raise UnfitError(str(error)) from None
     num_chunks = virtual_stages(config)
     stages = range(num_chunks) if num_chunks > 1 else [None]
-    chunks = [_build_chunk(config, vp_stage) for vp_stage in stages]
+    chunks = [_chunk(config, vp_stage) for vp_stage in stages]
     for chunk in chunks:
         chunk.fuses_cross_entropy = chosen_cross_entropy(config.precision.cross_entropy) == "fused"
     return chunks
 
 
-def _build_chunk(config: Config, vp_stage: int | None) -> MoEPPGPTModel:
+def _chunk(config: Config, vp_stage: int | None) -> MoEPPGPTModel:
     megatron, moepp, backend = transformer_config(config), moepp_config(config), _backend(config)
     return MoEPPGPTModel(
         megatron,

@@ -73,14 +73,18 @@ def _global_shard(tensor: ShardedTensor, seed: int) -> Tensor:
     """This rank's part of the fp32 normal tensor of (seed, key and expert's number)."""
     prepended = tensor.prepend_axis_num
     name = (tensor.key, *tensor.global_offset[:prepended])
-    digest = hashlib.sha256(repr((seed, name)).encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-    shape = tensor.global_shape[prepended:]
-    weight = torch.randn(shape, generator=generator, dtype=torch.float32)
+    weight = seeded_noise(seed, name, tensor.global_shape[prepended:])
     offsets = tensor.global_offset[prepended:]
     for axis, (offset, length) in enumerate(zip(offsets, tensor.local_shape, strict=True)):
         weight = weight.narrow(axis, offset, length)
     return weight
+
+
+def seeded_noise(seed: int, name: object, shape: tuple[int, ...]) -> Tensor:
+    """Standard normal numbers, fp32, that depend only on seed and name."""
+    digest = hashlib.sha256(repr((seed, name)).encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    return torch.randn(shape, generator=generator, dtype=torch.float32)
 
 
 @contextmanager

@@ -17,9 +17,7 @@ from moepp_megatron.moe.config import MoEPPConfig
 NumTokens = int | Tensor
 
 
-def tokens_of_sequences(
-    num_tokens: int, num_sequences: int, padded: Tensor | None = None
-) -> NumTokens:
+def tokens_of_sequences(num_tokens: int, num_sequences: int, padded: Tensor | None) -> NumTokens:
     """Local tokens of each sequence, without padding.
 
     `padded` is [T] bool in [sequence position, sequence] order, or None.

@@ -100,7 +100,6 @@ class BudgetController:
     ) -> None:
         self.budget = budget
         self._config = config
-        self._num_layers = num_layers
         state = state or {}
         self._shares: Tensor | None = None
         if state.get("shares") is not None:

@@ -61,7 +61,7 @@ def within_capacity(
         rank, size = group.rank(), group.size()
         gathered = ranking.new_empty(num_local * size, ranking.shape[1])
         torch.distributed.all_gather_into_tensor(gathered, ranking.contiguous(), group=group)
-        ranking = _in_sequence_order(gathered, context_parallel_size)
+        ranking = in_sequence_order(gathered, context_parallel_size)
     order = ranking.argsort(dim=0, descending=True, stable=True)
     num_tokens = num_local * size
     if has_padding:
@@ -70,7 +70,7 @@ def within_capacity(
     positions = torch.arange(ranking.shape[0], device=gates.device)
     kept = torch.zeros_like(ranking, dtype=torch.bool)
     kept.scatter_(0, order, positions[:, None] < limits[None, :])
-    kept = _in_rank_order(kept, context_parallel_size)
+    kept = in_rank_order(kept, context_parallel_size)
     return kept[rank * num_local : (rank + 1) * num_local] & routing_map
 
 
@@ -80,17 +80,17 @@ def _capacity_limits(capacities_E: tuple[int, ...], device: torch.device) -> Ten
     return torch.tensor(capacities_E, device=device)
 
 
-def _in_sequence_order(values: Tensor, context_parallel_size: int) -> Tensor:
-    """Reorder [T, E] from the order of ranks, which hold zigzag chunks, to that of the sequence."""
+def in_sequence_order(values: Tensor, context_parallel_size: int) -> Tensor:
+    """Reorder [T, ...] from the order of ranks, with zigzag chunks, to that of the sequence."""
     if context_parallel_size == 1:
         return values
-    early, late = values.view(context_parallel_size, 2, -1, values.shape[-1]).unbind(dim=1)
-    return torch.cat([early, late.flip(0)]).view_as(values)
+    early, late = values.unflatten(0, (context_parallel_size, 2, -1)).unbind(dim=1)
+    return torch.cat([early, late.flip(0)]).flatten(0, 1)
 
 
-def _in_rank_order(values: Tensor, context_parallel_size: int) -> Tensor:
-    """The inverse of `_in_sequence_order`."""
+def in_rank_order(values: Tensor, context_parallel_size: int) -> Tensor:
+    """The inverse of `in_sequence_order`."""
     if context_parallel_size == 1:
         return values
-    chunks = values.view(2, context_parallel_size, -1, values.shape[-1])
-    return torch.stack([chunks[0], chunks[1].flip(0)], dim=1).view_as(values)
+    early, late = values.unflatten(0, (2, context_parallel_size, -1))
+    return torch.stack([early, late.flip(0)], dim=1).flatten(0, 2)

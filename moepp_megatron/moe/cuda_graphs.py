@@ -40,33 +40,24 @@ class CapturedParts:
     """The parts of one layer that run as graphs (`cuda_graph_modules`); replaces their methods.
 
     Attributes:
+        parts: What they are: `moe_router` is norm and router, `moe` dispatch to combine.
         replays: Whether training passes replay them.
     """
 
     def __init__(self, layer: torch.nn.Module, config: TransformerConfig) -> None:
         self._layer, self._config = layer, config
         self._is_pipeline = config.pipeline_model_parallel_size > 1
-        self._parts: set[CudaGraphModule] = set()
+        self.parts: set[CudaGraphModule] = set()
         self.replays = True
         for part in _NAMED.intersection(config.cuda_graph_modules):
             self.add(part)
 
     def add(self, part: CudaGraphModule) -> None:
         """Capture a part."""
-        self._parts.add(part)
+        self.parts.add(part)
         manager = CudaGraphManager(self._config, self._layer, function_name=_FUNCTIONS[part])
         # A submodule, so that it learns of training and evaluation; it has no parameters.
         self._layer.add_module(f"{part.name}_graphs", manager)
-
-    @property
-    def has_router(self) -> bool:
-        """True if norm and router are captured."""
-        return CudaGraphModule.moe_router in self._parts
-
-    @property
-    def has_experts(self) -> bool:
-        """True if dispatch, experts and combine are captured."""
-        return CudaGraphModule.moe in self._parts
 
     def arguments(self, part: CudaGraphModule, **kwargs: Any) -> dict[str, Any]:
         """The keyword arguments for a method that may be captured.
@@ -78,7 +69,7 @@ class CapturedParts:
         micro-batches come after that, and the rotary embedding is one tensor for all of them; so
         each call gets its own tensor object.
         """
-        if part not in self._parts:
+        if part not in self.parts:
             return kwargs
         if not (self.replays and self._layer.training and torch.is_grad_enabled()):
             return {**kwargs, "eager": True}

@@ -215,7 +215,7 @@ def build_dispatcher(
     local_expert_indices: list[int],
     config: TransformerConfig,
     pg_collection: ProcessGroupCollection,
-    deduplicate: bool = False,
+    deduplicate: bool,
 ) -> MoETokenDispatcher:
     """The FFN-only dispatcher that `config.moe_token_dispatcher_type` names.
 

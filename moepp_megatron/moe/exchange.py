@@ -35,8 +35,8 @@ class Exchange:
     ) -> None:
         self._group = group
         self._is_needed = group.size() > 1
-        self._send = [int(rows) for rows in send] if self._is_needed else []
-        self._receive = [int(rows) for rows in receive] if self._is_needed else []
+        self._send = [int(rows) for rows in send]
+        self._receive = [int(rows) for rows in receive]
         self._flight: tuple[dist.Work, Tensor, Tensor] | None = None
 
     def begin(self, rows: Tensor) -> Tensor:

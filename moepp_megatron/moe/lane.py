@@ -81,7 +81,7 @@ class MoEPPTransformerLayer(TransformerLayer):
         padding_mask: Tensor | None,
         tags: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        if self.captured is not None and self.captured.has_router:
+        if self.captured is not None and CudaGraphModule.moe_router in self.captured.parts:
             if padding_mask is not None:
                 raise ValueError(
                     "padding_mask must be None where TransformerConfig.cuda_graph_modules holds "
@@ -91,7 +91,7 @@ class MoEPPTransformerLayer(TransformerLayer):
                 hidden_states, previous_logits, **self._arguments(CudaGraphModule.moe_router)
             )
             routing = Routing(**dict(zip(_CAPTURED, chosen, strict=False)))
-            if self.captured.has_experts:
+            if CudaGraphModule.moe in self.captured.parts:
                 return self._captured_experts(hidden_states, normed, routing)
             residual = self._residual(hidden_states)
             output, logits = self.mlp(normed, chosen=routing)

@@ -17,7 +17,6 @@ from megatron.core import tensor_parallel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
-from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
@@ -34,15 +33,6 @@ from moepp_megatron.moe.statistics import RoutingStatistics, tracked_losses
 from moepp_megatron.moe.upstream_private import check_upstream
 from moepp_megatron.moe.upstream_settings import refuse_ignored
 from moepp_megatron.moe.zero_computation import Ingredients, ZeroComputationExperts
-
-
-class VanillaRouter(TopKRouter):
-    """megatron-core's router, whose selection bias learns from tokens that are not padding."""
-
-    def _apply_expert_bias(self, routing_map: Tensor, padding_mask: Tensor | None = None) -> None:
-        # megatron-core masks the map [T, E] by [T], which fails, or with T = E masks experts.
-        mask = None if padding_mask is None else padding_mask.unsqueeze(-1)
-        super()._apply_expert_bias(routing_map, mask)
 
 
 class _CountedLayer(MoELayer):
@@ -207,10 +197,11 @@ class MoEPPLayer(_CountedLayer):
                 f"layers train with tensor_model_parallel_size ({self.attn_tp_group.size()}) > 1"
             )
         padding = self.padding_of(hidden_states, padding_mask)
+        arguments = (hidden_states, previous_logits, padding, tags)
         if self.moe_layer_recompute and self.training:
-            return self._recomputed_forward(hidden_states, previous_logits, padding, tags)
+            return self._recomputed_forward(*arguments)
         if chosen is None:
-            return self._forward(hidden_states, previous_logits, padding, tags)
+            return self._forward(*arguments)
         return self._experts(hidden_states, self.router.settle(chosen))
 
     def padding_of(self, hidden_states: Tensor, padding_mask: Tensor | None) -> Tensor | None:
@@ -221,15 +212,8 @@ class MoEPPLayer(_CountedLayer):
             padding_mask.transpose(0, 1).bool(), hidden_states, self.config, self.attn_tp_group
         )
 
-    def _recomputed_forward(
-        self,
-        hidden_states: Tensor,
-        previous_logits: Tensor | None,
-        padding: Tensor | None,
-        tags: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
+    def _recomputed_forward(self, *arguments: Tensor | None) -> tuple[Tensor, Tensor]:
         """Same as `_forward`, run again in the backward pass; logits go in and out of it."""
-        arguments = (hidden_states, previous_logits, padding, tags)
         if not (self.config.fp8 or self.config.fp4):
             return tensor_parallel.checkpoint(self._forward, False, *arguments)
         # The backward pass runs outside of the FP8 context. Transformer Engine's own function

@@ -19,6 +19,7 @@ Shape suffixes: R rows sorted by expert, E local experts, D channels, F of an ex
 
 from collections.abc import Sequence
 from functools import cache
+from itertools import batched
 from typing import Any
 
 import torch
@@ -63,8 +64,8 @@ class CPUExperts(SequentialMLP):
             for linear in (expert.linear_fc1, expert.linear_fc2)
         ]
         weights = [linear.get_parameter("weight") for linear in _gathered(linears)]
-        tokens, gates = permuted_local_hidden_states, permuted_probs
-        return self.compute(tokens, gates, tokens_per_expert, weights), None
+        rows = permuted_local_hidden_states
+        return self.compute(rows, permuted_probs, tokens_per_expert, weights), None
 
     def compute(
         self, tokens: Tensor, gates: Tensor, tokens_per_expert: Tensor, weights: Sequence[Tensor]
@@ -137,9 +138,8 @@ def _forward(
 ) -> Tensor:
     """The gates times W_out (silu(W_gate x) * W_up x); `keep` receives fc1's results."""
     output = torch.empty_like(tokens)
-    parts = zip(*(_by_expert(each, rows) for each in (tokens, gates, output)), strict=True)
-    for index, (x, gate, out) in enumerate(parts):
-        weight_in, weight_out = weights[2 * index], weights[2 * index + 1]
+    parts = (_by_expert(each, rows) for each in (tokens, gates, output))
+    for x, gate, out, (weight_in, weight_out) in zip(*parts, batched(weights, 2), strict=True):
         if len(x):
             if keep is None:
                 activated = _activated(x, weight_in)
@@ -169,18 +169,19 @@ class _CPUExperts(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         rows, count = ctx.rows, len(ctx.rows)
         tokens, gates, *rest = ctx.saved_tensors
-        weights, hidden = rest[: 2 * count], rest[2 * count :]
+        weights, hidden = batched(rest[: 2 * count], 2), rest[2 * count :]
         input_grad, gate_grad = torch.empty_like(tokens), torch.empty_like(gates)
         weight_grads: list[Tensor] = []
         tensors = (tokens, gates, grads[0], input_grad, gate_grad)
-        parts = zip(*(_by_expert(tensor, rows) for tensor in tensors), strict=True)
-        for index, (x, gate, out_grad, x_grad, g_grad) in enumerate(parts):
-            weight_in, weight_out = weights[2 * index], weights[2 * index + 1]
+        parts = (_by_expert(tensor, rows) for tensor in tensors)
+        for x, gate, out_grad, x_grad, g_grad, projected, (weight_in, weight_out) in zip(
+            *parts, hidden, weights, strict=True
+        ):
             if not len(x):
                 weight_grads += [torch.zeros_like(weight_in), torch.zeros_like(weight_out)]
                 continue
             activated, projected_grad, grad = _activation_grads(
-                hidden[index], torch.mm(out_grad, weight_out), gate
+                projected, torch.mm(out_grad, weight_out), gate
             )
             g_grad.copy_(grad)
             torch.mm(projected_grad, weight_in, out=x_grad)
@@ -227,15 +228,14 @@ class GroupedExperts(CPUExperts):
     @staticmethod
     def suits(config: TransformerConfig) -> bool:
         """True if this class can replace `SequentialMLP`: bf16 on Hopper or newer."""
-        if not (
+        width = config.moe_ffn_hidden_size // config.expert_tensor_parallel_size
+        return (
             CPUExperts.suits(config)
             and torch.cuda.is_available()
             and config.params_dtype == torch.bfloat16
-        ):
-            return False
-        width = config.moe_ffn_hidden_size // config.expert_tensor_parallel_size
-        is_aligned = config.hidden_size % _ALIGNMENT == 0 and width % _ALIGNMENT == 0
-        return is_aligned and torch.cuda.get_device_capability() >= (9, 0)
+            and config.hidden_size % _ALIGNMENT == width % _ALIGNMENT == 0
+            and torch.cuda.get_device_capability() >= (9, 0)
+        )
 
     def compute(
         self, tokens: Tensor, gates: Tensor, tokens_per_expert: Tensor, weights: Sequence[Tensor]
@@ -272,8 +272,8 @@ class EngineExperts(TEGroupedMLP):
             for index in range(self.num_local_experts)
             for linear in linears
         ]
-        tokens, gates = permuted_local_hidden_states, permuted_probs
-        return _outputs(tokens, gates, tokens_per_expert, weights), None
+        rows = permuted_local_hidden_states
+        return _outputs(rows, permuted_probs, tokens_per_expert, weights), None
 
 
 def _outputs(

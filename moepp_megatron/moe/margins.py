@@ -31,18 +31,16 @@ OUT_OF_REACH = 2.0**_MOST_EXPONENT
 """The last edge: a `quantile` this far from 0 is one that no bias reaches."""
 
 
-@cache
-def edges() -> tuple[float, ...]:
-    """Upper ends of all bins but the last; 0 is one of them."""
-    bins = range(_LEAST_EXPONENT * _BINS_PER_OCTAVE, _MOST_EXPONENT * _BINS_PER_OCTAVE + 1)
-    sizes = [2.0 ** (place / _BINS_PER_OCTAVE) for place in bins]
-    return (*(-size for size in reversed(sizes)), 0.0, *sizes)
+_BINS = range(_LEAST_EXPONENT * _BINS_PER_OCTAVE, _MOST_EXPONENT * _BINS_PER_OCTAVE + 1)
+_SIZES = [2.0 ** (place / _BINS_PER_OCTAVE) for place in _BINS]
+EDGES = (*(-size for size in reversed(_SIZES)), 0.0, *_SIZES)
+"""Upper ends of all bins but the last; 0 is one of them."""
 
 
 @cache
 def _edges_on(device: torch.device) -> Tensor:
-    """`edges` as fp32 on a device: copied once, since a copy makes the device wait."""
-    return torch.tensor(edges(), device=device)
+    """`EDGES` as fp32 on a device: copied once, since a copy makes the device wait."""
+    return torch.tensor(EDGES, device=device)
 
 
 @torch.no_grad()
@@ -67,7 +65,7 @@ def count_margins(
     weights = torch.ones_like(bins)
     if padded is not None:
         weights = weights.masked_fill(padded.unsqueeze(-1), 0)
-    counts_B = torch.zeros(len(edges()) + 1, dtype=torch.int64, device=logits.device)
+    counts_B = torch.zeros(len(EDGES) + 1, dtype=torch.int64, device=logits.device)
     return counts_B.index_add_(0, bins.flatten(), weights.flatten())
 
 
@@ -75,14 +73,13 @@ def quantile(counts: Sequence[float], wanted: float) -> float:
     """The value up to which `wanted` of the margins counted in [B] bins lie.
 
     A bias on all FFN experts that rises by it gives them this number of selections. It is between
-    the first and the last of `edges`; within a bin margins count as evenly spread.
+    the first and the last of `EDGES`; within a bin margins count as evenly spread.
     """
-    ends = edges()
     place = next(
-        (i for i, total in enumerate(itertools.accumulate(counts)) if total >= wanted), len(ends)
+        (i for i, total in enumerate(itertools.accumulate(counts)) if total >= wanted), len(EDGES)
     )
-    if place in (0, len(ends)):
-        return ends[min(place, len(ends) - 1)]
-    low, high = ends[place - 1], ends[place]
+    if place in (0, len(EDGES)):
+        return EDGES[min(place, len(EDGES) - 1)]
+    low, high = EDGES[place - 1], EDGES[place]
     inside = wanted - sum(counts[:place])
     return low + (high - low) * inside / counts[place] if counts[place] > 0 else low

@@ -153,6 +153,5 @@ def get_moepp_mtp_block_spec(
     norm = final_norm(use_transformer_engine, inner)
     for layer in block.layer_specs:
         layer.submodules.enorm = layer.submodules.hnorm = layer.submodules.layer_norm = norm
-        has_lane = not moepp.is_vanilla and moepp.gating_residual
-        layer.module = _LaneMTPLayer if has_lane else _MTPLayer
+        layer.module = _LaneMTPLayer if moepp.gating_residual else _MTPLayer
     return block

@@ -113,8 +113,6 @@ class _DenseNodes(_Nodes):
 class _MoENodes(_Nodes):
     """A MoE++ layer. Tensors that skip a node are kept, detached, in `node.layer_state`."""
 
-    layer: MoEPPTransformerLayer
-
     def __init__(self, layer: MoEPPTransformerLayer) -> None:
         super().__init__(layer)
         self.experts: MoEPPLayer = layer.mlp

@@ -32,10 +32,3 @@ def local_mask(
     if config.sequence_parallel and len(padding_mask) == len(tokens) * tp_group.size():
         return padding_mask.chunk(tp_group.size())[tp_group.rank()]
     return padding_mask
-
-
-def without_padding(logits: Tensor, padding_mask: Tensor | None) -> Tensor:
-    """[s, b, E] logits with those of padding set to 0, so that later layers do not see them."""
-    if padding_mask is None:
-        return logits
-    return logits.masked_fill(padding_mask.bool().unsqueeze(-1), 0.0)

@@ -7,8 +7,7 @@ Shape suffixes: T tokens, D hidden size, E all experts, K selected experts per t
 width. Expert order: FFN, constant, copy, zero. Source: arXiv 2410.07348, named where used.
 """
 
-from dataclasses import dataclass
-from typing import assert_never
+from typing import NamedTuple, assert_never
 
 import torch
 import torch.nn.functional as F
@@ -20,8 +19,7 @@ from moepp_megatron.moe.config import LEAST_LOGIT_STD, MoEPPConfig
 from moepp_megatron.moe.scores import ffn_scores, score_of
 
 
-@dataclass
-class ReferenceOutput:
+class _ReferenceOutput(NamedTuple):
     """The results of one layer.
 
     Attributes:
@@ -74,7 +72,7 @@ class ReferenceMoEPP(nn.Module):
 
     def forward(
         self, x_TD: Tensor, previous_logits_TE: Tensor | None = None, padded_T: Tensor | None = None
-    ) -> ReferenceOutput:
+    ) -> _ReferenceOutput:
         """Route the tokens, run the selected experts, add up what they return.
 
         With `padded_T` (bool, True for padding) only the other tokens are processed; the output for
@@ -98,25 +96,19 @@ class ReferenceMoEPP(nn.Module):
             weighted = gates_TE[tokens, index, None] * result
             output_TD = output_TD.index_add(0, tokens, weighted.to(x_TD.dtype))
         loss = balance_loss(scores_TE, selected_TE, self.config)
-        return ReferenceOutput(output_TD, logits_TE, gates_TE, selected_TE, loss)
+        return _ReferenceOutput(output_TD, logits_TE, gates_TE, selected_TE, loss)
 
     def _without_padding(
         self, x_TD: Tensor, previous_logits_TE: Tensor | None, padded_T: Tensor
-    ) -> ReferenceOutput:
+    ) -> _ReferenceOutput:
         tokens = (~padded_T).nonzero().squeeze(-1)
         others = [t if t is None else t[tokens] for t in (x_TD, previous_logits_TE)]
-        output = self(*others)
 
         def in_place(values: Tensor) -> Tensor:
             return values.new_zeros(len(x_TD), values.shape[1]).index_copy(0, tokens, values)
 
-        return ReferenceOutput(
-            in_place(output.hidden_TD),
-            in_place(output.logits_TE),
-            in_place(output.gates_TE),
-            in_place(output.selected_TE),
-            output.balance_loss,
-        )
+        *of_tokens, loss = self(*others)
+        return _ReferenceOutput._make([*map(in_place, of_tokens), loss])
 
     def route(self, x_TD: Tensor, previous_logits_TE: Tensor | None) -> Tensor:
         """Router logits: `z_j = W_j x + G_j z_(j-1)` (gating residuals), in fp32."""

@@ -27,7 +27,7 @@ from moepp_megatron.moe.capacity import within_capacity
 from moepp_megatron.moe.config import MoEPPConfig
 from moepp_megatron.moe.gate_product import gate_product
 from moepp_megatron.moe.kernels import use_kernels
-from moepp_megatron.moe.padding import flat_mask, without_padding
+from moepp_megatron.moe.padding import flat_mask
 from moepp_megatron.moe.parameter import replicated_parameter
 from moepp_megatron.moe.router_health import RouterHealth
 from moepp_megatron.moe.selection import Routing, select, standardized
@@ -116,17 +116,19 @@ class MoEPPRouter(TopKRouter):
             ValueError: If the mask has another shape.
         """
         padded = flat_mask(padding_mask, input)
-        logits, mixing_logits = self.compute_logits(input, previous_logits, mixing_weight)
-        logits = without_padding(logits, padding_mask)
-        chosen = self._choose(logits, padded)._replace(mixing_logits=mixing_logits)
+        chosen = self.choose(input, previous_logits, mixing_weight, padded)
         return self.settle(chosen, padded, previous_logits, tags)
 
     def choose(
-        self, input: Tensor, previous_logits: Tensor | None, mixing_weight: Tensor | None = None
+        self,
+        input: Tensor,
+        previous_logits: Tensor | None,
+        mixing_weight: Tensor | None = None,
+        padded: Tensor | None = None,
     ) -> Routing:
         """`forward` before `settle`: has no effect but its result, so a graph can hold it."""
         logits, mixing_logits = self.compute_logits(input, previous_logits, mixing_weight)
-        return self._choose(logits)._replace(mixing_logits=mixing_logits)
+        return self._choose(logits, padded)._replace(mixing_logits=mixing_logits)
 
     def compute_logits(
         self, input: Tensor, previous_logits: Tensor | None, mixing_weight: Tensor | None = None
@@ -139,7 +141,8 @@ class MoEPPRouter(TopKRouter):
         # megatron-core adds the noise in validation too; there it would only blur the loss.
         jitters = self.training and self.config.moe_input_jitter_eps is not None
         mixing_logits = None
-        apart = jitters or self.bias is not None or self._in_fp64 or self._has_another_gate
+        in_fp64 = self.config.moe_router_dtype == "fp64"
+        apart = jitters or self.bias is not None or in_fp64 or self._has_another_gate
         if mixing_weight is None or apart:
             logits = self.gating(self.apply_input_jitter(input) if jitters else input)
         else:
@@ -173,10 +176,6 @@ class MoEPPRouter(TopKRouter):
     def _num_tracked(self) -> int:
         """Layers in megatron-core's tracker: the decoder's and those of multi-token prediction."""
         return int(self.config.num_layers + (self.config.mtp_num_layers or 0))
-
-    @property
-    def _in_fp64(self) -> bool:
-        return bool(self.config.moe_router_dtype == "fp64")
 
     @property
     def logits_weight(self) -> Tensor:
@@ -227,8 +226,7 @@ class MoEPPRouter(TopKRouter):
             gates [T, E] fp32 and routing map [T, E] bool.
         """
         padded = flat_mask(padding_mask, logits)
-        chosen = self._choose(without_padding(logits, padding_mask), padded)
-        return self.settle(chosen, padded)[:2]
+        return self.settle(self._choose(logits, padded), padded)[:2]
 
     def apply_z_loss(self, logits: Tensor, padding_mask: Tensor | None = None) -> Tensor:
         """Like megatron-core's, but with the right mean where ranks have unequal padding.
@@ -257,7 +255,10 @@ class MoEPPRouter(TopKRouter):
         attached = attached_loss(loss, coeff, num_tokens, self.calculate_per_token_loss)
         return MoEAuxLossAutoScaler.apply(logits, attached)
 
-    def _choose(self, logits: Tensor, padded: Tensor | None = None) -> Routing:
+    def _choose(self, logits: Tensor, padded: Tensor | None) -> Routing:
+        if padded is not None:
+            # So that later layers do not see those of padding.
+            logits = logits.masked_fill(padded.view(*logits.shape[:2], 1), 0.0)
         logits_TE = self.apply_z_loss(logits.view(-1, self.moepp.num_experts), padded)
         logits_TE = standardized(logits_TE, self.moepp.logits_norm_std)
         num_sequences = None

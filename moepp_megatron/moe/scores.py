@@ -19,7 +19,7 @@ from moepp_megatron.moe.config import MoEPPConfig
 _LEAST_LOGIT = -40.0
 
 
-class Score(NamedTuple):
+class _Score(NamedTuple):
     """A score function of logits [..., E].
 
     `logs` are logarithms of the scores, which do not underflow, up to a constant for each token.
@@ -50,14 +50,14 @@ def _log_sqrt_softplus(logits: Tensor) -> Tensor:
     return 0.5 * torch.where(logits < _LEAST_LOGIT, logits, log)
 
 
-SCORES: dict[str, Score] = {
-    "softmax": Score(partial(torch.softmax, dim=-1), lambda logits: logits, sums_to_one=True),
-    "sigmoid": Score(torch.sigmoid, F.logsigmoid),
-    "sqrtsoftplus": Score(_sqrt_softplus, _log_sqrt_softplus),
+SCORES: dict[str, _Score] = {
+    "softmax": _Score(partial(torch.softmax, dim=-1), lambda logits: logits, sums_to_one=True),
+    "sigmoid": _Score(torch.sigmoid, F.logsigmoid),
+    "sqrtsoftplus": _Score(_sqrt_softplus, _log_sqrt_softplus),
 }
 
 
-def score_of(config: MoEPPConfig) -> Score:
+def score_of(config: MoEPPConfig) -> _Score:
     """The score function that `config.score_function` names; ValueError if it is not listed."""
     if config.score_function not in SCORES:
         known = " or ".join(SCORES)

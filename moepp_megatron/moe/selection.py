@@ -107,7 +107,7 @@ def _ranked(logits: Tensor, scores: Tensor, bias: Tensor | None, config: MoEPPCo
 def _chosen(ranked_TE: Tensor, topk: int, replay: RouterReplay | None) -> Tensor:
     """[T, K] int64 selected experts, those of `replay` where it gives some."""
     if replay is None:
-        return top_experts(ranked_TE, topk)
+        return _top_experts(ranked_TE, topk)
     # Any object with this method: loops of reinforcement learning put their own in its place.
     _, chosen_TK = replay.get_replay_topk(ranked_TE, topk, None, None, _best)
     if chosen_TK.shape != (len(ranked_TE), topk):
@@ -122,7 +122,7 @@ def _best(
     scores_TE: Tensor, topk: int, num_groups: int | None = None, group_topk: int | None = None
 ) -> tuple[Tensor, Tensor]:
     """[T, K] scores and experts, as `RouterReplay` calls it; groups are limited before."""
-    chosen_TK = top_experts(scores_TE, topk)
+    chosen_TK = _top_experts(scores_TE, topk)
     return scores_TE.gather(1, chosen_TK), chosen_TK
 
 
@@ -159,7 +159,7 @@ def standardized(logits: Tensor, std: float | None, whole: Tensor | None = None)
 
 
 @torch.no_grad()
-def top_experts(scores: Tensor, topk: int) -> Tensor:
+def _top_experts(scores: Tensor, topk: int) -> Tensor:
     """The experts with the largest scores of each token; between equal scores the first expert.
 
     `torch.topk` leaves open which of two equal scores it returns, and its choice differs with the

@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from megatron.core.models.gpt.gpt_layer_specs import (
@@ -12,6 +13,7 @@ from megatron.core.models.gpt.gpt_layer_specs import (
 from megatron.core.transformer.enums import LayerType
 from megatron.core.transformer.moe.experts import SequentialMLP, TEGroupedMLP
 from megatron.core.transformer.moe.moe_layer import ExpertsBuilder, MoESubmodules
+from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.torch_norm import LayerNormBuilder
@@ -20,11 +22,12 @@ from megatron.core.transformer.transformer_block import (
     get_num_layers_to_build,
 )
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.transformer_layer import MlpBuilder, get_transformer_layer_offset
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
+from torch import Tensor
 
 from moepp_megatron.moe.config import MoEPPConfig
 from moepp_megatron.moe.lane import MoEPPTransformerLayer
-from moepp_megatron.moe.layer import MoEPPLayer, VanillaMoELayer, VanillaRouter
+from moepp_megatron.moe.layer import MoEPPLayer, VanillaMoELayer
 from moepp_megatron.moe.local_experts import (
     CPUExperts,
     EngineExperts,
@@ -67,12 +70,10 @@ def get_moepp_layer_spec(
         check_upstream()
         refuse_ignored(config, moepp)
     spec = _base_layer_spec(config, config.num_moe_experts, use_transformer_engine, adapt)
-    upstream: MlpBuilder = spec.submodules.mlp
-    submodules: MoESubmodules = upstream.keywords["submodules"]
+    submodules: MoESubmodules = spec.submodules.mlp.keywords["submodules"]
     if moepp.is_vanilla:
         own = vanilla_submodules(submodules, config)
-        mlp: MlpBuilder = partial(VanillaMoELayer, submodules=own)
-        return with_submodules(spec, mlp=mlp)
+        return with_submodules(spec, mlp=partial(VanillaMoELayer, submodules=own))
     router = partial(MoEPPRouter, moepp=moepp, has_residual=has_residual)
     submodules = dataclasses.replace(
         submodules, router=router, experts=_experts(submodules.experts, config, moepp)
@@ -111,16 +112,9 @@ def get_moepp_block_spec(
     pipeline rank is Megatron's global one where None; the rest is as in `get_moepp_layer_spec`.
     """
     pattern = moe_layer_pattern(config)
-    layer = partial(
-        get_moepp_layer_spec,
-        config,
-        moepp,
-        use_transformer_engine=use_transformer_engine,
-        adapt=adapt,
-    )
-    dense = get_dense_layer_spec(
-        config, moepp, use_transformer_engine=use_transformer_engine, adapt=adapt
-    )
+    backend: dict[str, Any] = {"use_transformer_engine": use_transformer_engine, "adapt": adapt}
+    layer = partial(get_moepp_layer_spec, config, moepp, **backend)
+    dense = get_dense_layer_spec(config, moepp, **backend)
     first_moe_layer = pattern.index(True)
     layers = [
         layer(has_residual=index > first_moe_layer) if is_moe else dense
@@ -155,12 +149,21 @@ def router_pattern(config: TransformerConfig) -> list[bool]:
     return pattern + pattern[-1:] * (config.mtp_num_layers or 0)
 
 
+class _VanillaRouter(TopKRouter):
+    """megatron-core's router, whose selection bias learns from tokens that are not padding."""
+
+    def _apply_expert_bias(self, routing_map: Tensor, padding_mask: Tensor | None = None) -> None:
+        # megatron-core masks the map [T, E] by [T], which fails, or with T = E masks experts.
+        mask = None if padding_mask is None else padding_mask.unsqueeze(-1)
+        super()._apply_expert_bias(routing_map, mask)
+
+
 def vanilla_submodules(submodules: MoESubmodules, config: TransformerConfig) -> MoESubmodules:
-    """megatron-core's own with `VanillaRouter`; on a GPU local experts in MoE++'s grouped product.
+    """megatron-core's own with `_VanillaRouter`; on a GPU local experts in MoE++'s grouped product.
 
     One after another they would make MoE++ look faster than it is.
     """
-    submodules = dataclasses.replace(submodules, router=VanillaRouter)
+    submodules = dataclasses.replace(submodules, router=_VanillaRouter)
     if not torch.cuda.is_available():
         return submodules
     return dataclasses.replace(submodules, experts=_experts(submodules.experts, config))

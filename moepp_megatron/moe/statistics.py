@@ -212,10 +212,10 @@ class RouterWatch:
             self._count_tags(chosen, tags, padded)
         if self.statistics.watches_margins:
             assert bias is not None, "margins are counted for the controller of a bias"
-            margins = count_margins(self._logits(chosen), bias, self._config, padded)
+            margins = count_margins(self._scaled(chosen), bias, self._config, padded)
             self.statistics.add_margins(margins)
         if self.statistics.watches_logits:
-            self.statistics.add_logits(self._logits(chosen))
+            self.statistics.add_logits(self._scaled(chosen))
         if measures:
             self._measure(kept, bias, residual, padded)
 
@@ -236,21 +236,16 @@ class RouterWatch:
         residual: tuple[Tensor, Tensor] | None,
         padded: Tensor | None,
     ) -> None:
-        logits_TE = own_TE = self._logits(kept)
+        logits_TE = own_TE = self._scaled(kept)
         if residual is not None:
             weight, previous = (part.detach().to(own_TE.dtype) for part in residual)
             # In the scale of the sum, so that it is the difference of what is compared.
-            own_TE = own_TE - self._scaled(previous.reshape(own_TE.shape) @ weight.T, kept)
+            own_TE = own_TE - self._scaled(kept, previous.reshape(own_TE.shape) @ weight.T)
         self.health.add_routing(logits_TE, own_TE, kept.routing_map, bias, padded)
 
-    def _logits(self, routing: Routing) -> Tensor:
-        """[T, E] the logits that experts are selected by, without gradient."""
+    def _scaled(self, routing: Routing, part: Tensor | None = None) -> Tensor:
+        """[T, E] the logits that experts are selected by, without gradient, or a part of them."""
         assert routing.logits is not None, "a router's result has its logits"
-        return self._scaled(routing.logits.detach(), routing)
-
-    def _scaled(self, part: Tensor, routing: Routing) -> Tensor:
-        """[T, E] a part of the logits as the selection scales the whole of them."""
-        shape = -1, self._config.num_experts
-        assert routing.logits is not None, "a router's result has its logits"
-        whole_TE = routing.logits.detach().reshape(shape)
-        return standardized(part.reshape(shape), self._config.logits_norm_std, whole_TE)
+        whole_TE = routing.logits.detach().reshape(-1, self._config.num_experts)
+        part_TE = whole_TE if part is None else part.reshape(whole_TE.shape)
+        return standardized(part_TE, self._config.logits_norm_std, whole_TE)

@@ -55,7 +55,7 @@ def groups(tags: Tensor) -> Tensor:
     return tags.reshape(-1) & ((1 << SOURCE) - 1)
 
 
-def sources(tags: Tensor) -> Tensor:
+def _sources(tags: Tensor) -> Tensor:
     """[T] int64 data sources from tags [s, b]."""
     return tags.reshape(-1) >> SOURCE
 
@@ -89,7 +89,7 @@ def count_by_tags(
     `num_ffn` columns are FFN experts.
     """
     if len(counts.sources):
-        counts.sources.index_add_(0, sources(tags), selected.long())
+        counts.sources.index_add_(0, _sources(tags), selected.long())
     if len(counts.groups):
         ffn = selected[:, :num_ffn].sum(dim=-1)
         tokens = torch.ones_like(ffn) if padded is None else (~padded).to(ffn.dtype)

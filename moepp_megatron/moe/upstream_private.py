@@ -8,6 +8,7 @@ the middle of a step or, worse, a number that is wrong. docs/upgrading.md says w
 import importlib
 import inspect
 import logging
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -25,179 +26,144 @@ class _PrivateName:
     """A private name.
 
     Attributes:
-        module: Where it is, below `megatron.core`.
-        owner: Its class; empty for a name of the module itself.
-        name: The method, or the attribute that the class's constructor sets, as 0.19 calls it.
+        path: Its place below `megatron.core`, as 0.19 calls it: `module:Class.name` for a method,
+            or an attribute that the class's constructor sets; `module:name` without a class.
         use: Whether it is called, overridden, or read (or set).
-        parameters: Names of the parameters that this package relies on.
+        parameters: Names of the parameters that this package relies on, with spaces between them.
     """
 
-    module: str
-    owner: str
-    name: str
+    path: str
     use: Use
     reason: str
-    parameters: tuple[str, ...] = ()
+    parameters: str = ""
 
+    @property
+    def name(self) -> str:
+        """The name by itself."""
+        return re.split("[:.]", self.path)[-1]
 
-_LAYER = ("transformer.transformer_layer", "TransformerLayer")
-_MTP_LAYER = ("transformer.multi_token_prediction", "MultiTokenPredictionLayer")
-_DISPATCHERS = "transformer.moe.token_dispatcher"
 
 # What layers need, in any loop.
 _LAYER_NAMES = (
     _PrivateName(
-        *_LAYER,
-        "_forward_attention",
+        "transformer.transformer_layer:TransformerLayer._forward_attention",
         "called",
         "first half of a layer; a CUDA graph captures it under this name",
-        ("hidden_states", "attention_mask", "context", "rotary_pos_emb"),
+        "hidden_states attention_mask context rotary_pos_emb",
     ),
     _PrivateName(
-        *_LAYER,
-        "_forward_mlp",
+        "transformer.transformer_layer:TransformerLayer._forward_mlp",
         "called",
         "second half of a layer without experts",
-        ("inference_context", "padding_mask", "packed_seq_params"),
+        "inference_context padding_mask packed_seq_params",
     ),
     _PrivateName(
-        *_LAYER,
-        "_forward_pre_mlp_layernorm",
+        "transformer.transformer_layer:TransformerLayer._forward_pre_mlp_layernorm",
         "called",
         "norm before the router, with its recomputation and offloading",
-        ("hidden_states",),
+        "hidden_states",
     ),
     _PrivateName(
-        *_LAYER,
-        "_forward_post_mlp",
+        "transformer.transformer_layer:TransformerLayer._forward_post_mlp",
         "called",
         "residual addition, and the end of the norm's recomputation and offloading",
-        ("mlp_output_with_bias", "residual"),
+        "mlp_output_with_bias residual",
     ),
     _PrivateName(
-        "transformer.moe.router",
-        "TopKRouter",
-        "_apply_expert_bias",
+        "transformer.moe.router:TopKRouter._apply_expert_bias",
         "overridden",
         "megatron-core masks the selections [T, E] of padding by [T]",
-        ("routing_map", "padding_mask"),
+        "routing_map padding_mask",
     ),
     _PrivateName(
-        _DISPATCHERS,
-        "MoEAlltoAllTokenDispatcher",
-        "_maybe_dtoh_and_synchronize",
+        "transformer.moe.token_dispatcher:MoEAlltoAllTokenDispatcher._maybe_dtoh_and_synchronize",
         "overridden",
         "the number of permuted rows comes from the routing map, and is needed on the host",
-        ("point", "tokens_per_expert"),
+        "point tokens_per_expert",
     ),
     _PrivateName(
-        _DISPATCHERS,
-        "MoEFlexTokenDispatcher",
-        "_comm_manager",
+        "transformer.moe.token_dispatcher:MoEFlexTokenDispatcher._comm_manager",
         "read",
         "DeepEP gets indices with unused slots; bytes are counted from its indices",
     ),
     _PrivateName(
-        _DISPATCHERS,
-        "_DeepepManager",
-        "_indices_to_multihot",
+        "transformer.moe.token_dispatcher:_DeepepManager._indices_to_multihot",
         "called",
         "an object's is replaced, so that the host does not wait for a selection by a mask",
-        ("indices", "probs"),
+        "indices probs",
     ),
     _PrivateName(
-        "models.common.model_chunk_schedule_plan",
-        "TransformerLayerSchedulePlan",
-        "_build_callable_nodes",
+        "models.common.model_chunk_schedule_plan:TransformerLayerSchedulePlan._build_callable_nodes",
         "overridden",
         "nodes of the combined schedule that carry the router logits",
-        ("event", "comp_stream", "comm_stream", "extra_args"),
+        "event comp_stream comm_stream extra_args",
     ),
     _PrivateName(
-        "transformer.multi_latent_attention",
-        "MLASelfAttention",
-        "_qkv_down_projection",
+        "transformer.multi_latent_attention:MLASelfAttention._qkv_down_projection",
         "overridden",
         "the whole gradient of the shared position key on local modules",
-        ("hidden_states",),
+        "hidden_states",
     ),
     _PrivateName(
-        *_MTP_LAYER,
-        "_concat_embeddings",
+        "transformer.multi_token_prediction:MultiTokenPredictionLayer._concat_embeddings",
         "overridden",
         "the router logits go past the projection",
-        ("hidden_states", "decoder_input"),
+        "hidden_states decoder_input",
     ),
     _PrivateName(
-        *_MTP_LAYER,
-        "_get_embeddings",
+        "transformer.multi_token_prediction:MultiTokenPredictionLayer._get_embeddings",
         "overridden",
         "the padding mask moves with the tokens, and what lies beyond the end is padding",
-        ("padding_mask",),
+        "padding_mask",
     ),
     _PrivateName(
-        *_MTP_LAYER,
-        "_postprocess",
+        "transformer.multi_token_prediction:MultiTokenPredictionLayer._postprocess",
         "overridden",
         "the router logits go past the norm",
-        ("hidden_states",),
+        "hidden_states",
     ),
     _PrivateName(
-        "models.common.language_module.language_module",
-        "LanguageModule",
-        "_scale_logits",
+        "models.common.language_module.language_module:LanguageModule._scale_logits",
         "called",
         "the scale of muP",
-        ("logits",),
+        "logits",
     ),
     _PrivateName(
-        "models.common.embeddings.rotary_pos_embedding",
-        "RotaryEmbedding",
-        "_apply_scaling",
+        "models.common.embeddings.rotary_pos_embedding:RotaryEmbedding._apply_scaling",
         "called",
         "HybridModel does not hand on rope_scaling",
-        ("freqs", "factor"),
+        "freqs factor",
     ),
 )
 PRIVATE_NAMES = (
     *_LAYER_NAMES,
     # Of training/checkpoint: what is missing would be found at a run's first save.
     _PrivateName(
-        "dist_checkpointing.strategies.torch",
-        "TorchDistSaveShardedStrategy",
-        "_get_save_and_finalize_callbacks",
+        "dist_checkpointing.strategies.torch:TorchDistSaveShardedStrategy._get_save_and_finalize_callbacks",
         "overridden",
         "a save that only plans which rank writes what",
-        ("writer", "save_state_dict_ret", "async_strategy"),
+        "writer save_state_dict_ret async_strategy",
     ),
     _PrivateName(
-        "dist_checkpointing.strategies.torch",
-        "",
-        "_get_filesystem_reader",
+        "dist_checkpointing.strategies.torch:_get_filesystem_reader",
         "read",
         "replaced while loading, so that nothing unpickles a checkpoint's index",
     ),
     _PrivateName(
-        "dist_checkpointing.strategies.filesystem_async",
-        "",
-        "_results_queue",
+        "dist_checkpointing.strategies.filesystem_async:_results_queue",
         "read",
         "set, so that no process is started for a queue that nothing reads",
     ),
     # Of training/optimizers.py.
     _PrivateName(
-        "optimizer",
-        "",
-        "_get_megatron_emerging_optimizer",
+        "optimizer:_get_megatron_emerging_optimizer",
         "called",
         "overrides that give routers to AdamW, which get_megatron_optimizer refuses",
-        ("config", "model_chunks", "config_overrides"),
+        "config model_chunks config_overrides",
     ),
     # Of training/setup.py.
     _PrivateName(
-        "tensor_parallel.random",
-        "",
-        "_get_share_storage",
+        "tensor_parallel.random:_get_share_storage",
         "called",
         "compiles the extension of recompute_modules before the first step",
     ),
@@ -245,26 +211,27 @@ def _name_undecided() -> None:
 
 def _moved_from(private: _PrivateName) -> Iterator[str]:
     """The differences of one name from the tested version; empty if there are none."""
-    what = f"{private.owner or private.module}.{private.name}"
+    module, _, place = private.path.partition(":")
+    kind = place.rpartition(".")[0]
+    what = f"{kind or module}.{private.name}"
     try:
-        owner: Any = importlib.import_module(f"megatron.core.{private.module}")
-        if private.owner:
-            owner = getattr(owner, private.owner)
+        owner: Any = importlib.import_module(f"megatron.core.{module}")
+        if kind:
+            owner = getattr(owner, kind)
     except (ImportError, AttributeError):
-        yield f"{private.module}.{private.owner} is gone"
+        yield f"{module}.{kind} is gone"
         return
-    if not private.owner:
-        if not hasattr(owner, private.name):
-            yield f"{what} is gone ({private.reason})"
-        return
-    if private.use == "read":
-        if private.name not in owner.__init__.__code__.co_names:
-            yield f"{what} is gone ({private.reason})"
-        return
-    method = by_name(owner, private.name)
-    if method is None:
+    method = None
+    if not kind:
+        is_there = hasattr(owner, private.name)
+    elif private.use == "read":
+        is_there = private.name in owner.__init__.__code__.co_names
+    else:
+        method = by_name(owner, private.name)
+        is_there = method is not None
+    if not is_there:
         yield f"{what} is gone ({private.reason})"
-        return
-    lacking = set(private.parameters) - set(inspect.signature(method).parameters)
-    if lacking:
-        yield f"{what} has no {', '.join(sorted(lacking))} any more"
+    elif method is not None:
+        lacking = set(private.parameters.split()) - set(inspect.signature(method).parameters)
+        if lacking:
+            yield f"{what} has no {', '.join(sorted(lacking))} any more"

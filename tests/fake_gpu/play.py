@@ -183,7 +183,7 @@ class _Run:
     def __init__(self, config, layout, case, outcome):
         from megatron.core.optimizer.optimizer import SEPARATE_GRAD_NORM_GROUPS
 
-        from moepp_megatron.model.build import build_chunks
+        from moepp_megatron.model.build import _build_chunks
         from moepp_megatron.training import setup
         from moepp_megatron.training.optimizers import build_optimizer
         from moepp_megatron.training.schedule import build_schedule
@@ -192,7 +192,7 @@ class _Run:
         setup._start_a_kernel()
         setup._replace_l2_norm()
         with torch.device("cuda"):
-            models = build_chunks(config)
+            models = _build_chunks(config)
         answers.restore_orders(models)
         schedule_config, chunks = setup._wrap_models(models, config)
         optimizer = build_optimizer(config, chunks)

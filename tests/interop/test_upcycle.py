@@ -167,12 +167,13 @@ def test_bias_bounds_every_score_of_an_added_expert():
     """Worst tokens: those that point along an added row, away from the FFN rows."""
     import torch
 
-    from moepp_megatron.interop.upcycle import _new_rows, _noise, _selection_bias
+    from moepp_megatron.interop.upcycle import _new_rows, _selection_bias
+    from moepp_megatron.model.initialize import seeded_noise
 
-    ffn, norm = 0.3 * _noise(1, "ffn", (5, 24)), 1.0 + 0.5 * _noise(1, "norm", (24,))
-    rows = torch.cat([ffn, _new_rows(ffn, norm, _noise(1, "added", (3, 24)))])
+    ffn, norm = 0.3 * seeded_noise(1, "ffn", (5, 24)), 1.0 + 0.5 * seeded_noise(1, "norm", (24,))
+    rows = torch.cat([ffn, _new_rows(ffn, norm, seeded_noise(1, "added", (3, 24)))])
     bias = _selection_bias(rows, norm, 5)
-    directions = torch.cat([norm * (rows[5:] - ffn.mean(dim=0)), _noise(1, "u", (2000, 24))])
+    directions = torch.cat([norm * (rows[5:] - ffn.mean(dim=0)), seeded_noise(1, "u", (2000, 24))])
     u = directions / directions.norm(dim=-1, keepdim=True) * 24**0.5
     scores = torch.softmax((norm * u) @ rows.T, dim=-1)
     assert (scores[:, 5:].amax(dim=-1) < bias[0] + scores[:, :5].amin(dim=-1)).all()

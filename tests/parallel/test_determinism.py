@@ -40,10 +40,10 @@ def test_repeated_runs_are_bitwise_equal(trained, layout, dtype):
 
 
 def ties():
-    """`top_experts` against the definition, on scores with many equal values."""
+    """`_top_experts` against the definition, on scores with many equal values."""
     import torch
 
-    from moepp_megatron.moe.selection import top_experts
+    from moepp_megatron.moe.selection import _top_experts
 
     generator = torch.Generator().manual_seed(1)
     for experts in (2, 5, 12, 40, 200):
@@ -53,7 +53,7 @@ def ties():
             scores[200] = -0.0
             scores[200, ::2] = 0.0
             expected = scores.argsort(dim=-1, descending=True, stable=True)[:, :topk]
-            assert torch.equal(top_experts(scores, topk), expected), (experts, topk)
+            assert torch.equal(_top_experts(scores, topk), expected), (experts, topk)
 
 
 def test_between_equal_scores_the_first_expert_wins(ranks):

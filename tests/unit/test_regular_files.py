@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from moepp_megatron.config.regular_file import check_regular
-from moepp_megatron.interop.score import read_input_ids, text_of
+from moepp_megatron.interop.score import _read_input_ids, text_of
 from moepp_megatron.observe.metrics import MetricsError, read_metrics
 from moepp_megatron.observe.status import RunStatus
 from moepp_megatron.observe.tail import Tail
@@ -43,7 +43,7 @@ def test_files_that_options_name_are_regular(kind, pipe):
     given = pipe if kind == "pipe" else Path(kind)
     for read, option in (
         (text_of, "--text"),
-        (read_input_ids, "--tokens"),
+        (_read_input_ids, "--tokens"),
         (read_runs, "--measured"),
     ):
         with config_error(rf"{option} \({given}\) .*Not a regular file"):

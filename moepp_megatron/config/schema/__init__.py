@@ -18,42 +18,24 @@ slurm.py             section `slurm`: what `moepp slurm` asks the scheduler for
 training.py          section `training`: batches, length, recomputation and logging
 """
 
-from moepp_megatron.config.schema.checkpoint import CheckpointSection
 from moepp_megatron.config.schema.data import BlendPart
-from moepp_megatron.config.schema.latent_attention import LatentAttentionSection
 from moepp_megatron.config.schema.observe import WandbSection
-from moepp_megatron.config.schema.optimizer import OptimizerSection
-from moepp_megatron.config.schema.parallel import ParallelSection
-from moepp_megatron.config.schema.precision import PrecisionSection
 from moepp_megatron.config.schema.resilience import ResilienceSection
 from moepp_megatron.config.schema.section import Section
-from moepp_megatron.config.schema.slurm import SlurmSection
 from moepp_megatron.features.registry import (
     Config,
     DataSection,
     ModelSection,
     MoESection,
-    ObserveSection,
-    RunSection,
-    TrainingSection,
 )
 
 __all__ = [
     "BlendPart",
-    "CheckpointSection",
     "Config",
     "DataSection",
-    "LatentAttentionSection",
     "ModelSection",
     "MoESection",
-    "ObserveSection",
-    "OptimizerSection",
-    "ParallelSection",
-    "PrecisionSection",
     "ResilienceSection",
-    "RunSection",
     "Section",
-    "SlurmSection",
-    "TrainingSection",
     "WandbSection",
 ]

@@ -66,6 +66,11 @@ class EngineConfig(Section):
         return pattern + pattern[-1:] * depths
 
     @property
+    def layers_per_rank(self) -> int:
+        """Layers of the decoder that a pipeline rank has, where they are divided evenly."""
+        return self.model.num_layers // self.parallel.pipeline_model_parallel_size
+
+    @property
     def warmup_iters(self) -> int:
         """Steps of warm-up: `optimizer.warmup_iters`, or a tenth of a run that is no longer.
 

@@ -36,11 +36,6 @@ def _blends(config: Config) -> Iterator[tuple[str, Sequence[BlendPart]]]:
         yield f"data.stages[{index}].blend", stage.blend
 
 
-def _weights(config: Config) -> Iterator[tuple[str, list[float]]]:
-    for name, parts in _blends(config):
-        yield name, [part.weight for part in parts]
-
-
 def _blends_name_a_folder_once(config: Config) -> Iterator[Problem]:
     """Two weights of one folder would be one, in one order of its samples."""
     rule = "must be another folder than those before it"
@@ -123,7 +118,7 @@ class EngineDataSection(Section):
             value=lambda c: [str(part.path) for part in c.data.blend],
         ),
         each(
-            _weights,
+            lambda c: [(name, [part.weight for part in parts]) for name, parts in _blends(c)],
             lambda weights: sum(weights) <= 0,
             "must have at least one folder with a weight above 0",
             "use [{{path: DIR, weight: 1}}]",

@@ -23,10 +23,6 @@ def _is_not_stretched(config: Config) -> bool:
     return latent.rope_type == "yarn" and latent.beta_slow >= latent.beta_fast
 
 
-def _recomputes_expansion(config: Config) -> bool:
-    return "mla_up_proj" in config.training.recompute_modules
-
-
 class LatentAttentionSection(Section):
     """Sizes of the compressed vectors and of the heads, and the rotation of the heads' part.
 
@@ -116,7 +112,7 @@ class LatentAttentionSection(Section):
             # Transformer Engine's checkpoint would have to enter FP8 again for the expansion.
             refuse(
                 "training.recompute_modules",
-                lambda c: c.precision.fp8 is not None and _recomputes_expansion(c),
+                lambda c: c.precision.fp8 and "mla_up_proj" in c.training.recompute_modules,
                 "must not hold mla_up_proj with precision.fp8 ({precision.fp8}): its repetition "
                 "has not been tested in FP8",
                 "leave mla_up_proj out, or set precision.fp8 to null",
@@ -126,9 +122,7 @@ class LatentAttentionSection(Section):
             "not model.latent_attention",
             refuse(
                 "training.recompute_modules",
-                lambda c: (
-                    c.training.recompute_granularity == "selective" and _recomputes_expansion(c)
-                ),
+                lambda c: "mla_up_proj" in c.training.recomputed,
                 "must not hold mla_up_proj without model.latent_attention",
                 "leave mla_up_proj out, or give model.latent_attention",
             ),

@@ -133,14 +133,11 @@ class MegatronSection(Section):
                 "must hold core_attn with attn_proj, whose input is its output",
                 "add core_attn",
             ),
-            group(
-                "training.recompute_granularity selective",
-                _modules(
-                    lambda c: _EXPERTS & _offloaded(c) and "moe" in c.training.recompute_modules,
-                    "must not hold expert_fc1 or moe_act with moe in training.recompute_modules, "
-                    "which keeps neither",
-                    "leave them out",
-                ),
+            _modules(
+                lambda c: _EXPERTS & _offloaded(c) and "moe" in c.training.recomputed,
+                "must not hold expert_fc1 or moe_act with moe in training.recompute_modules, "
+                "which keeps neither",
+                "leave them out",
             ),
             _modules(
                 lambda c: c.training.cuda_graphs and _offloaded(c) - _EXPERTS,

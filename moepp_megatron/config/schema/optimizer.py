@@ -70,11 +70,6 @@ def _moment_falls(moment: str, beta: str) -> Rule:
     )
 
 
-def _warmup_is_too_long(config: Config) -> bool:
-    end = config.optimizer.decay_iters
-    return end is not None and config.warmup_iters >= end
-
-
 def _wsd_decay_comes_after_warmup(config: Config) -> Iterator[Problem]:
     """WSD has a number of steps to decay in, which begin after warmup (OptimizerParamScheduler)."""
     optimizer, warmup = config.optimizer, config.warmup_iters
@@ -187,7 +182,7 @@ class OptimizerSection(Section):
         ),
         refuse(
             "optimizer.warmup_iters",
-            _warmup_is_too_long,
+            lambda c: c.optimizer.decay_iters and c.warmup_iters >= c.optimizer.decay_iters,
             "must be less than optimizer.decay_iters ({optimizer.decay_iters})",
             lambda c: f"use {(c.optimizer.decay_iters or 0) // 10}, or raise optimizer.decay_iters",
         ),

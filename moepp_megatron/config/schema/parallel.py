@@ -151,9 +151,7 @@ def _stage_count_fits(config: Config, text: str, stages: int) -> Iterator[Proble
 
 def _split(config: Config) -> list[str]:
     """List recomputed modules that the schedule splits between its nodes."""
-    training = config.training
-    is_selective = training.recompute_granularity == "selective"
-    return sorted({"layernorm", "moe"} & set(training.recompute_modules)) if is_selective else []
+    return sorted({"layernorm", "moe"} & config.training.recomputed)
 
 
 def _has_plain_pipeline(config: Config) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from operator import attrgetter
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from moepp_megatron.config.errors import Problem
@@ -21,7 +22,7 @@ from moepp_megatron.config.rows import (
 from moepp_megatron.config.schema.section import Section, Unit
 
 if TYPE_CHECKING:
-    from moepp_megatron.config.schema import Config, LatentAttentionSection
+    from moepp_megatron.config.schema import Config
 
 
 CrossEntropy = Literal["auto", "fused", "native", "unfused"]
@@ -52,51 +53,42 @@ def _widths(config: Config) -> Iterator[Problem]:
 
 
 def _heads(config: Config) -> Iterator[Problem]:
-    """The shards of the projections around attention."""
-    model, ranks = config.model, config.parallel.tensor_model_parallel_size
-    alignment = _alignment(config)
-    if model.latent_attention is not None:
-        yield from _latent_vectors(model.latent_attention, ranks, config)
-        return
+    """The shards of the projections around attention.
+
+    Compressed vectors are whole on every rank; what heads get from them is split.
+    """
+    model, latent, alignment = config.model, config.model.latent_attention, _alignment(config)
+    ranks = config.parallel.tensor_model_parallel_size
     heads, groups = model.num_attention_heads // ranks, max(model.query_groups // ranks, 1)
-    for what, channels in (
-        ("query", heads * model.head_dim),
-        ("query, key and value", (heads + 2 * groups) * model.head_dim),
-    ):
+    name, of_heads = "model.num_attention_heads", f"heads of {model.head_dim}, "
+    remedy = f"use heads of {alignment} channels or more (model.kv_channels), or fewer ranks"
+    rows = [
+        (name, "query", heads * model.head_dim),
+        (name, "query, key and value", (heads + 2 * groups) * model.head_dim),
+    ]
+    if latent is not None:
+        name, of_heads = "model.latent_attention.", ""
+        remedy = f"use multiples of {alignment} for all widths of model.latent_attention"
+        compressed, values = latent.kv_lora_rank, heads * latent.v_head_dim
+        rows = [
+            (name + "q_lora_rank", "compressed query", latent.q_lora_rank or 0),
+            (name + "kv_lora_rank", "compressed key and value", compressed),
+            (
+                name + "qk_pos_emb_head_dim",
+                "compressed and shared key",
+                compressed + latent.qk_pos_emb_head_dim,
+            ),
+            (name + "qk_head_dim", "query", heads * latent.qk_dim),
+            (name + "v_head_dim", "value", values),
+            (name + "qk_head_dim", "key and value", heads * latent.qk_head_dim + values),
+        ]
+    for name, what, channels in rows:
         if channels % alignment:
-            yield Problem(
-                "model.num_attention_heads",
-                model.num_attention_heads,
+            rule = (
                 f"must give every rank a multiple of {alignment} {what} channels for FP8, "
-                f"not {channels} (heads of {model.head_dim}, "
-                f"parallel.tensor_model_parallel_size {ranks})",
-                f"use heads of {alignment} channels or more (model.kv_channels), or fewer ranks",
+                f"not {channels} ({of_heads}parallel.tensor_model_parallel_size {ranks})"
             )
-            return
-
-
-def _latent_vectors(
-    latent: LatentAttentionSection, ranks: int, config: Config
-) -> Iterator[Problem]:
-    """Compressed vectors are whole on every rank; what heads get from them is split."""
-    heads, alignment = config.model.num_attention_heads // ranks, _alignment(config)
-    kv_lora_rank, shared = latent.kv_lora_rank, latent.kv_lora_rank + latent.qk_pos_emb_head_dim
-    for key, what, channels in (
-        ("q_lora_rank", "compressed query", latent.q_lora_rank or 0),
-        ("kv_lora_rank", "compressed key and value", kv_lora_rank),
-        ("qk_pos_emb_head_dim", "compressed and shared key", shared),
-        ("qk_head_dim", "query", heads * latent.qk_dim),
-        ("v_head_dim", "value", heads * latent.v_head_dim),
-        ("qk_head_dim", "key and value", heads * (latent.qk_head_dim + latent.v_head_dim)),
-    ):
-        if channels % alignment:
-            yield Problem(
-                f"model.latent_attention.{key}",
-                getattr(latent, key),
-                f"must give every rank a multiple of {alignment} {what} channels for FP8, "
-                f"not {channels} (parallel.tensor_model_parallel_size {ranks})",
-                f"use multiples of {alignment} for all widths of model.latent_attention",
-            )
+            yield Problem(name, attrgetter(name)(config), rule, remedy)
             return
 
 
@@ -131,26 +123,20 @@ def _heads_divide(config: Config) -> bool:
 
 def _inner_recomputed(config: Config) -> list[str]:
     """List recomputed modules that delayed scaling does not allow in megatron-core."""
-    training = config.training
-    if training.recompute_granularity != "selective":
-        return []
-    return sorted({"moe_act", "layernorm"} & set(training.recompute_modules))
+    return sorted({"moe_act", "layernorm"} & config.training.recomputed)
 
 
-def _layers_of_a_rank(config: Config) -> int:
-    return config.model.num_layers // config.parallel.pipeline_model_parallel_size
-
-
-def _layers_in_bf16(config: Config) -> int:
+def _leaves_no_layer_in_fp8(config: Config) -> bool:
     precision = config.precision
-    return precision.num_layers_at_start_in_bf16 + precision.num_layers_at_end_in_bf16
+    in_bf16 = precision.num_layers_at_start_in_bf16 + precision.num_layers_at_end_in_bf16
+    return in_bf16 >= config.model.num_layers
 
 
 def _too_many_at_one_end(key: str) -> Rule:
     return refuse(
         f"precision.{key}",
-        lambda c: getattr(c.precision, key) > _layers_of_a_rank(c),
-        lambda c: f"must be at most the layers of a pipeline rank ({_layers_of_a_rank(c)})",
+        lambda c: getattr(c.precision, key) > c.layers_per_rank,
+        "must be at most the layers of a pipeline rank ({layers_per_rank})",
         "use 1",
     )
 
@@ -262,7 +248,7 @@ class PrecisionSection(Section):
                 _too_many_at_one_end("num_layers_at_end_in_bf16"),
                 refuse(
                     "precision.num_layers_at_start_in_bf16",
-                    lambda c: _layers_in_bf16(c) >= c.model.num_layers,
+                    _leaves_no_layer_in_fp8,
                     "must leave a layer in FP8: with precision.num_layers_at_end_in_bf16 "
                     "({precision.num_layers_at_end_in_bf16}) all {model.num_layers} are in bf16",
                     "use fewer, or set precision.fp8 to null",
@@ -274,7 +260,7 @@ class PrecisionSection(Section):
             lambda c: c.precision.recipe == "delayed" and _inner_recomputed(c),
             lambda c: (
                 f"must not hold {' or '.join(_inner_recomputed(c))} with precision.fp8_recipe "
-                f"delayed"
+                "delayed"
             ),
             "use [moe], or set precision.fp8_recipe to tensorwise or blockwise",
         ),

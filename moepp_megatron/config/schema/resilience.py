@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 from moepp_megatron.config.rows import no_effect_where, no_effect_with, refuse
 from moepp_megatron.config.schema.section import Section, Unit
 
-if TYPE_CHECKING:
-    from moepp_megatron.config.schema import Config
-
 # The watchdog looks at its rank a few times within the timeout; less is mostly scheduling noise.
 _SHORTEST_HANG_TIMEOUT_S = 1.0
-
-
-def _is_shorter_than_a_step(config: Config) -> bool:
-    return config.resilience.hang_slow_phase_timeout_s < config.resilience.hang_timeout_s
 
 
 class ResilienceSection(Section):
@@ -59,7 +52,7 @@ class ResilienceSection(Section):
         ),
         refuse(
             "resilience.hang_slow_phase_timeout_s",
-            _is_shorter_than_a_step,
+            lambda c: c.resilience.hang_slow_phase_timeout_s < c.resilience.hang_timeout_s,
             "must be at least resilience.hang_timeout_s ({resilience.hang_timeout_s})",
             "use {resilience.hang_timeout_s} or more, or lower resilience.hang_timeout_s",
         ),

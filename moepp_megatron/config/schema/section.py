@@ -112,10 +112,7 @@ PlaceText = Annotated[
 ]
 # A folder, or an address of one.
 Place = Annotated[
-    FilledText,
-    BeforeValidator(lambda value: str(value) if isinstance(value, Path) else value),
-    AfterValidator(_without(place_problem)),
-    AfterValidator(_expanded),
+    PlaceText, BeforeValidator(lambda value: str(value) if isinstance(value, Path) else value)
 ]
 
 

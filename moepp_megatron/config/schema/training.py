@@ -71,13 +71,9 @@ def _micro_batches_divide_global_batch(config: Config) -> Iterator[Problem]:
         yield from must_divide(batch, size, config.training.micro_batch_size, name, others=())
 
 
-def _layers_of_a_rank(config: Config) -> int:
-    return config.model.num_layers // config.parallel.pipeline_model_parallel_size
-
-
 def _recomputes_no_layers_of_a_rank(config: Config) -> bool:
     layers = config.training.recompute_num_layers
-    return layers is None or layers > max(_layers_of_a_rank(config), 1)
+    return layers is None or layers > max(config.layers_per_rank, 1)
 
 
 _CAPTURABLE = ("attn", "moe_router", "moe")
@@ -101,12 +97,8 @@ def _only_capturable(config: Config) -> str:
 
 
 def _recomputes_absent_shared_experts(config: Config) -> bool:
-    training = config.training
-    return (
-        training.recompute_granularity == "selective"
-        and "shared_experts" in training.recompute_modules
-        and config.moe.shared_expert_ffn_hidden_size is None
-    )
+    has_none = config.moe.shared_expert_ffn_hidden_size is None
+    return has_none and "shared_experts" in config.training.recomputed
 
 
 class EngineTrainingSection(Section):
@@ -137,6 +129,11 @@ class EngineTrainingSection(Section):
     """Steps between log lines"""
     deterministic: bool = False
     """Only deterministic kernels, at some cost in speed"""
+
+    @property
+    def recomputed(self) -> set[str]:
+        """The modules that are recomputed one by one; none without selective."""
+        return set(self.recompute_modules) if self.recompute_granularity == "selective" else set()
 
     @property
     def captures_router(self) -> bool:
@@ -172,10 +169,8 @@ class EngineTrainingSection(Section):
             refuse(
                 "training.recompute_num_layers",
                 _recomputes_no_layers_of_a_rank,
-                lambda c: (
-                    f"must be from 1 to the layers of a pipeline rank ({_layers_of_a_rank(c)}) "
-                    "with training.recompute_granularity full"
-                ),
+                "must be from 1 to the layers of a pipeline rank ({layers_per_rank}) with "
+                "training.recompute_granularity full",
                 "use 1",
             ),
         ),

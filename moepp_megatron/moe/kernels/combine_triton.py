@@ -11,7 +11,7 @@ from triton.language import constexpr
 
 
 @triton.jit
-def product(a, b, WIDEN: constexpr):  # type: ignore[no-untyped-def]
+def _product(a, b, WIDEN: constexpr):  # type: ignore[no-untyped-def]
     """A b from fp32 or bf16 factors, as exact as fp32 products and sums.
 
     WIDEN is for Triton's interpreter, which cannot multiply bf16 numbers.
@@ -150,7 +150,7 @@ def moepp_combine_forward(  # type: ignore[no-untyped-def]
             )
             total += s[:, None] * tl.load(x_ptr + at, inside & used[:, None], 0.0).to(tl.float32)
             if CONSTANTS > 0:
-                total += product(of_constants, v, WIDEN)
+                total += _product(of_constants, v, WIDEN)
         if addend_ptr is not None:
             total += tl.load(addend_ptr + at, inside, 0.0).to(tl.float32)
         tl.store(output_ptr + at, total, inside)
@@ -220,10 +220,10 @@ def moepp_combine_backward(  # type: ignore[no-untyped-def]
             weight = weights_ptr + (part.to(tl.int64) * num_tokens + token) * (1 + CONSTANTS)
             tl.store(weight, tl.sum(wide * x, axis=1), is_token)
             if CONSTANTS > 0:
-                of_a = product(grad, tl.trans(v), WIDEN)
+                of_a = _product(grad, tl.trans(v), WIDEN)
                 at_a = weight[:, None] + 1 + constant[None, :]
                 tl.store(at_a, of_a, is_token[:, None] & is_constant[None, :])
-                vectors += product(tl.trans(of_constants), grad, WIDEN)
+                vectors += _product(tl.trans(of_constants), grad, WIDEN)
     if CONSTANTS > 0:
         out = vectors_ptr + (chunk * CONSTANTS + constant[:, None]) * HIDDEN + column[None, :]
         tl.store(out, vectors, is_constant[:, None] & (column < HIDDEN)[None, :])

@@ -58,7 +58,8 @@ class _CrossEntropy(torch.autograd.Function):
         columns = logits.shape[-1]
         num_tokens = labels.numel()
         ranks, rank = (1, 0) if group is None else (group.size(), group.rank())
-        labels_N = labels.reshape(-1) - rank * columns
+        ids_N = labels.reshape(-1)
+        labels_N = ids_N - rank * columns
         stats_RN = logits.new_empty(ranks, 3, num_tokens, dtype=torch.float32)
         own_N = stats_RN[rank]
         if num_tokens:
@@ -71,7 +72,7 @@ class _CrossEntropy(torch.autograd.Function):
         largest_RN, sum_RN, target_RN = stats_RN.unbind(dim=1)
         largest_N = largest_RN.amax(dim=0)
         sum_N = (sum_RN * torch.exp(largest_RN - largest_N)).sum(dim=0)
-        in_vocabulary = (labels.reshape(-1) >= 0) & (labels.reshape(-1) < ranks * columns)
+        in_vocabulary = (ids_N >= 0) & (ids_N < ranks * columns)
         target_N = torch.where(in_vocabulary, target_RN.sum(dim=0) - largest_N, 0.0)
         ctx.save_for_backward(logits, labels_N, largest_N, sum_N)
         return (torch.log(sum_N) - target_N).view(labels.shape)

@@ -4,7 +4,7 @@ The definition is `moepp_megatron.moe.selection`: about 25 PyTorch operations fo
 per token, so that on a GPU nearly all of their time is launches. The residual G z is added by the
 matrix product that computes it, before this kernel.
 
-Selection is the same, ties included: keys are built from the scores' bits as in `top_experts`. The
+Selection is the same, ties included: keys are built from the scores' bits as in `_top_experts`. The
 scores themselves may differ from PyTorch's in the last bit, which can decide between two scores
 that are that close. NaN counts as the largest score.
 
@@ -218,112 +218,69 @@ def _moepp_select_forward(  # type: ignore[no-untyped-def]
     BLOCK_T: constexpr,
     BLOCK_E: constexpr,
 ):
+    """Gates and map of the program's tiles, and the sums of what they chose and of their scores."""
     column = tl.arange(0, BLOCK_E)
     counts = tl.zeros([BLOCK_E], tl.float32)
     sums = tl.zeros([BLOCK_E], tl.float32)
     for tile in range(TILES):
-        chosen, scores = _route(
-            logits_ptr,
-            bias_ptr,
+        at, exists, routes, column = _tile(
             padded_ptr,
-            gates_ptr,
-            map_ptr,
             tl.program_id(0) * TILES + tile,
             positions,
             sequences,
-            scale,
             NUM_EXPERTS,
-            TOPK,
-            SCORE,
-            NORMALIZED,
-            END,
-            partial_ptr is not None,
-            NUM_FFN,
-            GROUPS,
-            KEPT,
-            RANKED,
             BLOCK_T,
             BLOCK_E,
         )
+        is_expert = (column < NUM_EXPERTS)[None, :]
+        logits = tl.load(logits_ptr + at, exists, 0.0)
+        scores = scores_of(logits, column, NUM_EXPERTS, SCORE)
+
+        ranked = logits
+        if bias_ptr is not None:
+            ranked = scores + tl.load(bias_ptr + column, column < NUM_EXPERTS, 0.0)[None, :]
+        # A float's bits order as the float does once negative ones are turned around and -0 is 0.
+        ranked = tl.where(ranked == 0.0, 0.0, ranked)
+        bits = ranked.to(tl.int32, bitcast=True)
+        bits = tl.where(ranked != ranked, 0x7FC00000, bits)
+        order = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.int64)
+        # No two keys of a token are equal: between equal scores the first expert's is larger.
+        keys = order * NUM_EXPERTS + (NUM_EXPERTS - 1 - column)[None, :]
+        allowed = is_expert
+        if GROUPS > 1:
+            affinities = ranked
+            if bias_ptr is None:
+                if SCORE == "softmax":
+                    affinities = shares_of(logits, (column < NUM_FFN)[None, :])
+                else:
+                    affinities = scores
+            allowed &= in_best_groups(affinities, column, NUM_FFN, GROUPS, KEPT, RANKED, BLOCK_E)
+        keys = tl.where(allowed, keys, _LOWEST)
+        chosen = tl.zeros([BLOCK_T, BLOCK_E], tl.int1)
+        for _ in tl.static_range(TOPK):
+            pick = keys == tl.max(keys, axis=1)[:, None]
+            chosen = chosen | pick
+            keys = tl.where(pick, _LOWEST, keys)
+
+        chosen = chosen & routes
+        counted = chosen & (column < END)[None, :]
+        if NORMALIZED:
+            # Where a logit is NaN all shares are, but only the selected may show it.
+            gates = tl.where(counted, shares_of(log_scores(logits, SCORE), counted), 0.0)
+        else:
+            gates = tl.where(counted, scores, 0.0)
+        tl.store(gates_ptr + at, gates * scale, exists)
+        tl.store(map_ptr + at, chosen, exists)
+
+        if partial_ptr is not None and SCORE != "softmax":
+            scores = shares_of(log_scores(logits, SCORE), is_expert)
+        scores = tl.where(routes, scores, 0.0)
         counts += tl.sum(tl.where(chosen, 1.0, 0.0), axis=0)
         sums += tl.sum(scores, axis=0)
     if partial_ptr is not None:
         out = (tl.program_id(0).to(tl.int64) * sequences + tl.program_id(1)) * 2 * NUM_EXPERTS
         tl.store(partial_ptr + out + column, counts, column < NUM_EXPERTS)
         tl.store(partial_ptr + out + NUM_EXPERTS + column, sums, column < NUM_EXPERTS)
-
-
-@triton.jit
-def _route(  # type: ignore[no-untyped-def]
-    logits_ptr,
-    bias_ptr,
-    padded_ptr,
-    gates_ptr,
-    map_ptr,
-    tile,
-    positions,
-    sequences,
-    scale,
-    NUM_EXPERTS: constexpr,
-    TOPK: constexpr,
-    SCORE: constexpr,
-    NORMALIZED: constexpr,
-    END: constexpr,
-    COUNTED: constexpr,
-    NUM_FFN: constexpr,
-    GROUPS: constexpr,
-    KEPT: constexpr,
-    RANKED: constexpr,
-    BLOCK_T: constexpr,
-    BLOCK_E: constexpr,
-):
-    """Write a tile's gates and map; returns what it chose, and the scores that count in sums."""
-    at, exists, routes, column = _tile(
-        padded_ptr, tile, positions, sequences, NUM_EXPERTS, BLOCK_T, BLOCK_E
-    )
-    is_expert = (column < NUM_EXPERTS)[None, :]
-    logits = tl.load(logits_ptr + at, exists, 0.0)
-    scores = scores_of(logits, column, NUM_EXPERTS, SCORE)
-
-    ranked = logits
-    if bias_ptr is not None:
-        ranked = scores + tl.load(bias_ptr + column, column < NUM_EXPERTS, 0.0)[None, :]
-    # A float's bits order as the float does once negative ones are turned around and -0 is 0.
-    ranked = tl.where(ranked == 0.0, 0.0, ranked)
-    bits = ranked.to(tl.int32, bitcast=True)
-    bits = tl.where(ranked != ranked, 0x7FC00000, bits)
-    order = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.int64)
-    # No two keys of a token are equal: between equal scores the first expert has the larger one.
-    keys = order * NUM_EXPERTS + (NUM_EXPERTS - 1 - column)[None, :]
-    allowed = is_expert
-    if GROUPS > 1:
-        affinities = ranked
-        if bias_ptr is None:
-            if SCORE == "softmax":
-                affinities = shares_of(logits, (column < NUM_FFN)[None, :])
-            else:
-                affinities = scores
-        allowed &= in_best_groups(affinities, column, NUM_FFN, GROUPS, KEPT, RANKED, BLOCK_E)
-    keys = tl.where(allowed, keys, _LOWEST)
-    chosen = tl.zeros([BLOCK_T, BLOCK_E], tl.int1)
-    for _ in tl.static_range(TOPK):
-        pick = keys == tl.max(keys, axis=1)[:, None]
-        chosen = chosen | pick
-        keys = tl.where(pick, _LOWEST, keys)
-
-    chosen = chosen & routes
-    counted = chosen & (column < END)[None, :]
-    if NORMALIZED:
-        # Where a logit is NaN all shares are, but only the selected may show it.
-        gates = tl.where(counted, shares_of(log_scores(logits, SCORE), counted), 0.0)
-    else:
-        gates = tl.where(counted, scores, 0.0)
-    tl.store(gates_ptr + at, gates * scale, exists)
-    tl.store(map_ptr + at, chosen, exists)
-
-    if COUNTED and SCORE != "softmax":
-        scores = shares_of(log_scores(logits, SCORE), is_expert)
-    return chosen, tl.where(routes, scores, 0.0)
 
 
 @triton.jit

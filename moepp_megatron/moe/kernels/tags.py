@@ -85,8 +85,8 @@ def _moepp_count_tags(  # type: ignore[no-untyped-def]
             out = sources_ptr + number * NUM_EXPERTS + column
             tl.atomic_add(out, total.to(tl.int64), column < NUM_EXPERTS, sem="relaxed")
 
-    _add_up(groups_ptr, group, ffn, 2, GROUPS, BLOCK_TAGS)
-    _add_up(groups_ptr + 1, group, counts.to(tl.int32), 2, GROUPS, BLOCK_TAGS)
+    _add_up(groups_ptr, group, ffn, GROUPS, BLOCK_TAGS)
+    _add_up(groups_ptr + 1, group, counts.to(tl.int32), GROUPS, BLOCK_TAGS)
 
 
 @triton.jit
@@ -94,13 +94,12 @@ def _add_up(  # type: ignore[no-untyped-def]
     counts_ptr,
     number_of_token,
     values,
-    WIDTH: constexpr,
     NUMBERS: constexpr,
     BLOCK_TAGS: constexpr,
 ):
-    """Add the values [BLOCK_T] of each number's tokens to its counter, `WIDTH` apart."""
+    """Add the values [BLOCK_T] of each number's tokens to its counter, every other one."""
     for first in range(0, NUMBERS, BLOCK_TAGS):
         number = first + tl.arange(0, BLOCK_TAGS)
         is_of = number_of_token[:, None] == number[None, :]
         total = tl.sum(tl.where(is_of, values[:, None], 0), axis=0).to(tl.int64)
-        tl.atomic_add(counts_ptr + number * WIDTH, total, number < NUMBERS, sem="relaxed")
+        tl.atomic_add(counts_ptr + number * 2, total, number < NUMBERS, sem="relaxed")

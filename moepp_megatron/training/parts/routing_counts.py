@@ -11,7 +11,7 @@ from torch import Tensor
 
 from moepp_megatron.config import Config, Layout
 from moepp_megatron.moe.layer import moe_statistics
-from moepp_megatron.moe.margins import edges
+from moepp_megatron.moe.margins import EDGES
 from moepp_megatron.moe.spec import router_pattern
 from moepp_megatron.moe.statistics import BALANCE, Z_LOSS, tracked_losses
 from moepp_megatron.training.part import Part, PartContext, Step
@@ -112,7 +112,7 @@ class RoutingCountsPart(Part):
         The n numbers of a layer are the selections of E experts, the sum of the squares of its
         logits and, where they are watched, its margins.
         """
-        bins = len(edges()) + 1 if self._has_margins else 0
+        bins = len(EDGES) + 1 if self._has_margins else 0
         return self._by_layer(self._num_experts + 1 + bins, self._put_counts).reshape(-1)
 
     def take_sum(self, total: Tensor) -> None:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from moepp_megatron.data.npz import read_arrays
-from moepp_megatron.interop.score import read_input_ids
+from moepp_megatron.interop.score import _read_input_ids
 
 IDS = np.arange(6).reshape(2, 3)
 
@@ -99,4 +99,4 @@ def test_a_small_file_that_unpacks_to_much_is_refused(tmp_path):
     assert path.stat().st_size < 100_000
     line = rf"--tokens \({path}\) must be an npz .*unpacks to more than 67108864 bytes; write it"
     with pytest.raises(ValueError, match=line):
-        read_input_ids(path)
+        _read_input_ids(path)

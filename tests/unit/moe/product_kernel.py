@@ -1,9 +1,9 @@
-"""A kernel around `combine_triton.product` alone; imported where Triton is interpreted."""
+"""A kernel around `combine_triton._product` alone; imported where Triton is interpreted."""
 
 import triton
 import triton.language as tl
 
-from moepp_megatron.moe.kernels.combine_triton import product
+from moepp_megatron.moe.kernels.combine_triton import _product
 
 
 @triton.jit
@@ -12,4 +12,4 @@ def multiply(a_ptr, b_ptr, c_ptr, WIDEN: tl.constexpr):
     side, inner = tl.arange(0, 16), tl.arange(0, 32)
     a = tl.load(a_ptr + side[:, None] * 32 + inner[None, :])
     b = tl.load(b_ptr + inner[:, None] * 16 + side[None, :])
-    tl.store(c_ptr + side[:, None] * 16 + side[None, :], product(a, b, WIDEN))
+    tl.store(c_ptr + side[:, None] * 16 + side[None, :], _product(a, b, WIDEN))

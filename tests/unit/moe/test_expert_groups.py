@@ -8,7 +8,7 @@ from megatron.core.transformer.moe.moe_utils import group_limited_topk
 
 from moepp_megatron.experts import FFN_ONLY
 from moepp_megatron.moe.config import MoEPPConfig
-from moepp_megatron.moe.margins import count_margins, edges
+from moepp_megatron.moe.margins import EDGES, count_margins
 from moepp_megatron.moe.router_health import _margins
 from moepp_megatron.moe.selection import select
 from tests.unit.moe.builders import (
@@ -170,8 +170,8 @@ def test_margins_tell_what_a_bias_would_do(raised):
     config = config_of(4, 4, 2, {"score_function": "sigmoid", "selection_bias": True})
     logits, bias = torch.randn(400, config.num_experts), bias_of(config)
     counts = count_margins(logits, bias, config)
-    edge = min(edges(), key=lambda end: abs(end - raised))
-    up_to = int(counts[: edges().index(edge) + 1].sum())
+    edge = min(EDGES, key=lambda end: abs(end - raised))
+    up_to = int(counts[: EDGES.index(edge) + 1].sum())
     bias[:8] += edge
     made = select(logits, bias, config, None).routing_map
     # The bias is added in fp32 here and there: a margin within its rounding may fall to a side.

@@ -17,7 +17,7 @@ from moepp_megatron.moe.config import MoEPPConfig
 from moepp_megatron.moe.layer import MoEPPLayer
 from moepp_megatron.moe.reference import (
     ReferenceMoEPP,
-    ReferenceOutput,
+    _ReferenceOutput,
     balance_loss,
     select_experts,
 )
@@ -61,7 +61,7 @@ class Run:
     reference: ReferenceMoEPP
     hidden: Tensor
     logits: Tensor
-    expected: ReferenceOutput
+    expected: _ReferenceOutput
     padded: Tensor
     balance: Tensor
     z_loss: Tensor

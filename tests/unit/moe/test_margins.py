@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from moepp_megatron.moe.config import MoEPPConfig
-from moepp_megatron.moe.margins import count_margins, edges, quantile
+from moepp_megatron.moe.margins import EDGES, count_margins, quantile
 from moepp_megatron.moe.selection import select
 
 CONFIGS = {
@@ -36,9 +36,9 @@ def test_margins_up_to_a_rise_are_the_selections_under_it(name):
     config = CONFIGS[name]
     logits, bias = drawn(config)
     margins = count_margins(logits, bias, config)
-    for place in (0, 60, 80, 90, edges().index(0.0), 110, 130, 150, len(edges()) - 1):
+    for place in (0, 60, 80, 90, EDGES.index(0.0), 110, 130, 150, len(EDGES) - 1):
         raised = bias.clone()
-        raised[: config.num_ffn_experts] += edges()[place]
+        raised[: config.num_ffn_experts] += EDGES[place]
         # At an edge itself rounding decides, but no margin lies on one; at 0 nothing is rounded.
         assert float(margins[: place + 1].sum()) == selections(logits, raised, config)
 
@@ -65,8 +65,8 @@ def test_padding_has_no_margins():
 
 
 def test_quantile_ends_at_the_edges():
-    counts = [0.0] * (len(edges()) + 1)
-    assert quantile(counts, 1.0) == edges()[-1]
+    counts = [0.0] * (len(EDGES) + 1)
+    assert quantile(counts, 1.0) == EDGES[-1]
     counts[0] = 10.0
-    assert quantile(counts, 5.0) == edges()[0]
-    assert quantile(counts, 11.0) == edges()[-1]
+    assert quantile(counts, 5.0) == EDGES[0]
+    assert quantile(counts, 11.0) == EDGES[-1]

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from megatron.core.transformer.enums import CudaGraphModule
 
 from moepp_megatron.experts import FFN_ONLY
 from moepp_megatron.moe.config import MoEPPConfig
@@ -180,6 +181,6 @@ def test_mask_of_another_shape_is_refused():
 
 def test_captured_router_refuses_a_mask():
     layer = build_transformer_layer(MoEPPConfig(4))
-    layer.captured = SimpleNamespace(has_router=True)
+    layer.captured = SimpleNamespace(parts={CudaGraphModule.moe_router})
     with pytest.raises(ValueError, match="padding_mask must be None where .* moe_router"):
         layer._forward_moe(torch.randn(LENGTH, BATCH, HIDDEN), None, mask(), None)

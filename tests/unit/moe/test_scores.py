@@ -17,7 +17,7 @@ from moepp_megatron.moe.config import MoEPPConfig
 from moepp_megatron.moe.margins import count_margins
 from moepp_megatron.moe.reference import select_experts
 from moepp_megatron.moe.router_health import RouterHealth
-from moepp_megatron.moe.scores import SCORES, Score, ffn_scores, score_of
+from moepp_megatron.moe.scores import SCORES, _Score, ffn_scores, score_of
 from moepp_megatron.moe.selection import select
 from tests.refusals import config_error
 from tests.unit.moe.builders import DEFINED_SCORES, assert_close, build_layer
@@ -87,7 +87,7 @@ def configured(**changes):
 @pytest.mark.usefixtures("declared")
 @pytest.mark.parametrize("normalization", ["none", "selected", "nonzero"])
 def test_a_new_score_is_computed_by_whoever_asks(monkeypatch, normalization):
-    monkeypatch.setitem(SCORES, "fake", Score(fake, lambda logits: logits / 2))
+    monkeypatch.setitem(SCORES, "fake", _Score(fake, lambda logits: logits / 2))
     config = MoEPPConfig(4, score_function="fake", gate_normalization=normalization)
     logits = torch.randn(30, config.num_experts)
     gates, selected, shares = select_experts(logits, config)

@@ -5,7 +5,7 @@ import torch
 
 from moepp_megatron.moe.config import MoEPPConfig
 from moepp_megatron.moe.layer import moe_statistics, moepp_layers
-from moepp_megatron.moe.token_tags import TokenTags, groups, sources
+from moepp_megatron.moe.token_tags import TokenTags, _sources, groups
 from tests.parallel.training_runs import FULL, SELECTIVE
 from tests.unit.moe.builders import SEQUENCE, VOCAB, build_model, randomize, token_losses
 
@@ -53,4 +53,4 @@ def test_tags():
     made = tags(ids, is_sequence_parallel=False, sources=torch.tensor([[0, 1, 1, 2]]).int())
     assert made.shape == (4, 1)
     assert groups(made).tolist() == [0, 7, 3, 7]
-    assert sources(made).tolist() == [0, 1, 1, 2]
+    assert _sources(made).tolist() == [0, 1, 1, 2]

@@ -171,7 +171,7 @@ def test_a_version_that_nobody_has_tried_is_refused(version, monkeypatch):
 
 def test_what_only_the_trainer_needs_stops_only_the_trainer(monkeypatch):
     from moepp_megatron.config import UnfitError, parse_config
-    from moepp_megatron.model.build import build_chunks
+    from moepp_megatron.model.build import _build_chunks
     from tests.parallel.training_runs import settings
 
     monkeypatch.delattr(filesystem_async, "_results_queue")
@@ -179,15 +179,15 @@ def test_what_only_the_trainer_needs_stops_only_the_trainer(monkeypatch):
     moepp = MoEPPConfig(4)
     get_moepp_layer_spec(megatron_config(moepp), moepp, use_transformer_engine=False)
     with pytest.raises(UnfitError, match="filesystem_async._results_queue is gone") as error:
-        build_chunks(parse_config(settings()))
+        _build_chunks(parse_config(settings()))
     assert error.value.exit_code == 3
     check_upstream.cache_clear()
 
 
 def test_a_class_or_an_attribute_that_is_gone_is_reported(monkeypatch):
-    gone = _PrivateName("transformer.nowhere", "Nothing", "_x", "called", "a reason")
+    gone = _PrivateName("transformer.nowhere:Nothing._x", "called", "a reason")
     assert list(_moved_from(gone)) == ["transformer.nowhere.Nothing is gone"]
-    in_module = _PrivateName("tensor_parallel.random", "", "_X", "read", "a reason")
+    in_module = _PrivateName("tensor_parallel.random:_X", "read", "a reason")
     assert list(_moved_from(in_module)) == ["tensor_parallel.random._X is gone (a reason)"]
     attribute = next(private for private in PRIVATE_NAMES if private.name == "_comm_manager")
     assert list(_moved_from(attribute)) == []

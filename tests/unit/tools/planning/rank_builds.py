@@ -55,7 +55,7 @@ def _build_rank(config, layout, rank):
     # Importing it registers the backend.
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    from moepp_megatron.model.build import build_chunks
+    from moepp_megatron.model.build import _build_chunks
     from moepp_megatron.runtime import cpu_support, distributed
     from moepp_megatron.training.setup import _wrap_models
 
@@ -64,7 +64,7 @@ def _build_rank(config, layout, rank):
     try:
         distributed.build_groups(config, layout)
         with FakeTensorMode():
-            models = build_chunks(config)
+            models = _build_chunks(config)
             named = [pair for model in models for pair in model.named_parameters()]
             layers = [[each.layer_number - 1 for each in m.decoder.layers] for m in models]
             _, chunks = _wrap_models(models, config, casts=False)
