@@ -14,13 +14,11 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from moepp_megatron.config import Config, Layout
-from moepp_megatron.data.samples import PADDING
+from moepp_megatron.data.samples import PADDING, Batch
 from moepp_megatron.runtime.patches import replaced
 from moepp_megatron.training.rng import get_rng_state, set_rng_state
 from moepp_megatron.training.setup import TrainingModel
 from moepp_megatron.training.step_sums import StepSums, Summand, read_step, zeros
-
-Batch = dict[str, Tensor]
 
 
 class StepHooks:
@@ -135,7 +133,13 @@ def training_step(
         return replace(result, is_finite=math.isfinite(result.sums.loss))
     # The schedule counts the step that is being taken: the first step already learns.
     model.scheduler.step(increment=1)
-    with _gradients_ready(model.optimizer, result.grad_norm):
+    # `ChainedOptimizer.step` calls these two methods first; what they would compute again (one pass
+    # over all gradients and an all-reduce) is known from `prepare_gradients`.
+    known: dict[str, Any] = {
+        "prepare_grads": lambda: False,
+        "get_grad_norm": lambda: result.grad_norm,
+    }
+    with replaced(model.optimizer, **known):
         updated, _, _ = model.optimizer.step()
     return replace(result, updated=bool(updated))
 
@@ -196,7 +200,7 @@ def run_schedule(
     """
     forward_backward = get_forward_backward_func()
     reduced = forward_backward(
-        forward_step_func=partial(forward_step, hooks=hooks),
+        forward_step_func=partial(_forward_step, hooks=hooks),
         data_iterator=batches if len(batches) > 1 else batches[0],
         model=list(model.chunks),
         num_microbatches=num_microbatches,
@@ -209,7 +213,7 @@ def run_schedule(
     return torch.stack([entry["loss"] for entry in reduced]).sum(dim=0)
 
 
-def forward_step(
+def _forward_step(
     iterator: Iterator[Batch],
     model: Any,
     return_schedule_plan: bool = False,
@@ -276,15 +280,6 @@ def _squared_norms(optimizer: ChainedOptimizer) -> Tensor:
             square.copy_(norm**2.0)
         dist.all_reduce(square, group=part.get_grad_stats_parallel_group())
     return squares
-
-
-@contextmanager
-def _gradients_ready(optimizer: MegatronOptimizer, grad_norm: float) -> Iterator[None]:
-    """Let `optimizer.step()` continue from `prepare_gradients` in the block."""
-    # `ChainedOptimizer.step` calls these two methods first; what they would compute again (one pass
-    # over all gradients and an all-reduce) is known.
-    with replaced(optimizer, prepare_grads=lambda: False, get_grad_norm=lambda: grad_norm):
-        yield
 
 
 class _StepState:

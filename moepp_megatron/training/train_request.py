@@ -231,9 +231,9 @@ def _check_sinks(config: Config) -> None:
         )
     if variable is None:
         return
-    from moepp_megatron.observe.alert_sinks import WebhookAddressError, read_address
+    from moepp_megatron.observe.alert_sinks import read_address
 
     try:
         read_address(variable)
-    except WebhookAddressError as error:
+    except ConfigError as error:
         raise ConfigError(f"observe.webhook_url_env ({variable}): {error}") from None

@@ -24,10 +24,8 @@ from moepp_megatron.observe.alerts import Alert
 from moepp_megatron.runtime.distributed import Agreement
 from moepp_megatron.training.checkpoint.read import load_weights
 from moepp_megatron.training.part import Part, PartContext, State, Step, Why
-from moepp_megatron.training.step import unchanged
+from moepp_megatron.training.step import Batch, unchanged
 from moepp_megatron.training.step_sums import StepCounts, Summand, first_of_tensor_ranks
-
-Batch = dict[str, Tensor]
 
 
 class DistillationPart(Part):
@@ -194,9 +192,9 @@ def _kl_divergence(
     logits: Tensor,
     teacher_logits: Tensor,
     group: dist.ProcessGroup,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    reverse: bool = False,
+    temperature: float,
+    top_k: int | None,
+    reverse: bool,
 ) -> Tensor:
     """[s, b] fp32 divergence of each token in nats, exact for a vocabulary that ranks share.
 
