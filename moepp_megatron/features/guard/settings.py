@@ -217,7 +217,7 @@ class RoutingGuardSection(Section):
     own_rules = (
         refuse(
             "routing_guard.enabled",
-            lambda c: c.routing_guard.enabled is True and c.moe.num_zero_computation_experts == 0,
+            "routing_guard.acts and not moe.num_zero_computation_experts",
             "must come with zero-computation experts, because what it guards against is their "
             "misuse",
             "add zero-computation experts, or set it to false",
@@ -231,7 +231,7 @@ class RoutingGuardSection(Section):
     )
     no_effect = (
         no_effect_where(
-            lambda c: c.routing_guard.enabled is False,
+            "routing_guard.enabled false",
             "with routing_guard.enabled false",
             "routing_guard.rules",
             "leave enabled out",
