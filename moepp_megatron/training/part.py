@@ -99,6 +99,8 @@ class Stop:
 Outcome = Alert | Rollback | Pause | Stop
 
 State = Mapping[str, Any]
+Fields = Mapping[str, Any]
+"""Fields of the record of a logged step, by name."""
 Why = Literal["resume", "rollback"]
 """Why a state is loaded: a run begins or is resumed, or goes back to an earlier checkpoint."""
 
@@ -146,7 +148,7 @@ class Part(StepHooks):
         """True if `step` must be logged."""
         return False
 
-    def record(self, step: Step, fields: Mapping[str, Any]) -> Mapping[str, Any]:
+    def record(self, step: Step, fields: Fields) -> Fields:
         """Fields for the record of a logged step; `fields` has those of the parts before."""
         return {}
 
@@ -284,7 +286,7 @@ class Parts(tuple[Part, ...]):
         """Let all learn from a step."""
         return [alert for part in self for alert in part.end_step(step)]
 
-    def record(self, step: Step, fields: Mapping[str, Any]) -> dict[str, Any]:
+    def record(self, step: Step, fields: Fields) -> dict[str, Any]:
         """The fields of a record, those of `fields` first."""
         record = dict(fields)
         for part in self:

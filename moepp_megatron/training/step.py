@@ -20,6 +20,9 @@ from moepp_megatron.training.rng import get_rng_state, set_rng_state
 from moepp_megatron.training.setup import TrainingModel
 from moepp_megatron.training.step_sums import StepSums, Summand, read_step, zeros
 
+# Iterators over the same micro-batches, one for each model chunk.
+Batches = list[Iterator[Batch]]
+
 
 class StepHooks:
     """Hooks of a training step besides the model's own loss; these methods do nothing.
@@ -31,9 +34,7 @@ class StepHooks:
 
     may_refuse = may_repeat = False
 
-    def batches(
-        self, batches: list[Iterator[Batch]], num_microbatches: int
-    ) -> list[Iterator[Batch]]:
+    def batches(self, batches: Batches, num_microbatches: int) -> Batches:
         """Iterators over the same micro-batches as `batches`, when a step begins."""
         return batches
 
@@ -94,7 +95,7 @@ class StepResult:
 
 def training_step(
     model: TrainingModel,
-    batches: list[Iterator[Batch]],
+    batches: Batches,
     config: Config,
     layout: Layout,
     hooks: Sequence[StepHooks] = (),
@@ -146,7 +147,7 @@ def training_step(
 
 def compute_gradients(
     model: TrainingModel,
-    batches: list[Iterator[Batch]],
+    batches: Batches,
     config: Config,
     layout: Layout,
     hooks: Sequence[StepHooks] = (),
@@ -178,7 +179,7 @@ def unchanged(model: TrainingModel) -> Iterator[None]:
 
 def run_schedule(
     model: TrainingModel,
-    batches: list[Iterator[Batch]],
+    batches: Batches,
     config: Config,
     num_microbatches: int,
     forward_only: bool,

@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -33,7 +33,7 @@ from moepp_megatron.training.run_folder import checkpoint_folder
 from moepp_megatron.training.schedule import BatchSizes
 from moepp_megatron.training.setup import TrainingModel, build_training_model
 from moepp_megatron.training.signals import StopRequest
-from moepp_megatron.training.step import Batch, training_step
+from moepp_megatron.training.step import Batches, training_step
 from moepp_megatron.training.step_sums import mean_loss
 
 logger = logging.getLogger(__name__)
@@ -182,7 +182,7 @@ class Trainer:
                 )
             )
 
-    def _take_step(self, batches: list[Iterator[Batch]], stop: StopRequest) -> Step:
+    def _take_step(self, batches: Batches, stop: StopRequest) -> Step:
         """Take the next step, or refuse its batch."""
         before = self.progress
         samples = self._sizes.at(before.consumed_samples)

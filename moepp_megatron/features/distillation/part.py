@@ -7,7 +7,7 @@ the vocabulary, are made when they are compared.
 """
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -23,8 +23,8 @@ from moepp_megatron.model.stage import evaluation_stages
 from moepp_megatron.observe.alerts import Alert
 from moepp_megatron.runtime.distributed import Agreement
 from moepp_megatron.training.checkpoint.read import load_weights
-from moepp_megatron.training.part import Part, PartContext, State, Step, Why
-from moepp_megatron.training.step import Batch, unchanged
+from moepp_megatron.training.part import Fields, Part, PartContext, State, Step, Why
+from moepp_megatron.training.step import Batch, Batches, unchanged
 from moepp_megatron.training.step_sums import StepCounts, Summand, first_of_tensor_ranks
 
 
@@ -68,9 +68,7 @@ class DistillationPart(Part):
         """This rank's parameters of the teacher."""
         return (parameter for model in self._models for parameter in model.parameters())
 
-    def batches(
-        self, batches: list[Iterator[Batch]], num_microbatches: int
-    ) -> list[Iterator[Batch]]:
+    def batches(self, batches: Batches, num_microbatches: int) -> Batches:
         """Begin a step on its micro-batches; returns iterators over the same ones."""
         self._hidden.clear()
         self._sums.reset()
@@ -150,7 +148,7 @@ class DistillationPart(Part):
         """The divergences."""
         return (self._sums,)
 
-    def record(self, step: Step, fields: Mapping[str, Any]) -> dict[str, Any]:
+    def record(self, step: Step, fields: Fields) -> Fields:
         """The mean divergence of the step's tokens, over all ranks, in nats."""
         divergence, tokens = self._sums.total().tolist()
         return {"distillation_loss": divergence / tokens}

@@ -2,10 +2,10 @@
 
 import logging
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from moepp_megatron.observe.shift.monitor import GROUPS, Observed, ShiftMonitor,
 from moepp_megatron.runtime.distributed import Agreement
 from moepp_megatron.training.checkpoint.files import checkpoint_step
 from moepp_megatron.training.part import (
+    Fields,
     Outcome,
     Part,
     PartContext,
@@ -283,7 +284,7 @@ class RoutingGuardPart(Part):
         found: Values = self._agreement.from_first(values)
         return found
 
-    def record(self, step: Step, fields: Mapping[str, Any]) -> Mapping[str, Any]:
+    def record(self, step: Step, fields: Fields) -> Fields:
         """Evidence over its limit, and actions so far."""
         known = {
             name: value for name, value in self.monitor.metrics.items() if not math.isnan(value)

@@ -1,7 +1,7 @@
 """Computes the router health of one step for the record from every rank's sums."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 from moepp_megatron.config import Config, Layout
 from moepp_megatron.moe.layer import decoder_moepp_layers
 from moepp_megatron.moe.router_health import RouterHealth
-from moepp_megatron.training.part import Part, PartContext, Step
+from moepp_megatron.training.part import Fields, Part, PartContext, Step
 from moepp_megatron.training.parts.routing_counts import RoutingCountsPart
 from moepp_megatron.training.setup import TrainingModel
 from moepp_megatron.training.step import Batch
@@ -87,7 +87,7 @@ class RouterHealthPart(Part):
         for row, values in enumerate((losses * mask, mask)):
             self._losses[row] += zeros(self._topk + 1).index_add_(0, buckets, values.double())
 
-    def record(self, step: Step, fields: Mapping[str, Any]) -> dict[str, Any]:
+    def record(self, step: Step, fields: Fields) -> Fields:
         """Router health of a measured step."""
         return self.collect()
 

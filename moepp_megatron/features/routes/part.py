@@ -25,7 +25,7 @@ from moepp_megatron.training.batches import sample_index
 from moepp_megatron.training.part import Outcome, Part, PartContext, Step, Stop
 from moepp_megatron.training.run_folder.ownership import check_kind
 from moepp_megatron.training.schedule import BatchSizes
-from moepp_megatron.training.step import Batch
+from moepp_megatron.training.step import Batch, Batches
 
 logger = logging.getLogger(__name__)
 
@@ -124,9 +124,7 @@ class RoutesPart(Part):
             digest.update(np.asarray(sample["tokens"]).astype("<i8").tobytes())
         return digest.hexdigest()
 
-    def batches(
-        self, batches: list[Iterator[Batch]], num_microbatches: int
-    ) -> list[Iterator[Batch]]:
+    def batches(self, batches: Batches, num_microbatches: int) -> Batches:
         """The micro-batches with their tokens' places."""
         return [self._placed(iterator) for iterator in batches]
 
