@@ -169,7 +169,6 @@ def _run_rank(request: TrainRequest, say: Say, callbacks: Sequence[object]) -> T
 
     quiet()
     from moepp_megatron.runtime import distributed
-    from moepp_megatron.runtime.distributed import bind_to_gpu
     from moepp_megatron.runtime.stop_signals import die_with_parent
     from moepp_megatron.training.resilience.hang_report import enable_flight_recorder
 
@@ -183,7 +182,7 @@ def _run_rank(request: TrainRequest, say: Say, callbacks: Sequence[object]) -> T
     settle = functools.partial(_refuse_unlike, alike=alike)
     with distributed.initialized(rank, distributed.collective_timeout(config), settle) as device:
         if config.run.numa_binding:
-            bind_to_gpu(device)
+            distributed.bind_to_gpu(device)
         # Now, when the device is known: megatron-core compiles some functions on its import, but
         # not on a CPU.
         from moepp_megatron.training.trainer import Trainer

@@ -106,7 +106,7 @@ def build_training_model(config: Config) -> TrainingModel:
         _compile_extension()
     _replace_l2_norm()
     models = build_model(config)
-    schedule_config, chunks = wrap_models(models, config)
+    schedule_config, chunks = _wrap_models(models, config)
     optimizer = build_optimizer(config, chunks)
     _connect_schedule(schedule_config, config, chunks, optimizer)
     return TrainingModel(chunks, models, optimizer, build_schedule(config, optimizer))
@@ -145,7 +145,7 @@ def _compile_extension() -> None:
         ) from error
 
 
-def wrap_models(
+def _wrap_models(
     models: list[MoEPPGPTModel], config: Config, casts: bool = True
 ) -> tuple[TransformerConfig, list[DistributedDataParallel]]:
     """Give every parameter its place in the buffers that gradients are reduced in.

@@ -247,24 +247,18 @@ def _loss_function(
     return loss, num_tokens.to(torch.int), {"loss": report}
 
 
+@torch.no_grad()
 def prepare_gradients(optimizer: MegatronOptimizer) -> tuple[Tensor, bool]:
     """First half of `optimizer.step()`: gradients in place, their global norm; no state changes.
 
     Returns:
-        Squared norms (`_squared_norms`), and whether gradients were found that are not finite.
+        [groups] fp32 squared gradient norms on the device, over all ranks that hold parts, and
+        whether gradients were found that are not finite. The norms are what
+        `ChainedOptimizer.get_grad_norm` computes before it reads: one where all optimizers reduce
+        it over the same ranks, else one for each (dense parameters, spread experts).
     """
     assert isinstance(optimizer, ChainedOptimizer), f"{type(optimizer)} is not chained"
     found_inf = bool(optimizer.prepare_grads())
-    return _squared_norms(optimizer), found_inf
-
-
-@torch.no_grad()
-def _squared_norms(optimizer: ChainedOptimizer) -> Tensor:
-    """[groups] fp32 squared gradient norms on the device, over all ranks that hold parts.
-
-    What `ChainedOptimizer.get_grad_norm` computes before it reads: one norm where all optimizers
-    reduce it over the same ranks, else one for each (dense parameters, spread experts).
-    """
     parts = optimizer.chained_optimizers
     if len(parts) > 1 and optimizer.grads_states_parallel_group_is_shared():
         gradients = [[grad for part in parts for grad in part.get_grads_for_grad_norm()]]
@@ -280,7 +274,7 @@ def _squared_norms(optimizer: ChainedOptimizer) -> Tensor:
             )
             square.copy_(norm**2.0)
         dist.all_reduce(square, group=part.get_grad_stats_parallel_group())
-    return squares
+    return squares, found_inf
 
 
 class _StepState:

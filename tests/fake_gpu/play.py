@@ -194,7 +194,7 @@ class _Run:
         with torch.device("cuda"):
             models = build_chunks(config)
         answers.restore_orders(models)
-        schedule_config, chunks = setup.wrap_models(models, config)
+        schedule_config, chunks = setup._wrap_models(models, config)
         optimizer = build_optimizer(config, chunks)
         # megatron-core asks all ranks once, and the answer is a number.
         optimizer._has_grad_norm_group_cache = dict.fromkeys(SEPARATE_GRAD_NORM_GROUPS, False)

@@ -40,9 +40,7 @@ class DistillationPart(Part):
 
     def __init__(self, config: Config, teacher: TeacherModel) -> None:
         check_world_size(teacher.config, dist.get_world_size())
-        self._settings = config.distillation
-        self._teacher, self._length = teacher, config.model.seq_length
-        self._micro_batch_size = config.training.micro_batch_size
+        self._config, self._settings, self._teacher = config, config.distillation, teacher
         models = build_model(teacher.config)
         load_weights(teacher.checkpoint, models)
         self._models, self._stages = models, evaluation_stages(models, teacher.config)
@@ -92,8 +90,8 @@ class DistillationPart(Part):
             data_iterator=iterators if len(iterators) > 1 else iterators[0],
             model=self._stages,
             num_microbatches=len(batches),
-            seq_length=self._length,
-            micro_batch_size=self._micro_batch_size,
+            seq_length=self._config.model.seq_length,
+            micro_batch_size=self._config.training.micro_batch_size,
             forward_only=True,
             collect_non_loss_data=True,
         )

@@ -269,7 +269,7 @@ class RoutingGuardPart(Part):
         """Read rank 0's values of the metrics that rules use, and what is suspect since when."""
         moe, monitor = self._config.moe, self.monitor
         selected_LE = self._counts.selections()
-        values = dict(counted(selected_LE, moe.num_ffn_experts, self._wanted_share))
+        values = dict(_counted(selected_LE, moe.num_ffn_experts, self._wanted_share))
         if self._health is not None and self._metrics & MEASURED.keys():
             health = self._health.collect().get("router_health", {})
             values |= {name: health[name] for name in MEASURED if name in health}
@@ -311,7 +311,7 @@ def _stopped(rule: str, saved: str) -> GuardStopError:
     return GuardStopError(f"the routing guard's rule {rule} holds; {saved}; look at alerts.jsonl")
 
 
-def counted(selected_LE: Tensor, num_ffn: int, wanted_share: float) -> Values:
+def _counted(selected_LE: Tensor, num_ffn: int, wanted_share: float) -> Values:
     """Compute the metrics of counts: a list over the MoE layers for each; NaN if undefined.
 
     Args:

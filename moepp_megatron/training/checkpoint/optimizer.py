@@ -235,9 +235,11 @@ def _own_tensors(optimizer: Any, parameter: Tensor) -> tuple[dict[str, Tensor], 
     return {"param": whole, **state}, partial(_split_halves, whole, key, main)
 
 
-def _boxes(
-    shape: tuple[int, ...], first: int, last: int
-) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+# Corner and sizes.
+_Box = tuple[tuple[int, ...], tuple[int, ...]]
+
+
+def _boxes(shape: tuple[int, ...], first: int, last: int) -> list[_Box]:
     """Cover elements `first` to `last` (excluded) in memory order with boxes: corner and sizes."""
     if first >= last:
         return []
@@ -253,9 +255,7 @@ def _boxes(
     return result + _in_row(shape, tail, tail * row, last)
 
 
-def _in_row(
-    shape: tuple[int, ...], index: int, first: int, last: int
-) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+def _in_row(shape: tuple[int, ...], index: int, first: int, last: int) -> list[_Box]:
     row = math.prod(shape[1:])
     inner = _boxes(shape[1:], first - index * row, last - index * row)
     return [((index, *corner), (1, *sizes)) for corner, sizes in inner]

@@ -57,7 +57,7 @@ def _build_rank(config, layout, rank):
 
     from moepp_megatron.model.build import build_chunks
     from moepp_megatron.runtime import cpu_support, distributed
-    from moepp_megatron.training.setup import wrap_models
+    from moepp_megatron.training.setup import _wrap_models
 
     cpu_support.install()
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=layout.world_size)
@@ -67,7 +67,7 @@ def _build_rank(config, layout, rank):
             models = build_chunks(config)
             named = [pair for model in models for pair in model.named_parameters()]
             layers = [[each.layer_number - 1 for each in m.decoder.layers] for m in models]
-            _, chunks = wrap_models(models, config, casts=False)
+            _, chunks = _wrap_models(models, config, casts=False)
             buffers = [b for c in chunks for b in c.buffers + c.expert_parallel_buffers]
             return BuiltRank(
                 _groups(),
