@@ -18,8 +18,8 @@ from moepp_megatron.file_names import METRICS_FILE
 from moepp_megatron.observe.status import RESUME_COMMAND, RunStatus
 from moepp_megatron.runtime.launch import LaunchOptions
 from moepp_megatron.runtime.terminal import lasting_output
-from moepp_megatron.training.checkpoint.files import package_versions
-from moepp_megatron.training.checkpoint.find import NoStartError
+from moepp_megatron.training.checkpoint.files import checkpoint_step, package_versions
+from moepp_megatron.training.checkpoint.find import NoStartError, list_checkpoints
 from moepp_megatron.training.run_folder import RunFolder, Start, checkpoint_folder
 from moepp_megatron.training.train_request import Say, TrainRequest
 
@@ -213,8 +213,6 @@ def _run_rank(request: TrainRequest, say: Say, callbacks: Sequence[object]) -> T
 def _as_written(result: TrainResult, config: Config) -> TrainResult:
     """The result of ranks in other processes, from what they have written."""
     from moepp_megatron.observe.metrics import MetricsError, read_metrics
-    from moepp_megatron.training.checkpoint.files import checkpoint_step
-    from moepp_megatron.training.checkpoint.find import list_checkpoints
 
     newest = [checkpoint_step(path) for path in list_checkpoints(checkpoint_folder(config))[:1]]
     try:
