@@ -257,7 +257,18 @@ class Parts(tuple[Part, ...]):
     def __new__(cls, parts: Iterable[Part]) -> Parts:
         """Check that states can be told apart."""
         self = super().__new__(cls, parts)
-        _check_keys(self)
+        owners: dict[str, str] = {}
+        for part in self:
+            name = type(part).__name__
+            if not part.key and _has_state(part):
+                raise ConfigError(f"part {name} must have a key, since it has a state; give it one")
+            if part.key in owners:
+                raise ConfigError(
+                    f"key ({part.key}) of part {name} must be its own, and is that of "
+                    f"{owners[part.key]}; give it another one"
+                )
+            if part.key:
+                owners[part.key] = name
         return self
 
     @contextmanager
@@ -304,18 +315,3 @@ class Parts(tuple[Part, ...]):
 
 def _has_state(part: Part) -> bool:
     return type(part).state is not Part.state
-
-
-def _check_keys(parts: Sequence[Part]) -> None:
-    owners: dict[str, str] = {}
-    for part in parts:
-        name = type(part).__name__
-        if not part.key and _has_state(part):
-            raise ConfigError(f"part {name} must have a key, since it has a state; give it one")
-        if part.key in owners:
-            raise ConfigError(
-                f"key ({part.key}) of part {name} must be its own, and is that of "
-                f"{owners[part.key]}; give it another one"
-            )
-        if part.key:
-            owners[part.key] = name
