@@ -98,10 +98,10 @@ def build_training_model(config: Config) -> TrainingModel:
     Raises:
         UnfitError: If this machine or the installed megatron-core lacks what the layers use.
     """
-    in_layers = not config.moe.is_vanilla and use_kernels(config.moe.fused)
-    uses_triton = in_layers or chosen_cross_entropy(config.precision.cross_entropy) == "fused"
-    if torch.cuda.is_available() and uses_triton:
-        _start_a_kernel()
+    if torch.cuda.is_available():
+        in_layers = not config.moe.is_vanilla and use_kernels(config.moe.fused)
+        if in_layers or chosen_cross_entropy(config.precision.cross_entropy) == "fused":
+            _start_a_kernel()
     if modules_with_extension(config):
         _compile_extension()
     _replace_l2_norm()

@@ -136,11 +136,8 @@ def training_step(
     model.scheduler.step(increment=1)
     # `ChainedOptimizer.step` calls these two methods first; what they would compute again (one pass
     # over all gradients and an all-reduce) is known from `prepare_gradients`.
-    known: dict[str, Any] = {
-        "prepare_grads": lambda: False,
-        "get_grad_norm": lambda: result.grad_norm,
-    }
-    with replaced(model.optimizer, **known):
+    norm = result.grad_norm
+    with replaced(model.optimizer, prepare_grads=lambda: False, get_grad_norm=lambda: norm):
         updated, _, _ = model.optimizer.step()
     return replace(result, updated=bool(updated))
 
