@@ -92,7 +92,7 @@ def encode_pieces(
     eod_token: str,
     text_key: str,
     workers: int,
-    meanwhile: Callable[[], object] = lambda: None,
+    meanwhile: Callable[[], object],
 ) -> Iterator[EncodedPiece]:
     """Tokenize all pieces, in their order; `meanwhile` is called once the workers have work."""
     workers = min(workers, len(pieces))

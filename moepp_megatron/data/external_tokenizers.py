@@ -252,7 +252,7 @@ def _from_ranks(
             f"{', '.join(map(str, _ENCODINGS))}, whose pattern and special tokens are known; give "
             f"its {TOKENIZER_FILE}"
         )
-    pattern, special = _ENCODINGS[len(ranks)][0], _ENCODINGS[len(ranks)][1]
+    pattern, special = _ENCODINGS[len(ranks)]
     try:
         import tiktoken
         from transformers.convert_slow_tokenizer import TikTokenConverter

@@ -112,11 +112,15 @@ class PrepareSettings:
                 "model.seq_length of the model to be tuned"
             )
 
+    @property
+    def trained_size(self) -> int:
+        """Vocabulary size of a tokenizer to be trained, the default resolved."""
+        return self.vocab_size or _DEFAULT_VOCAB_SIZE
+
     def deciding(self, given: ExternalTokenizer | None) -> Settings:
         """The settings that decide the bytes written; `given` is what `tokenizer` names."""
-        trained = _DEFAULT_VOCAB_SIZE if self.vocab_size is None else self.vocab_size
         return {
-            "vocab_size": trained if self.tokenizer is None else None,
+            "vocab_size": self.trained_size if self.tokenizer is None else None,
             "tokenizer": None if given is None else given.identity,
             "eod_token": self.eod_token,
             "text_key": self.text_key,
@@ -125,7 +129,7 @@ class PrepareSettings:
 
 
 @dataclass(frozen=True)
-class Prepared:
+class _Prepared:
     """The outcome: the folder's manifest, and whether it had been there already."""
 
     manifest: Manifest
@@ -137,7 +141,7 @@ def prepare(
     out: str | Path,
     settings: PrepareSettings | None = None,
     console: Console | None = None,
-) -> Prepared:
+) -> _Prepared:
     """Write the dataset folder `out`, or find it up to date.
 
     The folder appears complete or not at all, and an interrupted run leaves an older one as it was.
@@ -177,7 +181,7 @@ def prepare(
         out, deciding, stat_sha256, lambda: content_fingerprint(sources), settings.force
     )
     if reusable:
-        return Prepared(reusable, up_to_date=True)
+        return _Prepared(reusable, up_to_date=True)
     if template is not None:
         check_formats(sources)
     pieces = plan_pieces(sources, None if settings.chat else settings.text_key)
@@ -222,13 +226,13 @@ def prepare(
         manifest = _manifest(written, tokenizer, inputs, partial)
         manifest.write(partial)
         publish(partial, out)
-    return Prepared(manifest, up_to_date=False)
+    return _Prepared(manifest, up_to_date=False)
 
 
 def _make_tokenizer(
     pieces: Sequence[Piece], settings: PrepareSettings, console: Console
 ) -> Tokenizer:
-    size = _DEFAULT_VOCAB_SIZE if settings.vocab_size is None else settings.vocab_size
+    size = settings.trained_size
     if settings.vocab_size is None:
         console.print_line(
             f"tokenizer: {size} tokens by default, for models as small as the quickstart's; for "

@@ -132,10 +132,7 @@ def write_chat(
         path = folder / "spool"
         spooled = spool_corpus(encoded, sources, np.int32, path, advance, _nothing_usable)
     codes = np.asarray(np.memmap(path, np.int32, mode="r"))
-    conversations = [
-        codes[end - length : end]
-        for length, end in zip(spooled.lengths, spooled.lengths.cumsum(), strict=True)
-    ]
+    conversations = np.split(codes, spooled.lengths.cumsum()[:-1])
     # The last token of answers, by how often.
     ends, answer_tokens = Counter[int](), 0
     for own in conversations:

@@ -33,10 +33,11 @@ class Corpus:
         idx, is_ours = Path(f"{prefix}.idx"), not self.manifest.is_bare
         try:
             self._header = read_header(idx, self.manifest.documents if is_ours else None)
-            # [documents] int64, the token after the last one of each.
-            self._ends = read_ends(idx, self._header, self._bin.stat().st_size, is_ours)
+            ends = read_ends(idx, self._header, self._bin.stat().st_size, is_ours)
         except (CorpusError, OSError) as error:
             raise damaged(folder, str(error)) from None
+        # [documents + 1] int64, the first token of each, and the number of all.
+        self._starts = np.append(np.int64(0), ends)
 
     def document(self, number: int) -> NDArray[np.integer]:
         """The token ids of a document, in the order of the corpus.
@@ -48,8 +49,7 @@ class Corpus:
         if not 0 <= number <= last:
             raise ConfigError(f"--document ({number}) must be from 0 to {last}; use 0")
         data = np.memmap(self._bin, dtype=self._header.dtype, mode="r")
-        start = int(self._ends[number - 1]) if number else 0
-        return np.asarray(data[start : int(self._ends[number])])
+        return np.asarray(data[self._starts[number] : self._starts[number + 1]])
 
     def training_tokens(self, split: str | None) -> int:
         """Tokens of the documents that are trained on.
@@ -62,7 +62,7 @@ class Corpus:
         if part is None:
             return 0
         first, end = part
-        return int(self._ends[end - 1]) - (int(self._ends[first - 1]) if first else 0)
+        return int(self._starts[end] - self._starts[first])
 
 
 def shown_text(tokens: Sequence[int], tokenizer: Tokenizer) -> str:

@@ -34,8 +34,7 @@ from moepp_megatron.file_names import CONFIG_FILE, FORMAT_FILE, MANIFEST_FILE, T
 from moepp_megatron.interop.tensor_rules import differences, linear_modules, moepp_rules
 from moepp_megatron.training.checkpoint.data_only import refuse_packed
 from moepp_megatron.training.checkpoint.files import file_digest
-from moepp_megatron.training.checkpoint.index import read_metadata
-from moepp_megatron.training.checkpoint.plain_pickle import UnsafePickleError
+from moepp_megatron.training.checkpoint.plain_pickle import UnsafePickleError, read_metadata
 
 _WEIGHTS = ("embedding.", "decoder.", "output_layer.")
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import urlsplit
 
+from moepp_megatron.config.errors import ConfigError
 from moepp_megatron.file_names import ALERTS_FILE
 from moepp_megatron.observe.alerts import Alert
 from moepp_megatron.observe.line_file import LineFile
@@ -144,10 +145,6 @@ class AlertSinks:
                 logger.warning("%s could not be closed: %s", type(sink).__name__, error)
 
 
-class WebhookAddressError(ValueError):
-    """The address is refused; the message does not contain it."""
-
-
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
     """Refuses redirects, which could leave https or send the alert to another host."""
 
@@ -159,12 +156,12 @@ def read_address(variable: str) -> str:
     """The address that an environment variable holds.
 
     Raises:
-        WebhookAddressError: If it is not set, or is neither an https address nor one of this
-            machine.
+        ConfigError: If it is not set, or is neither an https address nor one of this machine; the
+            message does not contain it.
     """
     address = os.environ.get(variable, "").strip()
     if not address:
-        raise WebhookAddressError(
+        raise ConfigError(
             f"the environment variable {variable} must hold the webhook's address; export it, or "
             "set observe.webhook_url_env to null"
         )
@@ -175,7 +172,7 @@ def read_address(variable: str) -> str:
         host, parts = None, urlsplit("")
     is_local = parts.scheme == "http" and host in _LOCAL_HOSTS
     if not host or (parts.scheme != "https" and not is_local):
-        raise WebhookAddressError(
+        raise ConfigError(
             f"the environment variable {variable} must hold an https address, or an http address "
             "of localhost; correct it (its value is a secret and not shown)"
         )

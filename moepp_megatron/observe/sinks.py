@@ -191,11 +191,6 @@ class SinkSettings:
     plugins: Sequence[str] = ()
 
 
-def _tensorboard(run: SinkSettings) -> Sink:
-    folder = run.run_dir / "tensorboard"
-    return TensorBoardSink(folder, run.experts, run.resume_step, run.moe_layers)
-
-
 def _wandb(run: SinkSettings) -> Sink | None:
     if run.wandb.project is None:
         return None
@@ -208,6 +203,8 @@ def _wandb(run: SinkSettings) -> Sink | None:
 # What opens each view of a run, or nothing where it is not wanted.
 VIEWS: dict[str, Callable[[SinkSettings], Sink | None]] = {
     "status file": lambda run: StatusSink(run.run_dir),
-    "TensorBoard output": _tensorboard,
+    "TensorBoard output": lambda run: TensorBoardSink(
+        run.run_dir / "tensorboard", run.experts, run.resume_step, run.moe_layers
+    ),
     "W&B output": _wandb,
 }

@@ -44,7 +44,7 @@ class WandbSink:
         name: str,
         config: Mapping[str, Any],
         experts: ExpertCounts,
-        resumes: bool = False,
+        resumes: bool,
         moe_layers: Sequence[int] = (),
     ) -> None:
         try:

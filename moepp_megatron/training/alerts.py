@@ -27,7 +27,21 @@ class RunOutput:
         self._sinks, self._alerts = Sinks(()), AlertSinks(())
         if dist.get_rank() == 0:
             RunFolder(config).write_config()
-            self._sinks = Sinks.open(_settings(config, progress))
+            layers = enumerate(config.router_pattern, 1)
+            self._sinks = Sinks.open(
+                SinkSettings(
+                    Path(config.run.dir),
+                    config.moe,
+                    phi=config.moe.ffn_share,
+                    total_steps=config.training.train_iters,
+                    resume_step=progress.step + 1,
+                    wandb=config.observe.wandb,
+                    name=config.run.name,
+                    config=config.model_dump(mode="json"),
+                    moe_layers=[number for number, is_moe in layers if is_moe],
+                    plugins=config.observe.sinks,
+                )
+            )
             self._alerts = AlertSinks.open(
                 Path(config.run.dir),
                 config.run.name,
@@ -96,19 +110,3 @@ class RunOutput:
         except OSError as error:
             return f"the last records of metrics could not be written: {error}"
         return None
-
-
-def _settings(config: Config, progress: Progress) -> SinkSettings:
-    moe = config.moe
-    return SinkSettings(
-        Path(config.run.dir),
-        moe,
-        phi=moe.ffn_share,
-        total_steps=config.training.train_iters,
-        resume_step=progress.step + 1,
-        wandb=config.observe.wandb,
-        name=config.run.name,
-        config=config.model_dump(mode="json"),
-        moe_layers=[number for number, is_moe in enumerate(config.router_pattern, 1) if is_moe],
-        plugins=config.observe.sinks,
-    )

@@ -14,12 +14,10 @@ from moepp_megatron.data.loader import batches, vocabulary_of
 from moepp_megatron.data.samples import DOCUMENTS
 from moepp_megatron.model.document_attention import dense_mask, document_ends, document_numbers
 from moepp_megatron.runtime.optional import have_transformer_engine
-from moepp_megatron.training.step import Batch
+from moepp_megatron.training.step import Batch, Batches
 
 
-def rank_batches(
-    dataset: Any, consumed_samples: int, config: Config, num_chunks: int
-) -> list[Iterator[Batch]]:
+def rank_batches(dataset: Any, consumed_samples: int, config: Config, num_chunks: int) -> Batches:
     """One endless iterator per model chunk over this rank's micro-batches, from `consumed_samples`.
 
     After the last whole global batch the first one follows again (of the last stage of the data),

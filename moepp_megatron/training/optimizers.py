@@ -65,7 +65,13 @@ def _optimizer_config(config: Config) -> OptimizerConfig:
     # Adam trains the other parameters.
     of_kind = _named_after("adam", settings)
     if settings.of_fused_adam:
-        of_kind |= _precision_aware(settings)
+        # Transformer Engine's FusedAdam keeps the moments, and in most cases the fp32 weights too.
+        of_kind |= {
+            "use_precision_aware_optimizer": True,
+            "exp_avg_dtype": DTYPES[settings.exp_avg_dtype],
+            "exp_avg_sq_dtype": DTYPES[settings.exp_avg_sq_dtype],
+            "store_param_remainders": settings.store_param_remainders,
+        }
     of_kind |= pick(OPTIMIZERS, "optimizer.kind", settings.kind, "optimizers")(settings)
     return OptimizerConfig(
         **of_kind,
@@ -81,16 +87,6 @@ def _optimizer_config(config: Config) -> OptimizerConfig:
         # How it cuts FP8 weights depends on their format.
         fp8_recipe=config.precision.recipe,
     )
-
-
-def _precision_aware(settings: OptimizerSection) -> dict[str, Any]:
-    """Transformer Engine's FusedAdam keeps the moments, and in most cases the fp32 weights too."""
-    return {
-        "use_precision_aware_optimizer": True,
-        "exp_avg_dtype": DTYPES[settings.exp_avg_dtype],
-        "exp_avg_sq_dtype": DTYPES[settings.exp_avg_sq_dtype],
-        "store_param_remainders": settings.store_param_remainders,
-    }
 
 
 def _parameter_overrides(config: Config) -> dict[ParamKey, ParamGroupOverride]:

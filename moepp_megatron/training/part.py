@@ -99,6 +99,8 @@ class Stop:
 Outcome = Alert | Rollback | Pause | Stop
 
 State = Mapping[str, Any]
+Fields = Mapping[str, Any]
+"""Fields of the record of a logged step, by name."""
 Why = Literal["resume", "rollback"]
 """Why a state is loaded: a run begins or is resumed, or goes back to an earlier checkpoint."""
 
@@ -146,7 +148,7 @@ class Part(StepHooks):
         """True if `step` must be logged."""
         return False
 
-    def record(self, step: Step, fields: Mapping[str, Any]) -> Mapping[str, Any]:
+    def record(self, step: Step, fields: Fields) -> Fields:
         """Fields for the record of a logged step; `fields` has those of the parts before."""
         return {}
 
@@ -255,7 +257,18 @@ class Parts(tuple[Part, ...]):
     def __new__(cls, parts: Iterable[Part]) -> Parts:
         """Check that states can be told apart."""
         self = super().__new__(cls, parts)
-        _check_keys(self)
+        owners: dict[str, str] = {}
+        for part in self:
+            name = type(part).__name__
+            if not part.key and _has_state(part):
+                raise ConfigError(f"part {name} must have a key, since it has a state; give it one")
+            if part.key in owners:
+                raise ConfigError(
+                    f"key ({part.key}) of part {name} must be its own, and is that of "
+                    f"{owners[part.key]}; give it another one"
+                )
+            if part.key:
+                owners[part.key] = name
         return self
 
     @contextmanager
@@ -284,7 +297,7 @@ class Parts(tuple[Part, ...]):
         """Let all learn from a step."""
         return [alert for part in self for alert in part.end_step(step)]
 
-    def record(self, step: Step, fields: Mapping[str, Any]) -> dict[str, Any]:
+    def record(self, step: Step, fields: Fields) -> dict[str, Any]:
         """The fields of a record, those of `fields` first."""
         record = dict(fields)
         for part in self:
@@ -302,18 +315,3 @@ class Parts(tuple[Part, ...]):
 
 def _has_state(part: Part) -> bool:
     return type(part).state is not Part.state
-
-
-def _check_keys(parts: Sequence[Part]) -> None:
-    owners: dict[str, str] = {}
-    for part in parts:
-        name = type(part).__name__
-        if not part.key and _has_state(part):
-            raise ConfigError(f"part {name} must have a key, since it has a state; give it one")
-        if part.key in owners:
-            raise ConfigError(
-                f"key ({part.key}) of part {name} must be its own, and is that of "
-                f"{owners[part.key]}; give it another one"
-            )
-        if part.key:
-            owners[part.key] = name

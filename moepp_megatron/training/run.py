@@ -18,8 +18,8 @@ from moepp_megatron.file_names import METRICS_FILE
 from moepp_megatron.observe.status import RESUME_COMMAND, RunStatus
 from moepp_megatron.runtime.launch import LaunchOptions
 from moepp_megatron.runtime.terminal import lasting_output
-from moepp_megatron.training.checkpoint.files import package_versions
-from moepp_megatron.training.checkpoint.find import NoStartError
+from moepp_megatron.training.checkpoint.files import checkpoint_step, package_versions
+from moepp_megatron.training.checkpoint.find import NoStartError, list_checkpoints
 from moepp_megatron.training.run_folder import RunFolder, Start, checkpoint_folder
 from moepp_megatron.training.train_request import Say, TrainRequest
 
@@ -169,7 +169,6 @@ def _run_rank(request: TrainRequest, say: Say, callbacks: Sequence[object]) -> T
 
     quiet()
     from moepp_megatron.runtime import distributed
-    from moepp_megatron.runtime.distributed import bind_to_gpu
     from moepp_megatron.runtime.stop_signals import die_with_parent
     from moepp_megatron.training.resilience.hang_report import enable_flight_recorder
 
@@ -183,7 +182,7 @@ def _run_rank(request: TrainRequest, say: Say, callbacks: Sequence[object]) -> T
     settle = functools.partial(_refuse_unlike, alike=alike)
     with distributed.initialized(rank, distributed.collective_timeout(config), settle) as device:
         if config.run.numa_binding:
-            bind_to_gpu(device)
+            distributed.bind_to_gpu(device)
         # Now, when the device is known: megatron-core compiles some functions on its import, but
         # not on a CPU.
         from moepp_megatron.training.trainer import Trainer
@@ -214,8 +213,6 @@ def _run_rank(request: TrainRequest, say: Say, callbacks: Sequence[object]) -> T
 def _as_written(result: TrainResult, config: Config) -> TrainResult:
     """The result of ranks in other processes, from what they have written."""
     from moepp_megatron.observe.metrics import MetricsError, read_metrics
-    from moepp_megatron.training.checkpoint.files import checkpoint_step
-    from moepp_megatron.training.checkpoint.find import list_checkpoints
 
     newest = [checkpoint_step(path) for path in list_checkpoints(checkpoint_folder(config))[:1]]
     try:

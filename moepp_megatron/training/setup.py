@@ -98,8 +98,10 @@ def build_training_model(config: Config) -> TrainingModel:
     Raises:
         UnfitError: If this machine or the installed megatron-core lacks what the layers use.
     """
-    if torch.cuda.is_available() and _uses_triton(config):
-        _start_a_kernel()
+    if torch.cuda.is_available():
+        in_layers = not config.moe.is_vanilla and use_kernels(config.moe.fused)
+        if in_layers or chosen_cross_entropy(config.precision.cross_entropy) == "fused":
+            _start_a_kernel()
     if modules_with_extension(config):
         _compile_extension()
     _replace_l2_norm()
@@ -108,11 +110,6 @@ def build_training_model(config: Config) -> TrainingModel:
     optimizer = build_optimizer(config, chunks)
     _connect_schedule(schedule_config, config, chunks, optimizer)
     return TrainingModel(chunks, models, optimizer, build_schedule(config, optimizer))
-
-
-def _uses_triton(config: Config) -> bool:
-    in_layers = not config.moe.is_vanilla and use_kernels(config.moe.fused)
-    return in_layers or chosen_cross_entropy(config.precision.cross_entropy) == "fused"
 
 
 def _start_a_kernel() -> None:

@@ -14,13 +14,14 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from moepp_megatron.config import Config, Layout
-from moepp_megatron.data.samples import PADDING
+from moepp_megatron.data.samples import PADDING, Batch
 from moepp_megatron.runtime.patches import replaced
 from moepp_megatron.training.rng import get_rng_state, set_rng_state
 from moepp_megatron.training.setup import TrainingModel
 from moepp_megatron.training.step_sums import StepSums, Summand, read_step, zeros
 
-Batch = dict[str, Tensor]
+# Iterators over the same micro-batches, one for each model chunk.
+Batches = list[Iterator[Batch]]
 
 
 class StepHooks:
@@ -33,9 +34,7 @@ class StepHooks:
 
     may_refuse = may_repeat = False
 
-    def batches(
-        self, batches: list[Iterator[Batch]], num_microbatches: int
-    ) -> list[Iterator[Batch]]:
+    def batches(self, batches: Batches, num_microbatches: int) -> Batches:
         """Iterators over the same micro-batches as `batches`, when a step begins."""
         return batches
 
@@ -96,7 +95,7 @@ class StepResult:
 
 def training_step(
     model: TrainingModel,
-    batches: list[Iterator[Batch]],
+    batches: Batches,
     config: Config,
     layout: Layout,
     hooks: Sequence[StepHooks] = (),
@@ -135,14 +134,17 @@ def training_step(
         return replace(result, is_finite=math.isfinite(result.sums.loss))
     # The schedule counts the step that is being taken: the first step already learns.
     model.scheduler.step(increment=1)
-    with _gradients_ready(model.optimizer, result.grad_norm):
+    # `ChainedOptimizer.step` calls these two methods first; what they would compute again (one pass
+    # over all gradients and an all-reduce) is known from `prepare_gradients`.
+    norm = result.grad_norm
+    with replaced(model.optimizer, prepare_grads=lambda: False, get_grad_norm=lambda: norm):
         updated, _, _ = model.optimizer.step()
     return replace(result, updated=bool(updated))
 
 
 def compute_gradients(
     model: TrainingModel,
-    batches: list[Iterator[Batch]],
+    batches: Batches,
     config: Config,
     layout: Layout,
     hooks: Sequence[StepHooks] = (),
@@ -174,7 +176,7 @@ def unchanged(model: TrainingModel) -> Iterator[None]:
 
 def run_schedule(
     model: TrainingModel,
-    batches: list[Iterator[Batch]],
+    batches: Batches,
     config: Config,
     num_microbatches: int,
     forward_only: bool,
@@ -196,7 +198,7 @@ def run_schedule(
     """
     forward_backward = get_forward_backward_func()
     reduced = forward_backward(
-        forward_step_func=partial(forward_step, hooks=hooks),
+        forward_step_func=partial(_forward_step, hooks=hooks),
         data_iterator=batches if len(batches) > 1 else batches[0],
         model=list(model.chunks),
         num_microbatches=num_microbatches,
@@ -209,7 +211,7 @@ def run_schedule(
     return torch.stack([entry["loss"] for entry in reduced]).sum(dim=0)
 
 
-def forward_step(
+def _forward_step(
     iterator: Iterator[Batch],
     model: Any,
     return_schedule_plan: bool = False,
@@ -242,24 +244,18 @@ def _loss_function(
     return loss, num_tokens.to(torch.int), {"loss": report}
 
 
+@torch.no_grad()
 def prepare_gradients(optimizer: MegatronOptimizer) -> tuple[Tensor, bool]:
     """First half of `optimizer.step()`: gradients in place, their global norm; no state changes.
 
     Returns:
-        Squared norms (`_squared_norms`), and whether gradients were found that are not finite.
+        [groups] fp32 squared gradient norms on the device, over all ranks that hold parts, and
+        whether gradients were found that are not finite. The norms are what
+        `ChainedOptimizer.get_grad_norm` computes before it reads: one where all optimizers reduce
+        it over the same ranks, else one for each (dense parameters, spread experts).
     """
     assert isinstance(optimizer, ChainedOptimizer), f"{type(optimizer)} is not chained"
     found_inf = bool(optimizer.prepare_grads())
-    return _squared_norms(optimizer), found_inf
-
-
-@torch.no_grad()
-def _squared_norms(optimizer: ChainedOptimizer) -> Tensor:
-    """[groups] fp32 squared gradient norms on the device, over all ranks that hold parts.
-
-    What `ChainedOptimizer.get_grad_norm` computes before it reads: one norm where all optimizers
-    reduce it over the same ranks, else one for each (dense parameters, spread experts).
-    """
     parts = optimizer.chained_optimizers
     if len(parts) > 1 and optimizer.grads_states_parallel_group_is_shared():
         gradients = [[grad for part in parts for grad in part.get_grads_for_grad_norm()]]
@@ -275,16 +271,7 @@ def _squared_norms(optimizer: ChainedOptimizer) -> Tensor:
             )
             square.copy_(norm**2.0)
         dist.all_reduce(square, group=part.get_grad_stats_parallel_group())
-    return squares
-
-
-@contextmanager
-def _gradients_ready(optimizer: MegatronOptimizer, grad_norm: float) -> Iterator[None]:
-    """Let `optimizer.step()` continue from `prepare_gradients` in the block."""
-    # `ChainedOptimizer.step` calls these two methods first; what they would compute again (one pass
-    # over all gradients and an all-reduce) is known.
-    with replaced(optimizer, prepare_grads=lambda: False, get_grad_norm=lambda: grad_norm):
-        yield
+    return squares, found_inf
 
 
 class _StepState:

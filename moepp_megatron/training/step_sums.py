@@ -147,12 +147,8 @@ def read_step(
     total, tokens, num_bad = head.tolist()
     for each, part in zip(summands, rest, strict=True):
         each.take_sum(part)
-    norm = math.inf if found_inf else _norm(own.tolist())
+    # Rounded as megatron-core's.
+    norms = [square**0.5 for square in own.tolist()]
+    norm = norms[0] if len(norms) == 1 else math.sqrt(sum(each**2 for each in norms))
     loss = total / tokens if tokens > 0 and num_bad == 0 else math.nan
-    return StepSums(loss, norm, total, tokens)
-
-
-def _norm(squares: Sequence[float]) -> float:
-    """The norm of all gradients from those of each optimizer, rounded as megatron-core's."""
-    norms = [square**0.5 for square in squares]
-    return norms[0] if len(norms) == 1 else math.sqrt(sum(norm**2 for norm in norms))
+    return StepSums(loss, math.inf if found_inf else norm, total, tokens)

@@ -15,12 +15,12 @@ from megatron.core.utils import get_batch_on_this_cp_rank
 from torch import Tensor
 
 from moepp_megatron.config import Layout
+from moepp_megatron.data.samples import Batch
 from moepp_megatron.model.stage import PipelineStage
 
 # Rows are as long as the next of its doublings, so that few lengths occur.
 _SHORTEST = 32
 
-Batch = dict[str, Tensor]
 # Sequence, positions [s'], and by name the values [s', ...] of a rank's tokens.
 _Piece = tuple[int, np.ndarray, dict[str, np.ndarray]]
 

@@ -29,7 +29,7 @@ from moepp_megatron.observe.status import RunStatus
 from moepp_megatron.runtime.launch import LaunchOptions, has_launcher
 from moepp_megatron.runtime.nodes import interface_of_rank
 from moepp_megatron.runtime.object_store import check_store, place
-from moepp_megatron.runtime.optional import how_to_install
+from moepp_megatron.runtime.optional import have_wandb, how_to_install
 from moepp_megatron.runtime.rank import RankEnvironment, environment
 from moepp_megatron.runtime.rank_environment import contradiction, set_rank_variables
 from moepp_megatron.training.checkpoint.compatible import differences
@@ -221,8 +221,6 @@ def _check_sinks(config: Config) -> None:
     """Refuse sinks that cannot work, where the rank that owns them starts."""
     for name in config.observe.sinks:
         load_plugin("sinks", "observe.sinks", name)
-    from moepp_megatron.runtime.optional import have_wandb
-
     project, variable = config.observe.wandb.project, config.observe.webhook_url_env
     if project is not None and not have_wandb():
         raise UnfitError(
@@ -231,9 +229,9 @@ def _check_sinks(config: Config) -> None:
         )
     if variable is None:
         return
-    from moepp_megatron.observe.alert_sinks import WebhookAddressError, read_address
+    from moepp_megatron.observe.alert_sinks import read_address
 
     try:
         read_address(variable)
-    except WebhookAddressError as error:
+    except ConfigError as error:
         raise ConfigError(f"observe.webhook_url_env ({variable}): {error}") from None

@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -33,7 +33,7 @@ from moepp_megatron.training.run_folder import checkpoint_folder
 from moepp_megatron.training.schedule import BatchSizes
 from moepp_megatron.training.setup import TrainingModel, build_training_model
 from moepp_megatron.training.signals import StopRequest
-from moepp_megatron.training.step import Batch, training_step
+from moepp_megatron.training.step import Batches, training_step
 from moepp_megatron.training.step_sums import mean_loss
 
 logger = logging.getLogger(__name__)
@@ -68,6 +68,7 @@ class Trainer:
     ) -> None:
         self.config = config
         self.layout = layout
+        self._folder = checkpoint_folder(config)
         self.model: TrainingModel = build_training_model(config)
         tokenizer_file = tokenizer_of_run(config)
         build = pick(DATASETS, "data.dataset", config.data.dataset, "datasets")
@@ -81,7 +82,7 @@ class Trainer:
         self.stopped = False
         self.pause_reason: str | None = None
         self._lost_records: str | None = None
-        self.checkpoints = CheckpointWriter(checkpoint_folder(config), config, tokenizer_file)
+        self.checkpoints = CheckpointWriter(self._folder, config, tokenizer_file)
         self.start_lines: list[str] = []
         # Last, so that nothing draws random numbers between here and the first step.
         self.progress, extra = self._load(loads or config)
@@ -110,7 +111,7 @@ class Trainer:
         config, parts = self.config, self.parts
         self._output = RunOutput(config, self.progress)
         if dist.get_rank() == 0:
-            lack = lack_of_space(config, checkpoint_folder(config), self.progress.step)
+            lack = lack_of_space(config, self._folder, self.progress.step)
             if lack is not None:
                 logger.warning("%s", lack)
         batches = rank_batches(
@@ -182,7 +183,7 @@ class Trainer:
                 )
             )
 
-    def _take_step(self, batches: list[Iterator[Batch]], stop: StopRequest) -> Step:
+    def _take_step(self, batches: Batches, stop: StopRequest) -> Step:
         """Take the next step, or refuse its batch."""
         before = self.progress
         samples = self._sizes.at(before.consumed_samples)
@@ -232,7 +233,7 @@ class Trainer:
         before = self.progress
         with self.supervisor.during("rollback"):
             self.checkpoints.finish()
-            checkpoint = newest_valid(checkpoint_folder(self.config), rollback.up_to_step)
+            checkpoint = newest_valid(self._folder, rollback.up_to_step)
             self._output.send(*rollback.alerts_before(checkpoint))
             if checkpoint is None:
                 return False
@@ -291,7 +292,7 @@ class Trainer:
 
     def _load(self, config: Config) -> tuple[Progress, dict[str, Any]]:
         """Continue from `checkpoint.load` of `config`."""
-        start = find_start(config, checkpoint_folder(config))
+        start = find_start(config, self._folder)
         if start is None:
             return Progress(), {}
         weights_only = not config.checkpoint.load_optimizer

@@ -191,13 +191,13 @@ def _changed_weights(trainer, fault, factor):
 def _slow(trainer, fault):
     from moepp_megatron.training import step
 
-    original = step.forward_step
+    original = step._forward_step
 
     def slow(*args, **named):
         time.sleep(0.5 * slowdown())
         return original(*args, **named)
 
-    with mock.patch.object(step, "forward_step", slow):
+    with mock.patch.object(step, "_forward_step", slow):
         yield
 
 

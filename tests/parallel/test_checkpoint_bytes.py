@@ -14,7 +14,7 @@ def save_and_load(folder):
 
     from moepp_megatron.runtime.patches import replaced
     from moepp_megatron.training.checkpoint import data_only
-    from moepp_megatron.training.checkpoint.index import read_metadata
+    from moepp_megatron.training.checkpoint.plain_pickle import read_metadata
     from moepp_megatron.training.checkpoint.read import read_checkpoint
     from moepp_megatron.training.checkpoint.state import saved_state, state_to_load
 

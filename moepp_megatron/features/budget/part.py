@@ -1,6 +1,6 @@
 """Applies the budget of FFN experts per token to the model, step by step."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from moepp_megatron.model.megatron_config import moepp_config
 from moepp_megatron.moe.budget import Budget, BudgetController
 from moepp_megatron.observe.alerts import Alert
 from moepp_megatron.observe.guard_judge import CompleteRule, RuleJudge
-from moepp_megatron.training.part import Part, PartContext, State, Step, Why
+from moepp_megatron.training.part import Fields, Part, PartContext, State, Step, Why
 from moepp_megatron.training.parts.routing_counts import RoutingCountsPart
 from moepp_megatron.training.setup import TrainingModel
 
@@ -141,7 +141,7 @@ class BudgetPart(Part):
         own = {"off": self._off, "rules": self._judge.state()}
         return self._controller.state() | own
 
-    def record(self, step: Step, fields: Mapping[str, Any]) -> dict[str, Any]:
+    def record(self, step: Step, fields: Fields) -> Fields:
         """The target and tau.
 
         `tau` is what this step was trained with, as a mean over layers; what the controller has

@@ -133,31 +133,31 @@ class BudgetSettings(EngineMoESection):  # type: ignore[misc]  # as EngineMoESec
 
     own_rules = table(
         group(
-            lambda c: c.moe.budget.acts and c.moe.num_zero_computation_experts == 0,
+            "moe.budget.acts and not moe.num_zero_computation_experts",
             first(
                 refuse(
                     "moe.budget.target_ffn_per_token",
-                    lambda c: c.moe.budget.target_ffn_per_token is not None,
+                    "not moe.budget.target_ffn_per_token null",
                     _NO_CHOICE,
                     "add zero-computation experts, or drop moe.budget",
                 ),
                 refuse(
                     "moe.budget.controller",
-                    lambda c: True,
+                    "moe.budget.acts",
                     _NO_CHOICE,
                     "add zero-computation experts, or drop moe.budget",
                 ),
             ),
         ),
         group(
-            lambda c: c.moe.num_zero_computation_experts > 0,
+            "moe.num_zero_computation_experts",
             _within_what_tokens_select,
         ),
         group(
-            lambda c: c.moe.budget.acts and c.moe.budget.held_by != "bias",
+            "moe.budget.acts and not moe.budget.held_by bias",
             refuse(
                 "moe.balance_coeff",
-                lambda c: c.moe.balance_coeff <= 0,
+                "not moe.balance_coeff",
                 "must be above 0 with moe.budget.controller {moe.budget.held_by}, because tau acts "
                 "through the balance loss",
                 "use 0.01, or moe.budget.controller bias",
@@ -165,50 +165,50 @@ class BudgetSettings(EngineMoESection):  # type: ignore[misc]  # as EngineMoESec
         ),
         refuse(
             "moe.capacity_factor",
-            lambda c: c.moe.capacity_factor is not None and c.moe.budget.acts,
+            "moe.budget.acts and not moe.capacity_factor null",
             "must be null with moe.budget, because the capacities follow from a fixed moe.tau",
             "use null, or drop moe.budget",
         ),
     )
     no_effect = table(
         no_effect_where(
-            lambda c: c.moe.budget.target_ffn_per_token is not None,
+            "not moe.budget.target_ffn_per_token null",
             "with moe.budget.target_ffn_per_token, from which tau follows",
             "moe.tau",
             "leave one of them out",
         ),
         no_effect_where(
-            lambda c: c.moe.budget.held_by == "none",
+            "moe.budget.held_by none",
             "without moe.budget.controller",
             "moe.budget.response moe.budget.gain moe.budget.decay moe.budget.scope",
             "use bias or tau",
         ),
         no_effect_where(
-            lambda c: c.moe.budget.measures_gain,
+            "moe.budget.measures_gain",
             "without moe.budget.gain",
             "moe.budget.decay",
             "set it, or leave this out",
         ),
         no_effect_where(
-            lambda c: c.moe.budget.held_by == "bias" and not c.moe.budget.measures_gain,
+            "moe.budget.held_by bias and not moe.budget.measures_gain",
             "with moe.budget.gain, which is fixed",
             "moe.budget.response",
             "leave one of them out",
         ),
         no_effect_where(
-            lambda c: c.moe.budget.held_by == "tau",
+            "moe.budget.held_by tau",
             "with moe.budget.controller tau",
             "moe.budget.response",
             "use bias, or leave it out",
         ),
         no_effect_where(
-            lambda c: c.moe.budget.start_ffn_per_token is None,
+            "moe.budget.start_ffn_per_token null",
             "without moe.budget.start_ffn_per_token",
             "moe.budget.ramp_begin moe.budget.ramp_steps",
             "set it, or leave this out",
         ),
         no_effect_where(
-            lambda c: not c.moe.budget.acts,
+            "not moe.budget.acts",
             "without moe.budget.target_ffn_per_token or controller",
             "moe.budget.start_ffn_per_token",
             "set one of them, or leave it out",
@@ -216,7 +216,7 @@ class BudgetSettings(EngineMoESection):  # type: ignore[misc]  # as EngineMoESec
         # The measured bias moves all FFN experts alike; the balance loss distinguishes them.
         refuse(
             "moe.balance_coeff",
-            lambda c: c.moe.budget.measures_gain and c.moe.balance_coeff == 0,
+            "moe.budget.measures_gain and not moe.balance_coeff",
             "leaves nothing that evens out FFN experts among each other with moe.budget.controller "
             "bias and no moe.budget.gain",
             "use 0.01, or set moe.budget.gain for LongCat-Flash's rule, which moves each expert's",

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from moepp_megatron.config.blends import first_step
 from moepp_megatron.config.errors import Problem
-from moepp_megatron.config.rows import each, group, refuse, table
+from moepp_megatron.config.rows import each, refuse, table
 from moepp_megatron.config.schema.data import BlendPart
 from moepp_megatron.config.schema.section import Section, Unit
 
@@ -61,7 +61,7 @@ class DataStageSettings(Section):
     own_rules = table(
         refuse(
             "data.stages",
-            lambda c: c.data.stages and c.data.path is None and not c.data.blend,
+            "data.stages and data.path null and not data.blend",
             "must come with the data of the steps before the first of them",
             "set data.path or data.blend",
             value=lambda c: f"{len(c.data.stages)} stages",
@@ -73,14 +73,11 @@ class DataStageSettings(Section):
             "give one of them",
         ),
         # Where a stage begins is counted in batches.
-        group(
-            lambda c: c.data.stages,
-            refuse(
-                "training.batch_ramp",
-                lambda c: c.training.batch_ramp is not None,
-                "must be null with data.stages, which begin after a number of equal batches",
-                "leave out one of the two",
-            ),
+        refuse(
+            "training.batch_ramp",
+            "data.stages and not training.batch_ramp null",
+            "must be null with data.stages, which begin after a number of equal batches",
+            "leave out one of the two",
         ),
         _stages_follow_each_other,
     )

@@ -7,7 +7,7 @@ the vocabulary, are made when they are compared.
 """
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -23,11 +23,9 @@ from moepp_megatron.model.stage import evaluation_stages
 from moepp_megatron.observe.alerts import Alert
 from moepp_megatron.runtime.distributed import Agreement
 from moepp_megatron.training.checkpoint.read import load_weights
-from moepp_megatron.training.part import Part, PartContext, State, Step, Why
-from moepp_megatron.training.step import unchanged
+from moepp_megatron.training.part import Fields, Part, PartContext, State, Step, Why
+from moepp_megatron.training.step import Batch, Batches, unchanged
 from moepp_megatron.training.step_sums import StepCounts, Summand, first_of_tensor_ranks
-
-Batch = dict[str, Tensor]
 
 
 class DistillationPart(Part):
@@ -42,9 +40,7 @@ class DistillationPart(Part):
 
     def __init__(self, config: Config, teacher: TeacherModel) -> None:
         check_world_size(teacher.config, dist.get_world_size())
-        self._settings = config.distillation
-        self._teacher, self._length = teacher, config.model.seq_length
-        self._micro_batch_size = config.training.micro_batch_size
+        self._config, self._settings, self._teacher = config, config.distillation, teacher
         models = build_model(teacher.config)
         load_weights(teacher.checkpoint, models)
         self._models, self._stages = models, evaluation_stages(models, teacher.config)
@@ -70,9 +66,7 @@ class DistillationPart(Part):
         """This rank's parameters of the teacher."""
         return (parameter for model in self._models for parameter in model.parameters())
 
-    def batches(
-        self, batches: list[Iterator[Batch]], num_microbatches: int
-    ) -> list[Iterator[Batch]]:
+    def batches(self, batches: Batches, num_microbatches: int) -> Batches:
         """Begin a step on its micro-batches; returns iterators over the same ones."""
         self._hidden.clear()
         self._sums.reset()
@@ -96,8 +90,8 @@ class DistillationPart(Part):
             data_iterator=iterators if len(iterators) > 1 else iterators[0],
             model=self._stages,
             num_microbatches=len(batches),
-            seq_length=self._length,
-            micro_batch_size=self._micro_batch_size,
+            seq_length=self._config.model.seq_length,
+            micro_batch_size=self._config.training.micro_batch_size,
             forward_only=True,
             collect_non_loss_data=True,
         )
@@ -152,7 +146,7 @@ class DistillationPart(Part):
         """The divergences."""
         return (self._sums,)
 
-    def record(self, step: Step, fields: Mapping[str, Any]) -> dict[str, Any]:
+    def record(self, step: Step, fields: Fields) -> Fields:
         """The mean divergence of the step's tokens, over all ranks, in nats."""
         divergence, tokens = self._sums.total().tolist()
         return {"distillation_loss": divergence / tokens}
@@ -194,9 +188,9 @@ def _kl_divergence(
     logits: Tensor,
     teacher_logits: Tensor,
     group: dist.ProcessGroup,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    reverse: bool = False,
+    temperature: float,
+    top_k: int | None,
+    reverse: bool,
 ) -> Tensor:
     """[s, b] fp32 divergence of each token in nats, exact for a vocabulary that ranks share.
 

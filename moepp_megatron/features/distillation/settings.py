@@ -1,17 +1,9 @@
 """Section `distillation`: a frozen teacher whose predictions the model learns with the text."""
 
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 from moepp_megatron.config.rows import no_effect_without, refuse
 from moepp_megatron.config.schema.section import PathText, Section, Unit
-
-if TYPE_CHECKING:
-    from moepp_megatron.config.schema import Config
-
-
-def _nothing_is_learnt(config: "Config") -> bool:
-    settings = config.distillation
-    return settings.teacher is not None and settings.weight == settings.text_weight == 0
 
 
 class DistillationSection(Section):
@@ -35,7 +27,8 @@ class DistillationSection(Section):
     own_rules = (
         refuse(
             "distillation.text_weight",
-            _nothing_is_learnt,
+            "not distillation.teacher null and not distillation.weight "
+            "and not distillation.text_weight",
             "must be above 0 with distillation.weight 0: nothing would be learnt",
             "leave one of them out",
         ),

@@ -1,6 +1,5 @@
 """The teacher model, and its configuration in the run's layout. Imports no torch."""
 
-import hashlib
 import os
 import shlex
 from dataclasses import dataclass
@@ -9,7 +8,7 @@ from pathlib import Path
 from moepp_megatron.config import Config, ConfigError, load_config, parse_config
 from moepp_megatron.data.prepared_data import check_model_tokenizer
 from moepp_megatron.file_names import CONFIG_FILE, MANIFEST_FILE, MODEL_CONFIG_FILE, TOKENIZER_FILE
-from moepp_megatron.training.checkpoint.files import plain_damage
+from moepp_megatron.training.checkpoint.files import file_digest, plain_damage
 from moepp_megatron.training.checkpoint.find import find_checkpoint
 
 # Settings of the run that decide how a forward pass is spread over its ranks.
@@ -68,7 +67,7 @@ class TeacherModel:
     @property
     def identity(self) -> str:
         """SHA-256 of the checkpoint's manifest, which has the SHA-256 of each of its files."""
-        return hashlib.sha256((self.checkpoint / MANIFEST_FILE).read_bytes()).hexdigest()
+        return file_digest(self.checkpoint / MANIFEST_FILE)
 
 
 def teacher_config(config: Config) -> Config | None:

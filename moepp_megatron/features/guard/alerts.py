@@ -38,10 +38,10 @@ def effective_rules(
     # Where a budget holds the FFN share, it is the one that reports a missed target.
     owned = "few_ffn_experts" if has_budget else None
     rules = [rule for rule in section.merged_rules().values() if rule.action != "none"]
-    return tuple(complete(rule) for rule in rules if rule.name != owned)
+    return tuple(_complete(rule) for rule in rules if rule.name != owned)
 
 
-def complete(rule: GuardRule) -> CompleteRule:
+def _complete(rule: GuardRule) -> CompleteRule:
     """Resolve the defaults of a rule that has a metric and one limit."""
     limit = rule.above if rule.above is not None else rule.below
     assert rule.metric is not None, f"rule {rule.name} has no metric"

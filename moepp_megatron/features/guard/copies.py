@@ -27,7 +27,7 @@ class RouterCopies:
         step: The step before which the copies were made, the same on every rank; None without.
     """
 
-    def __init__(self, model: TrainingModel, state: Sequence[Sequence[Any]] = ()) -> None:
+    def __init__(self, model: TrainingModel, state: Sequence[Sequence[Any]]) -> None:
         self._model = model
         self._routers = {layer.layer_number: layer.router for layer in model.layers}
         # Of each layer its step, so that checkpoints of earlier versions can be read.

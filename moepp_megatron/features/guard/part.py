@@ -2,10 +2,10 @@
 
 import logging
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from moepp_megatron.observe.shift.monitor import GROUPS, Observed, ShiftMonitor,
 from moepp_megatron.runtime.distributed import Agreement
 from moepp_megatron.training.checkpoint.files import checkpoint_step
 from moepp_megatron.training.part import (
+    Fields,
     Outcome,
     Part,
     PartContext,
@@ -268,7 +269,7 @@ class RoutingGuardPart(Part):
         """Read rank 0's values of the metrics that rules use, and what is suspect since when."""
         moe, monitor = self._config.moe, self.monitor
         selected_LE = self._counts.selections()
-        values = dict(counted(selected_LE, moe.num_ffn_experts, self._wanted_share))
+        values = dict(_counted(selected_LE, moe.num_ffn_experts, self._wanted_share))
         if self._health is not None and self._metrics & MEASURED.keys():
             health = self._health.collect().get("router_health", {})
             values |= {name: health[name] for name in MEASURED if name in health}
@@ -283,7 +284,7 @@ class RoutingGuardPart(Part):
         found: Values = self._agreement.from_first(values)
         return found
 
-    def record(self, step: Step, fields: Mapping[str, Any]) -> Mapping[str, Any]:
+    def record(self, step: Step, fields: Fields) -> Fields:
         """Evidence over its limit, and actions so far."""
         known = {
             name: value for name, value in self.monitor.metrics.items() if not math.isnan(value)
@@ -310,7 +311,7 @@ def _stopped(rule: str, saved: str) -> GuardStopError:
     return GuardStopError(f"the routing guard's rule {rule} holds; {saved}; look at alerts.jsonl")
 
 
-def counted(selected_LE: Tensor, num_ffn: int, wanted_share: float) -> Values:
+def _counted(selected_LE: Tensor, num_ffn: int, wanted_share: float) -> Values:
     """Compute the metrics of counts: a list over the MoE layers for each; NaN if undefined.
 
     Args:

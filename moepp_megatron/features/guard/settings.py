@@ -89,10 +89,6 @@ def _changed(base: GuardRule, own: GuardRule) -> GuardRule:
     return base.model_copy(update=given)
 
 
-# What switches off router health.
-_HEALTH = ("observe.health_interval", "training.cuda_graphs")
-
-
 def _own(config: Config) -> Iterator[tuple[str, GuardRule]]:
     """The rules that the user wrote, as they are merged, with their names in messages."""
     section = config.routing_guard
@@ -145,16 +141,13 @@ def _clear_on_the_healthy_side(config: Config) -> Iterator[Problem]:
 
 def _metrics_are_measured(config: Config) -> Iterator[Problem]:
     """A rule needs its metric: router health can be switched off."""
-    is_off = {
-        "observe.health_interval": config.observe.health_interval == 0,
-        "training.cuda_graphs": config.training.captures_router,
-    }
+    off = ["observe.health_interval"] if config.observe.health_interval == 0 else []
+    off += ["training.cuda_graphs"] if config.training.captures_router else []
     for name, rule in _own(config):
-        for setting in _HEALTH if rule.metric in MEASURED else ():
-            if is_off[setting] and rule.action != "none":
-                must = f"must be measured, and {setting} switches that off"
-                remedy = f"change {setting}, or drop the rule"
-                yield Problem(f"{name}.metric", rule.metric, must, remedy)
+        for setting in off if rule.metric in MEASURED and rule.action != "none" else ():
+            must = f"must be measured, and {setting} switches that off"
+            remedy = f"change {setting}, or drop the rule"
+            yield Problem(f"{name}.metric", rule.metric, must, remedy)
 
 
 def _checkpoints_reach_back(config: Config) -> Iterator[Problem]:
@@ -217,7 +210,7 @@ class RoutingGuardSection(Section):
     own_rules = (
         refuse(
             "routing_guard.enabled",
-            lambda c: c.routing_guard.enabled is True and c.moe.num_zero_computation_experts == 0,
+            "routing_guard.acts and not moe.num_zero_computation_experts",
             "must come with zero-computation experts, because what it guards against is their "
             "misuse",
             "add zero-computation experts, or set it to false",
@@ -231,7 +224,7 @@ class RoutingGuardSection(Section):
     )
     no_effect = (
         no_effect_where(
-            lambda c: c.routing_guard.enabled is False,
+            "routing_guard.enabled false",
             "with routing_guard.enabled false",
             "routing_guard.rules",
             "leave enabled out",

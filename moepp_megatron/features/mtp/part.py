@@ -1,10 +1,7 @@
 """The loss of multi-token prediction (MTP) of a step, over all ranks."""
 
-from collections.abc import Mapping
-from typing import Any
-
 from moepp_megatron.config import Layout
-from moepp_megatron.training.part import Part, PartContext, Step
+from moepp_megatron.training.part import Fields, Part, PartContext, Step
 from moepp_megatron.training.step_sums import first_of_tensor_ranks, sum_over_ranks, zeros
 
 
@@ -26,7 +23,7 @@ class MultiTokenPredictionPart(Part):
         for loss in self._losses:
             loss.reset()
 
-    def record(self, step: Step, fields: Mapping[str, Any]) -> dict[str, Any]:
+    def record(self, step: Step, fields: Fields) -> Fields:
         """The mean over the depths; a collective."""
         total = zeros(self._depths, 2)
         for loss in self._losses:

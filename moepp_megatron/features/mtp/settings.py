@@ -1,17 +1,9 @@
 """Settings of multi-token prediction in the section `model`."""
 
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 from moepp_megatron.config.rows import group, no_effect_with, refuse, table
 from moepp_megatron.config.schema.section import Section, Unit
-
-if TYPE_CHECKING:
-    from moepp_megatron.config.schema import Config
-
-
-def _recomputes_several(config: "Config") -> bool:
-    training = config.training
-    return training.recompute_granularity == "full" and training.recompute_num_layers != 1
 
 
 class MultiTokenPredictionSettings(Section):
@@ -32,10 +24,10 @@ class MultiTokenPredictionSettings(Section):
     megatron_flags: ClassVar[str] = "mtp-num-layers mtp-loss-scaling-factor"
     own_rules = table(
         group(
-            lambda c: c.model.mtp_num_layers > 0,
+            "model.mtp_num_layers",
             refuse(
                 "model.tie_embeddings",
-                lambda c: c.model.tie_embeddings and c.parallel.pipeline_model_parallel_size > 1,
+                "model.tie_embeddings and not parallel.pipeline_model_parallel_size 1",
                 "must be false with model.mtp_num_layers ({model.mtp_num_layers}): megatron-core's "
                 "last stage would have an output layer that is not tied, with "
                 "parallel.pipeline_model_parallel_size ({parallel.pipeline_model_parallel_size})",
@@ -43,7 +35,7 @@ class MultiTokenPredictionSettings(Section):
             ),
             refuse(
                 "training.recompute_num_layers",
-                _recomputes_several,
+                "training.recompute_granularity full and not training.recompute_num_layers 1",
                 "must be 1 with model.mtp_num_layers ({model.mtp_num_layers}), because "
                 "megatron-core computes those layers again one by one",
                 "use 1, or set model.mtp_num_layers to 0",

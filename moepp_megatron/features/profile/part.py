@@ -54,8 +54,9 @@ class ProfilePart(Part):
     @classmethod
     def of(cls, run: PartContext) -> "ProfilePart | None":
         """The part of a run; None where no step is recorded."""
-        is_wanted = bool(run.config.training.profile_steps)
-        return cls(run.config, run.layout, run.model) if is_wanted else None
+        if not run.config.training.profile_steps:
+            return None
+        return cls(run.config, run.layout, run.model)
 
     def begin_step(self, step: int, layout: Layout) -> None:
         """Start or end the recording if it is due before `step`; a collective."""

@@ -83,7 +83,7 @@ class Ranges(Replacements):
             (getattr(model, "output_layer", None), "forward", "output_layer"),
             (model, "compute_language_model_loss", "loss"),
         ):
-            if owner is not None and hasattr(owner, method):
+            if hasattr(owner, method):
                 self.around(owner, method, f"model/{part}")
         for module in model.modules():
             if isinstance(module, MoELayer):
@@ -113,7 +113,7 @@ class Ranges(Replacements):
         ]
         for part, owner, methods in parts:
             for method in methods:
-                if owner is not None and hasattr(owner, method):
+                if hasattr(owner, method):
                     self.around(owner, method, f"layer{layer.layer_number}/{part}")
 
     def name_collectives(self) -> None:

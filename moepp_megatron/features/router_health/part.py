@@ -1,7 +1,7 @@
 """Computes the router health of one step for the record from every rank's sums."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 from moepp_megatron.config import Config, Layout
 from moepp_megatron.moe.layer import decoder_moepp_layers
 from moepp_megatron.moe.router_health import RouterHealth
-from moepp_megatron.training.part import Part, PartContext, Step
+from moepp_megatron.training.part import Fields, Part, PartContext, Step
 from moepp_megatron.training.parts.routing_counts import RoutingCountsPart
 from moepp_megatron.training.setup import TrainingModel
 from moepp_megatron.training.step import Batch
@@ -87,7 +87,7 @@ class RouterHealthPart(Part):
         for row, values in enumerate((losses * mask, mask)):
             self._losses[row] += zeros(self._topk + 1).index_add_(0, buckets, values.double())
 
-    def record(self, step: Step, fields: Mapping[str, Any]) -> dict[str, Any]:
+    def record(self, step: Step, fields: Fields) -> Fields:
         """Router health of a measured step."""
         return self.collect()
 
@@ -130,23 +130,24 @@ class RouterHealthPart(Part):
 
     def _metrics(self, sums: dict[str, float]) -> dict[str, float]:
         """The numbers of one layer; `docs/routing.md` says what each means."""
-        tokens, logits = sums["tokens"], sums["logits"]
-        mean, own_mean = _ratio(sums["logit"], logits), _ratio(sums["own_logit"], logits)
+
+        def per(whole: str, part: str) -> float:
+            return _ratio(sums[part], sums[whole])
+
         metrics = {
-            "gate_entropy": _ratio(sums["entropy"], tokens),
-            "selection_margin": _ratio(sums["margin"], tokens),
-            "logit_variance": _ratio(sums["logit_square"], logits) - mean**2,
-            "own_logit_variance": _ratio(sums["own_logit_square"], logits) - own_mean**2,
-            "residual_ratio": _ratio(sums["residual_norm"], sums["own_norm"]),
-            "row_cosine": _ratio(sums["row_cosine"], sums["copies"]),
-            "row_cosine_max": _ratio(sums["row_cosine_max"], sums["copies"]),
-            "balance_gradient_ratio": math.sqrt(
-                _ratio(sums["balance_grad_square"], sums["model_grad_square"])
-            ),
+            "gate_entropy": per("tokens", "entropy"),
+            "selection_margin": per("tokens", "margin"),
+            "logit_variance": per("logits", "logit_square") - per("logits", "logit") ** 2,
+            "own_logit_variance": per("logits", "own_logit_square")
+            - per("logits", "own_logit") ** 2,
+            "residual_ratio": per("own_norm", "residual_norm"),
+            "row_cosine": per("copies", "row_cosine"),
+            "row_cosine_max": per("copies", "row_cosine_max"),
+            "balance_gradient_ratio": math.sqrt(per("model_grad_square", "balance_grad_square")),
         }
         if self._num_constants > 0:
-            metrics["constant_replaced"] = _ratio(sums["constant_replaced"], sums["constant_gate"])
-            metrics["constant_norm"] = _ratio(sums["constant_norm"], sums["copies"])
+            metrics["constant_replaced"] = per("constant_gate", "constant_replaced")
+            metrics["constant_norm"] = per("copies", "constant_norm")
         return metrics
 
 

@@ -25,7 +25,7 @@ from moepp_megatron.training.batches import sample_index
 from moepp_megatron.training.part import Outcome, Part, PartContext, Step, Stop
 from moepp_megatron.training.run_folder.ownership import check_kind
 from moepp_megatron.training.schedule import BatchSizes
-from moepp_megatron.training.step import Batch
+from moepp_megatron.training.step import Batch, Batches
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +48,6 @@ class RoutesPart(Part):
         self._last = run.progress.step + (self._settings.steps or run.config.training.train_iters)
         # Files are of batches: a refused one, or those before a rollback, are no step's.
         self._first_sample = run.progress.consumed_samples
-        self._num_samples = 0
         self._agreement = Agreement()
         self._writes = False
         # [tokens, MoE layers, K] of the step; [T] places of the tokens that pass next.
@@ -77,7 +76,6 @@ class RoutesPart(Part):
         """Read the routes of a batch."""
         self._forget_seen()
         self._writes = self._settings.record is not None and step <= self._last
-        self._num_samples = self._sizes.at(self._first_sample)
         if self._settings.replay is not None and self._given is None:
             reason = self._agreement.first_reason(self._read(self._settings.replay))
             if reason is not None:
@@ -85,7 +83,7 @@ class RoutesPart(Part):
 
     def _read(self, folder: str) -> str | None:
         """Read the next batch's routes; return why they do not fit, if so."""
-        path, self._num_samples = self._file(folder), self._sizes.at(self._first_sample)
+        path = self._file(folder)
         try:
             arrays = read_arrays(path, _EXPERTS, _DIGEST)
             digest = str(arrays[_DIGEST]) if _DIGEST in arrays else None
@@ -116,6 +114,11 @@ class RoutesPart(Part):
             )
         return None
 
+    @property
+    def _num_samples(self) -> int:
+        """Sequences of the batch, over all ranks."""
+        return self._sizes.at(self._first_sample)
+
     def _digest(self) -> str:
         """SHA-256 of the batch's tokens (int64), sample by sample."""
         digest = hashlib.sha256()
@@ -124,9 +127,7 @@ class RoutesPart(Part):
             digest.update(np.asarray(sample["tokens"]).astype("<i8").tobytes())
         return digest.hexdigest()
 
-    def batches(
-        self, batches: list[Iterator[Batch]], num_microbatches: int
-    ) -> list[Iterator[Batch]]:
+    def batches(self, batches: Batches, num_microbatches: int) -> Batches:
         """The micro-batches with their tokens' places."""
         return [self._placed(iterator) for iterator in batches]
 

@@ -30,7 +30,7 @@ class RoutesSection(Section):
     removed = {"trace": (None, "use routes.record, whose files have the same experts")}
     own_rules = (
         group(
-            lambda c: c.routes.replay is not None,
+            "not routes.replay null",
             refuse(
                 "routes.replay",
                 lambda c: c.routes.replay == c.routes.record,
@@ -61,7 +61,7 @@ class RoutesSection(Section):
     )
     no_effect = (
         no_effect_where(
-            lambda c: c.routes.record is None,
+            "routes.record null",
             "without routes.record",
             "routes.steps",
             "set it",

@@ -1,8 +1,7 @@
 """Static rows: repeats a step whose FFN rows overflow the buffer, with as many as needed."""
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 import torch.distributed as dist
@@ -11,7 +10,7 @@ from torch import Tensor
 from moepp_megatron.config import Layout
 from moepp_megatron.moe.lane import use_static_rows
 from moepp_megatron.observe.alerts import Alert
-from moepp_megatron.training.part import Part, PartContext, State, Step, Why
+from moepp_megatron.training.part import Fields, Part, PartContext, State, Step, Why
 from moepp_megatron.training.step_sums import Summand, zeros
 
 logger = logging.getLogger(__name__)
@@ -117,7 +116,7 @@ class StaticRowsPart(Part):
                 remedy=f"moe.static_rows ({self._factor:g}) would have held them with {held:.3g}",
             )
 
-    def record(self, step: Step, fields: Mapping[str, Any]) -> dict[str, Any]:
+    def record(self, step: Step, fields: Fields) -> Fields:
         """The fill of the step, and how many have run again; a collective."""
         return {"static_fill": self._largest_fill(), "repeated_steps": self._repeated}
 

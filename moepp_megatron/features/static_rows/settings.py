@@ -2,34 +2,34 @@
 
 from typing import Annotated
 
-from moepp_megatron.config.rows import group, refuse, table
+from moepp_megatron.config.rows import Condition, group, refuse, table
 from moepp_megatron.config.schema.moe import EngineMoESection
 from moepp_megatron.config.schema.section import Unit
 
 # Where `moe.static_rows` cannot be honoured: condition, what it is with the reason, remedy.
-_DYNAMIC_ONLY = (
+_DYNAMIC_ONLY: tuple[tuple[Condition, str, str], ...] = (
     (
-        lambda c: c.moe.is_vanilla,
+        "moe.is_vanilla",
         "megatron-core's vanilla MoE layer, which has no static path here",
         "set moe.gating_residual to true or add zero-computation experts",
     ),
     (
-        lambda c: c.moe.dispatcher != "alltoall",
+        "not moe.dispatcher alltoall",
         "moe.dispatcher {moe.dispatcher}, which reads its sizes on the host",
         "moe.dispatcher alltoall",
     ),
     (
-        lambda c: c.parallel.expert_tensor_size > 1,
+        "not parallel.expert_tensor_size 1",
         "experts over tensor-parallel ranks, whose rows are gathered by their number",
         "parallel.expert_tensor_parallel_size 1",
     ),
     (
-        lambda c: c.parallel.overlap_moe_expert_parallel_comm,
+        "parallel.overlap_moe_expert_parallel_comm",
         "parallel.overlap_moe_expert_parallel_comm, which frees what is sent at once",
         "parallel.overlap_moe_expert_parallel_comm false",
     ),
     (
-        lambda c: c.precision.fp8,
+        "precision.fp8",
         "precision.fp8: Transformer Engine reads the rows of each expert on the host",
         "precision.fp8 null",
     ),
@@ -39,7 +39,7 @@ _DYNAMIC_ONLY = (
         "leave expert_fc1 and moe_act out",
     ),
     (
-        lambda c: c.training.profile_steps,
+        "training.profile_steps",
         "training.profile_steps, whose ranges are those of the dynamic path",
         "training.profile_steps []",
     ),
@@ -61,7 +61,7 @@ class StaticRowsSettings(EngineMoESection):  # type: ignore[misc]  # as EngineMo
 
     own_rules = table(
         group(
-            lambda c: c.moe.static_rows is not None,
+            "not moe.static_rows null",
             *(
                 refuse(
                     "moe.static_rows", wrong, f"must be null with {what}", f"use null, or {remedy}"

@@ -8,7 +8,7 @@ on where a task fails that was tried before the run began, as by a perplexity be
 
 import logging
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from itertools import batched
@@ -23,7 +23,7 @@ from moepp_megatron.model.stage import PipelineStage, evaluation_stages
 from moepp_megatron.moe.router import MoEPPRouter
 from moepp_megatron.runtime.distributed import Agreement
 from moepp_megatron.runtime.patches import replaced
-from moepp_megatron.training.part import Part, PartContext, Step
+from moepp_megatron.training.part import Fields, Part, PartContext, Step
 from moepp_megatron.training.step import unchanged
 from moepp_megatron.training.token_scores import Sequences, padded_length, score_sequences
 
@@ -65,7 +65,7 @@ class TasksPart(Part):
         """True if the tasks run after `step`."""
         return self._run.is_due(step, self._config.evaluation.interval, at_end=True)
 
-    def record(self, step: Step, fields: Mapping[str, Any]) -> dict[str, Any]:
+    def record(self, step: Step, fields: Fields) -> Fields:
         """The scores; a collective."""
         return {"task_score": self.scores()} if self.wants_record(step.number) else {}
 

@@ -2,8 +2,7 @@
 
 import logging
 import socket
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
@@ -22,7 +21,7 @@ from moepp_megatron.features.telemetry.sampler import (
 from moepp_megatron.runtime.distributed import gathered
 from moepp_megatron.runtime.nvml import Nvml, NvmlUnavailableError
 from moepp_megatron.training.checkpoint.files import Progress
-from moepp_megatron.training.part import Part, PartContext, Step
+from moepp_megatron.training.part import Fields, Part, PartContext, Step
 from moepp_megatron.training.signals import StopRequest
 from moepp_megatron.training.step_sums import sum_over_ranks
 
@@ -55,7 +54,7 @@ class TelemetryPart(Part):
         if self._sampler is not None:
             self._sampler.stop()
 
-    def record(self, step: Step, fields: Mapping[str, Any]) -> dict[str, Any]:
+    def record(self, step: Step, fields: Fields) -> Fields:
         """Usage since the record before, and the efficiency of the step; a collective."""
         tokens = step.progress.tokens
         usage = _over_ranks(NOTHING if self._sampler is None else self._sampler.take())

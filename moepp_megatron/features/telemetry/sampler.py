@@ -91,12 +91,13 @@ NOTHING = Usage.of((), 0.0, 0, 0.0)
 
 
 class Source:
-    """The devices of one node; a source of which only samples are known, such as a CPU's."""
+    """The devices of one node; a source of which only samples are known, such as a CPU's.
 
-    @property
-    def devices(self) -> int:
-        """Number of GPUs; 0 if the devices are not GPUs."""
-        return 0
+    Attributes:
+        devices: Number of GPUs; 0 if the devices are not GPUs.
+    """
+
+    devices = 0
 
     def sample(self) -> list[Sample]:
         """Take one sample of every device."""
@@ -122,13 +123,9 @@ class GpuSource(Source):
     ) -> None:
         self._nvml, self._clock = nvml, clock
         self._indices = nvml.index_of(uuids)
+        self.devices = len(self._indices)
         nvml.watch_faults(self._indices)
         self._traffic: dict[int, tuple[float, float]] = {}
-
-    @property
-    def devices(self) -> int:
-        """Number of GPUs."""
-        return len(self._indices)
 
     def sample(self) -> list[Sample]:
         """Take one sample of every GPU; takes about 40 ms per GPU, mostly waiting for PCIe."""

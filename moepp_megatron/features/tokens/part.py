@@ -1,6 +1,6 @@
 """Measurements by data source and by class of token ids, of one step."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,7 +23,7 @@ from moepp_megatron.moe.layer import moe_statistics
 from moepp_megatron.moe.statistics import RoutingStatistics
 from moepp_megatron.moe.token_tags import TokenTags
 from moepp_megatron.observe.alerts import Alert
-from moepp_megatron.training.part import Part, PartContext, State, Step, Why
+from moepp_megatron.training.part import Fields, Part, PartContext, State, Step, Why
 from moepp_megatron.training.step import Batch
 from moepp_megatron.training.step_sums import (
     StepCounts,
@@ -91,7 +91,7 @@ class SourcesPart(Part):
         """The losses."""
         return (self.losses,)
 
-    def record(self, step: Step, fields: Mapping[str, Any]) -> dict[str, Any]:
+    def record(self, step: Step, fields: Fields) -> Fields:
         """Metrics by source; a collective. A source without a token is left out."""
         losses = self.losses.total()
         tokens = losses[:, 1]
@@ -157,7 +157,7 @@ class TokenClassesPart(Part):
             statistics.num_groups = self.groups.size
         return ()
 
-    def record(self, step: Step, fields: Mapping[str, Any]) -> dict[str, Any]:
+    def record(self, step: Step, fields: Fields) -> Fields:
         """FFN experts by class; a collective. Classes without a token are left out."""
         assert self.groups is not None, "no state has been loaded"
         shape = self.groups.size, 2

@@ -1,13 +1,12 @@
 """Validation losses: of the data that is trained on, and of further sets by name."""
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 
 from moepp_megatron.config import Config, Layout
 from moepp_megatron.training.batches import rank_batches
-from moepp_megatron.training.part import Part, PartContext, Step
+from moepp_megatron.training.part import Fields, Part, PartContext, Step
 from moepp_megatron.training.setup import TrainingModel
 from moepp_megatron.training.step import run_schedule
 from moepp_megatron.training.step_sums import mean_loss, zeros
@@ -29,7 +28,7 @@ class ValidationPart(Part):
         """True if it validates after `step`."""
         return self._run.is_due(step, self._run.config.training.eval_interval, at_end=True)
 
-    def record(self, step: Step, fields: Mapping[str, Any]) -> dict[str, Any]:
+    def record(self, step: Step, fields: Fields) -> Fields:
         """The losses of all sets; a collective."""
         if not self.wants_record(step.number):
             return {}

@@ -1,8 +1,7 @@
 """Checkpoints of a run: contents, writing and reading.
 
 files.py         names, progress and record, damage: all that reads bytes only
-plain_pickle.py  reads the description in a pickle without unpickling it
-index.py         the index of the tensors, rebuilt from plain values
+plain_pickle.py  reads pickles as plain values: the index of the tensors, the state of FP8
 data_only.py     makes megatron-core and torch read one as data, never code
 find.py          finds the checkpoint that a name means, and the newest valid one
 compatible.py    compares a configuration with the one that a checkpoint was written with

@@ -46,11 +46,19 @@ def _split(config: Config) -> Any:
 
 # Settings that say by themselves what they mean.
 _PLAIN = (
-    *("model.num_layers", "model.mtp_num_layers", "model.hidden_size", "model.vocab_size"),
-    *("model.num_attention_heads", "model.tie_embeddings", "model.qkv_bias"),
-    *("model.qk_layernorm", "model.qk_layernorm_scope", "moe.two_layer_gate"),
+    "model.num_layers",
+    "model.mtp_num_layers",
+    "model.hidden_size",
+    "model.vocab_size",
+    "model.num_attention_heads",
+    "model.tie_embeddings",
+    "model.qkv_bias",
+    "model.qk_layernorm",
+    "model.qk_layernorm_scope",
+    "moe.two_layer_gate",
     *(f"moe.{kind.setting}" for kind in KINDS),
-    *("moe.shared_expert_ffn_hidden_size", "moe.shared_expert_gate"),
+    "moe.shared_expert_ffn_hidden_size",
+    "moe.shared_expert_gate",
 )
 # What decides names and shapes of parameters, as its meaning: defaults resolved, and None where a
 # setting has no effect, so that two ways to write the same model compare equal.

@@ -1,9 +1,10 @@
 """Makes megatron-core and torch read a checkpoint as data only, never as code.
 
 torch.distributed.checkpoint unpickles `.metadata` and byte entries without restrictions
-(filesystem.py, default_planner.py). While `load_data` runs, they get an index that `index.py`
-rebuilt in place of the file, and `torch.load` reads nothing but data, whatever its caller asks for.
-Before ranks begin, `unsafe_pickle` names an entry that is no data in one line, on all ranks alike.
+(filesystem.py, default_planner.py). While `load_data` runs, they get an index that
+`plain_pickle.py` rebuilt in place of the file, and `torch.load` reads nothing but data, whatever
+its caller asks for. Before ranks begin, `unsafe_pickle` names an entry that is no data in one line,
+on all ranks alike.
 """
 
 import io
@@ -35,8 +36,7 @@ from moepp_megatron.file_names import FORMAT_FILE, TENSORS_FILE
 from moepp_megatron.runtime.object_store import ObjectPath
 from moepp_megatron.runtime.patches import replaced
 from moepp_megatron.runtime.rank import environment
-from moepp_megatron.training.checkpoint.index import read_metadata
-from moepp_megatron.training.checkpoint.plain_pickle import UnsafePickleError
+from moepp_megatron.training.checkpoint.plain_pickle import UnsafePickleError, read_metadata
 
 # torch/serialization.py: the first beats an explicit `weights_only=False`, and does not go together
 # with the second.
@@ -109,6 +109,14 @@ def refuse_packed(record: IO[bytes]) -> None:
         raise UnsafePickleError("is compressed, as no checkpoint's is")
 
 
+def _in_memory(file: Any, info: Any) -> IO[bytes]:
+    """Read the record at a place of a file; refused if it is packed."""
+    file.seek(info.offset)
+    record = io.BytesIO(file.read(info.length))
+    refuse_packed(record)
+    return record
+
+
 class _CheckpointReader(FileSystemReader):
     """Reads the files of a checkpoint by an index that it is given."""
 
@@ -147,10 +155,7 @@ class _ObjectReader(_CheckpointReader):
 
     def _slice_file(self, file: Any, sinfo: Any) -> IO[bytes]:
         # torch.load would jump about in it.
-        file.seek(sinfo.offset)
-        record = io.BytesIO(file.read(sinfo.length))
-        refuse_packed(record)
-        return record
+        return _in_memory(file, sinfo)
 
 
 class _Objects(FileSystem):
@@ -215,9 +220,7 @@ def _opened(checkpoint: Path, key: str, info: Any) -> Iterator[Any]:
 
 def _check_entry(checkpoint: Path, key: str, info: Any) -> None:
     with _opened(checkpoint, key, info) as file:
-        file.seek(info.offset)
-        record = io.BytesIO(file.read(info.length))
-        refuse_packed(record)
+        record = _in_memory(file, info)
     try:
         torch.load(record, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds; each of them refuses the entry

@@ -165,7 +165,7 @@ def check_start(config: Config, folder: Path) -> None:
         check_model_tokenizer(config, start / TOKENIZER_FILE)
 
 
-def _checkpoint_folders(name: str | Path, sibling: Path | None = None) -> list[Path]:
+def _checkpoint_folders(name: str | Path, sibling: Path | None) -> list[Path]:
     """The folders of checkpoints that a run called `name` may have, likeliest first."""
     path = place(name)
     runs = [path]

@@ -120,6 +120,54 @@ class _ParameterShard:
     tensors: dict[str, Tensor]
     put_back: Callable[[], None] = lambda: None
 
+    def boxes(self, prefix: str, values: Tensor) -> list[ShardedTensor]:
+        """Entries of a checkpoint, each named `prefix` and its parameter, as views of `values`.
+
+        `values` is flat, with one value for each element of the shard.
+        """
+        end = self.begin + values.numel()
+        tensors = []
+        for piece, offset in self._pieces():
+            first = max(self.begin - offset, 0)
+            last = min(end - offset, math.prod(piece.local_shape))
+            lead = piece.prepend_axis_num
+            for corner, sizes in _boxes(piece.local_shape, first, last):
+                start = first + offset - self.begin
+                first += math.prod(sizes)
+                place = zip(piece.global_offset, (0,) * lead + corner, strict=True)
+                local_shape = (1,) * lead + sizes
+                tensors.append(
+                    ShardedTensor(
+                        f"{prefix}{piece.key}",
+                        values.detach()[start : start + math.prod(sizes)].view(local_shape),
+                        values.dtype,
+                        local_shape,
+                        piece.global_shape,
+                        tuple(begin + step for begin, step in place),
+                        axis_fragmentations=None,
+                        # No other rank of the data-parallel group holds these elements.
+                        replica_id=(*_model_replica(piece), 0),
+                        allow_shape_mismatch=piece.allow_shape_mismatch,
+                    )
+                )
+        return tensors
+
+    def _pieces(self) -> list[tuple[ShardedTensor, int]]:
+        """Tensors of the checkpoint that the parameter is made of, and where in it each begins."""
+        if isinstance(self.entry, ShardedTensor):
+            return [(self.entry, 0)]
+        # Without memory: the factory slices it as it would the parameter, whatever its type.
+        stand_in = torch.empty(self.parameter.shape, device="meta")
+        pieces = [
+            (piece, int(piece.data.storage_offset()))
+            for piece in nested_values(replace(self.entry, data=stand_in).build())
+        ]
+        for piece, _ in pieces:
+            assert piece.data.is_contiguous(), (
+                f"{piece.key} is not stored as a part of its parameter"
+            )
+        return pieces
+
 
 def _join_halves(weight: Tensor, remainder: Tensor) -> Tensor:
     """The fp32 weights of bf16 ones and the int16 remainders that FusedAdam keeps of them.
@@ -187,48 +235,11 @@ def _own_tensors(optimizer: Any, parameter: Tensor) -> tuple[dict[str, Tensor], 
     return {"param": whole, **state}, partial(_split_halves, whole, key, main)
 
 
-def sharded_boxes(shard: _ParameterShard, prefix: str, values: Tensor) -> list[ShardedTensor]:
-    """Entries of a checkpoint, each named `prefix` and its parameter, as views of `values`.
-
-    `values` is flat, with one value for each element of the shard.
-    """
-    end = shard.begin + values.numel()
-    tensors = []
-    for piece, offset in _pieces(shard):
-        first = max(shard.begin - offset, 0)
-        last = min(end - offset, math.prod(piece.local_shape))
-        if first >= last:
-            continue
-        lead = piece.prepend_axis_num
-        for corner, sizes in _boxes(piece.local_shape, first, last):
-            start = first + offset - shard.begin
-            first += math.prod(sizes)
-            local_shape = (1,) * lead + sizes
-            tensors.append(
-                ShardedTensor(
-                    f"{prefix}{piece.key}",
-                    values.detach()[start : start + math.prod(sizes)].view(local_shape),
-                    values.dtype,
-                    local_shape,
-                    piece.global_shape,
-                    tuple(
-                        begin + step
-                        for begin, step in zip(
-                            piece.global_offset, (0,) * lead + corner, strict=True
-                        )
-                    ),
-                    axis_fragmentations=None,
-                    # No other rank of the data-parallel group holds these elements.
-                    replica_id=(*_model_replica(piece), 0),
-                    allow_shape_mismatch=piece.allow_shape_mismatch,
-                )
-            )
-    return tensors
+# Corner and sizes.
+_Box = tuple[tuple[int, ...], tuple[int, ...]]
 
 
-def _boxes(
-    shape: tuple[int, ...], first: int, last: int
-) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+def _boxes(shape: tuple[int, ...], first: int, last: int) -> list[_Box]:
     """Cover elements `first` to `last` (excluded) in memory order with boxes: corner and sizes."""
     if first >= last:
         return []
@@ -244,28 +255,10 @@ def _boxes(
     return result + _in_row(shape, tail, tail * row, last)
 
 
-def _in_row(
-    shape: tuple[int, ...], index: int, first: int, last: int
-) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+def _in_row(shape: tuple[int, ...], index: int, first: int, last: int) -> list[_Box]:
     row = math.prod(shape[1:])
     inner = _boxes(shape[1:], first - index * row, last - index * row)
     return [((index, *corner), (1, *sizes)) for corner, sizes in inner]
-
-
-def _pieces(shard: _ParameterShard) -> list[tuple[ShardedTensor, int]]:
-    """The tensors of the checkpoint that a parameter is made of, and where in it each begins."""
-    entry = shard.entry
-    if isinstance(entry, ShardedTensor):
-        return [(entry, 0)]
-    # A stand-in without memory: the factory slices it as it would the parameter, whatever its type.
-    stand_in = torch.empty(shard.parameter.shape, device="meta")
-    pieces = [
-        (piece, int(piece.data.storage_offset()))
-        for piece in nested_values(replace(entry, data=stand_in).build())
-    ]
-    for piece, _ in pieces:
-        assert piece.data.is_contiguous(), f"{piece.key} is not stored as a part of its parameter"
-    return pieces
 
 
 def _model_replica(piece: ShardedTensor) -> tuple[int, ...]:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
+from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject
 
 from moepp_megatron.config import Config, ConfigError, Layout, load_config
 from moepp_megatron.config.errors import show
@@ -31,7 +32,6 @@ from moepp_megatron.training.checkpoint.find import (
 from moepp_megatron.training.checkpoint.state import (
     apply_model_state,
     apply_state,
-    keep_biases,
     model_state,
     state_to_load,
 )
@@ -53,7 +53,7 @@ def find_start(config: Config, folder: Path) -> Path | None:
     return start
 
 
-def newest_valid(folder: Path, up_to_step: int | None = None) -> Path | None:
+def newest_valid(folder: Path, up_to_step: int | None) -> Path | None:
     """The newest valid checkpoint of at most `up_to_step` steps; every rank must call."""
     candidates = list_checkpoints(folder)
     if up_to_step is not None:
@@ -95,7 +95,7 @@ def read_checkpoint(
         if is_same_layout:
             state[rng.KEY] = rng.sharded_rng_state(with_data=False)
         if not has_biases:
-            keep_biases(state)
+            _keep_biases(state)
         loaded = load_data(state, checkpoint)
         apply_state(model, loaded)
     _restore_rng(loaded.get(rng.KEY), config, record.progress, record.layout)
@@ -119,8 +119,18 @@ def load_weights(checkpoint: Path, models: list[MoEPPGPTModel]) -> None:
 def _read_weights(checkpoint: Path, models: list[MoEPPGPTModel], has_biases: bool = True) -> None:
     state: dict[str, Any] = model_state(models)
     if not has_biases:
-        keep_biases(state)
+        _keep_biases(state)
     apply_model_state(models, load_data(state, checkpoint))
+
+
+def _keep_biases(state: dict[str, Any]) -> None:
+    """Leave the selection biases of a sharded state as they are in the model, 0 at first.
+
+    For a checkpoint that has none, because the run was begun without a controller that moves them.
+    """
+    for chunk in (value for key, value in state.items() if key.startswith("model")):
+        for key in [key for key in chunk if key.endswith("router.expert_bias")]:
+            chunk[key] = LocalNonpersistentObject(chunk[key].data)
 
 
 def _restore_rng(

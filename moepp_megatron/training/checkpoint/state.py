@@ -42,7 +42,6 @@ from moepp_megatron.training.checkpoint.optimizer import (
     optimizer_steps,
     parameter_shards,
     set_steps,
-    sharded_boxes,
 )
 from moepp_megatron.training.checkpoint.plain_pickle import read_plain
 from moepp_megatron.training.setup import TrainingModel
@@ -65,16 +64,6 @@ def model_state(models: list[MoEPPGPTModel]) -> dict[str, Any]:
         f"model{index}": model.sharded_state_dict(metadata=dict(METADATA))
         for index, model in enumerate(models)
     }
-
-
-def keep_biases(state: dict[str, Any]) -> None:
-    """Leave the selection biases of a sharded state as they are in the model, 0 at first.
-
-    For a checkpoint that has none, because the run was begun without a controller that moves them.
-    """
-    for chunk in (value for key, value in state.items() if key.startswith("model")):
-        for key in [key for key in chunk if key.endswith("router.expert_bias")]:
-            chunk[key] = LocalNonpersistentObject(chunk[key].data)
 
 
 def saved_state(model: TrainingModel) -> dict[str, Any]:
@@ -132,18 +121,14 @@ def apply_state(model: TrainingModel, loaded: dict[str, Any]) -> None:
         for chained in model.optimizers:
             set_steps(chained, steps)
     else:
-        _load_whole_optimizer(model, loaded["optimizer"], steps)
+        state, optimizers = loaded["optimizer"], model.optimizers
+        parts = [state] if len(optimizers) == 1 else [state[i] for i in range(len(optimizers))]
+        for part, chained in zip(parts, optimizers, strict=True):
+            _set_steps(part, steps, chained.optimizer)
+        model.optimizer.load_state_dict(state)
     # Its own load_state_dict would insist on the schedule that the checkpoint was written with.
     model.scheduler.num_steps = 0
     model.scheduler.step(increment=loaded["schedule_steps"])
-
-
-def _load_whole_optimizer(model: TrainingModel, optimizer: Any, steps: int) -> None:
-    optimizers = model.optimizers
-    parts = [optimizer] if len(optimizers) == 1 else [optimizer[i] for i in range(len(optimizers))]
-    for part, chained in zip(parts, optimizers, strict=True):
-        _set_steps(part, steps, chained.optimizer)
-    model.optimizer.load_state_dict(optimizer)
 
 
 def apply_model_state(models: list[MoEPPGPTModel], loaded: dict[str, Any]) -> None:
@@ -171,9 +156,9 @@ def _shard_entries(
             for name, values in shard.tensors.items():
                 key = f"{_STATE}{name}."
                 if key != _COPY:
-                    entries += sharded_boxes(shard, key, values)
+                    entries += shard.boxes(key, values)
                 elif shard.parameter.dtype is not torch.float32:
-                    entries += sharded_boxes(shard, _STORED_COPY, values)
+                    entries += shard.boxes(_STORED_COPY, values)
     return entries, put_back
 
 
@@ -253,11 +238,12 @@ def _checked_fp8_state(state: dict[str, Any]) -> Iterator[None]:
         ConfigError: If an entry holds anything but numbers, tensors and recipes.
     """
     # Without Transformer Engine nobody reads them.
-    if importlib.util.find_spec("transformer_engine") is None:
-        yield
-        return
-    entries = {name: value for name, value in state.items() if "_extra_state" in name}
-    pickles = {name: value for name, value in entries.items() if not _is_empty(value)}
+    is_read = importlib.util.find_spec("transformer_engine") is not None
+    pickles = {
+        name: value
+        for name, value in state.items()
+        if is_read and "_extra_state" in name and not _is_empty(value)
+    }
     for name, value in pickles.items():
         _refuse_unsafe(name, value)
     if not pickles:

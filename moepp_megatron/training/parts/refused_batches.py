@@ -106,25 +106,22 @@ class RefusedBatchesPart(Part):
             dist.broadcast_object_list(found)
         (finding,) = found
         what = (
-            f"{len(guard.refused)} batches in a row refused ({guard.last_reason}); {finding.text}"
+            f"{len(guard.refused)} batches in a row refused ({guard.last_reason}); "
+            f"{finding.numbers}: {_MEANING[finding.cause]}"
         )
         match guard.action(finding.cause):
             case "rollback":
                 yield self._rollback(step, what)
-                return
             case "stop":
                 yield _alert(step.progress, what, "stop")
                 guard.forget_refused()
-                yield Stop(
-                    lambda saved: NumericalFailureError(f"{what}; {saved}; {finding.remedy}")
-                )
-            case "pause":
-                yield _alert(step.progress, what, "pause")
+                remedy = _REMEDY[finding.cause]
+                yield Stop(lambda saved: NumericalFailureError(f"{what}; {saved}; {remedy}"))
+            case "pause" | "accept" as action:
+                yield _alert(step.progress, what, action)
                 guard.accept_refused()
-                yield Pause("paused before new data")
-            case "accept":
-                yield _alert(step.progress, what, "accept")
-                guard.accept_refused()
+                if action == "pause":
+                    yield Pause("paused before new data")
             case other:
                 assert_never(other)
 
@@ -193,16 +190,6 @@ class _Finding:
     cause: Cause
     numbers: str
 
-    @property
-    def text(self) -> str:
-        """Numbers and cause."""
-        return f"{self.numbers}: {_MEANING[self.cause]}"
-
-    @property
-    def remedy(self) -> str:
-        """Remedy for the user."""
-        return _REMEDY[self.cause]
-
 
 def _find_cause(
     refused: Sequence[BatchEvidence],
@@ -242,7 +229,7 @@ def _has_moved(before: Sequence[Tensor], refused: Sequence[Tensor]) -> bool:
     together. It needs no scale of what is usual: under the same model batches of the same texts can
     be exchanged. Each batch has selections [MoE layers, E].
     """
-    points = torch.stack([_coordinates(batch) for batch in (*before, *refused)])
+    points = torch.stack([_shares(batch).sqrt().flatten() for batch in (*before, *refused)])
     # Seeded, so that every rank decides alike.
     generator = torch.Generator().manual_seed(0)
     orders = torch.stack(
@@ -260,15 +247,14 @@ def _has_moved(before: Sequence[Tensor], refused: Sequence[Tensor]) -> bool:
     return is_enough and float(above.double().mean()) <= SIGNIFICANCE
 
 
-def _coordinates(selections_LE: Tensor) -> Tensor:
-    shares = selections_LE / selections_LE.sum(dim=1, keepdim=True).clamp(min=1.0)
-    return shares.sqrt().flatten()
+def _shares(selections_LE: Tensor) -> Tensor:
+    return selections_LE / selections_LE.sum(dim=1, keepdim=True).clamp(min=1.0)
 
 
 def _moved_share(batches: Sequence[BatchEvidence], other: Sequence[BatchEvidence]) -> float:
     """Total variation distance of the experts' shares, mean over the layers."""
-    sums = [
-        torch.stack([batch.selections_LE for batch in each]).sum(dim=0) for each in (batches, other)
-    ]
-    shares = [each / each.sum(dim=1, keepdim=True).clamp(min=1.0) for each in sums]
-    return float((shares[0] - shares[1]).abs().sum(dim=1).mean() / 2)
+    one, two = (
+        _shares(torch.stack([batch.selections_LE for batch in each]).sum(dim=0))
+        for each in (batches, other)
+    )
+    return float((one - two).abs().sum(dim=1).mean() / 2)

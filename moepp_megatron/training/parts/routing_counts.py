@@ -1,7 +1,6 @@
 """Selections of experts, losses of routers and bytes of dispatch in one step, over all ranks."""
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -14,7 +13,7 @@ from moepp_megatron.moe.layer import moe_statistics
 from moepp_megatron.moe.margins import EDGES
 from moepp_megatron.moe.spec import router_pattern
 from moepp_megatron.moe.statistics import BALANCE, Z_LOSS, tracked_losses
-from moepp_megatron.training.part import Part, PartContext, Step
+from moepp_megatron.training.part import Fields, Part, PartContext, Step
 from moepp_megatron.training.setup import TrainingModel
 from moepp_megatron.training.step_sums import Summand, sum_over_ranks, zeros
 
@@ -63,7 +62,7 @@ class RoutingCountsPart(Part):
         """The selections, where a part needs them in every step."""
         return (self,) if self._is_read_each_step else ()
 
-    def record(self, step: Step, fields: Mapping[str, Any]) -> dict[str, object]:
+    def record(self, step: Step, fields: Fields) -> Fields:
         """The routing metrics of the step; a collective."""
         return self.collect()
 

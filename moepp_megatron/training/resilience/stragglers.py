@@ -8,7 +8,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -53,7 +52,9 @@ class _CollectiveClock:
         """Wrap the collectives."""
         wrappers = {getattr(dist, name): self._timed(getattr(dist, name)) for name in _FUNCTIONS}
         # megatron-core keeps some under names of its own, taken at import.
-        for module in _modules_with_collectives():
+        prefixes = ("megatron.core.", "moepp_megatron.")
+        loaded = [module for name, module in list(sys.modules.items()) if name.startswith(prefixes)]
+        for module in [dist, dist.distributed_c10d, *filter(None, loaded)]:
             for name, value in list(vars(module).items()):
                 if callable(value) and _is_key(value, wrappers):
                     self._replaced.put(module, name, wrappers[value])
@@ -104,13 +105,6 @@ class _CollectiveClock:
             else:
                 events[1].record()
                 self._pairs.append(events)
-
-
-def _modules_with_collectives() -> list[ModuleType]:
-    prefixes = ("megatron.core.", "moepp_megatron.")
-    return [dist, dist.distributed_c10d] + [
-        module for name, module in list(sys.modules.items()) if name.startswith(prefixes) and module
-    ]
 
 
 def _is_key(value: Any, wrappers: dict[Any, Any]) -> bool:

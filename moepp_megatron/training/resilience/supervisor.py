@@ -142,29 +142,26 @@ class Supervisor:
         self.activity = Activity()
         self._steps_begun = 0
         self._metrics: dict[str, int | float] = {}
-        self._watchdog: Watchdog | None = None
+        self._monitors: list[Watchdog | StragglerDetector] = []
         if settings.hang_timeout_s > 0:
-            self._watchdog = Watchdog(Path(config.run.dir), self.activity, settings)
+            self._monitors.append(Watchdog(Path(config.run.dir), self.activity, settings))
         self._stragglers: StragglerDetector | None = None
         if settings.straggler_interval > 0 and dist.get_world_size() > 1:
             self._stragglers = StragglerDetector(
                 settings.straggler_interval, settings.straggler_threshold
             )
+            self._monitors.append(self._stragglers)
 
     def __enter__(self) -> Self:
         """Begin; every rank must enter."""
-        if self._watchdog is not None:
-            self._watchdog.start()
-        if self._stragglers is not None:
-            self._stragglers.start()
+        for monitor in self._monitors:
+            monitor.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         """End, whatever happened."""
-        if self._stragglers is not None:
-            self._stragglers.stop()
-        if self._watchdog is not None:
-            self._watchdog.stop()
+        for monitor in reversed(self._monitors):
+            monitor.stop()
 
     def begin_step(self, step: int) -> None:
         """Training step `step` begins."""

@@ -4,13 +4,15 @@ Decided once, before ranks start and files are written. A folder that holds a ru
 the run is resumed (`--resume`) or moved aside (`--overwrite`); nothing is ever deleted. A folder in
 which a run is being trained is refused in any case. Imports no torch.
 
-move_aside.py  moves an earlier run out of the way of a new one
-ownership.py   locks, heartbeat, the mark in a checkpoint folder; refuses unwritable folders
+ownership.py  locks, heartbeat, the mark in a checkpoint folder; refuses unwritable folders; moves
+              an earlier run out of the way of a new one
 """
 
 import contextlib
 import errno
 import os
+import secrets
+import socket
 import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -23,18 +25,18 @@ from moepp_megatron.observe.status import RunStatus
 from moepp_megatron.runtime.atomic import write_atomic
 from moepp_megatron.runtime.disk import is_full
 from moepp_megatron.runtime.object_store import ObjectPath, place
-from moepp_megatron.training.checkpoint.find import list_checkpoints
+from moepp_megatron.training.checkpoint.find import NoStartError, list_checkpoints
 from moepp_megatron.training.checkpoint.retention import remove_leftovers
-from moepp_megatron.training.run_folder.move_aside import configuration_files, move_aside
 from moepp_megatron.training.run_folder.ownership import (
     OwnerMark,
     beating,
     check_kind,
+    configuration_files,
     existing,
     is_same,
     locked,
+    move_aside,
     refuse_running,
-    refuse_unshared,
 )
 from moepp_megatron.version import __version__
 
@@ -170,7 +172,7 @@ class RunFolder:
                 f"{', '.join(held)}; choose a folder in it, such as {self.path / 'runs' / 'first'}"
             )
 
-    def traces(self, config_file: Path | None = None) -> list[str]:
+    def traces(self, config_file: Path | None) -> list[str]:
         """Names of a run's files in its folder and of its checkpoints, for a message."""
         names = [
             name
@@ -218,14 +220,34 @@ class RunFolder:
             self._check_kinds()
 
     def refuse_unshared(self, looks: bool) -> None:
-        """Refuse folders of run and checkpoints that machines do not share (`refuse_unshared`).
+        """Refuse folders in which another machine does not see what rank 0 writes.
 
-        With checkpoints in object storage each machine may have a folder of its own.
+        With checkpoints in object storage each machine may have a folder of its own. Every rank
+        calls it; one of each machine `looks`. NoStartError on all ranks alike.
         """
-        is_far = isinstance(self.checkpoints, ObjectPath)
-        folders = [] if is_far else self._folders()
-        for folder, setting in zip(folders, ("run.dir", "checkpoint.dir"), strict=False):
-            refuse_unshared(setting, folder, looks)
+        import torch.distributed as dist
+
+        from moepp_megatron.runtime.distributed import Agreement
+
+        if isinstance(self.checkpoints, ObjectPath):
+            return
+        agreement, is_first = Agreement(), dist.get_rank() == 0
+        for folder, setting in zip(self._folders(), ("run.dir", "checkpoint.dir"), strict=False):
+            # New, since network file systems remember for a while that a file is not there.
+            name = f".shared-{secrets.token_hex(8)}"
+            if is_first:
+                (folder / name).touch()
+            mark = folder / agreement.from_first(name)
+            hosts = agreement.gather((socket.gethostname(), not looks or mark.exists()))
+            if is_first:
+                mark.unlink()
+            blind = [host for host, sees in hosts if not sees]
+            if blind:
+                raise NoStartError(
+                    f"{setting} ({folder}) must be one folder for all machines, and {blind[0]} "
+                    f"does not see what {hosts[0][0]} writes there; mount the same on both, or "
+                    "choose another one"
+                )
 
     def _folders(self) -> list[Path]:
         """The folders that a run has for itself: its own, and that of its checkpoints elsewhere."""

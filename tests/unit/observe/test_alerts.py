@@ -9,9 +9,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
+from moepp_megatron.config.errors import ConfigError
 from moepp_megatron.observe.alert_sinks import (
     AlertSinks,
-    WebhookAddressError,
     _AlertFile,
     _Webhook,
     read_address,
@@ -185,7 +185,7 @@ def test_a_service_that_hangs_holds_nobody_up(service, caplog):
 )
 def test_addresses_that_alerts_are_not_sent_to(monkeypatch, address):
     monkeypatch.setenv("HOOK", address)
-    with pytest.raises(WebhookAddressError, match="environment variable HOOK must hold") as caught:
+    with pytest.raises(ConfigError, match="environment variable HOOK must hold") as caught:
         read_address("HOOK")
     assert "example" not in str(caught.value)
     for good in ("https://example.com/x", "http://localhost:8/x", "http://[::1]:8/x"):

@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from moepp_megatron.features.guard.alerts import REMEDIES, complete, effective_rules
+from moepp_megatron.features.guard.alerts import REMEDIES, _complete, effective_rules
 from moepp_megatron.features.guard.settings import (
     DEFAULT_RULES,
     GUARD_METRICS,
@@ -119,7 +119,7 @@ def test_a_rule_of_the_user_changes_a_default_one():
     assert "shift" not in rules
     few = rules["few_ffn_experts"]
     assert (few.limit, few.clear, few.for_steps, few.action) == (0.1, 0.1, 40, "rollback")
-    assert complete(own.model_copy(update={"metric": "loss"})).condition == "< 0.1"
+    assert _complete(own.model_copy(update={"metric": "loss"})).condition == "< 0.1"
     mine = GuardRule(name="mine", metric="loss", above=3.0)
     section = RoutingGuardSection(defaults=False, rules=[mine])
     assert [rule.name for rule in effective_rules(section)] == ["mine"]

@@ -25,8 +25,11 @@ from torch.distributed.checkpoint.metadata import (
 from moepp_megatron.interop.checkpoint_tensors import TensorReader
 from moepp_megatron.training.checkpoint import plain_pickle
 from moepp_megatron.training.checkpoint.data_only import load_data, only_data, unsafe_pickle
-from moepp_megatron.training.checkpoint.index import read_metadata
-from moepp_megatron.training.checkpoint.plain_pickle import MAX_BYTES, UnsafePickleError
+from moepp_megatron.training.checkpoint.plain_pickle import (
+    MAX_BYTES,
+    UnsafePickleError,
+    read_metadata,
+)
 from tests.parallel.planted_pickles import Bomb, stateful
 from tests.refusals import config_error
 

@@ -11,7 +11,6 @@ from moepp_megatron.training.checkpoint.optimizer import (
     _boxes,
     _ParameterShard,
     parameter_shards,
-    sharded_boxes,
 )
 
 
@@ -65,7 +64,7 @@ def test_ranks_shards_make_up_the_tensor(make, cuts):
         values = torch.arange(24.0) + 100 * rank
         for first, last in zip(cuts, cuts[1:], strict=False):
             shard = _ParameterShard(parameter, entry, first, {})
-            for part in sharded_boxes(shard, "exp_avg.", values[first:last]):
+            for part in shard.boxes("exp_avg.", values[first:last]):
                 assert part.key == "exp_avg.w"
                 assert part.replica_id == (0, 0, 0), "written by the rank that holds it"
                 if whole is None:
@@ -103,6 +102,6 @@ def test_values_that_are_read_arrive_in_the_optimizer():
     )
     (shard,) = parameter_shards(optimizer, {"model0": {"w": plain("w", parameter, 0, 1)}})
     assert sorted(shard.tensors) == ["exp_avg", "param"]
-    for number, part in enumerate(sharded_boxes(shard, "exp_avg.", moment), 1):
+    for number, part in enumerate(shard.boxes("exp_avg.", moment), 1):
         part.data.fill_(number)
     assert moment.tolist() == [1] + 4 * [2] + 4 * [2] + [3]

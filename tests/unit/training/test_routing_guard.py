@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from moepp_megatron.features.guard.alerts import alert_of, effective_rules
-from moepp_megatron.features.guard.part import counted
+from moepp_megatron.features.guard.part import _counted
 from moepp_megatron.features.guard.settings import COUNTED, RoutingGuardSection
 from moepp_megatron.observe.guard_judge import WHOLE_MODEL, CompleteRule, Event
 from moepp_megatron.observe.shift.monitor import Cause, ShiftEvent
@@ -28,7 +28,7 @@ SHIFT = ShiftEvent(
 def test_metrics_of_counts():
     # Two FFN experts and two others, 10 tokens with two experts each.
     selected = torch.tensor([[9.0, 3.0, 6.0, 2.0], [0.0, 0.0, 20.0, 0.0]], dtype=torch.float64)
-    found = counted(selected, num_ffn=2, wanted_share=0.5)
+    found = _counted(selected, num_ffn=2, wanted_share=0.5)
     assert set(found) == {*COUNTED, "mean_ffn_to_target"}
     assert found["mean_ffn_to_target"] == pytest.approx(0.6)
     assert found["ffn_fraction"] == [0.6, 0.0]
