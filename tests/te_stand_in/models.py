@@ -3,10 +3,13 @@
 `tests/gpu` runs it with Transformer Engine itself: only `calls_of` needs the stand-in.
 """
 
+import re
+
 import torch
 
 from moepp_megatron.config import parse_config
 from moepp_megatron.model.build import build_model
+from tests.parallel.training_runs import merged
 
 RECIPES = {
     "delayed": "TEDelayedScaling",
@@ -37,9 +40,7 @@ def config_of(recipe, **sections):
         "training": {"train_iters": 10, "global_batch_size": BATCH, "micro_batch_size": BATCH},
         "precision": precision,
     }
-    for name, values in sections.items():
-        settings[name] = settings.get(name, {}) | values
-    return parse_config(settings)
+    return parse_config(merged(settings, sections))
 
 
 def model_of(config):
@@ -54,6 +55,26 @@ def losses(model, seed=3):
     tokens = torch.randint(VOCAB, (BATCH, SEQUENCE + 1), generator=generator).to(device)
     positions = torch.arange(SEQUENCE, device=device).expand(BATCH, -1)
     return model(tokens[:, :-1].contiguous(), positions, None, labels=tokens[:, 1:].contiguous())
+
+
+def assert_gradients(model):
+    """Fail unless every parameter has a gradient, of numbers."""
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.isfinite().all(), name
+
+
+def compare_gradients(model, reference, pattern):
+    """Hold gradients of parameters whose name matches against another model's; how many they are.
+
+    In fp32, with sums in another order.
+    """
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+    compared = {n: p.grad for n, p in reference.named_parameters() if re.search(pattern, n)}
+    for name, gradient in compared.items():
+        limit = 1e-5 * gradient.abs().max().item()
+        torch.testing.assert_close(gradients[name], gradient, rtol=0, atol=limit)
+    return len(compared)
 
 
 def calls_of(module):

@@ -1,6 +1,7 @@
 """What expert-parallel ranks do for tests with the stand-in; ranks import these by name."""
 
 from contextlib import nullcontext
+from unittest import mock
 
 import torch
 from transformer_engine.common.recipe import Float8BlockScaling
@@ -53,15 +54,8 @@ def train_in_nodes(raw, steps):
     from tests.parallel.training_runs import train
 
     _count_stand_in()
-    delayed = []
-    original = TransformerEngineBaseModule.backward_dw
-
-    def counting(module):
-        delayed.append(type(module).__name__)
-        original(module)
-
-    TransformerEngineBaseModule.backward_dw = counting
-    try:
-        return train(raw, steps), len(delayed)
-    finally:
-        TransformerEngineBaseModule.backward_dw = original
+    computed = TransformerEngineBaseModule.backward_dw
+    with mock.patch.object(
+        TransformerEngineBaseModule, "backward_dw", autospec=True, side_effect=computed
+    ) as calls:
+        return train(raw, steps), calls.call_count

@@ -8,8 +8,8 @@ from moepp_megatron.config import UnfitError
 from moepp_megatron.model.document_attention import dense_mask, document_ends
 from moepp_megatron.runtime import fit
 from tests.parallel.training_runs import LATENT_WIDTHS
-from tests.te_stand_in.models import BATCH, SEQUENCE, VOCAB, config_of, model_of
-from tests.te_stand_in.test_latent_attention import local_model
+from tests.te_stand_in.models import BATCH, SEQUENCE, VOCAB, compare_gradients, config_of, model_of
+from tests.te_stand_in.test_latent_attention import PROJECTIONS, local_model
 
 DATA = {"reset_attention_mask": True}
 
@@ -54,13 +54,7 @@ def test_packed_sequences_are_the_mask(changes, monkeypatch):
     expected = losses(ours, dense_mask(documents))
     expected.sum().backward()
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
-    gradients = {name: parameter.grad for name, parameter in theirs.named_parameters()}
-    compared = 0
-    for name, parameter in ours.named_parameters():
-        if name in gradients and ".self_attention." in name:
-            limit = 1e-5 * parameter.grad.abs().max().item()
-            torch.testing.assert_close(gradients[name], parameter.grad, rtol=0, atol=limit)
-            compared += 1
+    compared = compare_gradients(theirs, ours, PROJECTIONS)
     assert compared == 2 * config.model.num_layers
 
 

@@ -1,7 +1,5 @@
 """Transformer Engine's modules make the models of megatron-core's own; latent attention in FP8."""
 
-import re
-
 import pytest
 import torch
 from megatron.core.dist_checkpointing.dict_utils import nested_values
@@ -11,7 +9,14 @@ from moepp_megatron.model import build, megatron_config
 from moepp_megatron.model.initialize import _sharded_tensors
 from tests.parallel.training_runs import LATENT_WIDTHS
 from tests.refusals import config_error
-from tests.te_stand_in.models import RECIPES, config_of, losses, model_of
+from tests.te_stand_in.models import (
+    RECIPES,
+    assert_gradients,
+    compare_gradients,
+    config_of,
+    losses,
+    model_of,
+)
 from tests.te_stand_in.test_model import ALL_HEADS
 
 # The model, and its parameters that are compared with how many there are.
@@ -62,12 +67,7 @@ def test_same_seed_gives_the_same_model(kind, monkeypatch):
     assert attention_of(theirs) == attention_of(ours)
     # fp32 and sums in another order.
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
-    gradients = {name: parameter.grad for name, parameter in theirs.named_parameters()}
-    compared = {n: p.grad for n, p in ours.named_parameters() if re.search(pattern, n)}
-    assert len(compared) == count
-    for name, gradient in compared.items():
-        limit = 1e-5 * gradient.abs().max().item()
-        torch.testing.assert_close(gradients[name], gradient, rtol=0, atol=limit)
+    assert compare_gradients(theirs, ours, pattern) == count
 
 
 WIDE = {
@@ -94,9 +94,7 @@ def test_every_projection_runs_in_fp8(recipe, norms):
     # As for other attention: e4m3 rounds by up to 2^-4 of a value.
     assert not torch.equal(found, in_bf16)
     assert (found - in_bf16).abs().mean() < 0.1 * in_bf16.mean()
-    for name, parameter in fp8.named_parameters():
-        assert parameter.grad is not None, name
-        assert parameter.grad.isfinite().all(), name
+    assert_gradients(fp8)
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,14 @@ import torch
 from transformer_engine.pytorch.record import CALLS
 
 from tests.parallel.training_runs import FULL, SELECTIVE
-from tests.te_stand_in.models import RECIPES, calls_of, config_of, losses, model_of
+from tests.te_stand_in.models import (
+    RECIPES,
+    assert_gradients,
+    calls_of,
+    config_of,
+    losses,
+    model_of,
+)
 
 EXPERTS = ("TEColumnParallelGroupedLinear", "TERowParallelGroupedLinear")
 DENSE = ("TELayerNormColumnParallelLinear", "TERowParallelLinear", "TEColumnParallelLinear")
@@ -36,9 +43,7 @@ def test_every_gemm_of_the_layers_runs_in_fp8(recipe, kind):
     assert tuple(len(calls_of(module)) for module in DENSE) == passes
     assert {call.recipe for call in CALLS} == {RECIPES[recipe]}
     assert {value.dtype for value in logits} == {torch.float32}
-    for name, parameter in model.named_parameters():
-        assert parameter.grad is not None, name
-        assert parameter.grad.isfinite().all(), name
+    assert_gradients(model)
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

@@ -70,20 +70,24 @@ class FusedAdam(torch.optim.Optimizer):
     def state_dict(self):
         """Moments in fp32, whatever they are kept in."""
         state_dict = super().state_dict()
-        for number, param in enumerate(p for group in self.param_groups for p in group["params"]):
-            if number in state_dict["state"]:
-                names = state_dict["state"][number]
-                state_dict["state"][number] = {n: self.get_unscaled_state(param, n) for n in names}
+        state = state_dict["state"]
+        for number, param in self._parameters_in(state):
+            state[number] = {n: self.get_unscaled_state(param, n) for n in state[number]}
         return state_dict
+
+    def _parameters_in(self, state):
+        """Numbers of the parameters that a state has, and the parameters."""
+        every = enumerate(param for group in self.param_groups for param in group["params"])
+        return [(number, param) for number, param in every if number in state]
 
     def load_state_dict(self, state_dict):
         """torch's own would give every value the type of its parameter."""
         super().load_state_dict(state_dict)
-        for number, param in enumerate(p for group in self.param_groups for p in group["params"]):
-            if number in state_dict["state"]:
-                self.state[param] = {}
-                for name, value in state_dict["state"][number].items():
-                    self.set_scaled_state(param, name, value.float())
+        state = state_dict["state"]
+        for number, param in self._parameters_in(state):
+            self.state[param] = {}
+            for name, value in state[number].items():
+                self.set_scaled_state(param, name, value.float())
 
     @torch.no_grad()
     def step(self, closure=None, grad_scaler=None):

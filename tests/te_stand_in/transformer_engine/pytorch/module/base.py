@@ -24,8 +24,10 @@ class TransformerEngineBaseModule(torch.nn.Module):
     num_gemms = 1
     parallel_mode = None
 
-    def __init__(self, name=None, delay_wgrad_compute=False):
+    def __init__(self, bias, name, delay_wgrad_compute):
         super().__init__()
+        assert not bias, "the stand-in knows no bias"
+        self.use_bias = bias
         # What is needed for the gradients of weights, until `backward_dw`.
         self.delayed = deque() if delay_wgrad_compute else None
         self.wgrad_accumulation_and_reduce_hooks = []

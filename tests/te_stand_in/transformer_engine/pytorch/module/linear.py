@@ -13,13 +13,22 @@ from transformer_engine.pytorch.quantization import get_align_size_for_quantizat
 class _Sharded(TransformerEngineBaseModule):
     """A weight of which each tensor-parallel rank has its rows or its columns."""
 
-    def shard(self, in_features, out_features, parallel_mode, tp_size, tp_group, sequence):
+    def shard(self, in_features, out_features, parallel_mode, tp_size, tp_group, sequence, *weight):
         self.in_features, self.out_features = in_features, out_features
         self.parallel_mode, self.tp_size, self.tp_group = parallel_mode, tp_size, tp_group
         self.sequence_parallel = sequence and tp_size > 1
         columns = tp_size if parallel_mode == "row" else 1
         rows = tp_size if parallel_mode == "column" else 1
-        return out_features // rows, in_features // columns
+        self.add_weight("weight", out_features // rows, in_features // columns, *weight)
+
+    def prepared(self, inp):
+        return inp
+
+    def forward(self, inp, is_first_microbatch=None, fp8_output=False, fp8_grad=False):
+        self.begin(inp, [inp.shape[:-1].numel()])
+        if self.fp8:
+            needs_fp8_sizes(inp, self.weight)
+        return self.multiply(self.prepared(inp))
 
     def multiply(self, inp):
         """The product, with what tensor-parallel ranks exchange before it or after it."""
@@ -68,19 +77,10 @@ class Linear(_Sharded):
         save_original_input=False,
         name=None,
     ):
-        super().__init__(name, delay_wgrad_compute)
-        assert not bias, "the stand-in knows no bias"
-        self.use_bias, self.save_original_input = bias, save_original_input
-        shape = self.shard(
-            in_features, out_features, parallel_mode, tp_size, tp_group, sequence_parallel
-        )
-        self.add_weight("weight", *shape, params_dtype, device, init_method)
-
-    def forward(self, inp, is_first_microbatch=None, fp8_output=False, fp8_grad=False):
-        self.begin(inp, [inp.shape[:-1].numel()])
-        if self.fp8:
-            needs_fp8_sizes(inp, self.weight)
-        return self.multiply(inp)
+        super().__init__(bias, name, delay_wgrad_compute)
+        self.save_original_input = save_original_input
+        split = parallel_mode, tp_size, tp_group, sequence_parallel
+        self.shard(in_features, out_features, *split, params_dtype, device, init_method)
 
 
 class LayerNormLinear(_Sharded):
@@ -115,24 +115,18 @@ class LayerNormLinear(_Sharded):
         symmetric_ar_type=None,
         name=None,
     ):
-        super().__init__(name, delay_wgrad_compute)
-        assert not bias, "the stand-in knows no bias"
+        super().__init__(bias, name, delay_wgrad_compute)
         assert normalization == "RMSNorm"
-        self.use_bias, self.eps = bias, eps
-        shape = self.shard(
-            in_features, out_features, parallel_mode, tp_size, tp_group, sequence_parallel
-        )
+        self.eps = eps
         self.layer_norm_weight = torch.nn.Parameter(
             torch.ones(in_features, dtype=params_dtype, device=device)
         )
+        split = parallel_mode, tp_size, tp_group, sequence_parallel
+        self.shard(in_features, out_features, *split, params_dtype, device, init_method)
         self.layer_norm_weight.sequence_parallel = self.sequence_parallel
-        self.add_weight("weight", *shape, params_dtype, device, init_method)
 
-    def forward(self, inp, is_first_microbatch=None, fp8_output=False, fp8_grad=False):
-        self.begin(inp, [inp.shape[:-1].numel()])
-        if self.fp8:
-            needs_fp8_sizes(inp, self.weight)
-        return self.multiply(rms_norm(inp, self.layer_norm_weight, self.eps))
+    def prepared(self, inp):
+        return rms_norm(inp, self.layer_norm_weight, self.eps)
 
 
 class GroupedLinear(TransformerEngineBaseModule):
@@ -163,15 +157,14 @@ class GroupedLinear(TransformerEngineBaseModule):
         name=None,
         use_grouped_tensor=None,
     ):
-        super().__init__(name, delay_wgrad_compute)
-        assert not bias, "the stand-in knows no bias"
+        super().__init__(bias, name, delay_wgrad_compute)
         self.num_gemms, self.in_features, self.out_features = num_gemms, in_features, out_features
-        self.use_bias, self.parallel_mode, self.tp_size = bias, parallel_mode, tp_size
+        self.parallel_mode, self.tp_size = parallel_mode, tp_size
         self.save_original_input = save_original_input
         self.single_grouped_weight, self.single_grouped_bias = False, False
+        weight = out_features, in_features, params_dtype, device, init_method
         for i in range(num_gemms):
-            shape = (out_features, in_features)
-            self.add_weight(f"weight{i}", *shape, params_dtype, device, init_method)
+            self.add_weight(f"weight{i}", *weight)
 
     def forward(self, inp, m_splits, is_first_microbatch=None, out=None, dgrad_out=None):
         self.begin(inp, m_splits)
