@@ -1,12 +1,16 @@
 """A synthetic run with the shape of a real one."""
 
+import base64
 import json
 import math
-from copy import deepcopy
 
 import numpy as np
 import pytest
 import yaml
+
+from moepp_megatron.experts import ExpertCounts
+from moepp_megatron.observe.alerts import Alert
+from tests.parallel.training_runs import merged
 
 CONFIG = {
     "run": {"name": "quickstart", "dir": "runs/quickstart"},
@@ -37,20 +41,16 @@ CONFIG = {
 
 def synthetic_config(**sections):
     """The configuration with some keys replaced, by section."""
-    config = deepcopy(CONFIG)
-    for section, keys in sections.items():
-        config[section] = config.get(section, {}) | keys
-    return config
+    return merged(CONFIG, sections)
 
 
 def synthetic_records(config, steps):
     """Records of a run that learns, and whose FFN share settles near phi."""
     rng = np.random.default_rng(7)
     model, moe = config["model"], config["moe"]
-    ffn = moe["num_ffn_experts"]
-    others = moe["num_zero_experts"] + moe["num_copy_experts"] + moe["num_constant_experts"]
-    phi = moe["tau"] * ffn / (moe["tau"] * ffn + others) if others else 1.0
-    start = ffn / (ffn + others)
+    experts = ExpertCounts(**{key: moe[key] for key in moe if key.endswith("_experts")})
+    ffn, others = experts.num_ffn_experts, experts.num_zero_computation_experts
+    start, phi = experts.phi(1.0), experts.phi(moe["tau"])
     tokens_per_step = config["training"]["global_batch_size"] * model["seq_length"]
     lean = rng.normal(0, 0.15, (model["num_layers"], ffn + others))
     records = []
@@ -124,6 +124,36 @@ def _health(rng, layers, topk, loss):
     }
 
 
+def alert(step, **changes):
+    """A warning of a rule about the third layer, with some fields changed."""
+    fields = {
+        "step": step,
+        "time": 1.7e9 + step,
+        "rule": "dead_expert",
+        "metric": "min_ffn_load",
+        "value": 0.0041234,
+        "condition": "< 0.01 for 100 steps",
+        "severity": "warning",
+        "action": "warn",
+        "layer": 3,
+    }
+    return Alert(**fields | changes)
+
+
+def records_of(run):
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def append(run, *records):
+    with (run / "metrics.jsonl").open("a") as file:
+        file.writelines(json.dumps(record) + "\n" for record in records)
+
+
+def svg_of(address):
+    """The content of a picture in a page."""
+    return base64.b64decode(address.partition(",")[2]).decode()
+
+
 def write_run(folder, config, records):
     """Writes the two files that a report is made of."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -135,11 +165,11 @@ def write_run(folder, config, records):
 
 @pytest.fixture
 def make_run(tmp_path):
-    """Writes a synthetic run; ``edit`` may change its records."""
+    """Writes a synthetic run; all records get what is in ``each``, and ``edit`` may change them."""
 
-    def make(steps=60, edit=None, **sections):
+    def make(steps=60, edit=None, each=None, **sections):
         config = synthetic_config(**sections)
-        records = synthetic_records(config, steps)
+        records = [record | (each or {}) for record in synthetic_records(config, steps)]
         if edit is not None:
             edit(records)
         return write_run(tmp_path / "run", config, records)

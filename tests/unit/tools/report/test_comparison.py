@@ -20,7 +20,7 @@ from moepp_megatron.tools.report.comparison import (
 from moepp_megatron.tools.report.page import build_report
 from moepp_megatron.tools.report.run_data import ReportError
 from tests.unit.tools.report.conftest import synthetic_config, synthetic_records, write_run
-from tests.unit.tools.report.test_report_page import VANILLA, Reader
+from tests.unit.tools.report.test_report_page import VANILLA, read_page
 
 # What this version wants of a configuration besides.
 WHOLE = {"data": {"path": "corpus"}}
@@ -47,7 +47,7 @@ def runs(tmp_path_factory):
 def page(runs, tmp_path_factory):
     out = tmp_path_factory.mktemp("page") / "new/c.html"
     assert moepp_megatron.report(*runs, out=out) == out
-    return Reader(out.read_text(encoding="ascii"))
+    return read_page(out)
 
 
 def test_every_run_is_named_and_its_numbers_are_shown(page):
@@ -125,32 +125,32 @@ def test_what_a_run_lacks_is_said(runs, tmp_path):
     old = write_run(tmp_path / "old", config, records)
     begun = made(tmp_path / "begun", 1)
     out = build_report(runs[0], old, begun, out=tmp_path / "c.html")
-    text = Reader(out.read_text(encoding="ascii")).text
+    text = read_page(out).text
     assert text.count("Fewer than two points: ") == 2
     assert "not finite" in text
     assert "moe.of_another_version - 1 -" in text
-    only = build_report(old, begun, out=out).read_text(encoding="ascii")
-    assert "No two records of this run have a finite loss over tokens." in Reader(only).text
+    only = read_page(build_report(old, begun, out=out)).text
+    assert "No two records of this run have a finite loss over tokens." in only
 
 
 def test_losses_of_other_data_are_not_compared_silently(runs, tmp_path):
     other = made(tmp_path / "o", 5, data={"path": "elsewhere"}, model={"vocab_size": 64})
-    text = Reader(build_report(runs[0], other, out=tmp_path / "c.html").read_text()).text
+    text = read_page(build_report(runs[0], other, out=tmp_path / "c.html")).text
     assert "Losses may not be comparable: model.vocab_size, data.path differ." in text
 
 
 def test_names_and_values_are_escaped(tmp_path):
     hostile = "_<script>$\\frac$ & caf\u00e9\x1b[2J"
     runs = [made(tmp_path / hostile, 3), made(tmp_path / "b", 3, run={"name": "</td><img src=x>"})]
-    source = build_report(*runs, out=tmp_path / "c.html").read_text(encoding="ascii")
+    path = build_report(*runs, out=tmp_path / "c.html")
+    source = path.read_text(encoding="ascii")
     assert "<script" not in source
     assert "<img src=x" not in source
     assert "\x1b" not in source
     assert "</td><img src=x>" in html.unescape(source)
-    reader = Reader(source)
     assert all(
         value.startswith(("#", "data:image/svg+xml"))
-        for _, key, value in reader.attributes
+        for _, key, value in read_page(path).attributes
         if key in ("src", "href")
     )
 
@@ -164,15 +164,15 @@ def test_a_long_value_is_cut_and_still_differs(tmp_path):
 
 def test_the_command(runs, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    result = CliRunner().invoke(app, ["report", *map(str, runs)])
+    words = ["report", *map(str, runs)]
+    result = CliRunner().invoke(app, words)
     assert (result.exit_code, result.stdout) == (0, "comparison.html\n")
     first = (tmp_path / "comparison.html").read_bytes()
     # A run goes on: a further record, and a line that is half written.
     with (runs[1] / "metrics.jsonl").open("a") as file:
         record = synthetic_records(synthetic_config(), 31)[-1]
         file.write(json.dumps(record) + '\n{"step": 32, "tok')
-    words = ["report", *map(str, runs), "--out", "more/again.html"]
-    result = CliRunner().invoke(app, words)
+    result = CliRunner().invoke(app, [*words, "--out", "more/again.html"])
     assert (result.exit_code, result.stdout) == (0, "more/again.html\n")
     again = (tmp_path / "more/again.html").read_bytes()
     assert again != first

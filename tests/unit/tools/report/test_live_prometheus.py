@@ -12,7 +12,6 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from benchmarks import pages
 from moepp_megatron.observe.alert_sinks import _AlertFile
-from moepp_megatron.observe.alerts import Alert
 from moepp_megatron.observe.metrics import StepMetrics
 from moepp_megatron.tools.report.live.prometheus import (
     MIN_FFN_LOAD,
@@ -24,6 +23,7 @@ from moepp_megatron.tools.report.live.prometheus import (
     serve,
 )
 from tests.refusals import config_error
+from tests.unit.tools.report.conftest import alert, append, records_of
 
 EXPORTED = {metric.name for metric in (*OF_RECORDS.values(), *OF_RUN, OTHER, MIN_FFN_LOAD)}
 
@@ -61,20 +61,10 @@ def test_the_newest_record_is_served(make_run, scrape):
         records[-2]["loss_by_ffn"] = [3.0, 2.5, None]
 
     run = make_run(steps=5, edit=edit)
-    alert = Alert(
-        step=1,
-        time=1.0,
-        rule="collapse",
-        metric="ffn_fraction",
-        value=0.0,
-        condition="< 0.1",
-        severity="critical",
-        action="warn",
-    )
-    _AlertFile(run / "alerts.jsonl").send(alert)
+    _AlertFile(run / "alerts.jsonl").send(alert(1, rule="collapse", severity="critical"))
     get = scrape(run)
     got = get()
-    record = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+    record = records_of(run)[-1]
     assert set(got) <= EXPORTED
     assert got["moepp_loss"] == {(): pytest.approx(record["loss"])}
     assert got["moepp_step"] == {(): 5}
@@ -98,9 +88,7 @@ def test_the_newest_record_is_served(make_run, scrape):
     assert math.isnan(health[("4", "gate_entropy")])
     assert got["moepp_loss_by_ffn"][("1",)] == 2.5
 
-    record |= {"step": 6, "loss": None, "valid_loss": None}
-    with (run / "metrics.jsonl").open("a") as file:
-        file.write(json.dumps(record) + "\n")
+    append(run, record | {"step": 6, "loss": None, "valid_loss": None})
     again = get()
     assert again["moepp_step"] == {(): 6}
     assert again["moepp_loss"][()] != again["moepp_loss"][()], "NaN"

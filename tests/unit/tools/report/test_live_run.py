@@ -10,17 +10,9 @@ from moepp_megatron.observe.metrics import StepMetrics
 from moepp_megatron.observe.status import RunStatus, StatusSink
 from moepp_megatron.tools.report.live.run import LiveRun
 from moepp_megatron.tools.report.run_data import ReportError
+from tests.unit.tools.report.conftest import append, records_of
 
 HOUR = 3600.0
-
-
-def append(run, *records):
-    with (run / "metrics.jsonl").open("a") as file:
-        file.writelines(json.dumps(record) + "\n" for record in records)
-
-
-def records_of(run):
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
 def polled(run, after_s=0.0):
@@ -76,13 +68,11 @@ def test_a_resumed_run_goes_on_from_its_checkpoint(make_run):
 
 def test_numbers_that_not_every_record_has(make_run):
     def edit(records):
-        for record in records:
-            record |= {"energy_j": 10.0}
         records[1]["valid_loss"] = 7.0
         del records[3]["valid_loss"]
         records[2]["loss"] = records[3]["loss"] = None
 
-    history = polled(make_run(steps=4, edit=edit)).history
+    history = polled(make_run(steps=4, edit=edit, each={"energy_j": 10.0})).history
     assert history.latest["energy_j"] == 10.0
     assert history.latest["valid_loss"] == 7.0
     assert history.record_interval_s == history.step_time_s
@@ -120,11 +110,7 @@ def test_states(make_run, tmp_path):
 
 
 def test_long_intervals_between_records_are_no_silence(make_run):
-    def slow(records):
-        for record in records:
-            record["step_time_s"] = 600.0
-
-    run = make_run(steps=5, edit=slow)
+    run = make_run(steps=5, each={"step_time_s": 600.0})
     assert polled(run, HOUR).health().state == "running"
     assert polled(run, 2 * HOUR).health().state == "silent"
 

@@ -13,6 +13,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from moepp_megatron.tools.report.live import prometheus
 from moepp_megatron.tools.report.live.prometheus import LiveRuns, serve
 from moepp_megatron.tools.report.run_data import ReportError
+from tests.unit.tools.report.conftest import alert, append, records_of
 
 # By metric and run.
 Numbers = dict[tuple[str, str], float]
@@ -67,9 +68,7 @@ def test_runs_in_a_folder_come_and_go(add_run, tmp_path):
     # Prometheus wants the samples of a metric together.
     assert text.count("# TYPE moepp_step gauge") == 1
 
-    record = json.loads((b / "metrics.jsonl").read_text().splitlines()[-1]) | {"step": 300}
-    with (b / "metrics.jsonl").open("a") as file:
-        file.write(json.dumps(record) + "\n")
+    append(b, records_of(b)[-1] | {"step": 300})
     add_run("c", steps=3)
     shutil.rmtree(a)
     text = ask(address)
@@ -107,15 +106,11 @@ def test_a_folder_without_runs_is_refused(add_run, tmp_path):
 
 def test_what_is_damaged_in_one_run_does_not_keep_the_others(add_run):
     a, b = add_run("a", steps=2), add_run("b", steps=2)
-    huge = 10**400
-    record = json.loads((b / "metrics.jsonl").read_text().splitlines()[-1])
-    with (b / "metrics.jsonl").open("a") as file:
-        # No signed number of 64 bits; a number that no float holds; half a surrogate pair.
-        file.write(json.dumps(record | {"step": 2**70}) + "\n")
-        file.write(json.dumps(record | {"step": 3, "own": huge, "x\x1b[2J": 1.5}) + "\n")
-    alert = {"step": 1, "time": 1, "rule": "\ud800\x1b", "metric": "m", "value": 1}
-    alert |= {"condition": "", "severity": "info", "action": ""}
-    (b / "alerts.jsonl").write_text(json.dumps(alert) + "\n")
+    record = records_of(b)[-1]
+    # No signed number of 64 bits; a number that no float holds; half a surrogate pair.
+    append(b, record | {"step": 2**70}, record | {"step": 3, "own": 10**400, "x\x1b[2J": 1.5})
+    damaged = alert(1).model_dump() | {"rule": "\ud800\x1b"}
+    (b / "alerts.jsonl").write_text(json.dumps(damaged) + "\n")
     runs = LiveRuns([a.parent])
     address = serve(runs, 0)
     text = ask(address)

@@ -7,11 +7,11 @@ import time
 import pytest
 
 from moepp_megatron.observe.alert_sinks import _AlertFile
-from moepp_megatron.observe.alerts import Alert
 from moepp_megatron.observe.status import RunStatus, StatusSink
 from moepp_megatron.runtime.terminal import Console
 from moepp_megatron.tools.report.live import table
 from moepp_megatron.tools.report.live.run import LiveRun
+from tests.unit.tools.report.conftest import alert, append, records_of
 
 
 def lines_of(run, width=200, after_s=0.0):
@@ -27,25 +27,9 @@ def row(lines, name):
 
 def add_alerts(run, count):
     file = _AlertFile(run / "alerts.jsonl")
+    condition = "== 0 for 50 steps " + "and more words " * 9 + "\nsecond line"
     for step in range(1, count + 1):
-        file.send(
-            Alert(
-                step=step,
-                time=1.0,
-                rule="dead_expert",
-                metric="expert_share",
-                value=0.0,
-                condition="== 0 for 50 steps " + "and more words " * 9 + "\nsecond line",
-                severity="warning",
-                action="warn",
-                layer=2,
-            )
-        )
-
-
-def nan_losses(records):
-    for record in records[-3:]:
-        record["loss"] = record["grad_norm"] = None
+        file.send(alert(step, condition=condition))
 
 
 def test_a_run_that_has_not_begun(tmp_path):
@@ -62,8 +46,7 @@ def test_a_running_run(make_run):
     assert lines[0].startswith("quickstart ")
     assert lines[1].startswith("running, last record ")
     assert row(lines, "step").startswith("60 of 300 (20%), time left 1 min")
-    newest = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
-    assert row(lines, "loss").startswith(f"loss {newest['loss']:.3g}")
+    assert row(lines, "loss").startswith(f"loss {records_of(run)[-1]['loss']:.3g}")
     assert "wanted ffn_fraction 0.6" in " ".join(lines)
     assert row(lines, "layer_ffn_fraction").startswith("layer 1 ")
     assert " (layer " in row(lines, "layer_expert_share")
@@ -73,34 +56,27 @@ def test_a_running_run(make_run):
 
 
 def test_every_number_of_the_catalogue_is_shown(make_run):
-    def edit(records):
-        for record in records:
-            record |= {"mfu": 0.413, "gpu_power_w": 612.0, "gpu_memory_bytes": 2**30, "tau": 0.7}
-
-    lines = lines_of(make_run(steps=4, edit=edit))
+    own = {"mfu": 0.413, "gpu_power_w": 612.0, "gpu_memory_bytes": 2**30, "tau": 0.7}
+    lines = lines_of(make_run(steps=4, each=own))
     assert "mfu 41.3%" in row(lines, "speed")
     assert row(lines, "hardware") == "gpu_power_w 612  gpu_memory_bytes 1.00 GiB"
     assert "tau 0.7" in row(lines, "router")
 
 
 def test_a_loss_that_is_not_finite(make_run):
-    lines = lines_of(make_run(steps=30, edit=nan_losses))
+    def edit(records):
+        for record in records[-3:]:
+            record["loss"] = record["grad_norm"] = None
+
+    lines = lines_of(make_run(steps=30, edit=edit))
     assert "loss not finite" in row(lines, "loss")
     assert "grad_norm not finite" in row(lines, "optimizer")
 
 
 def test_a_first_record_of_nothing_but_nan(make_run):
-    def edit(records):
-        records[0] |= {
-            "loss": None,
-            "ffn_fraction": None,
-            "step_time_s": None,
-            "tokens_per_s": None,
-            "expert_share": [None] * 12,
-            "layer_expert_share": [[None] * 12] * 4,
-        }
-
-    lines = lines_of(make_run(steps=1, edit=edit))
+    numbers = ("loss", "ffn_fraction", "step_time_s", "tokens_per_s")
+    shares = {"expert_share": [None] * 12, "layer_expert_share": [[None] * 12] * 4}
+    lines = lines_of(make_run(steps=1, each=dict.fromkeys(numbers) | shares))
     assert row(lines, "step").endswith("time left unknown")
     assert "not finite" in row(lines, "layer_expert_share")
 
@@ -129,22 +105,25 @@ def test_wrong_usage_is_one_line(monkeypatch, tmp_path, arguments, message, moep
     assert len(err.splitlines()) == 1
 
 
-def test_it_follows_a_run_to_its_end(make_run):
-    run = make_run(steps=5, training={"train_iters": 6})
-    content = (run / "metrics.jsonl").read_text()
+def watched(run, sleep):
+    """What a terminal shows of a run that is looked at every half a second."""
     out = io.StringIO()
     console = Console(file=out, force_terminal=True, width=80, height=24)
+    table.watch(LiveRun(run), console, 0.5, sleep=sleep)
+    return out.getvalue()
+
+
+def test_it_follows_a_run_to_its_end(make_run):
+    run = make_run(steps=5, training={"train_iters": 6})
     waits = []
 
     def sleep(seconds):
         waits.append(seconds)
         if len(waits) == 2:
-            last = content.splitlines()[-1].replace('"step": 5', '"step": 6')
-            (run / "metrics.jsonl").write_text(content + last + "\n")
+            append(run, records_of(run)[-1] | {"step": 6})
 
-    table.watch(LiveRun(run), console, 0.5, sleep=sleep)
+    shown = watched(run, sleep)
     assert waits == [0.5, 0.5]
-    shown = out.getvalue()
     assert "5 of 6" in shown
     assert "FINISHED" in shown
 
@@ -164,11 +143,7 @@ def test_a_command_in_a_run_folder_is_quoted_as_the_files_word(make_run):
 
 
 def test_ctrl_c_leaves_the_last_numbers(make_run):
-    out = io.StringIO()
-    console = Console(file=out, force_terminal=True, width=80, height=24)
-
     def interrupt(_):
         raise KeyboardInterrupt
 
-    table.watch(LiveRun(make_run(steps=5)), console, 0.5, sleep=interrupt)
-    assert "RUNNING" in out.getvalue()
+    assert "RUNNING" in watched(make_run(steps=5), interrupt)

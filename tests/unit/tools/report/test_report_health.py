@@ -1,11 +1,9 @@
 """Router health and alerts on the page."""
 
-import base64
 import math
 
 import pytest
 
-from moepp_megatron.observe.alerts import Alert
 from moepp_megatron.tools.report.alerts import MAX_ROWS, alert_blocks
 from moepp_megatron.tools.report.curves import _loss_plot
 from moepp_megatron.tools.report.drawing import plot_style
@@ -14,7 +12,7 @@ from moepp_megatron.tools.report.page import build_report
 from moepp_megatron.tools.report.router_health_plots import health_plots, histogram_table
 from moepp_megatron.tools.report.run_data import ReportError, load_run
 from tests.parallel.training_runs import VANILLA
-from tests.unit.tools.report.conftest import add_health
+from tests.unit.tools.report.conftest import add_health, alert, svg_of
 
 TITLES = {
     "Entropy of the gates",
@@ -35,29 +33,9 @@ def plots_of(run):
         return {plot.title: plot for plot in health_plots(load_run(run))}
 
 
-def alert(step, **changes):
-    fields = {
-        "step": step,
-        "time": 1.7e9 + step,
-        "rule": "dead_expert",
-        "metric": "min_ffn_load",
-        "value": 0.0041234,
-        "condition": "< 0.01 for 100 steps",
-        "severity": "warning",
-        "action": "warn",
-        "layer": 3,
-    }
-    return Alert(**fields | changes)
-
-
 def with_alerts(run, *alerts):
     (run / "alerts.jsonl").write_text("".join(each.to_json_line() for each in alerts))
     return run
-
-
-def picture(plot):
-    assert plot.image is not None, plot.alt
-    return base64.b64decode(plot.image.split(",", 1)[1]).decode()
 
 
 def test_every_measured_number_has_its_plot(make_run):
@@ -176,12 +154,18 @@ def test_many_alerts_are_counted_and_the_newest_shown(make_run):
 
 
 def test_marks_of_alerts_that_call_for_attention_are_on_the_loss(make_run):
-    quiet = make_run()
-    with plot_style():
-        plain = picture(_loss_plot(load_run(quiet)))
-        normal = picture(_loss_plot(load_run(with_alerts(quiet, alert(20, severity="info")))))
-        outside = picture(_loss_plot(load_run(with_alerts(quiet, alert(900)))))
-        marked = picture(_loss_plot(load_run(with_alerts(quiet, alert(20), alert(30)))))
+    run = make_run()
+
+    def picture(*alerts):
+        with plot_style():
+            return svg_of(_loss_plot(load_run(with_alerts(run, *alerts))).image)
+
+    plain, normal, outside, marked = (
+        picture(),
+        picture(alert(20, severity="info")),
+        picture(alert(900)),
+        picture(alert(20), alert(30)),
+    )
     assert plain == normal == outside
     # Two lines and one entry of the legend.
     assert marked.count("#e69f00") - plain.count("#e69f00") == 3

@@ -1,6 +1,5 @@
 """Numbers of the report against hand calculations."""
 
-import json
 import math
 import re
 import sys
@@ -24,15 +23,12 @@ from moepp_megatron.tools.report.savings import (
 )
 from moepp_megatron.tools.report.summary import finite_mean, step_weights, summarize
 from moepp_megatron.training.run import TrainResult
-
-
-def read_records(run):
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+from tests.unit.tools.report.conftest import records_of
 
 
 def test_summary_of_a_run(make_run):
     run = make_run(steps=60)
-    records = read_records(run)
+    records = records_of(run)
     summary = summarize(load_run(run))
     assert summary.phi == pytest.approx(0.75 * 8 / (0.75 * 8 + 4))
     assert summary.loss == records[-1]["loss"]
@@ -47,21 +43,15 @@ def test_summary_of_a_run(make_run):
 
 def test_records_stand_for_the_steps_since_the_one_before(make_run):
     def every_tenth(records):
-        records[:] = [r for r in records if r["step"] % 10 == 0]
-        for record in records:
-            record["a2a_bytes"] = 100
+        records[:] = records[9::10]
 
-    run = load_run(make_run(steps=30, edit=every_tenth))
+    run = load_run(make_run(steps=30, edit=every_tenth, each={"a2a_bytes": 100}))
     assert step_weights(run.records.steps).tolist() == [10, 10, 10]
     assert summarize(run).a2a_bytes == pytest.approx(3000)
 
 
 def test_savings_against_the_vanilla_layer(make_run):
-    def fix(records):
-        for record in records:
-            record["ffn_fraction"], record["a2a_bytes"] = 0.6, 600
-
-    run = load_run(make_run(steps=10, edit=fix))
+    run = load_run(make_run(steps=10, each={"ffn_fraction": 0.6, "a2a_bytes": 600}))
     savings = compute_savings(run.config, summarize(run))
     assert savings.vanilla_a2a_bytes == pytest.approx(10000)
     # 4 layers, D 128, H 256, F 8, E 12, 2 constant experts, K 2.
@@ -129,11 +119,7 @@ def test_a_run_ends_without_its_page_and_is_read_once(make_run, capsys, monkeypa
 
 
 def test_more_work_is_not_called_a_negative_saving(make_run):
-    def no_other(records):
-        for record in records:
-            record["ffn_fraction"] = 1.0
-
-    run = load_run(make_run(steps=10, edit=no_other))
+    run = load_run(make_run(steps=10, each={"ffn_fraction": 1.0}))
     summary = summarize(run)
     savings = compute_savings(run.config, summary)
     saved = {row[0].text: row[3].text for row in savings_table(run, summary, savings).rows}
@@ -143,9 +129,8 @@ def test_more_work_is_not_called_a_negative_saving(make_run):
 
 
 def test_means_leave_out_what_is_not_finite():
-    assert finite_mean(np.array([1.0, math.nan, 3.0]), np.array([1.0, 5.0, 3.0])) == pytest.approx(
-        2.5
-    )
+    values, weights = np.array([1.0, math.nan, 3.0]), np.array([1.0, 5.0, 3.0])
+    assert finite_mean(values, weights) == pytest.approx(2.5)
     assert math.isnan(finite_mean(np.array([math.inf])))
 
 
@@ -194,32 +179,31 @@ def test_numbers_for_readers(text, expected):
 
 
 @pytest.mark.parametrize(
-    ("break_run", "message"),
+    ("name", "content", "message"),
     [
-        (lambda run: (run / "metrics.jsonl").unlink(), r"metrics\.jsonl: cannot be read"),
-        (lambda run: (run / "metrics.jsonl").write_text(""), "has no complete record"),
-        (lambda run: (run / "config.yaml").unlink(), r"config\.yaml: cannot be read"),
-        (lambda run: (run / "config.yaml").write_text("a: [1"), "not valid YAML"),
-        (lambda run: (run / "config.yaml").write_text("- 1"), r"config\.yaml: the file: "),
-        (lambda run: (run / "config.yaml").write_bytes(b"\xff\xfe"), "not UTF-8 text"),
-        (lambda run: (run / "config.yaml").write_text("run: {name: a}"), "model: Field required"),
+        ("metrics.jsonl", None, r"metrics\.jsonl: cannot be read"),
+        ("metrics.jsonl", b"", "has no complete record"),
+        ("config.yaml", None, r"config\.yaml: cannot be read"),
+        ("config.yaml", b"a: [1", "not valid YAML"),
+        ("config.yaml", b"- 1", r"config\.yaml: the file: "),
+        ("config.yaml", b"\xff\xfe", "not UTF-8 text"),
+        ("config.yaml", b"run: {name: a}", "model: Field required"),
     ],
 )
-def test_incomplete_runs_are_refused_in_one_line(make_run, break_run, message):
+def test_incomplete_runs_are_refused_in_one_line(make_run, name, content, message):
     run = make_run(steps=2)
-    break_run(run)
+    (run / name).unlink()
+    if content is not None:
+        (run / name).write_bytes(content)
     with pytest.raises(ReportError, match=message) as caught:
         load_run(run)
     assert "\n" not in str(caught.value)
 
 
 def test_a_configuration_of_another_run_is_refused(make_run):
-    def cut(records):
-        for record in records:
-            record["expert_share"] = [0.5, 0.5]
-
+    run = make_run(steps=2, each={"expert_share": [0.5, 0.5]})
     with pytest.raises(ReportError, match="step 1 have 2 entries but config.yaml describes 12"):
-        load_run(make_run(steps=2, edit=cut))
+        load_run(run)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,5 @@
 """The page as a reader gets it."""
 
-import base64
 import html
 import re
 from html.parser import HTMLParser
@@ -14,6 +13,7 @@ from moepp_megatron.tools.report.run_data import load_run
 from moepp_megatron.tools.report.savings import compute_savings
 from moepp_megatron.tools.report.summary import summarize
 from tests.parallel.training_runs import VANILLA
+from tests.unit.tools.report.conftest import svg_of
 
 
 class Reader(HTMLParser):
@@ -50,12 +50,17 @@ class Reader(HTMLParser):
         return " ".join(" ".join(self.words).split())
 
 
-def read_page(run):
-    return Reader(build_report(run).read_text(encoding="ascii"))
+def read_page(path):
+    return Reader(path.read_text(encoding="ascii"))
 
 
-def test_the_page_shows_every_number_of_the_run(full_run):
-    text = Reader((full_run / "report.html").read_text(encoding="ascii")).text
+@pytest.fixture(scope="module")
+def full_page(full_run):
+    return read_page(full_run / "report.html")
+
+
+def test_the_page_shows_every_number_of_the_run(full_run, full_page):
+    text = full_page.text
     data = load_run(full_run)
     summary = summarize(data)
     savings = compute_savings(data.config, summary)
@@ -80,16 +85,15 @@ def test_the_page_shows_every_number_of_the_run(full_run):
     assert "num_ffn_experts: 8" in text
 
 
-def test_the_page_asks_nothing_of_the_network(full_run):
-    page = Reader((full_run / "report.html").read_text())
-    addresses = [v for _, key, v in page.attributes if key in ("src", "href", "data", "action")]
+def test_the_page_asks_nothing_of_the_network(full_page):
+    found = full_page.attributes
+    addresses = [v for _, key, v in found if key in ("src", "href", "data", "action")]
     pictures = [a for a in addresses if not a.startswith("#")]
     assert pictures
     assert all(a.startswith("data:image/svg+xml;base64,") for a in pictures)
-    assert not any(tag in ("script", "link", "iframe") for tag, _, _ in page.attributes)
-    assert ("meta", "content", "default-src 'none'; img-src data:; style-src 'unsafe-inline'") in (
-        page.attributes
-    )
+    assert not any(tag in ("script", "link", "iframe") for tag, _, _ in found)
+    policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+    assert ("meta", "content", policy) in found
 
 
 def test_the_style_names_no_address(full_run):
@@ -101,11 +105,10 @@ def test_the_style_names_no_address(full_run):
     assert "prefers-color-scheme: dark" in style[1]
 
 
-def test_every_picture_is_whole_and_described(full_run):
-    pictures = Reader((full_run / "report.html").read_text()).pictures
-    assert len(pictures) == 21
-    for source, alt in pictures:
-        root = ElementTree.fromstring(base64.b64decode(source.split(",", 1)[1]))
+def test_every_picture_is_whole_and_described(full_page):
+    assert len(full_page.pictures) == 21
+    for source, alt in full_page.pictures:
+        root = ElementTree.fromstring(svg_of(source))
         assert root.tag.endswith("svg")
         links = [v for e in root.iter() for k, v in e.attrib.items() if k.endswith("href")]
         assert all(v.startswith(("#", "data:")) for v in links)
@@ -185,6 +188,6 @@ def test_an_odd_run_has_a_page(make_run, request, name):
         for record in records if change else []:
             change(record)
 
-    page = read_page(make_run(steps=steps, edit=edit, **sections))
+    page = read_page(build_report(make_run(steps=steps, edit=edit, **sections)))
     assert shown in page.text
     assert pictures in (None, len(page.pictures))
