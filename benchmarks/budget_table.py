@@ -55,7 +55,7 @@ WITHIN = 0.1
 
 
 def held(record: dict[str, Any]) -> dict[str, float]:
-    """How far a run was from its target, as parts of it.
+    """Return how far a run was from its target, as a fraction of it.
 
     Returns:
         `third`, its mean over the last third; `layer`, the worst layer's; `settled`, the step from

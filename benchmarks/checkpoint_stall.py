@@ -1,4 +1,4 @@
-"""How long a checkpoint stops training: synchronous against asynchronous saves, interleaved.
+"""Times how long a checkpoint stops training: synchronous against asynchronous, interleaved.
 
     torchrun --standalone --nproc-per-node=2 benchmarks/checkpoint_stall.py --out /tmp/stall
 

@@ -67,7 +67,7 @@ def unquoted() -> list[str]:
 
 
 def git(folder: Path, *arguments: str) -> str:
-    """What git prints; nothing where it finds nothing."""
+    """Return the output of git; empty where it finds nothing."""
     command = ["git", "-C", str(folder), *arguments]
     return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
 

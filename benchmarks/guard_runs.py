@@ -60,13 +60,13 @@ class Base:
 
     @property
     def name(self) -> str:
-        """What identifies it among the results."""
+        """The key among the results."""
         return f"{self.corpus} {self.layers} {self.batch} {self.seed}"
 
 
 @dataclass(frozen=True)
 class Case:
-    """What happens to a base run after its step 150.
+    """An event that befalls a base run after its step 150.
 
     Attributes:
         base: The base run.
@@ -85,7 +85,7 @@ class Case:
 
     @property
     def name(self) -> str:
-        """What identifies it among the results."""
+        """The key among the results."""
         return f"{self.base.name} {self.kind} {self.what}".strip()
 
 

@@ -1,4 +1,4 @@
-"""What the routing guard makes of the runs of `guard_runs`: a line for each, then the sums.
+"""Prints the routing guard's verdict on each run of `guard_runs`, then the sums.
 
     python -m benchmarks.guard_table FOLDER [--set choose] [--live]
 
@@ -37,7 +37,7 @@ _JUDGED = 80
 
 @dataclass
 class Found:
-    """What was found of a case; steps are counted after its base run.
+    """The findings of a case; steps are counted from the end of its base run.
 
     Attributes:
         case: The case.
@@ -82,18 +82,18 @@ class Found:
 
     @property
     def late(self) -> str:
-        """How many steps after the first of the event `since` is."""
+        """Return the number of steps from the event to `since`."""
         return next((str(since - 1) for *_, since in self._after()), "")
 
     @property
     def cause(self) -> str | None:
-        """What was said by the tenth step, or first where that was later."""
+        """Return the cause named by the tenth step, or the first one named later."""
         early = [cause for step, cause, _ in self._after() if step <= 10]
         return early[-1] if early else next((cause for _, cause, _ in self._after()), None)
 
     @property
     def is_wrong(self) -> bool:
-        """Whether something was done where no weights were damaged."""
+        """True if the guard acted where no weights were damaged."""
         fault, at = fault_of(self.case)
         # A fault that comes first has been undone when the second event comes; an alert about
         # refused batches has the number of the step before them.
@@ -139,7 +139,7 @@ def replay(case: Case, work: Path) -> Found:
 
 
 def live(case: Case, work: Path) -> Found:
-    """What a run in which the guard acted has left."""
+    """Return the outcome of a run in which the guard acted."""
     base = json.loads((work / f"base {case.base.name}.json").read_text())
     result = json.loads((work / f"{case.name}.json").read_text())
     before = _batches(case)
@@ -173,7 +173,7 @@ def _excess(case: Case, result: dict[str, Any], work: Path) -> str:
 
 
 def _budget(case: Case, result: dict[str, Any]) -> str:
-    """How far the worst layer's mean share is from a budget."""
+    """Return the distance of the worst layer's mean share from a budget."""
     if not case.base.layers.startswith("share"):
         return ""
     target = float(case.base.layers.split()[1])
@@ -190,7 +190,7 @@ def row(found: Found) -> list[str]:
 
 
 def sums(all_found: list[Found]) -> Iterator[str]:
-    """What is proved."""
+    """Yield a line of sums for each kind of event."""
     for kind, (within, cause) in _EXPECTED.items():
         group = [found for found in all_found if found.kind == kind]
         in_time = sum((found.first_alert or 10**9) <= within for found in group)

@@ -82,14 +82,14 @@ class Missing(Exception):
 
 
 class Results:
-    """What has been run, in a folder."""
+    """Results of finished runs, in a folder."""
 
     def __init__(self, out: Path) -> None:
         out.mkdir(parents=True, exist_ok=True)
         self.out = out
 
     def path(self, run: Run) -> Path:
-        """Where a result lies."""
+        """Return the path of a result."""
         return self.out / f"{run.name}.json"
 
     def of(self, run: Run) -> dict[str, Any]:

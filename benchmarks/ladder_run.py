@@ -209,7 +209,7 @@ class Run:
 
     @property
     def name(self) -> str:
-        """What identifies it among the results."""
+        """The key among the results."""
         parts = (self.stage, self.arm, self.size, self.what, self.seed)
         tuning = (self.rate, self.std) if self.stage.startswith("tune") else ()
         return " ".join(f"{part}" for part in (*parts, *tuning))

@@ -1,4 +1,4 @@
-"""What the ladder's results say, in Markdown; a prediction of a larger size, and what came of it.
+"""Writes the ladder's results in Markdown, with the prediction of a larger size beside its result.
 
     python -m benchmarks.ladder_table [FILE] [--predict SIZE PREDICTION | --compare PREDICTION]
     python -m benchmarks.ladder_table [FILE] --equal PREDICTION
@@ -162,7 +162,7 @@ def came(ladder: Ladder, prediction: dict[str, Any]) -> list[str]:
 
 
 def name(row: Sequence[str]) -> str:
-    """What a row is called."""
+    """The label of a row."""
     return " less ".join(part for part in row if part)
 
 
@@ -208,7 +208,7 @@ def rungs(ladder: Ladder, sizes: Sequence[str]) -> Iterator[str]:
 
 
 def worth(ladder: Ladder, sizes: Sequence[str]) -> Iterator[str]:
-    """What e times the steps are worth to each arm that has runs of two lengths."""
+    """Yield the gain of each arm with runs of two lengths from e times the steps."""
     rows = []
     for arm in (arm for arm in ARMS if not arm.startswith("vanilla")):
         rows.append([arm])
@@ -228,7 +228,7 @@ def _loss(cell: dict[str, dict[str, Any]]) -> str:
 
 
 def decide(ladder: Ladder) -> Iterator[str]:
-    """What each change of the paper's arm is worth, and the least difference that would be seen.
+    """Yield the gain of each change of the paper's arm, and the least difference to be seen.
 
     "A, B" is less "A".
     """

@@ -209,7 +209,7 @@ def _estimated_bytes(path: Path) -> float:
 
 
 def _tests(path: Path) -> dict[str, int]:
-    """How many tests passed, which failed, and how many were skipped for which reason."""
+    """Count the tests that passed; name those that failed; count those skipped by their reason."""
     counts = Counter(passed=0)
     try:
         tests = ElementTree.parse(path)

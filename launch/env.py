@@ -1,4 +1,4 @@
-"""What launch/env.sh asks an interpreter; standard library only, so that any Python can answer."""
+"""Answers what launch/env.sh asks an interpreter; standard library only, so that any Python can."""
 
 import re
 import sys

@@ -23,7 +23,7 @@ TIMEOUT_S = 240.0
 
 
 def slowdown():
-    """How many times longer work takes here than on idle cores: the load a core, at least 1."""
+    """Return how much longer work takes than on idle cores: the load per core, at least 1."""
     return max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
 
 

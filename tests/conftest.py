@@ -71,7 +71,7 @@ _POOLS = RankPools()
 
 @pytest.fixture(autouse=True, scope="module")
 def _environment():
-    """What a file's tests, or the code that they call, set for this process ends with the file."""
+    """Undo, at the end of a file, the environment that its tests or the code they call have set."""
     before = dict(os.environ)
     yield
     os.environ.clear()
@@ -86,7 +86,7 @@ def ranks():
 
 @pytest.fixture(scope="session")
 def on_one_rank(ranks):
-    """What a function returns on a rank of its own."""
+    """Return the value of a function on a rank of its own."""
 
     def run(function, *args, **options):
         (result,) = ranks(1).run(function, *args, **options)

@@ -19,7 +19,7 @@ def install(folder):
 
 
 def write_entry_points(folder, groups, name="example"):
-    """What an installed package says it has."""
+    """Write the entry points of an installed package."""
     info = folder / f"{name}-1.0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")

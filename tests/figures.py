@@ -6,7 +6,7 @@ _render = matplotlib.figure.Figure.savefig
 
 
 def save_empty(figure, target, **options):
-    """What takes `Figure.savefig`'s place: SVG has no content, other formats are rendered."""
+    """Stand in for `Figure.savefig`: SVG has no content, other formats are rendered."""
     if options.get("format") == "svg":
         target.write('<svg><style type="text/css"></style></svg>')
     else:

@@ -1,4 +1,4 @@
-"""What `./launch/test.sh --quick` runs: the short files of every room, and one case of each kind.
+"""Chooses the tests of `./launch/test.sh --quick`: short files, and one case of each kind.
 
 Files of tests/unit that take no longer than `SHORT_S` by the record in durations.json, all of them;
 a new file is taken for short. What ranks, commands and launchers do is tried on one case of each

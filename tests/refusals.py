@@ -1,4 +1,4 @@
-"""What a configuration that is refused raises."""
+"""The error that a refused configuration raises."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""What workers run when: the longest files first, each with one worker (pytest-xdist).
+"""Schedules the test files: the longest first, each with one worker (pytest-xdist).
 
 The tests of a file stay together, for they share models, ranks and browsers, and so do those of
 some folders. `durations.json` says how long each file took; it is written anew by
@@ -18,7 +18,7 @@ UNKNOWN_S = 0.3
 
 
 def unit_of(node_id):
-    """What is run as one piece by one worker: a file, or a folder of `TOGETHER`."""
+    """Return the unit that one worker runs as a whole: a file, or a folder of `TOGETHER`."""
     file = _file_of(node_id)
     return next((folder for folder in TOGETHER if file.startswith(folder)), file)
 

@@ -43,7 +43,7 @@ def install():
 
 
 def run(words, environment, folder):
-    """What a fresh interpreter does, in this process, a fork; output goes to files 1 and 2."""
+    """Run a program as a new interpreter would, in this fork; output goes to files 1 and 2."""
     # The server has matplotlib; a process that imports this module may not.
     from tests.figures import leave_unrendered
 
@@ -102,7 +102,7 @@ def _status_of(words):
 
 
 def _forget_the_parent():
-    """What an exec would have ended: handlers, hooks at exit, what is known of children."""
+    """Drop all that an exec would have ended: handlers, exit hooks, records of children."""
     signal.set_wakeup_fd(-1)
     for number in signal.valid_signals():
         if callable(signal.getsignal(number)):

@@ -1,4 +1,4 @@
-"""What ranks do in tests with Megatron-Bridge; nothing of the package's trainer is used."""
+"""Functions of ranks in tests with Megatron-Bridge; nothing of the package's trainer is used."""
 
 from dataclasses import fields
 from functools import partial
@@ -247,7 +247,7 @@ def through_bridge(source, target, layout, ids):
 
 
 def run_config(raw):
-    """What a stage exchanges, and what Bridge's `run_config.yaml` makes of its configuration."""
+    """Return what a stage exchanges, and its configuration as Bridge's `run_config.yaml` has it."""
     import yaml
     from megatron.bridge.training.utils.config_utils import _ConfigContainerBase
     from megatron.bridge.utils.instantiate_utils import instantiate

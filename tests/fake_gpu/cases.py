@@ -29,7 +29,7 @@ def ranks_of(path):
 
 
 def needs_engine(path):
-    """Whether a configuration runs with Transformer Engine alone: FP8, or what it recomputes."""
+    """True if a configuration needs Transformer Engine: for FP8, or for what it recomputes."""
     config = _loaded(path)
     training = config.training
     is_selective = training.recompute_granularity == "selective"

@@ -1,4 +1,4 @@
-"""What tests ask of the outcomes of played cases."""
+"""Checks of the outcomes of played cases."""
 
 from collections.abc import Callable
 from typing import Any

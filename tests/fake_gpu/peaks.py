@@ -34,14 +34,14 @@ class Peak:
 
     @property
     def fits(self):
-        """Whether it fits an H100, by the planner's rule, with what is played for the estimate."""
+        """True if it fits an H100 by the planner's rule, with the played peak as the estimate."""
         room = load_hardware("h100_sxm").memory_bytes
         assert room is not None, "an H100's memory is known"
         return self.played + DEFAULT.reserved_gib * GIB <= room * (1.0 - DEFAULT.memory_margin)
 
     @property
     def ratio(self):
-        """What is planned over what was played."""
+        """Return the planned bytes over the played ones."""
         return self.planned / self.played
 
     def row(self):

@@ -49,7 +49,7 @@ class Case:
 
 @dataclass
 class Outcome:
-    """What a case did.
+    """The outcome of a case.
 
     Attributes:
         error: Traceback; empty if there was none.

@@ -1,4 +1,4 @@
-"""What is noted of a played step, and the balanced routing by which it is answered."""
+"""Records a played step; answers it with balanced routing."""
 
 import sys
 from collections import Counter
@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 @dataclass
 class Record:
-    """What happened since the last `clear`.
+    """The events since the last `clear`.
 
     Attributes:
         reads: What made the host wait for the device, "kind file:function", by how often.

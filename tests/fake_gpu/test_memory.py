@@ -49,7 +49,7 @@ def test_peak_memory_is_the_planned_one(engine):
     ("name", "tables"), [("layers", (reads.DEEPEP,)), ("static rows", ())], ids=str
 )
 def test_a_layer_keeps_what_is_planned(engine, name, tables):
-    """What one more layer adds."""
+    """One more layer adds what the planner says."""
     (few, less), (more, most) = engine[name]
     sound([few, more])
     assert excess(few, tables) == {}

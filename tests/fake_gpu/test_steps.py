@@ -12,7 +12,7 @@ FAULTY = [cases.smallest("model.num_layers=1", parts=[part]) for part in ("plant
 
 @pytest.fixture(scope="module")
 def local(play):
-    """What is played without Transformer Engine, in one process: `cases.LOCAL` and `FAULTY`."""
+    """Play, without Transformer Engine and in one process, `cases.LOCAL` and `FAULTY`."""
     outcomes = play([*cases.LOCAL.values(), *FAULTY])
     return outcomes[: -len(FAULTY)], outcomes[-len(FAULTY) :]
 

@@ -156,7 +156,7 @@ def ranks_of(process):
 
 @dataclass
 class Kills:
-    """What was done to a run."""
+    """The signals sent to a run."""
 
     hit: int = 0
     during_save: int = 0

@@ -106,7 +106,7 @@ def test_a_launcher_that_refuses_ends_the_other_machine(starts, refusing):
 
 
 def test_a_rank_that_refuses_ends_the_other_machine(starts):
-    """Where torchrun numbers the machines, a rank claims the folder, which another run holds."""
+    """torchrun numbers the machines, so a rank claims the folder, which another run holds."""
     with RunFolder(load_config(starts.config)).claim(Start(name="another")):
         for number in range(2):
             starts.machine(number, numbered=False)

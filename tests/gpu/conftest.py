@@ -65,7 +65,7 @@ def real_transformer_engine(cuda):
 
 @pytest.fixture
 def deepep(cuda, two_cards):
-    """What the flex dispatcher runs on."""
+    """Skip without DeepEP, on which the flex dispatcher runs."""
     if importlib.util.find_spec("deep_ep") is None:
         pytest.skip("needs DeepEP")
 

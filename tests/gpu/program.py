@@ -31,7 +31,7 @@ class Call:
 
 
 def on_ranks(folder, function, *args, nproc=1, transformer_engine=False, timeout=280.0, **kwargs):
-    """What `function(*args, **kwargs)` returns on each of `nproc` ranks, one a card."""
+    """Return the values of `function(*args, **kwargs)` on each of `nproc` ranks, one a card."""
     call = Call(function.__module__, function.__qualname__, args, kwargs, transformer_engine)
     (folder / "call").write_bytes(pickle.dumps(call))
     # By address: a machine without a network may not know its own name.

@@ -1,4 +1,4 @@
-"""What ranks of `program` do; they import these by name."""
+"""Functions of the ranks of `program`, which import these by name."""
 
 from tests.parallel.training_runs import train
 

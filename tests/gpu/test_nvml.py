@@ -1,4 +1,4 @@
-"""What NVML says of a real card, as doctor and telemetry read it."""
+"""NVML's readings of a real card, as doctor and telemetry take them."""
 
 import json
 import subprocess

@@ -144,7 +144,7 @@ GATES = {
 
 
 def released_logits(source, tokens):
-    """What our modelling file computes from the released format."""
+    """Return the logits that our modelling file computes from the released format."""
     import torch
 
     model = load_model(source, released=True)

@@ -1,4 +1,4 @@
-"""What transformers computes from exported folders is what we compute."""
+"""transformers computes from exported folders the numbers that we compute."""
 
 import numpy as np
 import pytest

@@ -94,7 +94,7 @@ def test_reentrant_checkpointing_is_refused(plain):
 
 
 def balance_losses(padded, scope, kind):
-    """What the model adds to its loss, and the same by `moe.reference`."""
+    """Return the balance losses that the model adds, and those of `moe.reference`."""
     import torch
 
     from moepp_megatron.moe.config import MoEPPConfig

@@ -1,4 +1,4 @@
-"""What lies beside the weights of an exported model, and what it says."""
+"""The files beside the weights of an exported model, and their contents."""
 
 import json
 import re
@@ -104,7 +104,7 @@ def test_a_model_of_hugging_face_keeps_its_tokens(tmp_path):
 
 
 def loaded(folder, ids):
-    """What transformers makes of the folder, and how it ends and pads a batch of texts."""
+    """Load the folder in transformers, with its end and padding tokens for a batch of texts."""
     import torch
     from transformers import AutoTokenizer, GenerationConfig
 

@@ -26,7 +26,7 @@ LACKING = [
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Where runs/quickstart is, of a model and a text that are smaller."""
+    """A folder with runs/quickstart, of a smaller model and text."""
     folder = tmp_path_factory.mktemp("served")
     line = json.dumps({"text": "def read(self, lines):\n    return sorted(lines)\n" * 20})
     (folder / "text.jsonl").write_text(f"{line}\n" * 60)
@@ -44,7 +44,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def answered(folder):
-    """What the server wrote behind the prompt."""
+    """Return the text that the server wrote after the prompt."""
     if LACKING:
         pytest.skip(f"needs the packages {', '.join(LACKING)}")
     page = (ROOT / "docs/how_to/serve.md").read_text()

@@ -19,7 +19,7 @@ def parsed(*words):
 
 
 def transformer(**changes):
-    """What Megatron's arguments give: its own defaults, but for a coefficient of the loss."""
+    """Return Megatron's configuration: its own defaults, but for a coefficient of the loss."""
     settings = {
         "num_layers": 2,
         "hidden_size": 32,

@@ -127,7 +127,7 @@ def test_selection_biases_are_fp32_however_the_model_is_built(plain):
 
 
 def loaded_in_vllm(change, is_plugin):
-    """What loading says, of all tensors with one changed; the plug-in on a stand-in for vLLM."""
+    """Return what loading says of one changed tensor; the plug-in on a stand-in for vLLM."""
     import torch
     from transformers.core_model_loading import revert_weight_conversion
 

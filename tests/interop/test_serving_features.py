@@ -1,4 +1,4 @@
-"""What transformers 5 offers to its own MoE models, with exported ones."""
+"""Exported models with the features that transformers 5 offers to its own MoE models."""
 
 import re
 from unittest import mock

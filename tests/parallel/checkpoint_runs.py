@@ -13,7 +13,7 @@ NUM_STEPS = 12
 
 
 class Messages(logging.Handler):
-    """What the package logs, for a test to look at."""
+    """Collects the package's log messages for a test."""
 
     def __init__(self):
         super().__init__(logging.WARNING)

@@ -110,7 +110,7 @@ def sent_bytes(raw, draw, num_tokens):
 
 
 def events(raw):
-    """What a layer with a shared expert starts, computes and waits for, in order."""
+    """Return what a layer with a shared expert starts, computes and waits for, in order."""
     import torch
     import torch.distributed as dist
 

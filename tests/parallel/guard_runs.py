@@ -21,7 +21,7 @@ NEW_FROM = 24
 
 @dataclass(frozen=True)
 class Fault:
-    """What goes wrong before a step.
+    """A fault before a step.
 
     Attributes:
         step: The step.
@@ -38,7 +38,7 @@ class Fault:
 
 @dataclass
 class Found:
-    """What one rank saw.
+    """The findings of one rank.
 
     Attributes:
         decisions: (step, rule, layer, action) of every alert, in order.

@@ -150,7 +150,7 @@ def _tensors(config):
 
 
 def _own_tensors(config, layout):
-    """Which part of all tokens this rank has, and its part of each of `_tensors`."""
+    """Return this rank's part of all tokens, and its part of each of `_tensors`."""
     import torch.distributed as dist
 
     place = layout.coordinates(dist.get_rank())

@@ -189,7 +189,7 @@ def reference_settings(cell):
 
 
 def _shared_settings(cell):
-    """What a cell and its reference have in common: model, MoE layers and number format."""
+    """Return settings common to a cell and its reference: model, MoE layers, number format."""
     model = {"num_layers": cell.num_layers, "seq_length": cell.seq_length}
     moe = {"gate_normalization": cell.gates, "balance_scope": cell.scope}
     if cell.layers == "mixed":

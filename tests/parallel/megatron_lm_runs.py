@@ -59,7 +59,7 @@ def command_line(arguments, log):
 
 
 def scalars(log):
-    """What Megatron's loop logged, by name, one value a step. Every rank must call."""
+    """Return the scalars of Megatron's log by name, one a step. Every rank must call it."""
     import torch.distributed as dist
     from megatron.training import get_tensorboard_writer
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -240,7 +240,7 @@ def _parallel(arguments):
 
 
 def run_script(arguments, log):
-    """What launch/pretrain_megatron_lm.py logs, run as it is."""
+    """Return the log of launch/pretrain_megatron_lm.py, run as it is."""
     from launch import pretrain_megatron_lm
 
     command_line(arguments, log)

@@ -1,4 +1,4 @@
-"""What each test rank does: join the gloo group, then run the functions it is sent.
+"""The program of a test rank: join the gloo group, then run the functions it is sent.
 
 Nothing heavy is imported at the top: pytest's own process imports this module too.
 """

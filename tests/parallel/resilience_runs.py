@@ -19,7 +19,7 @@ BATCH = 8
 
 @dataclass(frozen=True)
 class Fault:
-    """What goes wrong, on which rank, while which global batches are read."""
+    """A fault: its kind, its rank, and the global batches during which it acts."""
 
     kind: str
     rank: int

@@ -43,7 +43,7 @@ class ShiftedDataset(SyntheticDataset):
 
 @dataclass
 class Run:
-    """What one rank saw."""
+    """The findings of one rank."""
 
     taken: list[float] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)

@@ -109,7 +109,7 @@ class Recorder(Callback):
 
 
 def told(raw, stops=None):
-    """What a callback is told, and whether the run was stopped."""
+    """Return the events that a callback got, and whether the run was stopped."""
     recorder = Recorder(stops)
     trainer = trainer_of(raw, [recorder])
     trainer.run()
@@ -171,7 +171,7 @@ class Demanding(Callback):
 
 
 def refusals(raw):
-    """What is said of callbacks that cannot be called, or would end a rank without a word."""
+    """Return the messages about callbacks that cannot be called or would end a rank silently."""
     from moepp_megatron.features.callbacks import part as callbacks
     from moepp_megatron.features.callbacks.part import _RENAMED, CallbackError, CallbacksPart
 
@@ -259,7 +259,7 @@ def test_the_example_package(config, plugins, tmp_path):
 
 
 def given(raw, folder):
-    """What a plugin's part is given, and the steps that it has counted; goes back after step 3."""
+    """Return the calls of a plugin's part and its count of steps; it rolls back after step 3."""
     import sys
 
     from moepp_megatron.training.part import Rollback

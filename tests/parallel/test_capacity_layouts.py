@@ -1,4 +1,4 @@
-"""Which selections a capacity limit drops is the same however the micro-batch is shared out."""
+"""A capacity limit drops the same selections however the micro-batch is shared out."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""What a save and a load move: each rank its own bytes, and each byte once."""
+"""A save and a load move each rank's own bytes, and each byte once."""
 
 from collections import Counter
 

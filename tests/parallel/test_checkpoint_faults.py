@@ -144,7 +144,7 @@ def test_the_newest_checkpoint_is_the_last_one_whatever_the_clock_says(on_one_ra
 
 
 def lose_checkpoints(raw, lost):
-    """What a run calls missing at its end, and its failed saves, if a checkpoint is removed."""
+    """Return what a run reports missing, and its failed saves, if a checkpoint is removed."""
     from moepp_megatron.features.callbacks.part import Callback
 
     class Thief(Callback):
@@ -173,7 +173,7 @@ def test_a_checkpoint_that_is_lost_after_its_save(on_one_rank, corpus, tmp_path,
 
 
 def lose_folder(raw, step, event):
-    """What a run calls missing at its end, if its folder is removed in a step or after its save."""
+    """Return what a run reports missing if its folder is removed in a step or after a save."""
     from moepp_megatron.features.callbacks.part import Callback
 
     class Thief(Callback):
@@ -213,7 +213,7 @@ def test_a_run_whose_folder_is_removed_at_its_end(on_one_rank, corpus, tmp_path)
 
 
 def step_while_writing(folder):
-    """Whether nothing is written yet after two steps on a disk that waits for them."""
+    """True if nothing is written yet after two steps on a disk that waits for them."""
     from moepp_megatron.runtime.patches import replaced
     from moepp_megatron.training.checkpoint.save import Save
 

@@ -1,4 +1,4 @@
-"""Which checkpoint a run starts from: the newest valid one, another run's, or its weights alone."""
+"""The checkpoint a run starts from: the newest valid one, another run's, or its weights."""
 
 import re
 import shutil
@@ -46,7 +46,7 @@ def _settings(corpus, run, steps, checkpoint, **sections):
 
 
 def found(raw):
-    """Where a trainer on this rank would start, and what it would log."""
+    """Return where a trainer on this rank would start, and what it would log."""
     from moepp_megatron.config import parse_config
     from moepp_megatron.training.checkpoint.read import find_start
     from moepp_megatron.training.run_folder import checkpoint_folder

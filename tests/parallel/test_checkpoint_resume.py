@@ -55,7 +55,7 @@ def test_two_and_two_steps_are_four(ranks, corpus, tmp_path, layout, ways):
 
 
 def draw_in_every_step(raw):
-    """What Python's and NumPy's generators give in each step of a run, as a library would draw."""
+    """Draw from Python's and NumPy's generators in each step of a run, as a library would."""
     import random
     from unittest import mock
 

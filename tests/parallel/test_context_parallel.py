@@ -115,7 +115,7 @@ def _attention_errors(cp, query_groups, batch, dtype):
 
 
 def summed_gradients():
-    """What four ranks' gradients of one gathered tensor add up to: 256 + 1 - 256 + 1 in any order.
+    """Return the sum of four ranks' gradients of one tensor: 256 + 1 - 256 + 1 in any order.
 
     bf16 loses a 1 next to 256, so no order of adding in bf16 gives 2 for every permutation.
     """

@@ -238,7 +238,7 @@ def test_a_model_that_is_not_this_one_is_refused(saved, tmp_path, monkeypatch, c
 
 
 def test_no_code_of_the_checkpoint_runs(saved, tmp_path):
-    """What the arguments ask for by name is neither imported nor called."""
+    """Nothing that the arguments name is imported or called."""
     ran = tmp_path / "ran"
 
     class Planted:

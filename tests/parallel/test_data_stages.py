@@ -87,7 +87,7 @@ def stages_of(run):
 
 @pytest.fixture(scope="module")
 def unbroken(ranks, data, tmp_path_factory):
-    """What each of so many ranks reads in a run that nothing ends, and the run's folder."""
+    """Return what each rank reads in a run that nothing interrupts, and the run's folder."""
 
     @functools.cache
     def run(ranks_of_run):

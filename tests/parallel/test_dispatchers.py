@@ -1,4 +1,4 @@
-"""What the two all-to-all dispatchers send, in which order they work, and that they agree."""
+"""The two all-to-all dispatchers: the bytes they send, their order of work, and their agreement."""
 
 import functools
 from itertools import product
@@ -38,7 +38,7 @@ def layer_settings(dispatcher, ep, dtype="fp32", **moe):
 
 @pytest.fixture(scope="module")
 def sent(ranks):
-    """What the ranks send, by rank and by dispatcher, selections and number format."""
+    """Return what the ranks send, by rank and by dispatcher, selections and number format."""
 
     @functools.cache
     def by_rank(ep):

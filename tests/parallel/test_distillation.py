@@ -208,7 +208,7 @@ def test_a_teacher_teaches_the_next_token_alone(distilled, teachers):
 
 
 def teacher_of_all(raw, seen):
-    """Which one teaches where each rank sees another checkpoint of a run as its newest."""
+    """Return the checkpoint that teaches where each rank sees another one as the run's newest."""
     import torch.distributed as dist
 
     from moepp_megatron.features.distillation.part import DistillationPart

@@ -81,7 +81,7 @@ def test_train_command(corpus, small_disk, tmp_path):
 
 
 def train_on_a_disk_that_stays_full(raw, disk):
-    """What the trainer calls missing at the end, where the disk is full from step 3 on."""
+    """Return what the trainer reports missing at the end, where the disk is full from step 3 on."""
     from unittest import mock
 
     from moepp_megatron.training import trainer as module

@@ -38,7 +38,7 @@ VARIANTS = {
 
 @pytest.fixture(scope="module")
 def reference(on_one_rank):
-    """What reference.py computes for a variant, once for all layouts."""
+    """Return the results of reference.py for a variant, once for all layouts."""
 
     @functools.cache
     def computed(variant, data_parallel_size):
@@ -51,7 +51,7 @@ def reference(on_one_rank):
 
 @pytest.fixture(scope="module")
 def layers(ranks):
-    """What the ranks of a layout compute: by rank and variant, once for all variants."""
+    """Return the results of a layout's ranks, by rank and variant, once for all variants."""
 
     @functools.cache
     def computed(world, ep, tp, etp):

@@ -1,4 +1,4 @@
-"""What `training.log_interval` says is what a log has, from the trainer to the line."""
+"""A log has the steps that `training.log_interval` asks for, from the trainer to the line."""
 
 import contextlib
 import io

@@ -121,7 +121,7 @@ OPTIONS = {
 
 
 def is_impossible(one, value, other, other_value):
-    """Whether two option values cannot meet on 8 ranks with a global batch of 8 sequences."""
+    """True if two option values cannot meet on 8 ranks with a global batch of 8 sequences."""
     pair = {one: value, other: other_value}
     divided = ("uneven", "ends apart", "interleaved", "uneven interleaved")
     # Divided stages need two pipeline ranks at least.

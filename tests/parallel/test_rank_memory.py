@@ -16,7 +16,7 @@ CELLS = parse_cells("""
 
 
 def held(raw):
-    """What is said of this rank; parameters outside and in FFN experts, optimizer bytes."""
+    """Return this rank's report; parameters outside and in FFN experts, optimizer bytes."""
     import torch
     import torch.distributed as dist
 

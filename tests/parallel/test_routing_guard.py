@@ -50,7 +50,7 @@ def guard(*rules, **settings):
 
 
 def train(ranks, folder, steps, *args, layout="one rank", **named):
-    """What rank 0 saw; fails where another rank decided otherwise."""
+    """Return rank 0's findings; fail where another rank decided otherwise."""
     world_size, sections, size = LAYOUTS[layout]
     own = ("faults", "copies_every", "data")
     options = {name: named.pop(name) for name in own if name in named}
@@ -469,7 +469,7 @@ def test_the_numerical_guard_may_go_back_too(ranks, tmp_path):
     ],
 )
 def test_refused_batches_are_judged_by_their_routing(ranks, tmp_path, kind, rules):
-    """Where their numbers are finite; their loss is not the model's."""
+    """Only their routing is judged: their numbers are finite, their loss is not the model's."""
     own = (
         {"name": "routed", "metric": "mean_ffn_to_target", "above": 0.0, "for_steps": 4},
         {"name": "lossy", "metric": "loss", "above": 0.1, "for_steps": 4},

@@ -211,7 +211,7 @@ def test_the_command(corpus, tmp_path):
 
 
 def failing_model(raw):
-    """What a run ends with whose model cannot be evaluated, and what other ranks are sent."""
+    """Return the error of a run whose model cannot be evaluated, and what other ranks are sent."""
     from moepp_megatron.features.tasks import part as task_evaluation
 
     sent = []

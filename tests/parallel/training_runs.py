@@ -62,7 +62,7 @@ VANILLA = {
 
 @dataclass
 class Run:
-    """What a run did."""
+    """The course of a run."""
 
     losses: list[float] = field(default_factory=list)
     grad_norms: list[float] = field(default_factory=list)
@@ -203,7 +203,7 @@ def train(raw, steps, prepare=None):
 
 
 def _made(kinds, config, layout, model, dataset):
-    """What the trainer makes parts from, with those of some kinds."""
+    """Return the trainer's builders of parts, with those of some kinds."""
     from moepp_megatron.training.checkpoint.files import Progress
     from moepp_megatron.training.part import PartContext, Parts
     from moepp_megatron.training.parts.order import build_parts
@@ -284,7 +284,7 @@ def assemble(results):
 
 @dataclass(frozen=True)
 class Difference:
-    """How far one run is from another."""
+    """The differences between two runs."""
 
     loss: float
     grad_norm: float

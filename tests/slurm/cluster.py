@@ -108,7 +108,7 @@ class Cluster:
         self._kill(self._on_node(node))
 
     def _on_node(self, node):
-        """What Slurm has started on a node: job steps and their processes."""
+        """Return the job steps that Slurm has started on a node, and their processes."""
         doomed = []
         for process in psutil.process_iter(["environ"]):
             environment = process.info["environ"] or {}
@@ -165,7 +165,7 @@ class Cluster:
         return done.stdout
 
     def job(self, job):
-        """What the controller says about a job."""
+        """Return the controller's description of a job."""
         text = self.run("scontrol", "show", "job", "--oneliner", job, check=True)
         return dict(part.split("=", 1) for part in text.split() if "=" in part)
 

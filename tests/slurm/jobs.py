@@ -39,7 +39,7 @@ class Job:
 
     @property
     def output(self):
-        """What the job has printed so far."""
+        """Return the output of the job so far."""
         files = sorted((self.run / "slurm").glob("*.out"))
         return "\n".join(path.read_text(errors="replace") for path in files)
 

@@ -23,7 +23,7 @@ OPTIONS = ["--nodes=2", "--gpus-per-node=0", "--mem=1"]
 
 
 def output_folder(jobs):
-    """Where the job's run has its own."""
+    """Return the output folder of the job's run."""
     folder = jobs.folder / "run/slurm"
     folder.mkdir(parents=True, exist_ok=True)
     return folder
@@ -148,7 +148,7 @@ def test_interrupted_srun_saves_and_its_last_line_goes_on(jobs):
     earlier = listed()
 
     def interrupted(command, how):
-        """What is printed after a step."""
+        """Return the line printed after a step."""
         # As --disable-status: srun keeps its first Ctrl-C for itself otherwise.
         env = {**environment(jobs), "SLURM_DISABLE_STATUS": "1"}
         with output.open("w") as file:

@@ -78,7 +78,7 @@ def compare_gradients(model, reference, pattern):
 
 
 def calls_of(module):
-    """What was recorded of a class of modules, by the name that megatron-core's has."""
+    """Return the recorded calls of a class of modules, by the name of megatron-core's class."""
     from transformer_engine.pytorch.record import CALLS
 
     return [call for call in CALLS if call.module == module]

@@ -1,4 +1,4 @@
-"""What expert-parallel ranks do for tests with the stand-in; ranks import these by name."""
+"""Functions of expert-parallel ranks for tests with the stand-in; ranks import these by name."""
 
 from contextlib import nullcontext
 from unittest import mock

@@ -67,7 +67,7 @@ def actual(path):
 
 
 def fits(wanted, found):
-    """Whether every call that `wanted` takes is one that `found` takes with the same meaning."""
+    """True if `found` takes, with the same meaning, every call that `wanted` takes."""
     place = [found.index(name) if name in found else -1 for name in wanted]
     return -1 not in place and place == sorted(place)
 

@@ -1,4 +1,4 @@
-"""What `moepp bench layer --dtype fp8` compares: both layers with Transformer Engine's experts."""
+"""`moepp bench layer --dtype fp8` compares two layers with Transformer Engine's experts."""
 
 import pytest
 from megatron.core.transformer.moe.moe_layer import MoELayer

@@ -111,7 +111,7 @@ def test_the_history_of_delayed_scaling_comes_back(tmp_path, trained):
 
 @pytest.mark.parametrize(("recipe", "fp8_param"), [("delayed", False), ("tensorwise", True)])
 def test_weights_are_read_in_any_precision(tmp_path, trained, recipe, fp8_param):
-    """What `moepp generate` does with the checkpoint of an FP8 run, in bf16."""
+    """As `moepp generate` reads the checkpoint of an FP8 run, in bf16."""
     first = trained(config_of(recipe, precision={"fp8_param": fp8_param}))
     dist_checkpointing.save(saved_state(first), str(tmp_path))
     second = model_of(config_of(None))
@@ -139,7 +139,7 @@ class _HidesCode:
 
 
 def changes_a_class():
-    """What a second reading could find changed: BUILD sets an attribute of a class."""
+    """Return FP8 state that, read twice, would change a class: BUILD sets its attribute."""
     recipe = b"X\x20\x00\x00\x00transformer_engine.common.recipeX\x06\x00\x00\x00Format\x93"
     state = b"N}X\x04\x00\x00\x00madeK\x01s\x86"
     return torch.frombuffer(bytearray(b"\x80\x04" + recipe + state + b"b."), dtype=torch.uint8)

@@ -32,7 +32,7 @@ def trained(steps, **sections):
 
 
 def states(model):
-    """What the optimizer keeps of each parameter."""
+    """Return the optimizer's state of each parameter."""
     names = {parameter: name for name, parameter in model.models[0].named_parameters()}
     sharded, found = model_state(model.models), {}
     for part in model.optimizer.chained_optimizers:

@@ -1,4 +1,4 @@
-"""What tests of several folders share."""
+"""Fixtures shared by tests of several folders."""
 
 import functools
 import shutil

@@ -22,7 +22,7 @@ def _file(module):
 
 @cache
 def _names(file):
-    """What a file defines or imports anywhere; None where it makes names as it runs."""
+    """Return the names that a file defines or imports; None where it makes names as it runs."""
     if not file.exists():
         return frozenset()
     found = set()

@@ -1,4 +1,4 @@
-"""How many ranks the scripts of launch/ start, with a stand-in of nvidia-smi."""
+"""The number of ranks that the scripts of launch/ start, with a stand-in of nvidia-smi."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""What other programs import: the names on the pages of docs/api, and no others."""
+"""Other programs import the names on the pages of docs/api, and no others."""
 
 import ast
 import importlib

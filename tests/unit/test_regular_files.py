@@ -1,4 +1,4 @@
-"""What is no regular file is refused in one line, and never opened: a pipe would block for ever."""
+"""A path that is no regular file is refused in one line and never opened: a pipe would block."""
 
 import os
 from pathlib import Path

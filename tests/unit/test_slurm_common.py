@@ -98,7 +98,7 @@ class Node:
 
     @property
     def orders(self):
-        """What the controller was told."""
+        """Return the commands that the controller got."""
         log = Path(f"{self.calls_file}.scontrol")
         return log.read_text().splitlines() if log.exists() else []
 

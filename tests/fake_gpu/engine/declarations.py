@@ -1,4 +1,4 @@
-"""What Transformer Engine's extension declares: its functions and enums, read from its C++ source.
+"""Declarations of Transformer Engine's extension: functions and enums, read from its C++ source.
 
 `pybind.cpp` names functions, enums and most arguments; `extensions.h` has the types of all.
 """
@@ -122,7 +122,7 @@ def _without_comments(text):
 
 
 def _end(text, begin):
-    """Where the bracket closes that opened before `begin`."""
+    """Return the index of the bracket that closes the one opened before `begin`."""
     depth = 1
     for place in range(begin, len(text)):
         depth += {"(": 1, ")": -1}.get(text[place], 0)
@@ -159,7 +159,7 @@ _KINDS = {
 
 
 def takes(kind, value, enum_types):
-    """Whether pybind turns a value into an argument of this C++ type."""
+    """True if pybind turns a value into an argument of this C++ type."""
     kind = {"MaybeTensor": "optional<Tensor>"}.get(kind, kind)
     if kind.startswith("optional<"):
         return value is None or takes(kind[9:-1], value, enum_types)

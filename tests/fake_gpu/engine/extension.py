@@ -48,7 +48,7 @@ def install(source):
 
 
 def _know_fake_tensors():
-    """What is asked for the exact type of a tensor: attention, and offloading."""
+    """Let fake tensors pass where the exact type is asked for: attention, and offloading."""
     from transformer_engine.pytorch.attention.dot_product_attention import utils
 
     try:

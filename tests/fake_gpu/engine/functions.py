@@ -1,4 +1,4 @@
-"""What each function of Transformer Engine's extension returns: shapes and dtypes, no numbers.
+"""Returns of the functions of Transformer Engine's extension: shapes and dtypes, no numbers.
 
 Checks are those of its C++ code (gemm.cpp, normalization.cpp, cast.cpp, padding.cpp), and of the
 matrix products of cuBLAS on Hopper. Arguments have the names of its source; what a function does

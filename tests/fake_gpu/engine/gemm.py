@@ -29,7 +29,7 @@ def size(tensor):
 
 
 def is_quantized(tensor):
-    """Whether it holds FP8."""
+    """True if it holds FP8."""
     return hasattr(tensor, "_quantizer")
 
 

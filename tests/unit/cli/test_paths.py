@@ -26,7 +26,7 @@ def _commands(command, path=()):
 
 
 def _types(command, parameter):
-    """What a parameter may be: of `Path | None`, or `list[Path]`, Path and the rest."""
+    """Return the types of a parameter: of `Path | None` or `list[Path]`, Path and the rest."""
     hint = typing.get_type_hints(inspect.unwrap(command.callback))[parameter.name]
     return {hint, *typing.get_args(hint)}
 
@@ -36,7 +36,7 @@ def _is_path(command, parameter):
 
 
 def _may_be_far(command, parameter):
-    """Whether it is a checkpoint's place, which may be in object storage."""
+    """True for the place of a checkpoint, which may be in object storage."""
     function = inspect.unwrap(command.callback)
     hint = typing.get_type_hints(function, include_extras=True)[parameter.name]
     return any(getattr(one, "parser", None) is place for one in typing.get_args(hint))

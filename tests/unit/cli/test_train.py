@@ -215,7 +215,7 @@ def test_a_process_that_trains_alone_says_it_itself(
 
 
 def test_what_a_run_says_at_its_start_is_printed(tmp_path, monkeypatch, capsys):
-    """Where it goes on and what differs, before the first step."""
+    """It prints where it resumes and what differs, before the first step."""
 
     def train():
         print("trains")

@@ -144,7 +144,7 @@ def test_other_tokenizer_is_refused(prepared, tmp_path):
 
 
 class Documents:
-    """What `check_split` reads of a manifest."""
+    """The part of a manifest that `check_split` reads."""
 
     def __init__(self, documents, split=None):
         self.documents, self.split = documents, split

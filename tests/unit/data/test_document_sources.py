@@ -1,4 +1,4 @@
-"""Which data source each token of a sample comes from."""
+"""The data source of each token of a sample."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What is said about a configuration's data before a run."""
+"""The messages about a configuration's data before a run."""
 
 import pytest
 

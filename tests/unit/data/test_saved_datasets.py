@@ -23,7 +23,7 @@ def read_all(folder, text_key="text"):
 
 
 def save_to_disk(folder, texts, rows=4):
-    """What `datasets` writes: stream files of batches, and three JSON files' worth of state."""
+    """Write as `datasets` does: stream files of batches, and three JSON files of state."""
     folder.mkdir(parents=True)
     shards = {"data-00000-of-00002.arrow": texts[:10], "data-00001-of-00002.arrow": texts[10:]}
     for name, part in shards.items():

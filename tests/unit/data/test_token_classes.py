@@ -1,4 +1,4 @@
-"""What kind of thing a token is."""
+"""The class of a token."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Which machines can run which FP8, and how the others are refused."""
+"""The machines that can run each kind of FP8, and the refusal of the others."""
 
 from dataclasses import replace
 

@@ -15,7 +15,7 @@ BF16 = {"params_dtype": torch.bfloat16, "bf16": True}
 
 
 class Passes(TorchDispatchMode):
-    """How often the hidden states are turned into fp32, and which products read or write them."""
+    """Counts conversions of the hidden states to fp32, and products that read or write them."""
 
     def __init__(self):
         super().__init__()

@@ -321,7 +321,7 @@ def test_counts_by_tags(compiled, case, padded):
 
 @dataclasses.dataclass
 class Parts:
-    """What is combined; floating-point tensors are leaves."""
+    """The operands of a combine; floating-point tensors are leaves."""
 
     config: MoEPPConfig
     routing_map: Tensor

@@ -55,7 +55,7 @@ CROSSED = ("gate_normalization", "score_function", "mixture", "capacity_factor")
 
 @dataclass
 class Run:
-    """What a layer and the reference made of the same tokens, gradients taken."""
+    """The results of a layer and of the reference for the same tokens, gradients taken."""
 
     layer: MoEPPLayer
     reference: ReferenceMoEPP

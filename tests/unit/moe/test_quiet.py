@@ -1,4 +1,4 @@
-"""What megatron-core says of the FFN experts' layers that is not so, in the library as pinned."""
+"""megatron-core's untrue warnings about the FFN experts' layers, in the library as pinned."""
 
 import warnings
 

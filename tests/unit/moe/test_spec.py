@@ -1,4 +1,4 @@
-"""What the specs build, and what they refuse."""
+"""The modules that the specs build, and the settings they refuse."""
 
 import dataclasses
 from types import SimpleNamespace

@@ -82,7 +82,7 @@ def test_one_odd_step_is_no_change():
 
 
 def test_after_a_new_beginning_the_next_change_is_found_too():
-    """What is usual begins with the step; 10 steps later all is judged as before."""
+    """The baseline begins anew with the step; 10 steps later all is judged as before."""
     judge = detector("loss")
     evidence(judge, falling, range(150), 5)
     higher = [np.array([6.0 + 0.1 * math.sin(7.0 * step)]) for step in range(30)]

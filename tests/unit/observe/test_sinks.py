@@ -1,4 +1,4 @@
-"""Where records go, and what happens when that fails."""
+"""The places that records go to, and the handling of their failures."""
 
 import errno
 import io
@@ -268,7 +268,7 @@ def test_a_training_ends_well_though_nothing_can_be_printed(loss, by_sink_first)
 
 
 def written(folder):
-    """What TensorBoard reads, all of it."""
+    """Return all that TensorBoard reads."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     return EventAccumulator(str(folder), {"histograms": 0}).Reload()

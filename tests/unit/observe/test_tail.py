@@ -42,7 +42,7 @@ def test_lines_come_once_and_whole(tmp_path):
 
 
 def test_a_cut_half_line_is_not_seen(tmp_path):
-    """What a full disk leaves: half a line that its writer takes back."""
+    """A full disk leaves half a line, which its writer takes back."""
     path = tmp_path / "file"
     reader = Tail(path)
     append(path, "one\ntw")

@@ -204,7 +204,7 @@ def test_cpu_source():
 
 
 def reduced(*usages):
-    """What the all-reduces over ranks give."""
+    """Return the results of the all-reduces over ranks."""
     sums = [sum(column) for column in zip(*(u.sums for u in usages), strict=True)]
     return Usage(sums, [max(column) for column in zip(*(u.highest for u in usages), strict=True)])
 

@@ -1,4 +1,4 @@
-"""Who is named, from the heartbeats that ranks leave."""
+"""The ranks that are named, from the heartbeats they leave."""
 
 import os
 import socket

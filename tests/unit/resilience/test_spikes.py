@@ -19,7 +19,7 @@ def _refuses(guard, loss):
 
 
 def _told(guard, losses):
-    """What is told of these batches, of those that are refused."""
+    """Return the alerts about these batches, of those that are refused."""
     found = []
     for loss in losses:
         if _refuses(guard, loss):

@@ -1,4 +1,4 @@
-"""What CPU ranks change in torch, seen by other packages in the same process."""
+"""The changes of CPU ranks to torch, seen by other packages in the same process."""
 
 from datetime import timedelta
 

@@ -1,4 +1,4 @@
-"""What a failed write means, and room on a disk."""
+"""The meaning of a failed write, and the space on a disk."""
 
 import errno
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Which GPU a rank takes: of those of its node, or the first of its own."""
+"""The GPU that a rank takes: one of its node's, or the first of its own."""
 
 import threading
 from types import SimpleNamespace
@@ -14,7 +14,7 @@ from moepp_megatron.runtime.rank import RankEnvironment
 
 
 def node(ranks, shown, monkeypatch):
-    """What each rank of a node gets, or why not; `shown` are the UUIDs that each rank sees."""
+    """Return the GPU of each rank of a node, or the error; `shown` are the UUIDs it sees."""
     seen = threading.local()
     monkeypatch.setattr(torch.cuda, "device_count", lambda: len(seen.uuids))
     monkeypatch.setattr(

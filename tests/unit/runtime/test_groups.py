@@ -1,4 +1,4 @@
-"""What megatron-core is told about the process groups that it makes."""
+"""The settings that megatron-core gets for the process groups that it makes."""
 
 import inspect
 from typing import get_args

@@ -1,4 +1,4 @@
-"""What a message tells the user to install can be installed as it says."""
+"""A package that a message tells the user to install can be installed as it says."""
 
 import ast
 import re

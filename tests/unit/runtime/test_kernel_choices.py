@@ -1,4 +1,4 @@
-"""Which implementations are named, with stand-ins for apex and Transformer Engine."""
+"""The names of the implementations, with stand-ins for apex and Transformer Engine."""
 
 import functools
 import json

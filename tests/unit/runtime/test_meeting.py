@@ -1,4 +1,4 @@
-"""How long a machine waits for the others: at the start, after a failure, while ranks run."""
+"""The time a machine waits for the others: at the start, after a failure, while ranks run."""
 
 import dataclasses
 import socket

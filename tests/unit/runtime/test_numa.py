@@ -1,4 +1,4 @@
-"""Which cores a rank keeps to."""
+"""The cores that a rank keeps to."""
 
 import os
 from types import SimpleNamespace

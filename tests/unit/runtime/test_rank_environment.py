@@ -1,4 +1,4 @@
-"""What ranks are started with, and how they learn their place."""
+"""The environment of started ranks, and how they learn their place."""
 
 import dataclasses
 import os

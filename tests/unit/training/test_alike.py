@@ -11,7 +11,7 @@ from tests.unit.training.conftest import config_of
 
 
 def said(*ranks):
-    """What the ranks are told; each is given by its sections."""
+    """Return the messages of the ranks; each is given by its sections."""
     store = dist.HashStore()
 
     def meet(rank):

@@ -1,4 +1,4 @@
-"""What killed saves leave is removed; what a living process writes is not."""
+"""The leftovers of killed saves are removed; the files of a living process are not."""
 
 import os
 import socket

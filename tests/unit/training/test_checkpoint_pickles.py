@@ -281,7 +281,7 @@ def test_a_shard_of_more_bytes_than_it_has_is_refused(tmp_path, size):
 
 
 def packed(value):
-    """What torch saves of a value, compressed: torch reads that as well."""
+    """Return the bytes that torch saves of a value, compressed: torch reads that as well."""
     saved, smaller = io.BytesIO(), io.BytesIO()
     torch.save(value, saved)
     written = zipfile.ZipFile(smaller, "w", zipfile.ZIP_DEFLATED)

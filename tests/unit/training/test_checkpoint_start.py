@@ -1,4 +1,4 @@
-"""What training starts from, decided before any rank starts, on folders without tensors."""
+"""The start of training is decided before any rank starts, on folders without tensors."""
 
 import shutil
 from pathlib import Path
@@ -21,7 +21,7 @@ def _cut(path):
 
 
 def _zero(path):
-    """What a power cut leaves of a file whose length was written and whose content was not."""
+    """Leave a file as a power cut does: its length was written, its content was not."""
     path.write_bytes(bytes(path.stat().st_size))
 
 

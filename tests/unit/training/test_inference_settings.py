@@ -1,4 +1,4 @@
-"""What a run was trained with does not keep it from being scored on one rank."""
+"""A run is scored on one rank whatever it was trained with."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""What is wrong with a task is found before a run begins."""
+"""Errors in a task are found before a run begins."""
 
 import importlib.util
 import json
@@ -20,7 +20,7 @@ DOCUMENT = {"question": "1?", "choices": [" a", " b"], "answer": 0}
 
 
 def refusal(*files):
-    """What is said of tasks, which is one line."""
+    """Return the message about tasks, which is one line."""
     from moepp_megatron.features.tasks.lm_eval_tasks import load_tasks, try_tasks
 
     config = config_of(evaluation={"tasks": list(map(str, files))})

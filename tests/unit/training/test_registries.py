@@ -13,7 +13,7 @@ from tests.refusals import config_error
 
 
 def allowed(section, key):
-    """What the configuration accepts for a setting."""
+    """Return the values that the configuration accepts for a setting."""
     fields = Config.model_fields[section].annotation.model_fields
     annotation = fields[key].annotation
     # With plugins it is a union of the package's own names and text.

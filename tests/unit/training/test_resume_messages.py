@@ -1,4 +1,4 @@
-"""What a run that goes on says: where from, and what differs from before."""
+"""The messages of a resumed run: where it starts, and what differs from before."""
 
 from moepp_megatron.config import Layout
 from moepp_megatron.training.checkpoint import files

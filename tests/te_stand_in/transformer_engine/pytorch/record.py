@@ -1,4 +1,4 @@
-"""What the modules did, for tests to look at. Transformer Engine has no such thing."""
+"""Records the calls of the modules, for tests. Transformer Engine has no such thing."""
 
 from dataclasses import dataclass
 

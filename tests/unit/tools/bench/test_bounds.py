@@ -118,7 +118,7 @@ def test_card_measures_products_and_copies():
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp8"])
 def test_each_product_is_a_product(dtype):
-    """What is timed is the whole product of two full matrices, in that format."""
+    """The whole product of two full matrices is timed, in that format."""
     torch.manual_seed(0)
     if dtype == "fp8" and torch.__version__.startswith("2.11."):
         pytest.skip("torch 2.11 multiplies no FP8 matrices on a CPU")

@@ -34,7 +34,7 @@ TESTS = """<testsuites><testsuite tests="4">
 
 @pytest.fixture
 def folder(tmp_path):
-    """What the steps leave: the FP8 step failed, the layer was run twice."""
+    """Return the folder that the steps leave: the FP8 step failed, the layer was run twice."""
     contents = {
         "card.json": CARD,
         "layer_bf16.json": [{"shape": "0.6B", "efficiency": 0.96}],

@@ -18,7 +18,7 @@ _ALL_LINKS = 0xFFFFFFFF
 
 
 def answers(index=0, **changes):
-    """What NVML answers about a healthy, idle card; a value may be an error to raise."""
+    """Return NVML's answers about a healthy, idle card; a value may be an error to raise."""
     healthy = {
         "nvmlDeviceGetName": "NVIDIA H100 80GB HBM3",
         "nvmlDeviceGetUUID": f"GPU-0000000{index}-aaaa-bbbb-cccc-dddddddddddd",

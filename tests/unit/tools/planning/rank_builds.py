@@ -142,7 +142,7 @@ def _members(layout, rank, varying):
 
 
 def differences(config, layout, rank, built):
-    """What differs from the layout and the plan, by name: built, expected."""
+    """Return the differences from the layout and the plan, by name: built, expected."""
     from moepp_megatron.runtime.optional import have_transformer_engine
 
     load, stage = Workload.from_config(config), layout.coordinates(rank).pp

@@ -44,7 +44,7 @@ def warm_up_passes(pp, vpp, rank, count, is_combined):
 
 
 def rank_nodes(pp, vpp, rank, count, is_combined):
-    """What a rank runs, in order."""
+    """Return the operations of a rank, in order."""
     from megatron.core.pipeline_parallel.schedules import get_schedule_table
 
     table = get_schedule_table(count, vpp, pp)

@@ -1,4 +1,4 @@
-"""What `moepp monitor` shows in a terminal."""
+"""The display of `moepp monitor` in a terminal."""
 
 import io
 import json
@@ -106,7 +106,7 @@ def test_wrong_usage_is_one_line(monkeypatch, tmp_path, arguments, message, moep
 
 
 def watched(run, sleep):
-    """What a terminal shows of a run that is looked at every half a second."""
+    """Return a terminal's display of a run that is read every half a second."""
     out = io.StringIO()
     console = Console(file=out, force_terminal=True, width=80, height=24)
     table.watch(LiveRun(run), console, 0.5, sleep=sleep)

@@ -1,4 +1,4 @@
-"""What every module with weights shares: FP8 weights, contexts, and state in checkpoints."""
+"""Shared by every module with weights: FP8 weights, contexts, and state in checkpoints."""
 
 import os
 import pickle

@@ -1,4 +1,4 @@
-"""What the distributed optimizer does with FP8 weights."""
+"""Operations of the distributed optimizer on FP8 weights."""
 
 import torch
 import torch.distributed as dist

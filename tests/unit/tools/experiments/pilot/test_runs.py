@@ -1,4 +1,4 @@
-"""What is kept, what is done anew, what is refused."""
+"""The runs that are kept, done again and refused."""
 
 import signal
 from pathlib import Path

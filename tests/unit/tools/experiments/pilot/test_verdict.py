@@ -1,4 +1,4 @@
-"""Whether MoE++ pays, on recorded and on made-up losses."""
+"""The verdict on MoE++, on recorded and on made-up losses."""
 
 import math
 
