@@ -95,6 +95,7 @@ def test_a_gpu_without_transformer_engine_is_worth_a_warning(monkeypatch):
     config = load_config(MODEL)
     assert not any(line.startswith("warning") for line in package_lines(config))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
     doubt, _ = package_lines(config)
     assert doubt.startswith(
         "warning: Transformer Engine: not installed; instead megatron-core's local"
