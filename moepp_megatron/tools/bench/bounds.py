@@ -43,12 +43,9 @@ _FP8_CAPABILITY = (8, 9)
 
 @dataclass(frozen=True)
 class CardResult:
-    """The measured rates of one GPU.
+    """Rates measured on one GPU, or on "cpu": median TFLOP/s by number format, and GB/s of a copy.
 
-    Attributes:
-        device: The GPU's name, or "cpu".
-        matmul_tflops: Number format to TFLOP/s, median; formats that it cannot do are left out.
-        copy_gb_s: Bytes read and written by a large copy, GB/s.
+    `copy_gb_s` counts bytes read and bytes written. Formats that the GPU cannot do are left out.
     """
 
     device: str
@@ -59,12 +56,9 @@ class CardResult:
 def measure_card(
     dtypes: Sequence[str], size: int | None = None, num_bytes: int | None = None
 ) -> CardResult:
-    """Measure the current device; formats of `dtypes` that it lacks are left out.
+    """Measure the current device; those of `dtypes` (fp32, bf16, fp8) that it lacks are left out.
 
-    Args:
-        dtypes: Out of fp32, bf16 and fp8.
-        size: Side of the square matrices; chosen by the device where None.
-        num_bytes: Bytes to copy; chosen by the device where None.
+    `size` is the side of the square matrices, `num_bytes` what is copied; None fits the device.
     """
     device = _device()
     on_gpu = device.type == "cuda"
@@ -162,14 +156,10 @@ class MinimalWork:
 
 @dataclass(frozen=True)
 class RoutedLoad:
-    """The work that the routing of one layer demands.
+    """The work that the routing of one layer demands: T `tokens`, and R `rows` for FFN experts.
 
-    Attributes:
-        tokens: T.
-        rows: R, selections of FFN experts.
-        ffn_tokens: Tokens with at least one of them.
-        used_tokens: Tokens with a copy or constant expert, whose input is read for them.
-        busy_experts: FFN experts with at least one row.
+    `ffn_tokens` have at least one FFN expert, `used_tokens` a copy or constant expert, for which
+    their input is read, and `busy_experts` are FFN experts with at least one row.
     """
 
     tokens: int
@@ -201,15 +191,11 @@ def layer_work(
     vanilla: bool,
     fused: bool = False,
 ) -> dict[str, MinimalWork]:
-    """The unavoidable work of each part in one forward pass, by part.
+    """Return the unavoidable work of each part in one forward pass, by part.
 
-    Args:
-        shape: The layer.
-        load: Its routing.
-        dtype: "fp32", "bf16" or "fp8", whose activations and weights are bf16 in memory.
-        topk: K.
-        vanilla: megatron-core's layer: no zero-computation experts, no gating residual.
-        fused: Whether one kernel combines and adds up zero-computation experts.
+    `dtype` is "fp32", "bf16" or "fp8", whose activations and weights are bf16 in memory. A
+    `vanilla` layer has no zero-computation experts and no gating residual. With `fused`, one kernel
+    combines and adds up zero-computation experts.
     """
     width = {"fp32": 4, "bf16": 2, "fp8": 2}[dtype]
     vector = shape.hidden_size * width

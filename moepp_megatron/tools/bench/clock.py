@@ -1,7 +1,4 @@
-"""Times work where it runs: CUDA events on a GPU, the host's clock on a CPU.
-
-Contestants are timed in turn, so that other load on the machine affects all alike.
-"""
+"""Times work where it runs: by CUDA events on a GPU, by the host's clock on a CPU."""
 
 import statistics
 import time
@@ -13,11 +10,10 @@ import torch
 
 
 def now() -> Any:
-    """A point in time between the work requested before and after.
+    """Return a point in time between the work requested before and after.
 
-    On a GPU it is an event in the current stream: the host does not wait, so measuring does not
-    slow down the work. If the host launches work too slowly, the stream waits for it, and that wait
-    counts, as in training.
+    On a GPU it is an event in the current stream, so that measuring does not slow down the work. If
+    the host launches work too slowly, the stream's wait for it counts, as in training.
     """
     if not torch.cuda.is_available():
         return time.perf_counter()
@@ -41,15 +37,11 @@ def settle() -> None:
 
 @dataclass(frozen=True)
 class _Timed:
-    """Times of one contestant.
-
-    Attributes:
-        seconds: One entry per round, in the order of the rounds.
-        joules: The GPU's energy per round, the mean; None if unknown. NVML's counter moves every
-            tenth of a second or so, so a round must not be much shorter, or there must be many.
-    """
+    """Seconds of one contestant by round, and the GPU's mean energy per round; None if unknown."""
 
     seconds: list[float]
+    # NVML's counter moves every tenth of a second or so: a round must not be much shorter, or
+    # there must be many.
     joules: float | None = None
 
     @property
@@ -72,17 +64,12 @@ def interleaved(
     queued: bool = False,
     energy: Callable[[], float | None] = lambda: None,
 ) -> dict[str, _Timed]:
-    """Run all contestants once per round; each round begins with another one.
+    """Time all contestants once per round, so that other load on the machine affects all alike.
 
-    The GPU is idle before a contestant's turn, so that times do not mix.
-
-    Args:
-        contestants: What to time, by name.
-        rounds: Rounds that count.
-        warmup: Rounds before them, which do not count.
-        queued: On a GPU run each contestant twice in its turn and time the second run, which begins
-            behind work, as a layer does in training; otherwise the host's launches would count.
-        energy: Counter of the GPU's energy, J.
+    Each round begins with another contestant, `warmup` rounds come first and do not count, and the
+    GPU is idle before each turn. With `queued`, a contestant runs twice in its turn on a GPU and
+    the second run is timed: it begins behind work, as a layer does in training, where otherwise the
+    host's launches would count. `energy` reads the counter of the GPU's energy, J.
     """
     names = list(contestants)
     times: dict[str, list[float]] = {name: [] for name in names}

@@ -72,16 +72,11 @@ def layer_config(
 
 
 class Contestant:
-    """One layer with tokens, held routing and a gradient to send back.
+    """One layer of `shape` with local tokens, held routing and a gradient to send back.
 
-    Args:
-        shape: Which layer.
-        tau: Weight of a zero-computation expert in the balance.
-        dtype: "fp32", "bf16" or "fp8" (the experts' products in FP8, all else in bf16).
-        num_tokens: Local tokens.
-        vanilla: megatron-core's layer instead of the MoE++ layer.
-        fp8_recipe: `precision.fp8_recipe`, for "fp8".
-        fused: `moe.fused`.
+    `tau` is the weight of a zero-computation expert in the balance, `dtype` "fp32", "bf16" or "fp8"
+    (the experts' products in FP8, all else in bf16). With `vanilla` the layer is megatron-core's.
+    `fp8_recipe`, for "fp8", and `fused` are the settings of these names.
     """
 
     def __init__(

@@ -20,16 +20,10 @@ MARGIN = 6.0
 def balanced_selection(
     num_tokens: int, weights: Tensor, topk: int, generator: torch.Generator
 ) -> Tensor:
-    """K different experts for each token, each expert with its share of the selections.
+    """Return [T, K] int64: K different experts for each token, each expert as often as its share.
 
-    Args:
-        num_tokens: T.
-        weights: [E] shares of the K T selections, each at most 1 / K; sum 1.
-        topk: K.
-        generator: Decides which tokens go where.
-
-    Returns:
-        [T, K] int64.
+    `weights` [E] are shares of the K T selections, each at most 1 / K, with sum 1; `generator`
+    decides which tokens go where.
     """
     total = num_tokens * topk
     ends = (weights.double().cumsum(0) * total).round().long()
@@ -57,12 +51,7 @@ def balanced_shares(num_ffn: int, num_zero_computation: int, tau: float) -> Tens
 
 
 def hold(router: Any, picks: Tensor) -> None:
-    """Make `router` select `picks` for the tokens of its next calls.
-
-    Args:
-        router: megatron-core's `TopKRouter` or a subclass.
-        picks: [T, K] expert indices.
-    """
+    """Make `router`, a `TopKRouter`, select `picks` [T, K] for the tokens of its next calls."""
     # The last step of our gate, which may be one product with the constant experts' weights.
     name = "second_layer" if isinstance(router, MoEPPRouter) else "gating"
     original = getattr(router, name)

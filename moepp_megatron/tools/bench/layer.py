@@ -56,20 +56,11 @@ def run_layer_benchmark(
     fused: Fused = "auto",
     progress: Callable[[str], object] = lambda what: None,
 ) -> Iterator[dict[str, Any]]:
-    """Yield one result per shape, tau and pass.
+    """Yield one result per shape, tau and pass; process groups must exist.
 
-    Process groups must exist.
-
-    Args:
-        shapes: Which layers.
-        taus: Weights of a zero-computation expert.
-        passes: Names out of "forward" and "forward_backward".
-        dtype: "fp32", "bf16" or "fp8".
-        tokens: Tokens of a pass.
-        rounds: Interleaved rounds per result.
-        fp8_recipe: `precision.fp8_recipe`, for "fp8".
-        fused: `moe.fused`.
-        progress: Called with a description of each measurement.
+    `passes` are "forward" and "forward_backward", with `tokens` tokens each, and a result takes
+    `rounds` interleaved rounds. `progress` is called with a description of each measurement. The
+    other arguments are those of `Contestant`.
     """
     card = measure_card(("fp32", dtype))
     common = {
@@ -192,12 +183,10 @@ class _Span:
 
 
 def parts_ms(layer: Any, forward: Callable[[], object], rounds: int) -> dict[str, float]:
-    """Median milliseconds per part over `rounds` forward passes; `rest` is the remainder.
+    """Return median milliseconds per part over `rounds` forward passes; `rest` is the remainder.
 
-    Args:
-        layer: megatron-core's MoE layer or the MoE++ layer; left as it was.
-        forward: Runs it once.
-        rounds: Passes to time, after one that is not counted.
+    `layer` is megatron-core's MoE layer or the MoE++ layer and is left as it was; `forward` runs it
+    once. A first pass is not counted.
     """
     seconds: dict[str, list[float]] = defaultdict(list)
     open_spans: list[_Span] = []

@@ -12,16 +12,10 @@ _TAUS = (0.1, 0.25, 0.5, 0.75, 1.0)
 
 @dataclass(frozen=True)
 class PaperShape:
-    """One MoE layer of a model of the paper.
+    """One MoE layer of a model of the paper, under the paper's name for it.
 
-    Attributes:
-        name: The paper's name for the model.
-        hidden_size: D.
-        ffn_hidden_size: Width of each FFN expert.
-        num_attention_heads: Heads of the model's attention.
-        experts: Experts and router.
-        vanilla_ms: The paper's expert forward time of the vanilla MoE, milliseconds.
-        moepp_ms: The same for MoE++, by tau.
+    `ffn_hidden_size` is the width of each FFN expert. `vanilla_ms` and, by tau, `moepp_ms` are the
+    paper's expert forward times, milliseconds.
     """
 
     name: str

@@ -108,12 +108,9 @@ def _timed_all_to_alls() -> Iterator[list[tuple[Any, Any]]]:
 
 
 def run_step_benchmark(config: Config, layout: Layout, rounds: int) -> dict[str, Any]:
-    """Measure; every rank must call, and all get the result of their own clock.
+    """Measure on existing groups; every rank must call, and each gets the result of its own clock.
 
-    Args:
-        config: A MoE++ configuration.
-        layout: The rank grid; groups exist.
-        rounds: Steps of each model that count; two before and three behind them do not.
+    `config` is of MoE++. `rounds` steps of each model count; two before and three behind do not.
     """
     steppers = {"vanilla": _Stepper(vanilla(config), layout), "moepp": _Stepper(config, layout)}
     with _energy() as energy:

@@ -1,7 +1,6 @@
 """Checks of each GPU: chip, memory, power, load and links.
 
-Which counters matter, and what they ask for, follows NVIDIA's GPU debug guidelines and GPU memory
-error management guide.
+Counters and remedies follow NVIDIA's GPU debug guidelines and GPU memory error management guide.
 """
 
 from collections.abc import Callable, Sequence
@@ -169,11 +168,7 @@ def _processes(card: GPUState, judge: Judge) -> _Sign:
 
 
 def _pcie(card: GPUState, judge: Judge) -> _Sign:
-    """Check width and generation of the link; the present generation only under load.
-
-    An idle GPU lowers its generation to save power, so that only the generation that GPU and slot
-    support is judged then.
-    """
+    """Check width and generation of the link; an idle GPU lowers its generation to save power."""
     hardware = judge.hardware
     if _below(card.pcie_width, hardware.pcie_width):
         observation, rule = f"x{card.pcie_width}", f"must be x{hardware.pcie_width}"

@@ -28,13 +28,11 @@ _UNDER_LOAD = ("GPU throttling", "PCIe")
 
 @dataclass(frozen=True)
 class Request:
-    """A request for an examination.
+    """A request to examine this machine, and with a `config` whether the run can start on it.
 
-    Attributes:
-        config: The run that is to start; None examines only the machine.
-        hardware: Name or file of a hardware description; None takes the GPU's.
-        preflight: Whether a job is about to start; findings that would spoil it are then errors.
-        expected_gpus: Number of GPUs that the job expects; None checks no number.
+    `hardware` is the name or file of a hardware description; None takes the GPU's. With `preflight`
+    a job is about to start, so that findings that would spoil it are errors. The job expects
+    `expected_gpus` GPUs; None checks no number.
     """
 
     config: Config | None = None

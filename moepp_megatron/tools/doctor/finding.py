@@ -32,14 +32,10 @@ _STYLES = {
 
 @dataclass(frozen=True)
 class Finding:
-    """One result of one check.
+    """One result of one check, such as "ECC errors".
 
-    Attributes:
-        check: Name of the check, such as "ECC errors".
-        found: The observation, with the subject's name and the number.
-        rule: What must hold; empty where nothing is broken.
-        remedy: Empty where there is nothing to do.
-        node: Empty on a single node.
+    `found` is the observation, with the subject's name and the number. `rule`, which must hold, is
+    empty where nothing is broken, `remedy` where there is nothing to do, `node` on a single node.
     """
 
     check: str
@@ -120,13 +116,10 @@ def counts(findings: Sequence[Finding]) -> str:
 
 @dataclass(frozen=True)
 class Judge:
-    """Expectations of a GPU.
+    """Expectations of a GPU: its kind's rated numbers, None where not described, and limits.
 
-    Attributes:
-        hardware: Rated numbers of its kind, none of them known where the kind is not described, and
-            the limits beyond which a measurement is a finding.
-        preflight: Whether a job is about to start, which taken or slow GPUs must prevent.
-        own_pids: Processes that belong to this examination.
+    With `preflight` a job is about to start, which taken or slow GPUs must prevent. The processes
+    `own_pids` belong to this examination.
     """
 
     hardware: Hardware

@@ -29,20 +29,13 @@ def check_folders(config: Config | None, thresholds: Thresholds) -> list[Finding
 
 @dataclass(frozen=True)
 class _ProbedFolder:
-    """The state of a folder.
-
-    Attributes:
-        name: The folder's purpose.
-        free: Free bytes for this user; None if unknown.
-        write_rate: Bytes per second to the disk; None if not measured.
-        error: Why it cannot be written; None if it can.
-    """
+    """A folder, with its purpose as its name, as the probe found it."""
 
     name: str
     path: Path
-    free: int | None
-    write_rate: float | None
-    error: str | None = None
+    free: int | None  # bytes for this user; None if unknown
+    write_rate: float | None  # bytes per second to the disk; None if not measured
+    error: str | None = None  # why it cannot be written; None if it can
 
 
 def _probe_folder(name: str, path: Path, probe_bytes: int = PROBE_BYTES) -> _ProbedFolder:
@@ -92,11 +85,9 @@ def _check_folder(folder: _ProbedFolder, thresholds: Thresholds, needed: int = 0
 
 
 def _config_folders(config: Config) -> dict[str, tuple[Path, int]]:
-    """The folders of a run with the bytes that must be free in them.
-
-    One checkpoint must fit. More may be kept, but a resumed run has some of them already.
-    """
+    """The folders of a run by purpose, with the bytes that must be free in them."""
     folders = {"run": (Path(config.run.dir), 0)}
+    # One checkpoint must fit. More may be kept, but a resumed run has some of them already.
     if config.checkpoint.save_interval > 0:
         folders["checkpoint"] = (RunFolder(config).local_checkpoints, checkpoint_bytes(config))
     return folders

@@ -117,11 +117,7 @@ def _check_model(cards: Sequence[GPUState], hardware: Hardware | None, described
 
 
 def _check_driver(driver: Driver, torch_cuda: _TorchCuda) -> Finding:
-    """Check that the driver supports the CUDA version that torch was built with.
-
-    A driver supports every CUDA of its own major version and of older ones (NVIDIA's CUDA
-    compatibility guide: minor version compatibility).
-    """
+    """Check that the driver supports the CUDA version that torch was built with."""
     served = "unknown" if driver.cuda is None else f"{driver.cuda[0]}.{driver.cuda[1]}"
     versions = f"driver {driver.version or 'unknown'} for CUDA {served}"
     if torch_cuda.built_with is None:
@@ -132,6 +128,8 @@ def _check_driver(driver: Driver, torch_cuda: _TorchCuda) -> Finding:
             "install torch from the CUDA index that fits the driver",
         )
     versions += f", torch for CUDA {'.'.join(map(str, torch_cuda.built_with))}"
+    # A driver supports every CUDA of its own major version and of older ones (NVIDIA's CUDA
+    # compatibility guide: minor version compatibility).
     if driver.cuda is not None and driver.cuda[0] < torch_cuda.built_with[0]:
         return error(
             "GPU driver",

@@ -36,10 +36,7 @@ class DeviceSpeed:
 
 @dataclass(frozen=True)
 class CollectiveSpeed:
-    """One measured collective, "all-reduce" or "all-to-all".
-
-    `num_bytes` is each rank's buffer, `seconds` the median time of the slowest rank.
-    """
+    """A measured "all-reduce" or "all-to-all": bytes of each rank, median time of the slowest."""
 
     name: str
     num_bytes: int
@@ -120,29 +117,23 @@ def _expected_seconds(
     link_bytes_s: float | None,
     network_bytes_s: float | None,
 ) -> float | None:
-    """Time that the rated links need, in seconds; None if a used link has no rated speed.
-
-    A ring all-reduce sends `2 (n - 1) / n` times the buffer over a rank's slowest link; across
-    nodes all network ports of a node work together. An all-to-all sends `1 / n` of the buffer to
-    each rank, over NVLink within the node and over the rank's port beyond it. Bandwidths are those
-    of a GPU in one direction.
-    """
+    """Seconds at the rated bandwidths of a GPU one way; None if one that is used is unknown."""
     if num_ranks <= ranks_per_node:
         network_bytes_s = math.inf  # nothing leaves the node
     if link_bytes_s is None or network_bytes_s is None:
         return None
     part = collective.num_bytes / num_ranks
     if collective.name == "all-reduce":
+        # A ring sends that much over a rank's slowest link; across nodes all network ports of a
+        # node work together.
         return 2 * (num_ranks - 1) * part / min(link_bytes_s, network_bytes_s * ranks_per_node)
+    # A part to each rank: over NVLink within the node, over the rank's own port beyond it.
     within = part * (min(num_ranks, ranks_per_node) - 1) / link_bytes_s
     return max(within, part * (num_ranks - ranks_per_node) / network_bytes_s)
 
 
 def check_matmul(speeds: Sequence[DeviceSpeed], judge: Judge) -> list[Finding]:
-    """Compare one node's devices with the rated bf16 rate; one finding for those that reach it.
-
-    Without a rated rate speeds are reported, not judged.
-    """
+    """Return a finding for each device below the rated bf16 rate, or one that reports them all."""
     rated_tflops = judge.hardware.bf16_tflops
     if rated_tflops is None:
         text = ", ".join(f"{s.name}: {s.tflops:.3g} TFLOP/s" for s in speeds)

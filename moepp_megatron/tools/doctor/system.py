@@ -23,14 +23,11 @@ def check_system(hardware: Hardware, num_cards: int) -> list[Finding]:
 
 @dataclass(frozen=True)
 class _Limits:
-    """Soft limits of this process, in files and bytes; None is unlimited.
-
-    RDMA locks its buffers. The process may raise `open_files` up to `open_files_hard`.
-    """
+    """Soft limits of this process, in files and bytes; None is unlimited."""
 
     open_files: int | None
-    open_files_hard: int | None
-    locked_memory: int | None
+    open_files_hard: int | None  # up to which the process may raise `open_files`
+    locked_memory: int | None  # RDMA locks its buffers
 
     @classmethod
     def read(cls) -> _Limits:
@@ -42,19 +39,12 @@ class _Limits:
 
 @dataclass(frozen=True)
 class _NetworkPort:
-    """A port under /sys/class/infiniband (InfiniBand or RoCE).
+    """A port under /sys/class/infiniband (InfiniBand or RoCE)."""
 
-    Attributes:
-        name: Device and port, such as "mlx5_0/1".
-        state: State such as "ACTIVE", "DOWN", "INIT".
-        rate: Rate in Gbit/s; None if it cannot be read.
-        link_layer: "InfiniBand" or "Ethernet".
-    """
-
-    name: str
-    state: str
-    rate: float | None
-    link_layer: str
+    name: str  # device and port, such as "mlx5_0/1"
+    state: str  # such as "ACTIVE", "DOWN", "INIT"
+    rate: float | None  # Gbit/s; None if it cannot be read
+    link_layer: str  # "InfiniBand" or "Ethernet"
 
 
 def _read_ports(root: Path = Path("/sys/class/infiniband")) -> list[_NetworkPort]:
