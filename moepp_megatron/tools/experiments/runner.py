@@ -33,11 +33,7 @@ SETTINGS_FILE = "settings.json"
 
 
 class Interrupted(Exception):
-    """Somebody has asked to stop; finished trials are kept.
-
-    Attributes:
-        status: Exit status of the ranks, or what a shell reports of the signal.
-    """
+    """A request to stop; `status` is the ranks' exit status, or the one a shell gives a signal."""
 
     def __init__(self, name: str = "", status: int = STOPPED) -> None:
         at = f" at {name}" if name else ""
@@ -51,14 +47,10 @@ class RunFailed(Exception):
 
 @dataclass(frozen=True)
 class Trial[Result](ABC):
-    """One arm with one seed; how it is measured, a subclass says.
+    """One arm with one seed; a subclass says how it is measured.
 
-    Attributes:
-        folder: DIR.
-        name: The name of its files; no two trials of a folder share one.
-        title: What people read while it is measured.
-        nproc: Ranks, over all machines.
-        command: Command of its ranks: arguments of `moepp`.
+    `folder` is DIR, where no two trials share a `name`, that of its files. People read `title`
+    while `nproc` ranks, over all machines, run `moepp` with the arguments `command`.
     """
 
     folder: Path
@@ -69,11 +61,7 @@ class Trial[Result](ABC):
 
     @abstractmethod
     def result(self) -> Result | None:
-        """Read the result; None where it was never begun, was interrupted or has failed.
-
-        Raises:
-            RunFailed: The result is of no use.
-        """
+        """Read the result; None if never begun, interrupted or failed; RunFailed if of no use."""
 
     @property
     def log(self) -> Path:
@@ -95,12 +83,10 @@ def run_missing(
     progress: Callable[[str], object] = lambda title: None,
     failures: list[RunFailed] | None = None,
 ) -> None:
-    """Do what has no result, in order.
+    """Do those of a folder's trials that have no result, in order.
 
-    Args:
-        trials: All trials of a folder.
-        progress: Called with the title of each of them before it is begun.
-        failures: Takes failures, after which the next trial is begun; None to raise the first.
+    `progress` is called with the title of each before it is begun. `failures` takes failures, after
+    which the next trial is begun; None raises the first.
 
     Raises:
         Interrupted: Stopped from outside; between two trials, too.
@@ -123,10 +109,7 @@ def run_missing(
 
 
 def run_trial(trial: Trial[Any], nodes: Nodes | None = None) -> None:
-    """Do one trial, again if it was interrupted or has failed.
-
-    Args:
-        nodes: The machines, each of which makes this call; None for this one only.
+    """Do one trial, again if it was interrupted or has failed; each machine of `nodes` must call.
 
     Raises:
         Interrupted: Stopped from outside.
@@ -160,15 +143,9 @@ def claim(
 ) -> None:
     """Make an experiment's folder, or check that it belongs to one of the same settings.
 
-    Args:
-        folder: DIR.
-        settings: Its settings by section and key, which the first command writes.
-        parts: Its subfolders.
-        files: Further files to write, by path.
-
-    Raises:
-        ConfigError: The settings differ (up to three are named, with both values), a training run
-            is there, or the file system refuses.
+    The first command writes `settings`, by section and key; `parts` are subfolders, `files` texts
+    to write. ConfigError if the settings differ (up to three are named, with both values), a
+    training run is there, or the file system refuses.
     """
     # But for a configuration, which this command may read.
     for name in (*RUN_FILES, *RUN_FOLDERS):

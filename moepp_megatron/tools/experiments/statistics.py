@@ -23,10 +23,9 @@ _BISECTIONS = 60
 
 
 def t_below(value: float, degrees: int) -> float:
-    """The probability that Student's distribution is below `value`.
+    """The probability that Student's distribution with whole `degrees` of freedom is below `value`.
 
-    The finite series of Abramowitz and Stegun, Handbook of Mathematical Functions, 26.7.3-4, which
-    is exact for a whole number of degrees of freedom.
+    Exact finite series: Abramowitz and Stegun, Handbook of Mathematical Functions, 26.7.3-4.
     """
     angle = math.atan(value / math.sqrt(degrees))
     sine, cosine = math.sin(angle), math.cos(angle)
@@ -78,10 +77,7 @@ class Estimate:
         return Estimate(mean, statistics.stdev(values) / math.sqrt(len(values)), len(values) - 1)
 
     def plus(self, other: Estimate, factor: float = 1.0) -> Estimate:
-        """This estimate plus `factor` times an independent one.
-
-        The degrees of freedom are those of Welch and Satterthwaite, rounded down.
-        """
+        """Add `factor` times an independent one; Welch and Satterthwaite's degrees, rounded."""
         mean = self.mean + factor * other.mean
         if self.error is None or other.error is None:
             return Estimate(mean)
@@ -123,11 +119,7 @@ def _exp(logarithm: float) -> float:
 
 
 class PooledLosses:
-    """Final losses by arm and seed.
-
-    Args:
-        losses: Nats by arm and seed; every arm has the same seeds.
-    """
+    """Final losses in nats by arm and seed; every arm has the same seeds."""
 
     def __init__(self, losses: Mapping[str, Mapping[int, float]]) -> None:
         seeds = sorted(next(iter(losses.values())))
@@ -142,11 +134,7 @@ class PooledLosses:
         """Standard deviation of a run's noise, nats; None with a single seed or arm."""
 
     def contrast(self, weights: Mapping[str, float]) -> Estimate:
-        """A weighted sum of the arms' means.
-
-        Args:
-            weights: Weights by arm; they sum to 0, so that the seeds' shifts cancel.
-        """
+        """A weighted sum of the arms' means; weights sum to 0, so that the seeds' shifts cancel."""
         assert abs(sum(weights.values())) < 1e-9, "the weights of a contrast sum to 0"
         mean = sum(weight * self._means[arm] for arm, weight in weights.items())
         if self.noise is None:

@@ -1,7 +1,6 @@
 """A trial that times MoE++ against vanilla: both models in one process, in turn.
 
-A machine is faster or slower from one process to the next, by a few per cent. Models that run one
-after the other take that for a difference between them; here both see the same machine.
+A machine's speed changes by a few per cent from one process to the next; here both see the same.
 """
 
 from __future__ import annotations
@@ -38,14 +37,9 @@ class TimedStepTrial(Trial[BothSteps]):
     def of(
         cls, file: Path, title: str, nproc: int, words: Sequence[str], rounds: int
     ) -> TimedStepTrial:
-        """The trial.
+        """The trial of a configuration and overrides, `words`, with `rounds` steps of each model.
 
-        Args:
-            file: The file of its result, in a folder of DIR.
-            title: What people read while it is measured.
-            nproc: Ranks, over all machines.
-            words: A configuration and overrides.
-            rounds: Steps of each model that count.
+        Its result goes to `file`, in a folder of DIR; people read `title` while it is measured.
         """
         command = ["bench", "step", *words, "--rounds", str(rounds), "--json", str(file)]
         return cls(file.parents[1], file.stem, title, nproc, command, file)

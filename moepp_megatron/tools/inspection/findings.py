@@ -27,15 +27,11 @@ _ALL = slice(None)
 
 @dataclass(frozen=True)
 class TokenGroup:
-    """Means over some tokens.
+    """Means over `count` tokens; `name` says what they have in common.
 
-    Attributes:
-        name: What they have in common.
-        count: Number of tokens.
-        ffn: FFN experts per token and layer.
-        ffn_error: Standard error of that mean over the tokens; NaN for fewer than two.
-        kinds: Share of each of `KIND_NAMES` in the selections.
-        loss: Loss of the predicted tokens, nats; NaN without any.
+    `ffn` is FFN experts per token and layer, `ffn_error` the standard error of that mean over the
+    tokens (NaN for fewer than two), `kinds` the share of each of `KIND_NAMES` in the selections,
+    `loss` that of the predicted tokens, nats (NaN without any).
     """
 
     name: str
@@ -51,11 +47,9 @@ class Trace:
     """Routing and loss of every token.
 
     Attributes:
-        model: The model that routed them.
         selected: [L, N, K] int64 experts of each token, the largest gate first.
         gates: [L, N, K] fp64 their gates.
-        losses: [N] fp64 negative log-probability of each token, in nats; NaN for the first of a
-            window, which is not predicted.
+        losses: [N] fp64 negative log-probability, nats; NaN for a window's first, not predicted.
     """
 
     model: InspectedModel
@@ -103,13 +97,10 @@ class Trace:
 
 @dataclass(frozen=True)
 class Findings:
-    """Aggregates of a trace.
+    """Aggregates of a trace: over all tokens, by class in the order of `CLASSES`, token and layer.
 
-    Attributes:
-        whole: All tokens.
-        by_class: The classes that occur, in the order of `CLASSES`.
-        least_count: Least number of occurrences of a token in the two lists below.
-        by_layer: All tokens in one layer, by its number in the model.
+    `most_ffn` and `fewest_ffn` hold tokens that occur at least `least_count` times. Layers are
+    named by their numbers in the model.
     """
 
     whole: TokenGroup

@@ -62,10 +62,9 @@ def _selected_experts(gates: Tensor, routing_map: Tensor, topk: int) -> tuple[Te
 
 
 def trace_model(request: InspectRequest) -> Trace | None:
-    """Run the model; every rank must call, with torch's group only.
+    """Run the model; every rank must call, with torch's group only, and all but rank 0 get None.
 
-    Returns the trace on rank 0, nothing elsewhere: the windows joined, without the last one's
-    fillers.
+    The trace joins the windows, without the last one's fillers.
     """
     model, scoring, count = request.model, request.model.scoring, len(request.text)
     build_groups(scoring.config, scoring.layout)

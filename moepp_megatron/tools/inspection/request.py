@@ -24,15 +24,11 @@ _DEFAULT_MAX_TOKENS = 16_384
 
 @dataclass(frozen=True)
 class InspectedModel:
-    """The checkpoint to run.
+    """The checkpoint to run: `label` and `facts` for the page, and the experts of one MoE layer.
 
-    Attributes:
-        label: Its name on the page.
-        facts: Short descriptions.
-        experts: Experts of one MoE layer, by kind.
-        layers: Numbers of the transformer layers that are MoE layers, from 1.
-        balanced_share: FFN share of all selections under perfect balance, or the budget's.
-        scoring: Its windows and layout.
+    `layers` are the numbers of the transformer layers that are MoE layers, from 1, `balanced_share`
+    the FFN share of all selections under perfect balance, or the budget's, `scoring` its windows
+    and layout.
     """
 
     label: str
@@ -45,14 +41,9 @@ class InspectedModel:
 
 @dataclass(frozen=True)
 class InspectRequest:
-    """A checked request.
+    """A checked request; the page goes to `out`, and the JSON file, if there is one, to `json`.
 
-    Attributes:
-        classes: [N] int64 indices into `token_classes.CLASSES`.
-        window: Length of a window in tokens.
-        out: Page to write.
-        json: JSON file to write, or None.
-        notices: Notes for the user.
+    `classes` [N] are int64 indices into `token_classes.CLASSES`; a window has `window` tokens.
     """
 
     text: TokenizedText
@@ -77,11 +68,7 @@ class InspectRequest:
         language: Language = "auto",
         max_tokens: int = _DEFAULT_MAX_TOKENS,
     ) -> InspectRequest:
-        """Check a request.
-
-        Raises:
-            ConfigError: If the request is wrong.
-        """
+        """Check a request; ConfigError if it is wrong."""
         for override in overrides:
             inference_override(override)
         folder = find_checkpoint(checkpoint)

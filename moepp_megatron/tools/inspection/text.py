@@ -15,14 +15,12 @@ CHARACTERS_A_TOKEN = 64
 
 @dataclass(frozen=True)
 class TokenizedText:
-    """Tokens of a text.
+    """Tokens of a text: their characters, and whether the text continues after the last token.
 
     Attributes:
-        text: All characters that the tokens come from.
         ids: [N] int64 token ids.
-        spans: [N, 2] int64 first character, and last character + 1, of each token; in order.
-            Empty if a token holds only further bytes of an earlier token's character.
-        is_cut: Whether the text continues after the last token.
+        spans: [N, 2] int64 first character, and last character + 1, of each token; in order. Empty
+            if a token holds only further bytes of an earlier token's character.
     """
 
     name: str

@@ -89,9 +89,9 @@ def first_arms(config: Config, steps: int) -> list[Arm]:
 def matched_arms(config: Config, steps: int, equal_time: int, share: float) -> list[Arm]:
     """The arms that match MoE++: itself in vanilla's time, and vanilla in its compute.
 
-    The narrowed experts are as wide as does `share` of the work, rounded to what divides CONFIG's
-    own width, up to 16, so that products keep their alignment. `config` and `steps` are those of
-    `first_arms`, `equal_time` the steps of MoE++ in vanilla's time.
+    The narrowed experts are as wide as does `share` of the work, in units that divide CONFIG's own
+    width, up to 16, so that products keep their alignment. `config` and `steps` are those of
+    `first_arms`; MoE++ takes `equal_time` steps in vanilla's time.
     """
     unit = math.gcd(config.expert_ffn_hidden_size, 16)
     width = max(round(share * config.expert_ffn_hidden_size / unit), 1) * unit

@@ -108,10 +108,8 @@ class Pilot:
     def run(self, progress: Callable[[str], object]) -> Pilot:
         """Do what is not finished, each after a call of `progress`; return the finished pilot.
 
-        Raises:
-            Interrupted: Stopped from outside.
-            RunFailed: A run failed.
-            ConfigError: A matching arm breaks a rule.
+        Raises Interrupted if stopped from outside, RunFailed if a run failed, ConfigError if a
+        matching arm breaks a rule.
         """
         run_missing(self.first_runs, progress)
         run_missing(replace(self).sessions, progress)
@@ -136,10 +134,9 @@ class _ArmOutcome:
 
 @dataclass(frozen=True)
 class PilotResult:
-    """The content of pilot.json.
+    """The content of pilot.json. All intervals are 95% t-intervals.
 
-    All intervals are 95% t-intervals; those of loss differences take the noise from all arms
-    together (statistics.py), those of speed are over sessions.
+    Loss differences take the noise of all arms together (statistics.py); speeds are over sessions.
     """
 
     command: str

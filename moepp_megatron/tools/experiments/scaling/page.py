@@ -44,34 +44,19 @@ _HEAD = (
 
 @dataclass(frozen=True)
 class _ScaleRecord:
-    """One model at one point in one mode, an object of scale.json.
-
-    Attributes:
-        nproc: Ranks.
-        layout: Degrees of parallelism, in the form of `--layout`.
-        kind: "moepp" or "vanilla".
-        mode: "strong" or "weak".
-        step_time_s: Median of the steps.
-        tokens_per_s: Tokens of a step over that, for all ranks.
-        efficiency: See the top of the file.
-        speedup: Vanilla's step time over MoE++'s at this point, median of the rounds' ratios.
-        a2a_bytes: Hidden vectors' bytes that leave their ranks in a step's forward passes, all
-            ranks: the field of the same name in metrics.jsonl.
-        a2a_time_s: Seconds of a step's all-to-alls, each waited for at once, mean over ranks; None
-            for dispatchers that exchange otherwise.
-    """
+    """One model at one point in one mode, an object of scale.json."""
 
     nproc: int
-    layout: str
-    kind: str
-    mode: str
+    layout: str  # as for `--layout`
+    kind: str  # "moepp" or "vanilla"
+    mode: str  # "strong" or "weak"
     global_batch_size: int
-    step_time_s: float
-    tokens_per_s: float
-    efficiency: float
-    speedup: float
-    a2a_bytes: int
-    a2a_time_s: float | None
+    step_time_s: float  # median
+    tokens_per_s: float  # all ranks
+    efficiency: float  # see the top of the file
+    speedup: float  # vanilla's step time over MoE++'s at this point, median of the rounds' ratios
+    a2a_bytes: int  # hidden vectors' bytes that leave their ranks, forward, as in metrics.jsonl
+    a2a_time_s: float | None  # each waited for at once, mean over ranks; None: other dispatchers
 
 
 def scale_records(results: Mapping[Point, BothSteps]) -> list[_ScaleRecord]:
@@ -118,11 +103,7 @@ def print_records(records: Sequence[_ScaleRecord]) -> None:
 def write_scaling_page(
     path: Path, name: str, records: Sequence[_ScaleRecord], missing: Sequence[str]
 ) -> None:
-    """Write the page, which needs no other file and no network.
-
-    Raises:
-        ReportError: It cannot be written.
-    """
+    """Write the page, which needs no other file and no network; ReportError if it cannot."""
     modes = [mode for mode in MODES if any(record.mode == mode for record in records)]
     with plot_style():
         plots = [_plot(mode, [r for r in records if r.mode == mode]) for mode in modes]

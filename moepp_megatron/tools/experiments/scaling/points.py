@@ -30,13 +30,10 @@ _IN_NAME = {
 
 @dataclass(frozen=True)
 class Point:
-    """The measurement of one job.
+    """The measurement of one job: ranks of all machines, and sequences per step over all ranks.
 
-    Attributes:
-        nproc: Ranks, all machines.
-        layout: Degrees of parallelism, such as "tp=1,pp=1,cp=1,ep=2,etp=1".
-        global_batch_size: Sequences per step, over all ranks.
-        modes: The kinds of scaling that it is a point of.
+    `layout` has degrees of parallelism, such as "tp=1,pp=1,cp=1,ep=2,etp=1"; the point is one of
+    the kinds of scaling in `modes`.
     """
 
     nproc: int
@@ -71,11 +68,7 @@ class Point:
 
 
 def _parse_layout(text: str) -> dict[str, int]:
-    """Degrees by name from `ep=2,tp=1`; `auto` is empty.
-
-    Raises:
-        ConfigError: If it has another form, an unknown name, a name twice, or no number above 0.
-    """
+    """Degrees by name from `ep=2,tp=1`; `auto` is empty; ConfigError if malformed or repeated."""
     example = "use for example --layout ep=2,tp=1, or auto"
     degrees: dict[str, int] = {}
     for part in [] if text.strip() == "auto" else text.split(","):
@@ -97,10 +90,7 @@ def build_points(
     """The points of all combinations that fit, by name, and why the others do not.
 
     Degrees that a layout does not name are the configuration's; expert parallelism is then as wide
-    as divides both the experts and the ranks.
-
-    Raises:
-        ConfigError: If a layout is malformed, or nothing fits.
+    as divides both the experts and the ranks. ConfigError if a layout is malformed or nothing fits.
     """
     wanted = [(text, _parse_layout(text)) for text in layouts]
     points: dict[str, Point] = {}
