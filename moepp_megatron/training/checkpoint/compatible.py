@@ -82,13 +82,10 @@ _SECTIONS = (*_TRAINED, "megatron")
 
 
 def check_compatible(checkpoint: Path, config: Config) -> Config:
-    """Refuse a checkpoint whose model has other shapes, or whose state is of another optimizer.
+    """Return the configuration that a checkpoint was written with, if the run can continue it.
 
-    Returns:
-        The configuration that it was written with.
-
-    Raises:
-        ConfigError: If they differ; one line per setting.
+    ConfigError, with one line per setting, if its model has other shapes, or if its state is to be
+    loaded and is of another optimizer or of other batches of `data.blend` or `data.stages`.
     """
     try:
         saved = load_config(checkpoint / CONFIG_FILE)

@@ -44,11 +44,9 @@ _ONLY_DATA, _ALSO_CODE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHT
 
 
 def load_data(state: dict[str, Any], checkpoint: Path) -> dict[str, Any]:
-    """Same as `megatron.core.dist_checkpointing.load`; every rank must call.
+    """Load as `megatron.core.dist_checkpointing.load` does, but only data; every rank must call.
 
-    Raises:
-        UnsafePickleError: If its index holds anything else.
-        OSError: It cannot be read.
+    UnsafePickleError if its index holds anything else, OSError if it cannot be read.
     """
     metadata = read_metadata(checkpoint)
     reader: Any = partial(_CheckpointReader, metadata)
@@ -94,11 +92,7 @@ def only_data() -> AbstractContextManager[None]:
 
 
 def refuse_packed(record: IO[bytes]) -> None:
-    """Refuse a record of `torch.save` that unpacks to more than it is; torch writes none.
-
-    Raises:
-        UnsafePickleError: It does.
-    """
+    """Refuse (UnsafePickleError) a compressed record of `torch.save`, which torch never writes."""
     try:
         with zipfile.ZipFile(record) as archive:
             is_packed = any(each.file_size > each.compress_size for each in archive.infolist())
@@ -172,10 +166,7 @@ class _Objects(FileSystem):
 
 
 def unsafe_pickle(checkpoint: Path, part: int = 0, num_parts: int = 1) -> str | None:
-    """Describe what in a checkpoint is unsafe to unpickle; None if nothing.
-
-    Of `num_parts` parts of the entries only `part` is checked, so that ranks share the work.
-    """
+    """Describe what is unsafe in the index or in part `part` of the entries; None if nothing is."""
     try:
         metadata = read_metadata(checkpoint)
         _refuse_further_indexes(checkpoint)

@@ -49,9 +49,7 @@ class NewerFormatError(ConfigError):
 
 @dataclass(frozen=True)
 class Progress:
-    """Progress of a run at one moment.
-
-    It is frozen, so that a save in progress keeps the state at which it was started.
+    """Progress of a run at one moment; frozen, because a save in progress still refers to it.
 
     Attributes:
         step: Optimizer steps taken.

@@ -50,13 +50,10 @@ _CLOCKS_DIFFER_S = 60.0
 def find_checkpoint(
     name: str | Path, run: Path | None = None, reason_against: Callable[[Path], str | None] = damage
 ) -> Path:
-    """The checkpoint that `name` means.
+    """Return the checkpoint that `name` means; ConfigError if there is none, or a newer format.
 
     A checkpoint folder is itself. A run (its name, its folder, or the folder of its checkpoints)
     means its newest valid checkpoint. `name` may also be a run in the parent folder of `run`.
-
-    Raises:
-        ConfigError: If there is none, or one of a newer format.
     """
     path = place(name)
     if _is_checkpoint(path):
@@ -181,12 +178,11 @@ def _checkpoint_folders(name: str | Path, sibling: Path | None) -> list[Path]:
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """Checkpoint folders in `folder`, newest first, complete or not.
+    """Return checkpoint folders, complete or not, the one written last first.
 
-    The order is that of writing: a run that went back to step 50 and saved step 60 has step 60 as
-    its newest, though the earlier step 100 is still there. Where a date is missing or ahead of the
-    clock, the order is that of the steps, and those past the one that the file `latest` names,
-    which are undone, come last.
+    A run that went back to step 50 and saved step 60 has step 60 as its newest, though the earlier
+    step 100 is still there. Where a date is missing or ahead of the clock, steps decide, and those
+    past the one that the file `latest` names, which are undone, come last.
     """
     dates = checkpoint_dates(folder)
     now = time.time() + _CLOCKS_DIFFER_S
@@ -212,10 +208,8 @@ def checkpoint_dates(folder: Path) -> dict[Path, float]:
 def first_valid(
     checkpoints: Iterable[Path], reason_against: Callable[[Path], str | None]
 ) -> tuple[Path | None, list[str]]:
-    """The first valid checkpoint, and a line for every one before it.
-
-    NewerFormatError if one has a newer format: it is not damaged, and may be the newest.
-    """
+    """Return the first valid one and a line for each before; NewerFormatError if any is newer."""
+    # A checkpoint of a newer format is not damaged, and may be the newest.
     checkpoints = list(checkpoints)
     skipped: list[str] = []
     for checkpoint in checkpoints:

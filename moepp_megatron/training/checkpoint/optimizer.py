@@ -24,10 +24,9 @@ from torch import Tensor
 
 
 def complete_state(optimizer: Any) -> None:
-    """Create the state that one of megatron-core's optimizers makes at its first step.
+    """Create the state (zeros, and fp32 weights where kept) that an optimizer's first step makes.
 
-    It is zeros, and where the optimizer keeps the fp32 weights, these. megatron-core 0.19.2 relies
-    on it before, and the distributed optimizer reads values into it.
+    megatron-core 0.19.2 relies on it before, and the distributed optimizer reads values into it.
     """
     inner = optimizer.optimizer
     if inner is None:  # a rank without parameters of this optimizer
@@ -58,10 +57,8 @@ def complete_state(optimizer: Any) -> None:
 
 
 def optimizer_steps(optimizers: list[Any]) -> int:
-    """Steps that optimizers have taken; fewer than the run's where some were skipped.
-
-    Every rank must call: one may hold only parameters of an optimizer that does not count.
-    """
+    """Return the optimizers' steps, without those skipped; every rank must call."""
+    # A rank may hold only parameters of an optimizer that does not count.
     steps = torch.tensor(_own_steps(optimizers), device=torch.cuda.current_device())
     dist.all_reduce(steps, op=dist.ReduceOp.MAX)
     return int(steps)
@@ -103,28 +100,18 @@ def is_torch(inner: torch.optim.Optimizer) -> bool:
 
 @dataclass
 class _ParameterShard:
-    """This rank's shard of one parameter's optimizer state.
-
-    Attributes:
-        parameter: The model's parameter.
-        entry: Its entry in the model's sharded state.
-        begin: The first of its elements, in memory order, that this rank holds.
-        tensors: The optimizer's own values of these elements, flat, by name (`param`, `exp_avg`,
-            `exp_avg_sq`).
-        put_back: Splits `param` where the optimizer keeps two halves of it, of which it is a copy.
-    """
+    """This rank's shard of one parameter's optimizer state."""
 
     parameter: torch.nn.Parameter
-    entry: ShardedTensor | ShardedTensorFactory
-    begin: int
+    entry: ShardedTensor | ShardedTensorFactory  # its entry in the model's sharded state
+    begin: int  # the first of its elements, in memory order, that this rank holds
+    # The optimizer's own values of these elements, flat: `param`, `exp_avg`, `exp_avg_sq`.
     tensors: dict[str, Tensor]
+    # Splits `param` where the optimizer keeps two halves of it, of which it is a copy.
     put_back: Callable[[], None] = lambda: None
 
     def boxes(self, prefix: str, values: Tensor) -> list[ShardedTensor]:
-        """Entries of a checkpoint, each named `prefix` and its parameter, as views of `values`.
-
-        `values` is flat, with one value for each element of the shard.
-        """
+        """Return entries named `prefix` and the parameter's key, as views of the flat `values`."""
         end = self.begin + values.numel()
         tensors = []
         for piece, offset in self._pieces():
@@ -170,11 +157,9 @@ class _ParameterShard:
 
 
 def _join_halves(weight: Tensor, remainder: Tensor) -> Tensor:
-    """The fp32 weights of bf16 ones and the int16 remainders that FusedAdam keeps of them.
-
-    A negative remainder says that the bf16 weight was rounded up (Transformer Engine,
-    multi_tensor_adam.cu, `AdamFunctorMasterParamRemainder`).
-    """
+    """Return the fp32 weights of bf16 ones and of the int16 remainders that FusedAdam keeps."""
+    # A negative remainder says that the bf16 weight was rounded up (Transformer Engine,
+    # multi_tensor_adam.cu, `AdamFunctorMasterParamRemainder`).
     high = weight.detach().view(torch.int16).int() - (remainder < 0).int()
     return ((high << 16) | (remainder.int() & 0xFFFF)).view(torch.float32)
 
@@ -200,10 +185,7 @@ def parameter_shards(optimizer: Any, model_state: dict[str, Any]) -> Iterator[_P
 
 
 def copy_into_shard(optimizer: Any, parameter: Tensor, value: Tensor) -> None:
-    """Put a parameter's new, whole value into what this rank's optimizer keeps of it, if anything.
-
-    The optimizer is a distributed one that has taken a step.
-    """
+    """Copy a parameter's whole value into its shard, if any, of a distributed optimizer's state."""
     for held, begin in _held(optimizer):
         if held is parameter:
             tensors, put_back = _own_tensors(optimizer, parameter)

@@ -62,8 +62,7 @@ class Name:
 class Description:
     """An object that the pickle describes; compared and hashed by identity.
 
-    The pickle asks to call `kind` with `args`, and to set `state` on the result. What it puts into
-    it is left out.
+    It is the result of `kind(*args)` with `state` set on it; items put into it are left out.
     """
 
     kind: Name
@@ -72,14 +71,11 @@ class Description:
 
 
 def read_plain(content: bytes, is_known: Callable[[Name], bool]) -> Any:
-    """The values that a pickle of protocol 4 or 5 describes, which may ask for names `is_known`.
+    """Return the values that a pickle of protocol 4 or 5 describes; its names must be known.
 
-    Returns:
-        Numbers, text, bytes, None, tuples, lists, dictionaries, names and descriptions. Values may
-        be shared, or contain themselves.
-
-    Raises:
-        UnsafePickleError: It is damaged, too large, or holds something that is not data.
+    They are numbers, text, bytes, None, tuples, lists, dictionaries, names and descriptions; they
+    may be shared, or contain themselves. UnsafePickleError if the pickle is damaged, too large, or
+    holds something that is not data.
     """
     if len(content) > MAX_BYTES:
         raise UnsafePickleError(f"is too large ({len(content)} bytes, at most {MAX_BYTES})")
@@ -261,11 +257,10 @@ _KNOWN: dict[str, tuple[str, ...]] = {
 
 
 def read_metadata(checkpoint: Path) -> Metadata:
-    """The index of a checkpoint's tensors: only what torch needs to read them.
+    """Return the index of a checkpoint's tensors: only what torch needs to read them.
 
-    Raises:
-        UnsafePickleError: The file is not only an index, or it places bytes outside of the folder.
-        OSError: It cannot be read.
+    UnsafePickleError if the file holds more, or places bytes outside of the folder; OSError if it
+    cannot be read.
     """
     check_regular(checkpoint / TENSORS_FILE)
     with (checkpoint / TENSORS_FILE).open("rb") as file:

@@ -77,8 +77,7 @@ def read_checkpoint(
 ) -> tuple[Progress, dict[str, Any]]:
     """Load a checkpoint that `find_start` verified, in place; every rank must call.
 
-    With `weights_only` the run begins at step 0 with a fresh optimizer, as of a pretrained model.
-    ConfigError if the model has other shapes.
+    `weights_only` begins at step 0 with a fresh optimizer. ConfigError if the shapes differ.
     """
     saved = check_compatible(checkpoint, config)
     has_biases = saved.moe.selection_bias or not config.moe.selection_bias
@@ -103,10 +102,7 @@ def read_checkpoint(
 
 
 def load_weights(checkpoint: Path, models: list[MoEPPGPTModel]) -> None:
-    """Load only the model's weights, in place, whatever layout wrote them; every rank must call.
-
-    ConfigError if the checkpoint is damaged or unsafe.
-    """
+    """Load only weights, in place; ConfigError if damaged or unsafe. Every rank must call."""
     reason = agreed_reason(checkpoint, Agreement())
     if reason is not None:
         raise ConfigError(
@@ -124,10 +120,7 @@ def _read_weights(checkpoint: Path, models: list[MoEPPGPTModel], has_biases: boo
 
 
 def _keep_biases(state: dict[str, Any]) -> None:
-    """Leave the selection biases of a sharded state as they are in the model, 0 at first.
-
-    For a checkpoint that has none, because the run was begun without a controller that moves them.
-    """
+    """Keep the model's selection biases, 0 at first, for a checkpoint that was trained without."""
     for chunk in (value for key, value in state.items() if key.startswith("model")):
         for key in [key for key in chunk if key.endswith("router.expert_bias")]:
             chunk[key] = LocalNonpersistentObject(chunk[key].data)
@@ -163,10 +156,7 @@ _ROUTES = {f"moe.{name}" for name in (*EXPORTED, "router_topk", "capacity_factor
 def start_lines(
     checkpoint: Path, record: SavedRecord | None, config: Config, layout: Layout
 ) -> list[str]:
-    """A line that names the checkpoint, and a line for each difference from it.
-
-    `record` is None where only its weights were loaded; `layout` is this run's rank grid.
-    """
+    """Name the checkpoint and its differences, a line each; `record` is None for weights alone."""
     if record is None:
         return [f"started from the weights of {checkpoint}"]
     step = record.progress.step

@@ -1,9 +1,8 @@
 """Space of a checkpoint folder: deletes old checkpoints and the remains of killed runs.
 
-Deleted are old checkpoints (`Pruner`, only on rank 0, after a newer one is complete) and what
-killed runs have left half written or half deleted. A folder that is being written carries its
-writer's host and process in its name, which distinguishes the remains of a dead process from a save
-in progress.
+`Pruner` deletes only on rank 0, after a newer checkpoint is complete. A folder that is being
+written carries its writer's host and process in its name, which distinguishes the remains of a dead
+process from a save in progress.
 """
 
 import logging
@@ -24,11 +23,9 @@ from moepp_megatron.training.checkpoint.find import list_checkpoints
 
 
 def lack_of_space(config: Config, folder: Path, step: int) -> str | None:
-    """A warning with numbers where the checkpoints to come do not fit; None where they do.
-
-    A new checkpoint is complete before an old one is deleted, so `checkpoint.keep` needs the space
-    of one more. Those that exist already have theirs.
-    """
+    """Return a warning with numbers if the checkpoints to come do not fit, None if they do."""
+    # A new checkpoint is complete before an old one is deleted, so `checkpoint.keep` needs the
+    # space of one more. Those that exist already have theirs.
     keep, interval = config.checkpoint.keep, config.checkpoint.save_interval
     last = config.training.train_iters
     if interval == 0 or step >= last or isinstance(folder, ObjectPath):
@@ -60,10 +57,9 @@ _LEFT = "removing %s, which a save that did not finish has left"
 
 
 class Pruner:
-    """Keeps the `keep` newest valid checkpoints of a folder, all of them for None.
+    """Keeps the `keep` newest valid checkpoints (all for None), and removes half-written ones.
 
-    A checkpoint that cannot be read is neither counted nor deleted: it may be all that is left of
-    something. What killed runs left half written is removed.
+    One that cannot be read is neither counted nor deleted: it may be all that is left of something.
     """
 
     def __init__(self, folder: Path, keep: int | None) -> None:
@@ -74,10 +70,8 @@ class Pruner:
         self._is_valid: dict[str, bool] = {}
 
     def unknown(self, written: Path) -> list[Path]:
-        """Checkpoints to hash before `wrote(written)`, by all ranks that can help.
-
-        None of a store: all of them would be read from there, while training waits.
-        """
+        """Return checkpoints to hash by all ranks before `wrote(written)`; none of a store."""
+        # All of a store's would be read from there, while training waits.
         if self._keep is None or isinstance(self._folder, ObjectPath):
             return []
         known = {*self._is_valid, written.name}
@@ -130,11 +124,9 @@ def discard(path: Path, token: str) -> None:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Delete partial checkpoints that no live process of this machine writes.
-
-    Of another machine's processes nothing is known here. A run has its checkpoint folder for
-    itself, so what they have left is deleted too. In object storage that is what has no manifest.
-    """
+    """Delete partial checkpoints, but for those that live processes of this machine write."""
+    # Of another machine's processes nothing is known here. A run has its checkpoint folder for
+    # itself, so what they have left is deleted too. In object storage that is what has no manifest.
     if isinstance(folder, ObjectPath):
         for path in list_checkpoints(folder):
             if isinstance(path, ObjectPath) and not (path / MANIFEST_FILE).is_file():

@@ -64,11 +64,8 @@ Written = tuple[list[Any], dict[str, tuple[str, int]]]
 class Save:
     """A save in progress; every rank has one.
 
-    Args:
-        final: The folder of the complete checkpoint.
-        folder: Where files are written until then; it exists.
-        companions: Files stored with the tensors, by name: configuration, tokenizer.
-        record: The content of `state.json`.
+    It writes into `folder`, which exists, and is complete under the name `final`. `companions` are
+    files stored with the tensors, by name: configuration, tokenizer. `record` is `state.json`.
     """
 
     def __init__(
@@ -123,9 +120,7 @@ class Save:
     def write(self) -> Written:
         """Write this rank's files, and upload them if the checkpoint is in object storage.
 
-        Raises:
-            OSError: The disk is full, read-only or gone; names the file.
-            StoreError: The store does not take them.
+        OSError names the file that a disk refused; StoreError if the store does not take one.
         """
         return self._sent(self._write_files())
 
@@ -143,11 +138,7 @@ class Save:
         return self._outcome is None or self._outcome.done()
 
     def result(self) -> Written:
-        """Wait for the background and return its result.
-
-        Raises:
-            BackgroundError: It has failed, or could not be started.
-        """
+        """Wait for the background's result; BackgroundError or StoreError if it has failed."""
         if self._outcome is None:
             raise BackgroundError(self._failure)
         written: Written = self._outcome.result()
@@ -161,9 +152,7 @@ class Save:
     def publish(self, written: list[Written]) -> None:
         """Write index, companions and checksums, name the folder, move `latest`; only on rank 0.
 
-        Raises:
-            OSError: If the disk failed; there is then no checkpoint of that name, or the older one.
-            StoreError: If the store failed; there is then no checkpoint of that name.
+        An OSError leaves no checkpoint of that name, or the older one; a StoreError leaves none.
         """
         folder, final = self.folder, self.final
         files = {name: file for _, part in written for name, file in part.items()}
@@ -320,10 +309,8 @@ def _give_name(folder: Path, final: Path) -> None:
 
 
 def _in_thread(function: Callable[[], Any]) -> Future[Any]:
-    """Run `function` in a thread, which ends with the process at the latest.
-
-    For uploads: a network client does not survive a fork, and mostly waits for the network.
-    """
+    """Run `function`, an upload, in a thread, which ends with the process at the latest."""
+    # Not in a process: a network client does not survive a fork, and mostly waits for the network.
     future: Future[Any] = Future()
 
     def run() -> None:

@@ -86,12 +86,10 @@ def saved_state(model: TrainingModel) -> dict[str, Any]:
 
 
 def state_to_load(model: TrainingModel) -> dict[str, Any]:
-    """The state to read: like `saved_state`, without entries that only this layout has.
-
-    The shards of a distributed optimizer are read into its own tensors, without a copy between.
-    """
+    """Return the state to read: like `saved_state`, without entries that only this layout has."""
     state = model_state(model.models)
     if _keeps_shards(model):
+        # Read into the optimizer's own tensors, without a copy between.
         state["optimizer"], put_back = _shard_entries(model, state)
         state[_PUT_BACK] = LocalNonpersistentObject(put_back)
         return state
@@ -224,20 +222,14 @@ def _holders(optimizer: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 @contextmanager
 def _checked_fp8_state(state: dict[str, Any]) -> Iterator[None]:
-    """Allow Transformer Engine to read the FP8 state of a model in the block.
-
-    Transformer Engine refuses to read such a pickle unless a variable of the environment allows it
-    for the whole process (its `_extra_state.py`, from 2.20 at the latest), because a crafted one
-    could run code. So each is looked at first: it may name only what a history of delayed scaling
-    is made of, by literal names, and change only objects that it made itself, so that a second
-    reading does what the first one did. What megatron-core's unpickler accepts then, Transformer
-    Engine may read, while `torch.load` takes the tensors inside as data. Other recipes store
-    nothing.
-
-    Raises:
-        ConfigError: If an entry holds anything but numbers, tensors and recipes.
-    """
-    # Without Transformer Engine nobody reads them.
+    """Let Transformer Engine read a model's FP8 state in the block; ConfigError if it is unsafe."""
+    # Transformer Engine refuses to read such a pickle unless a variable of the environment allows
+    # it for the whole process (its `_extra_state.py`, from 2.20 at the latest), because a crafted
+    # one could run code. So each is looked at first: it may name only what a history of delayed
+    # scaling is made of, by literal names, and change only objects that it made itself, so that a
+    # second reading does what the first one did. What megatron-core's unpickler accepts then,
+    # Transformer Engine may read, while `torch.load` takes the tensors inside as data. Other
+    # recipes store nothing. Without Transformer Engine nobody reads them.
     is_read = importlib.util.find_spec("transformer_engine") is not None
     pickles = {
         name: value

@@ -48,16 +48,11 @@ _POLL_S = 0.02
 class CheckpointWriter:
     """Writes a run's checkpoints. Every rank has one and makes the same calls.
 
-    A save that fails on any rank fails on all: it does not become a checkpoint, `error`
-    says why, and training can continue.
-
-    Args:
-        folder: The run's checkpoint folder, also in object storage; made when first needed.
-        config: The run's configuration.
-        tokenizer: The tokenizer's file; its present content goes into each checkpoint.
+    A save that fails on any rank fails on all: it does not become a checkpoint, `error` says why,
+    and training can continue. The folder, maybe in object storage, is made when first needed. The
+    file `tokenizer` goes into each checkpoint as it is now.
 
     Attributes:
-        failed_saves: Saves that failed so far.
         error: What is wrong with the last save; None if nothing is.
         last_failure: The most recent error; a later success does not clear it.
         written: Complete checkpoints, oldest first, until a reader takes them out.
@@ -94,11 +89,9 @@ class CheckpointWriter:
     ) -> Path:
         """Save the present state; with `checkpoint.async_save` return while it is being written.
 
-        A save that is still being written is waited for. `extra` is further state, the same on
-        every rank: numbers, strings, tensors, lists, dicts.
-
-        Returns:
-            The folder that the checkpoint has, or will have, unless the save fails.
+        Waits for an earlier save. `extra` is further state, the same on every rank: numbers,
+        strings, tensors, lists, dicts. Returns the folder that the checkpoint has or will have
+        unless it fails.
         """
         self.finish()
         self.check_newest()
@@ -263,10 +256,8 @@ def _describe(error: Exception) -> str:
 
 
 def _tokenizer_files(path: Path) -> dict[str, bytes]:
-    """The tokenizer files of a checkpoint by name; empty if the file is not a tokenizer.
-
-    Read once, when a run begins: the file may be replaced while it trains.
-    """
+    """Return the tokenizer files of a checkpoint by name; empty if the file is not a tokenizer."""
+    # Read once, when a run begins: the file may be replaced while it trains.
     if not path.is_file():
         return {}
     try:
