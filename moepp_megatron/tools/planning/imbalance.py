@@ -48,11 +48,8 @@ EVEN = Load(1.0, 1.0)
 def rank_load(evenness: float | None, num_experts: int, ranks: int, selections: int) -> Load:
     """Rows of the fullest of `ranks` ranks over the mean; `ranks` divides the FFN experts.
 
-    Args:
-        evenness: `a` of the distribution; None where routing is forced to balance.
-        num_experts: FFN experts.
-        ranks: Ranks of the expert-parallel group.
-        selections: FFN selections of the group's tokens in one layer and micro-batch.
+    `evenness` is `a` of the distribution, None where routing is forced to balance; `selections` are
+    the FFN selections of the group's tokens in one layer and micro-batch.
     """
     if evenness is None or ranks == 1 or selections == 0:
         return EVEN

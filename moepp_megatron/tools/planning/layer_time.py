@@ -102,11 +102,9 @@ def edge_time(load: Workload, grid: Grid, machine: Machine, is_last: bool) -> Pa
 def _seconds_during_rows(
     load: Workload, grid: Grid, machine: Machine, works: Sequence[Work], exchange: float
 ) -> float:
-    """Seconds of an exchange during which this rank computes, `works` on each of its two ways.
-
-    Shared experts compute on the way there, these on the way back (`moe/layer.py`). The combined
-    schedule has its own rule. With expert-tensor parallelism rows are gathered, too: left out.
-    """
+    """Seconds of an exchange during which this rank computes, `works` on each of its two ways."""
+    # Shared experts compute on the way there, these on the way back (`moe/layer.py`). The combined
+    # schedule has its own rule. With expert-tensor parallelism rows are gathered, too: left out.
     travels = load.experts.dispatcher in TRAVELLING and grid.ep > 1 and grid.etp == 1
     is_combined = grid.expert_overlap or grid.unpaired
     if is_combined or not travels or load.experts.is_vanilla:

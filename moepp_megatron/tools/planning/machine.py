@@ -75,11 +75,7 @@ class _Efficiencies:
 
     @classmethod
     def of(cls, values: Mapping[str, float], source: str) -> _Efficiencies:
-        """The usual ones with these changes, such as a hardware file's `reached:`.
-
-        Raises:
-            ConfigError: A name is unknown, or a value is not a finite number above 0.
-        """
+        """Change the usual ones; ConfigError for an unknown name or no finite number above 0."""
         known = {field.name for field in fields(cls)} - {"attention"}
         for name, value in values.items():
             if name not in known:
@@ -114,11 +110,7 @@ class Machine:
 
     @classmethod
     def of(cls, hardware: Hardware, reached: _Efficiencies | None = None) -> Machine:
-        """The machine of a description, with its own `reached` or these.
-
-        Raises:
-            ConfigError: The description lacks a number that a plan needs.
-        """
+        """A description's machine with `reached` or its own; ConfigError if a number is missing."""
         lacking = [name for name in _NEEDED if getattr(hardware, name) is None]
         if lacking:
             raise ConfigError(

@@ -116,11 +116,7 @@ class RankMemory:
 
 
 def rank_memory(config: Config, layout: Layout, pp_rank: int) -> RankMemory:
-    """Memory of each rank of a pipeline stage of a checked configuration.
-
-    Raises:
-        ConfigError: The teacher is not there, or does not fit the run.
-    """
+    """Memory of a stage's ranks of a checked configuration; ConfigError if its teacher misfits."""
     load, grid = Workload.from_config(config), Grid.from_config(config, layout.world_size)
     memory = _memory_of(load, grid, stage_layers(config), pp_rank)
     others = (model_of(config) for model_of in named(OTHER_MODELS))
@@ -162,8 +158,7 @@ def layer_counts(
 ) -> Mapping[tuple[bool, bool], int]:
     """Layers of a rank by whether they are MoE layers, and whether recomputation reaches them.
 
-    Those of multi-token prediction are included; it reaches the first `recomputed` layers of a
-    chunk, None for all.
+    It reaches a chunk's first `recomputed` layers, None for all, and multi-token prediction.
     """
     counts = Counter(
         (load.is_moe[layer], recomputed is None or place < recomputed)
@@ -216,18 +211,15 @@ def fullest_rank(load: Workload, grid: Grid, stages: Stages, skew: float = 1.0) 
 
 
 def _forward_bytes(theirs: Config, layout: Layout, pp_rank: int) -> float:
-    """Bytes that a teacher adds to each rank of a pipeline stage.
-
-    Its weights; on the last stage its last hidden states, and what comparing a micro-batch's logits
-    needs: its own, and both models' and their difference in fp32. This comes before the buffers of
-    the model's own loss, so that their sum is an estimate from above.
-    """
+    """Bytes that a teacher adds to each rank of a pipeline stage, estimated from above."""
     stages = stage_layers(theirs)
     load, grid = Workload.from_config(theirs), Grid.from_config(theirs, layout.world_size)
     parameters = rank_parameters(load, grid, stages)[pp_rank]
     weights = float(load.numbers.weight_bytes * (parameters.dense + parameters.experts))
     if pp_rank < layout.pp - 1:
         return weights
+    # Its last hidden states, and what comparing a micro-batch's logits needs: its own, and both
+    # models' and their difference in fp32. This comes before the buffers of the model's own loss.
     tokens = grid.tokens(load.seq)
     ahead = layout.num_microbatches if layout.pp > 1 else 1
     hidden = float(ahead * tokens * load.row_bytes)

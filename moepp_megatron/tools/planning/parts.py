@@ -257,11 +257,9 @@ def _row_copies(load: Workload, rows: float) -> tuple[float, int]:
 
 
 def _local_form(load: Workload, grid: Grid) -> Literal["combined", "apart", "plain"]:
-    """The form in which zero-computation experts are computed.
-
-    Combined: in the kernel that returns FFN experts' rows to their tokens, where nothing travels.
-    Apart: in one kernel (`moe.kernels.combine.add_local`). Plain: in PyTorch's operations.
-    """
+    """The form in which zero-computation experts are computed; plain is in PyTorch's operations."""
+    # Combined: in the kernel that returns FFN experts' rows to their tokens, where nothing travels.
+    # Apart: in one kernel (`moe.kernels.combine.add_local`).
     if not load.local_fused:
         return "plain"
     return "combined" if grid.ep == 1 and load.experts.dispatcher in TRAVELLING else "apart"

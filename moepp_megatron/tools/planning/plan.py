@@ -133,7 +133,7 @@ def plan(
     Args:
         config: A configuration, or its YAML file; its own layout does not matter.
         overrides: Settings `section.key=value` over it.
-        gpus: GPUs.
+        gpus: Their number.
         gpu: Their kind: a name in configs/hardware, or a YAML file.
         taus: Further weights of zero-computation experts.
         top: Layouts to keep.
@@ -142,8 +142,8 @@ def plan(
         Layouts, best first, with seconds per step and bytes per GPU (`Planned`), and baselines.
 
     Raises:
-        ConfigError: A configuration or GPU cannot be read, the GPU lacks its format, no layout
-            is legal, or there is a teacher, whose time and memory this does not count.
+        ConfigError: A configuration or GPU cannot be read, the GPU lacks its format, no layout is
+            legal, or there is a teacher, whose time and memory this does not count.
     """
     if not isinstance(config, Config):
         config = load_config(config, overrides)

@@ -52,13 +52,11 @@ def linear_products(
 
 @lru_cache(maxsize=200_000)
 def _product_seconds(product: _Product, machine: Machine) -> float:
-    """Time of a product: its tiles in waves over the multiprocessors, or its bytes.
-
-    The last wave is rarely full (NVIDIA, "Matrix Multiplication Background User's Guide", wave
-    quantization), a short inner dimension leaves little between filling and draining.
-    """
+    """Time of a product: its tiles in waves over the multiprocessors, or its bytes."""
     if product.flop == 0:
         return 0.0
+    # The last wave is rarely full (NVIDIA, "Matrix Multiplication Background User's Guide", wave
+    # quantization), a short inner dimension leaves little between filling and draining.
     share = max(_filled(product, tile, machine.multiprocessors) for tile in _TILES)
     share *= product.k / (product.k + machine.reached.depth)
     computing = product.flop / (machine.flops(product.number) * share)

@@ -40,11 +40,9 @@ class _StepEnd:
 
 
 def _step_end(load: Workload, grid: Grid, machine: Machine, stages: Stages) -> _StepEnd:
-    """The end of a step.
-
-    The first stage starts first and ends last, so that its transfers count; the slowest optimizer
-    does, because all wait for the gradients' norm.
-    """
+    """The end of a step, on the stage that decides each part of it."""
+    # The first stage starts first and ends last, so that its transfers count; the slowest optimizer
+    # does, because all wait for the gradients' norm.
     ranks = rank_parameters(load, grid, stages)
     groups = {"dp_cp": ranks[0].dense, "edp": ranks[0].experts}
 

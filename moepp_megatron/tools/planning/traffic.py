@@ -181,10 +181,8 @@ def _expert_seconds(load: Workload, grid: Grid, machine: Machine, skew: float) -
 def _hierarchical_rows(
     place: _Placement, taken: float, experts: int, most_nodes: int | None = None
 ) -> tuple[float, float]:
-    """Rows per token over NVLink and over the network, for `taken` different experts of a token.
-
-    Once to each node and rank; a token's experts lie on at most `most_nodes` nodes.
-    """
+    """Rows per token over NVLink and network, for `taken` experts on at most `most_nodes` nodes."""
+    # A token travels once to each node and rank.
     to_ranks = distinct_targets(place.size, taken, experts)
     to_nodes = distinct_targets(place.nodes, taken, experts)
     to_nodes = min(to_nodes, most_nodes or to_nodes)

@@ -28,30 +28,17 @@ _RANK = re.compile(r"rank[-_]?(\d{1,9})")
 
 @dataclass
 class Profile:
-    """The analysis of a recording.
+    """The analysis of a recording."""
 
-    Attributes:
-        name: Name of the run or folder.
-        traces: Traces of all recorded ranks, on one clock.
-        steps: The analysed steps.
-        times: Times of each step and rank.
-        classes: Collectives by kind, the most exposed first; sums over ranks and steps.
-        layers: All-to-all bytes of each layer, direction and pass, of each step.
-        load: Rows of each rank's FFN experts; None where unknown.
-        slow: A rank that computes longer than its rows explain; None where there is none.
-        caused_us: For each rank, how long others waited for it in these steps, summed over them.
-        late: Waiting of each call.
-    """
-
-    name: str
-    traces: list[RankTrace]
-    steps: list[int]
-    times: dict[int, dict[int, MeasuredStepTime]]
-    classes: list[CallClass]
-    layers: dict[int, list[ExpectedLayerBytes]]
-    load: ExpertLoad | None
-    slow: SlowRank | None
-    caused_us: dict[int, float]
+    name: str  # of the run or folder
+    traces: list[RankTrace]  # of all recorded ranks, on one clock
+    steps: list[int]  # the analysed ones
+    times: dict[int, dict[int, MeasuredStepTime]]  # by step and rank
+    classes: list[CallClass]  # the most exposed first; sums over ranks and steps
+    layers: dict[int, list[ExpectedLayerBytes]]  # by step
+    load: ExpertLoad | None  # None where unknown
+    slow: SlowRank | None  # computes longer than its rows explain
+    caused_us: dict[int, float]  # by rank, how long others waited for it in all these steps
     late: dict[CallKey, Lateness]
 
     @property
@@ -109,11 +96,7 @@ class Profile:
 
 
 def analyse(folder: Path, step: int | None = None) -> Profile:
-    """Read and analyse a recording.
-
-    Raises:
-        ProfileError: The recording cannot be read, or does not hold the step.
-    """
+    """Read and analyse a recording; ProfileError if it cannot be read, or does not hold `step`."""
     traces = _load_profile(folder)
     steps = _steps(traces, step)
     late = lateness({trace.rank: trace.collectives for trace in traces})
@@ -167,14 +150,7 @@ def _caused(
 
 
 def _load_profile(folder: Path) -> list[RankTrace]:
-    """Recordings of all ranks in order, times in microseconds after the first event of all.
-
-    Args:
-        folder: A run's folder (its `profile` is read), or one of torch profiler traces.
-
-    Raises:
-        ProfileError: If there is none, or one cannot be read.
-    """
+    """All ranks' recordings in order, in microseconds after the first event, or a ProfileError."""
     files = _files(folder)
     if not files:
         raise ProfileError(

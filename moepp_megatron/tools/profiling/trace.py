@@ -65,42 +65,25 @@ POINT_TO_POINT = frozenset({Operation.SEND, Operation.RECEIVE})
 
 @dataclass(frozen=True, kw_only=True)
 class Collective:
-    """One call on one rank.
-
-    Attributes:
-        operation: What it does.
-        rank: Global rank that recorded it.
-        group: Name of the process group in its backend; "" where unknown.
-        group_ranks: Global ranks of the group, in order; empty where unknown.
-        group_size: Ranks in the group; 0 where unknown.
-        size: Bytes, by nccl-tests' convention; None where unknown.
-        sent: Bytes to each rank of the group, in its order; None where unknown.
-        received: Bytes from each rank of the group.
-        sequence: Number of the call in its group, by which it is found on other ranks; None where
-            unknown.
-        start_us: When the transfer (on a host backend, the call) began, in microseconds, by the
-            clock of this rank's file.
-        end_us: When it had finished.
-        pair: Ranks of the group that a send or receive goes from and to, within which `sequence`
-            then counts; None for what all ranks do.
-        row_bytes: Bytes of a row, the unit in which an all-to-all is split; None where unknown.
-        scopes: Names of the profiler ranges it lies in, outermost first.
-    """
+    """One call on one rank; fields are empty, 0 or None where unknown."""
 
     operation: Operation
-    rank: int
-    group: str = ""
-    group_ranks: tuple[int, ...] = ()
+    rank: int  # global rank that recorded it
+    group: str = ""  # name of the process group in its backend
+    group_ranks: tuple[int, ...] = ()  # global ranks, in order
     group_size: int = 0
-    size: int | None = None
-    sent: tuple[int, ...] | None = None
-    received: tuple[int, ...] | None = None
-    sequence: int | None = None
+    size: int | None = None  # bytes, by nccl-tests' convention
+    sent: tuple[int, ...] | None = None  # bytes to each rank of the group, in its order
+    received: tuple[int, ...] | None = None  # bytes from each rank of the group
+    sequence: int | None = None  # number of the call in its group, the same on all ranks
+    # Of the transfer (on a host backend, the call), by the clock of this rank's file.
     start_us: float = 0.0
     end_us: float = 0.0
+    # Ranks of the group that a send or receive goes from and to, within which `sequence` then
+    # counts; None for what all ranks do.
     pair: tuple[int, int] | None = None
-    row_bytes: int | None = None
-    scopes: tuple[str, ...] = ()
+    row_bytes: int | None = None  # of a row, the unit in which an all-to-all is split
+    scopes: tuple[str, ...] = ()  # profiler ranges it lies in, outermost first
 
     @property
     def duration_us(self) -> float:
@@ -134,31 +117,18 @@ _Count = Annotated[int, Field(ge=0, le=10**18)]
 
 
 class Pass(BaseModel):
-    """Routing in one forward pass of a layer (features/profile/part.py).
+    """Routing in one forward pass of a layer (features/profile/part.py)."""
 
-    Attributes:
-        layer: Global layer number.
-        recomputed: Whether the backward pass repeated it.
-        dispatcher: Class of the dispatcher.
-        tokens: Tokens of this rank.
-        topk: Selections of a token.
-        row_bytes: Bytes of a hidden vector.
-        ranks: Ranks of the expert-parallel group.
-        own: This rank's number in it.
-        to_ranks: FFN selections by the rank that has the expert.
-        copies_to_ranks: The same with each token counted once a rank.
-    """
-
-    layer: _Count
-    recomputed: bool
-    dispatcher: str
-    tokens: _Count
+    layer: _Count  # global number
+    recomputed: bool  # repeated by the backward pass
+    dispatcher: str  # its class
+    tokens: _Count  # of this rank
     topk: _Count
-    row_bytes: _Count
-    ranks: int = Field(ge=1, le=10**18)
-    own: _Count
-    to_ranks: list[_Count]
-    copies_to_ranks: list[_Count]
+    row_bytes: _Count  # of a hidden vector
+    ranks: int = Field(ge=1, le=10**18)  # of the expert-parallel group
+    own: _Count  # this rank's number in it
+    to_ranks: list[_Count]  # FFN selections by the rank that has the expert
+    copies_to_ranks: list[_Count]  # the same with each token counted once a rank
 
 
 class _Passes(BaseModel):
@@ -191,31 +161,18 @@ class About(BaseModel):
 
 @dataclass
 class RankTrace:
-    """One rank's recording.
+    """One rank's recording."""
 
-    Attributes:
-        rank: Global rank.
-        backend: nccl or gloo; "" where unknown.
-        on_gpu: Whether it has GPU kernels.
-        groups: Process groups of this rank by name.
-        collectives: Collectives in order of their start.
-        steps: Recorded steps by number.
-        kernels: GPU kernels that do not communicate.
-        waits: Spans in which the training thread waits for a collective, without a GPU.
-        base_ns: Nanoseconds to add to times to get Unix time.
-        about: What the recorder wrote next to the trace.
-    """
-
-    rank: int
-    backend: str = ""
-    on_gpu: bool = False
-    groups: dict[str, TracedGroup] = field(default_factory=dict)
-    collectives: list[Collective] = field(default_factory=list)
-    steps: dict[int, Span] = field(default_factory=dict)
-    kernels: list[Span] = field(default_factory=list)
-    waits: list[Span] = field(default_factory=list)
-    base_ns: int = 0
-    about: About = field(default_factory=About)
+    rank: int  # global
+    backend: str = ""  # nccl or gloo; "" where unknown
+    on_gpu: bool = False  # has GPU kernels
+    groups: dict[str, TracedGroup] = field(default_factory=dict)  # of this rank, by name
+    collectives: list[Collective] = field(default_factory=list)  # in order of their start
+    steps: dict[int, Span] = field(default_factory=dict)  # by number
+    kernels: list[Span] = field(default_factory=list)  # of the GPU that do not communicate
+    waits: list[Span] = field(default_factory=list)  # for a collective, without a GPU
+    base_ns: int = 0  # to add to times to get Unix time
+    about: About = field(default_factory=About)  # what the recorder wrote next to the trace
 
     def passes(self, step: int) -> list[Pass]:
         """Return the routing of a step by pass."""

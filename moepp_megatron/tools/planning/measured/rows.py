@@ -121,11 +121,7 @@ class Run:
 
 
 def read_runs(path: Path) -> list[Run]:
-    """The rows of a JSON or YAML file.
-
-    Raises:
-        ConfigError: If the file or a row is wrong; the message names the row and the key.
-    """
+    """The rows of a JSON or YAML file; a ConfigError names the wrong row and key."""
     rows = _rows_of(path)
     names = Counter(row.name for row in rows)
     for name, count in names.items():

@@ -99,13 +99,9 @@ def sizes_of_nccl(args: dict[str, Any], operation: Operation) -> Sizes:
 
 
 def sizes_of_cpu(args: dict[str, Any], operation: Operation, ranks: int, dtype: str = "") -> Sizes:
-    """Compute sizes from the shapes of an operation of c10d.
+    """Compute sizes from the shapes of an operation of c10d among `ranks` ranks, 0 where unknown.
 
-    Args:
-        args: Arguments of its event.
-        operation: Its operation.
-        ranks: Ranks in its group, 0 where unknown.
-        dtype: Type of its tensors if the event does not have it, as for lists of tensors.
+    `dtype` is the type of its tensors if the event does not have it, as for lists of tensors.
     """
     if operation is Operation.BARRIER:
         return Sizes(0)

@@ -57,11 +57,7 @@ _KERNELS = {
 
 
 def read_kineto(path: Path) -> RankTrace:
-    """Read a `.pt.trace.json` or `.pt.trace.json.gz` file.
-
-    Raises:
-        ProfileError: It is not such a file, or damaged.
-    """
+    """Read a `.pt.trace.json` or `.pt.trace.json.gz` file; ProfileError if damaged or none."""
     content = read_document(path)
     if not isinstance(content, dict) or not isinstance(content.get("traceEvents"), list):
         raise ProfileError(f"{path}: has no traceEvents; give a trace that torch.profiler exported")

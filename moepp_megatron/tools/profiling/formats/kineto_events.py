@@ -54,11 +54,7 @@ class TraceEvent:
 
 
 def read_events(events: list[Any], place: str) -> tuple[list[TraceEvent], dict[Key, Key]]:
-    """Events with a duration, and the operation of each derivative.
-
-    Raises:
-        ProfileError: An event lacks a field that these need, or has a wrong one.
-    """
+    """Events with a duration, and each derivative's operation; ProfileError for a bad field."""
     result: list[TraceEvent] = []
     ends: dict[str, dict[Any, Key]] = {"s": {}, "f": {}}
     for number, raw in enumerate(events):
@@ -98,12 +94,9 @@ class _Call(NamedTuple):
 
 
 class Around(NamedTuple):
-    """Scopes around an event.
+    """Scopes around an event, outermost first, and its collective if the recorder named it.
 
-    Attributes:
-        scopes: Parts of the program, outermost first: forward, layer3/dispatch,
-            layer3/dispatch:backward, optimizer, ...
-        call: The collective that it belongs to, if the recorder named it.
+    Scopes are such as forward, layer3/dispatch, layer3/dispatch:backward and optimizer.
     """
 
     scopes: tuple[str, ...] = ()
@@ -112,16 +105,10 @@ class Around(NamedTuple):
 
 @dataclass
 class Swept:
-    """The results of a pass over all host threads.
+    """The results of a pass over all host threads."""
 
-    Attributes:
-        around: Surroundings of each event of interest.
-        waits: Spans in which the thread waits for a collective.
-        steps: Recorded steps.
-    """
-
-    around: dict[Key, Around] = field(default_factory=dict)
-    waits: list[Span] = field(default_factory=list)
+    around: dict[Key, Around] = field(default_factory=dict)  # events of interest
+    waits: list[Span] = field(default_factory=list)  # of the thread for a collective
     steps: dict[int, Span] = field(default_factory=dict)
 
 

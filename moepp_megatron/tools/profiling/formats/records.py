@@ -26,9 +26,7 @@ MOST_RANKS = 1 << 20
 def read_document(path: Path, remedy: str = "record it again") -> Any:
     """The content of a JSON file, which may be gzip; `remedy` ends the error.
 
-    Raises:
-        ProfileError: The file cannot be read, its compression is damaged, it is too large or not
-            JSON.
+    ProfileError if it cannot be read, its compression is damaged, it is too large or not JSON.
     """
     with _opened(path) as file:
         content = file.read(MAX_BYTES + 1)
@@ -81,18 +79,11 @@ def field[Value](
     default: Value | None = None,
     least: float = -LARGEST,
 ) -> Value:
-    """A field of a record.
+    """A field of a record, or `default` where it is absent; without a default that is an error.
 
-    Args:
-        record: The record; a mapping unless the file is damaged.
-        name: Name of the field.
-        kind: int, float (takes whole numbers too), str, list or dict.
-        place: Where the record is, for the error.
-        default: What to return where the field is absent; None: an absent field is an error.
-        least: The least number that is sound.
-
-    Raises:
-        ProfileError: The field is absent, of another kind, or no sound number.
+    `kind` is int, float (takes whole numbers too), str, list or dict, `least` the least number that
+    is sound. A ProfileError, which names `place`, says that the field is absent, of another kind,
+    or no sound number.
     """
     value = record.get(name) if isinstance(record, dict) else None
     if value is None:

@@ -56,33 +56,19 @@ class _ClassName(NamedTuple):
 
 @dataclass
 class CallClass:
-    """Calls of a kind. Sums are over ranks and steps; microseconds and bytes.
-
-    Attributes:
-        name: Their kind.
-        link: The link that they use.
-        peak_gb_s: Its rated bandwidth, GB/s; None where unknown.
-        calls: Number of calls, each counted on every rank.
-        group_size: Ranks of the group, as of the last call; 0 if unknown.
-        size: Bytes by nccl-tests' convention; calls without a size count 0.
-        time_us: Time from start to end, waiting included.
-        wait_us: Part of it spent waiting for the last rank to start; 0 for unmatched calls.
-        matched: Calls that could be matched on all ranks.
-        exposed_us: Time in which no work hid them.
-        bus_bytes: Size times bus factor; divided by transfer time it is bus bandwidth.
-    """
+    """Calls of a kind. Sums are over ranks and steps; microseconds and bytes."""
 
     name: _ClassName
     link: str
-    peak_gb_s: float | None
-    calls: int = 0
-    group_size: int = 0
-    size: int = 0
-    time_us: float = 0.0
-    wait_us: float = 0.0
-    matched: int = 0
-    exposed_us: float = 0.0
-    bus_bytes: float = 0.0
+    peak_gb_s: float | None  # rated bandwidth of the link, GB/s; None where unknown
+    calls: int = 0  # each counted on every rank
+    group_size: int = 0  # ranks, as of the last call; 0 if unknown
+    size: int = 0  # bytes by nccl-tests' convention; calls without a size count 0
+    time_us: float = 0.0  # from start to end, waiting included
+    wait_us: float = 0.0  # of that, for the last rank to start; 0 for unmatched calls
+    matched: int = 0  # calls that could be matched on all ranks
+    exposed_us: float = 0.0  # in which no work hid them
+    bus_bytes: float = 0.0  # size times bus factor; over transfer time it is bus bandwidth
 
     @property
     def transfer_us(self) -> float:

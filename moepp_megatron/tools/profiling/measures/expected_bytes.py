@@ -20,26 +20,17 @@ _PHASES, _PARTS = ("forward", "recompute", "backward"), ("dispatch", "combine")
 
 @dataclass
 class ExpectedLayerBytes:
-    """One layer, direction (dispatch, combine) and pass, summed over ranks and a step; bytes.
-
-    Attributes:
-        place: Layer, part and pass.
-        measured: Hidden vectors that the all-to-all carried to other ranks.
-        side: Bytes of gates and maps.
-        expected: Bytes required by the step's routing, for the dispatcher that ran; None if the
-            recorder has not counted it, or its dispatcher is not an all-to-all.
-        ffn_only: Bytes when sent once per selection (the FFN-only formula with this step's counts).
-        deduplicated: Bytes when sent once per token and rank: the minimum.
-        vanilla: The formula with phi = 1 and an even load: every selection goes to an FFN expert.
-    """
+    """One layer, direction (dispatch, combine) and pass, summed over ranks and a step; bytes."""
 
     place: Place
-    measured: int = 0
-    side: int = 0
+    measured: int = 0  # hidden vectors that the all-to-all carried to other ranks
+    side: int = 0  # gates and maps
+    # Required by the step's routing, for the dispatcher that ran; None if the recorder has not
+    # counted it, or its dispatcher is not an all-to-all.
     expected: int | None = None
-    ffn_only: int = 0
-    deduplicated: int = 0
-    vanilla: float = 0.0
+    ffn_only: int = 0  # sent once per selection: the FFN-only formula with this step's counts
+    deduplicated: int = 0  # sent once per token and rank: the minimum
+    vanilla: float = 0.0  # the formula with phi = 1 and an even load
 
     @property
     def is_equal(self) -> bool | None:

@@ -22,13 +22,11 @@ _SLOW = 1.25
 
 @dataclass(frozen=True)
 class ExpertLoad:
-    """Rows of FFN experts in forward passes; a repeated pass is not counted again.
+    """Rows of FFN experts by step and rank, in forward passes; a repeated one is not counted again.
 
-    Attributes:
-        rows: Rows by step and rank.
-        busiest: The rank with most rows over all steps.
-        busiest_over_mean: Rows of the busiest rank of each pass over those of the mean rank, all
-            passes added: 1 for an even load, EP if one rank does everything.
+    `busiest` is the rank with most rows over all steps, `busiest_over_mean` the rows of the busiest
+    rank of each pass over those of the mean rank, all passes added: 1 for an even load, EP if one
+    rank does everything.
     """
 
     rows: dict[tuple[int, int], int]
@@ -39,9 +37,7 @@ class ExpertLoad:
 def expert_load(traces: Iterable[RankTrace], steps: Iterable[int]) -> ExpertLoad | None:
     """Count the rows of the ranks of all groups that were recorded completely.
 
-    Returns:
-        None without expert parallelism or counted passes, and with expert tensor parallelism,
-        where ranks share rows.
+    None without expert parallelism or counted passes, and where expert tensor ranks share rows.
     """
     wanted = list(steps)
     # By group, step, layer and number of the pass: each member's selections for each rank.
@@ -79,17 +75,11 @@ def _expert_group(trace: RankTrace) -> tuple[int, ...]:
 
 
 class SlowRank(NamedTuple):
-    """The rank whose time its rows explain least.
-
-    Attributes:
-        rank: Its number.
-        time_ratio: Its computing time over the mean of the other ranks of its group.
-        rows_ratio: Rows of its FFN experts over theirs.
-    """
+    """The rank whose time its rows explain least, with ratios to the mean of its group's others."""
 
     rank: int
-    time_ratio: float
-    rows_ratio: float
+    time_ratio: float  # of computing time
+    rows_ratio: float  # of rows of FFN experts
 
 
 def slow_rank(
@@ -100,12 +90,7 @@ def slow_rank(
     """The rank that others wait for because it is slow, not because it has more rows; or None.
 
     All of a rank's work may be in its experts, so additional time in proportion to additional rows
-    counts as explained; fewer rows explain no time.
-
-    Args:
-        traces: Traces of the recorded ranks.
-        times: Times by step and rank.
-        load: Rows by step and rank; None gives None.
+    counts as explained; fewer rows explain no time. `times` are by step and rank.
     """
     if load is None:
         return None

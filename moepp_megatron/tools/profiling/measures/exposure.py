@@ -56,19 +56,12 @@ def length(intervals: Iterable[Interval]) -> float:
 
 @dataclass(frozen=True)
 class MeasuredStepTime:
-    """The times of one step on one rank, in microseconds.
-
-    Attributes:
-        step_us: Its length.
-        compute_us: Time in which something computed.
-        communication_us: Time in which a collective ran or waited.
-        exposed_us: Time in which a collective ran or waited and nothing computed.
-    """
+    """The times of one step on one rank, in microseconds."""
 
     step_us: float
-    compute_us: float
-    communication_us: float
-    exposed_us: float
+    compute_us: float  # something computed
+    communication_us: float  # a collective ran or waited
+    exposed_us: float  # a collective ran or waited, and nothing computed
 
     @property
     def exposed_share(self) -> float:

@@ -23,11 +23,7 @@ class Lateness(NamedTuple):
 
 
 def lateness(collectives: Mapping[int, list[Collective]]) -> dict[CallKey, Lateness]:
-    """Split every call that all ranks of its group have recorded.
-
-    Returns:
-        Lateness by rank and place in its list; calls that cannot be matched are missing.
-    """
+    """Split every call that all ranks of its group have recorded, by rank and place in its list."""
     same: dict[tuple[object, ...], list[CallKey]] = defaultdict(list)
     for rank, calls in collectives.items():
         for place, call in enumerate(calls):

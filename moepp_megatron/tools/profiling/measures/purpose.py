@@ -24,17 +24,11 @@ PURPOSES = (
 
 
 class Place(NamedTuple):
-    """A part of a layer in one of its passes.
+    """A part of a layer in one of its passes."""
 
-    Attributes:
-        layer: Global layer number.
-        part: router, dispatch, experts, combine, attention, ...
-        phase: forward, recompute (a forward pass that the backward pass repeats) or backward.
-    """
-
-    layer: int
-    part: str
-    phase: str
+    layer: int  # global number
+    part: str  # router, dispatch, experts, combine, attention, ...
+    phase: str  # forward, recompute (a forward pass that backward repeats) or backward
 
 
 def place_of(collective: Collective) -> Place | None:
