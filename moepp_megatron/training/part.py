@@ -25,14 +25,12 @@ from moepp_megatron.training.step import StepHooks, StepResult
 
 @dataclass(frozen=True)
 class Step:
-    """A step that has been taken, or a batch that was refused.
+    """A step that has been taken, or a batch that was refused; `progress` is from after it.
 
     Attributes:
-        progress: The run's progress after it.
         first_sample: Where in the data its batch begins.
         samples: Sequences of its batch, over all ranks.
         started: `time.perf_counter` at its beginning.
-        result: What it did.
     """
 
     progress: Progress
@@ -64,13 +62,10 @@ class Step:
 
 @dataclass(frozen=True)
 class Rollback:
-    """A part wants the run to continue from an earlier checkpoint.
+    """A part wants the run to go back to its newest checkpoint, up to `up_to_step` if not None.
 
-    Attributes:
-        up_to_step: The newest step that the checkpoint may be of; None for the newest there is.
-        alerts_before: Alerts before it is loaded; given the checkpoint, or None where there is none
-            and nothing else happens.
-        alerts_after: Alerts after it has been loaded.
+    `alerts_before` gets that checkpoint before it is loaded, or None where there is none and
+    nothing else happens; `alerts_after` gets it when it has been loaded.
     """
 
     up_to_step: int | None
@@ -87,11 +82,7 @@ class Pause:
 
 @dataclass(frozen=True)
 class Stop:
-    """A part wants the run to save and fail.
-
-    Attributes:
-        error: Makes the exception from the outcome of the save.
-    """
+    """A part wants the run to save and fail with `error`, given the outcome of the save."""
 
     error: Callable[[str], Exception]
 
@@ -109,11 +100,8 @@ class Part(StepHooks):
     """Base class of parts; a method that is not overridden does nothing.
 
     A part is also hooks of a step: it may look at micro-batches, add to the loss, join the read of
-    the step or refuse its batch.
-
-    Attributes:
-        key: Its name for other parts, and of its state in a checkpoint; a part with a state has one
-            of its own.
+    the step or refuse its batch. `key` names it for other parts, and its state in a checkpoint; a
+    part with a state has a key of its own.
     """
 
     key: ClassVar[str] = ""
@@ -169,11 +157,8 @@ class Part(StepHooks):
     def load(self, state: State, why: Why, step: int) -> Iterable[Alert]:
         """Continue from a state; called once before the first step, and after each rollback.
 
-        Args:
-            state: Result of an earlier `state`; empty where the checkpoint has none, or there is no
-                checkpoint.
-            why: Why it is loaded.
-            step: The run's newest step; of a rollback the last one undone.
+        `state` is the result of an earlier `state`, empty where no checkpoint has one; `step` is
+        the run's newest step, of a rollback the last one undone.
         """
         return ()
 
@@ -202,12 +187,10 @@ class PartContext:
     """The inputs of a part.
 
     Attributes:
-        config: The run's configuration.
         layout: The rank grid; process groups exist.
         model: The wrapped model, as a checkpoint has left it.
         supervisor: Gets what a rank does, so that a report of a hang names it.
         tokenizer: The tokenizer's file.
-        train_set: The training set.
         valid_set: The validation part of the data that is trained on; None without one.
         valid_sets: The sets of `data.validation` by name.
         progress: Where the run continues.
@@ -238,21 +221,14 @@ class PartContext:
         return found[0]
 
     def is_due(self, step: int, interval: int, at_end: bool = False) -> bool:
-        """True if an event of every `interval` steps, and of the last one, is due at `step`.
-
-        With an interval of 0 it is never due, or with `at_end` after the last step.
-        """
+        """True if `step` ends an interval or, for an interval above 0 or `at_end`, the run."""
         if step == self.config.training.train_iters:
             return at_end or interval > 0
         return interval > 0 and step % interval == 0
 
 
 class Parts(tuple[Part, ...]):
-    """The parts of a run, in order.
-
-    Raises:
-        ConfigError: Two have one key, or one has a state and no key.
-    """
+    """The parts of a run, in order; ConfigError if two have one key, or a state has no key."""
 
     def __new__(cls, parts: Iterable[Part]) -> Parts:
         """Check that states can be told apart."""

@@ -196,13 +196,10 @@ def _find_cause(
     before: Sequence[BatchEvidence],
     is_sound: Callable[[float], bool],
 ) -> _Finding:
-    """Find out why batches were refused, from the current model's judgement of them.
-
-    The model has not changed since the newest batch that it accepted. If it does not take batches
-    from then (`before`, maybe none) any more, it was damaged by its last steps. If it does, the
-    refused batches are at fault; and if these are also routed otherwise, then they are other texts.
-    `is_sound` is true for a loss of earlier batches that an undamaged model gives.
-    """
+    """Find out why batches were refused, from the current model's judgement of them."""
+    # The model has not changed since the newest batch that it accepted. If it does not take batches
+    # from then (`before`, maybe none) any more, it was damaged by its last steps. If it does, the
+    # refused batches are at fault; and if these are also routed otherwise, they are other texts.
     usual = _median([batch.loss for batch in before])
     numbers = f"batches from before them have a loss of {usual:.4f} now"
     if not before:
@@ -223,12 +220,10 @@ def _median(losses: Sequence[float]) -> float:
 
 
 def _has_moved(before: Sequence[Tensor], refused: Sequence[Tensor]) -> bool:
-    """True if two groups of batches differ significantly in their experts' shares.
-
-    A permutational analysis of variance (Anderson 2001) of Hellinger distances, of all layers
-    together. It needs no scale of what is usual: under the same model batches of the same texts can
-    be exchanged. Each batch has selections [MoE layers, E].
-    """
+    """True if two groups of [MoE layers, E] selections differ significantly in expert shares."""
+    # A permutational analysis of variance (Anderson 2001) of Hellinger distances, of all layers
+    # together. It needs no scale of what is usual: under the same model batches of the same texts
+    # can be exchanged.
     points = torch.stack([_shares(batch).sqrt().flatten() for batch in (*before, *refused)])
     # Seeded, so that every rank decides alike.
     generator = torch.Generator().manual_seed(0)

@@ -19,11 +19,7 @@ from moepp_megatron.training.step_sums import Summand, sum_over_ranks, zeros
 
 
 class RoutingCountsPart(Part):
-    """Routing metrics of one step, global over the batch and all MoE layers.
-
-    Attributes:
-        layer_numbers: Global numbers of all MoE layers of the model.
-    """
+    """Routing metrics of one step, over all ranks and MoE layers (global `layer_numbers`)."""
 
     def __init__(self, model: TrainingModel, config: Config, layout: Layout) -> None:
         self._config = config

@@ -23,14 +23,12 @@ _ALARM = "alarm"
 
 @dataclass(frozen=True)
 class Heartbeat:
-    """Last status report of a rank.
+    """Last status report of a rank, from process `pid` on machine `host`.
 
     Attributes:
-        host, pid: The rank's machine, and its process there.
         beat: Counts up as long as the process runs at all.
         step, phase: Optimizer step and phase in work.
         count: Phases entered so far.
-        stalled_s: Seconds without progress.
         collective: The collective that its main thread is in, or None.
         place: Where its main thread is, or None if it has not been looked at.
         has_dumped: True if its stacks are written.
@@ -108,11 +106,8 @@ def hang_report(
 ) -> str:
     """Name the rank that is behind, and the collectives that the others wait in.
 
-    Args:
-        beats: Last heartbeat of each rank.
-        silent: Ranks whose heartbeat has stopped or is missing.
-        world_size: Ranks of the run.
-        pending: By rank, a collective that it has not completed, from its flight recorder.
+    The heartbeat of `silent` ranks has stopped or is missing; `pending` has, by rank, a collective
+    that it has not completed, from its flight recorder.
     """
     held_up = [rank for rank in range(world_size) if rank not in silent and rank in beats]
     lines = []

@@ -34,10 +34,7 @@ class BatchEvidence:
     selections_LE: Tensor
 
     def state(self) -> list[Any]:
-        """The state for a checkpoint, as plain numbers.
-
-        None stands for NaN: saving compares ranks, and NaN is not equal.
-        """
+        """Return plain data, with None for NaN: saving compares ranks, and NaN is not equal."""
         loss = None if math.isnan(self.loss) else self.loss
         return [loss, self.selections_LE.tolist()]
 
@@ -74,18 +71,15 @@ class NumericalGuard:
     """Refuses batches with non-finite loss or gradients, or with a loss spike.
 
     The decision follows from rank 0's sums over all ranks and from the losses accepted before,
-    which every rank has; so all ranks decide alike.
-
-    Args:
-        settings: Section `resilience`.
-        chunks: The model, of which a message names the parameter that is not finite.
+    which every rank has; so all ranks decide alike. Messages name a parameter of `chunks`, the
+    model, that is not finite.
 
     Attributes:
         recent_samples: First samples of the batches accepted, the newest last.
         refused: The batches refused in a row, the newest last, as far as they have been noted.
         verdicts: Whether each of the newest batches was refused; empty again once it is reported.
-        last_loss: Loss of the batch judged last, over all ranks; NaN where it or the gradients are
-            not finite.
+        last_loss: Loss of the batch judged last, over all ranks; NaN if it or a gradient is not
+            finite.
         last_reason: Why the newest refused batch was refused.
     """
 
@@ -145,10 +139,7 @@ class NumericalGuard:
         return refuses
 
     def is_sound(self, loss: float) -> bool:
-        """True if a finite loss of batches trained on before is that of an undamaged model.
-
-        That is, nearer to the recent losses than to the threshold, which refused ones exceed.
-        """
+        """True if a loss of batches trained on is nearer to recent losses than to the threshold."""
         return self._is_within(loss, 0.5)
 
     def _is_within(self, loss: float, share: float) -> bool:
@@ -170,10 +161,7 @@ class NumericalGuard:
         return is_due
 
     def many_refused(self) -> str:
-        """An alert's text on batches refused now and then; empty if they are few.
-
-        They are too few in a row for a search for the cause, and each is lost to training.
-        """
+        """Return an alert's text on batches refused now and then, not in a row; empty if few."""
         count, among = sum(self.verdicts), len(self.verdicts)
         if count < self._settings.guard_max_consecutive_skips:
             return ""

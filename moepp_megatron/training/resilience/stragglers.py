@@ -31,14 +31,13 @@ _FUNCTIONS = (
 
 
 class _CollectiveClock:
-    """Adds up the time that the training thread waits for other ranks.
+    """Adds up the time that the training thread waits for other ranks."""
 
-    Neither gloo nor NCCL reports it. So while the clock runs, torch's collectives and the waits for
-    asynchronous ones are wrapped: with the wall clock on CPUs, with CUDA events on GPUs, where the
-    time of a collective on the compute stream is what training loses to it. A collective that is
-    being captured into a CUDA graph is not measured: its events would belong to the graph, and
-    could never be read.
-    """
+    # Neither gloo nor NCCL reports it. So while the clock runs, torch's collectives and the waits
+    # for asynchronous ones are wrapped: with the wall clock on CPUs, with CUDA events on GPUs,
+    # where the time of a collective on the compute stream is what training loses to it. A
+    # collective that is being captured into a CUDA graph is not measured: its events would belong
+    # to the graph, and could never be read.
 
     def __init__(self) -> None:
         self.counting = True
@@ -66,10 +65,8 @@ class _CollectiveClock:
         self._replaced.undo()
 
     def read(self) -> float:
-        """Seconds of waiting since the last reading.
-
-        The host waits for no GPU: what has not ended on the device is for a later reading.
-        """
+        """Return seconds of waiting since the last reading, on a GPU of what has ended there."""
+        # The host waits for no GPU: the rest is for a later reading.
         seconds, self._seconds = self._seconds, 0.0
         while self._pairs and self._pairs[0][1].query():
             begin, end = self._pairs.popleft()

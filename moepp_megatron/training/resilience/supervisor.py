@@ -32,13 +32,11 @@ class SilentDivergenceError(RuntimeError):
 
 
 def _check_shared_parameters(models: Sequence[torch.nn.Module], step: int) -> None:
-    """Compare every parameter with its copies on other ranks, bit by bit; every rank must call.
-
-    The copies are those of FFN experts on the expert-data-parallel ranks, of everything else on the
-    data- and context-parallel ranks, of whatever tensor parallelism does not split (norms, routers,
-    zero-computation experts) on the tensor-parallel ranks too, of tied embeddings on the first and
-    last pipeline stage. SilentDivergenceError, on every rank, names parameter, ranks and step.
-    """
+    """Compare every parameter with its copies on other ranks, bit by bit; every rank must call."""
+    # The copies are those of FFN experts on the expert-data-parallel ranks, of everything else on
+    # the data- and context-parallel ranks, of whatever tensor parallelism does not split (norms,
+    # routers, zero-computation experts) on the tensor-parallel ranks too, of tied embeddings on the
+    # first and last pipeline stage.
     problems: list[str] = []
     for parameters, group in _shared(models):
         if group.size() > 1:
@@ -118,12 +116,9 @@ def _who(ranks: list[int], sums: list[int]) -> str:
 
 @torch.no_grad()
 def _checksum(tensor: Tensor) -> Tensor:
-    """Sum of the elements' bit patterns, each times a weight of its position, modulo 2^64.
-
-    One changed bit always changes it; other differences are missed with a probability of about
-    2^-32 or less. Unlike a SHA it needs no copy to the host: a GPU reads the tensor once. Scalar
-    int64 on the device of `tensor`, whose elements have 1, 2, 4 or 8 bytes.
-    """
+    """Sum all bit patterns, each times a weight of its position, modulo 2^64: a scalar int64."""
+    # One changed bit always changes it; other differences are missed with a probability of about
+    # 2^-32 or less. Unlike a SHA it needs no copy to the host: a GPU reads the tensor once.
     words = tensor.detach().contiguous().view(-1).view(_WORDS[tensor.element_size()])
     total = torch.zeros((), dtype=torch.int64, device=words.device)
     for start in range(0, words.numel(), _CHUNK):

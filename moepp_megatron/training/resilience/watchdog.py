@@ -82,10 +82,9 @@ _GRACE_TICKS = 10
 class Watchdog:
     """Ends a process that makes no progress, and names the rank that blocks it.
 
-    Every rank has one. A rank in a collective may be stopped by another rank, so all ranks notice
-    at about the same time; the first one raises an alarm, all write their stacks, and the lowest
-    rank that still runs writes the report. It writes `heartbeats/` in the run's folder and, after a
-    hang, `hangs/`; `settings.hang_timeout_s` is above 0.
+    Every rank has one. A rank in a collective may be stopped by another, so all notice at about the
+    same time: the first one raises an alarm, all write their stacks into `RUN/hangs`, and the
+    lowest rank that still runs writes the report there. `settings.hang_timeout_s` is above 0.
     """
 
     def __init__(self, run_dir: Path, activity: Activity, settings: ResilienceSection) -> None:
