@@ -42,13 +42,7 @@ def alert_blocks(run: RunData) -> list[Block]:
 
 
 def mark_alerts(axes: Axes, alerts: Sequence[Alert], steps: np.ndarray) -> None:
-    """Draw a vertical line at each alert's step.
-
-    Args:
-        alerts: Alerts of the run; those outside of `steps`, and ends of alerts (`info`), are left
-            out.
-        steps: Steps of the curve, increasing.
-    """
+    """Draw a line at each alert's step; those outside of `steps` and ends (`info`) are left out."""
     seen: set[Severity] = set()
     shown = [a for a in alerts if a.severity != "info" and steps[0] <= a.step <= steps[-1]]
     moments = dict.fromkeys((alert.step, alert.severity) for alert in shown)

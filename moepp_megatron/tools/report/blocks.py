@@ -25,28 +25,18 @@ class Card:
 
 @dataclass(frozen=True)
 class Plot:
-    """A titled picture with its text.
-
-    Attributes:
-        caption: What the plot shows and how it is computed.
-        image: ``data:`` address of the picture; None if there is nothing to draw.
-        alt: The picture in words; without a picture, why there is none.
-    """
+    """A titled picture with its text."""
 
     title: str
-    caption: str
-    image: str | None
-    alt: str
+    caption: str  # what the plot shows and how it is computed
+    image: str | None  # ``data:`` address; None if there is nothing to draw
+    alt: str  # the picture in words; without a picture, why there is none
     wide: bool = False
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One cell of a table.
-
-    Attributes:
-        look: How it is set: as text, a number (on the right), a comment, code, or a badge.
-    """
+    """One cell of a table, set as text, a number (on the right), a comment, code or a badge."""
 
     text: str
     look: Literal["text", "number", "comment", "code", "critical", "warning", "info"] = "text"
@@ -59,31 +49,22 @@ def number(text: str) -> Cell:
 
 @dataclass(frozen=True)
 class Table:
-    """A table; a heading stands as its column's cells of the first row do.
-
-    Attributes:
-        rows: Cells by row, as many as headings; the first one names its row.
-        strong: Indices of rows to emphasise.
-        wide: Whether it takes the whole width of the page.
-    """
+    """A table; a heading stands as its column's cells of the first row do."""
 
     head: Sequence[str]
-    rows: Sequence[Sequence[Cell]]
+    rows: Sequence[Sequence[Cell]]  # as many cells as headings; the first one names its row
     caption: str = ""
-    strong: Sequence[int] = ()
+    strong: Sequence[int] = ()  # indices of rows to emphasise
     title: str = ""
-    wide: bool = True
+    wide: bool = True  # takes the whole width of the page
 
 
 @dataclass(frozen=True)
 class Text:
-    """Paragraphs.
+    """Paragraphs, one for each of `lines`.
 
-    Attributes:
-        lines: One paragraph each.
-        look: `note` is small, `warning` framed, `nothing` stands where something could be; `code`
-            keeps its line breaks.
-        fold: With a title, all of it is folded away below that.
+    `note` is small, `warning` framed, `nothing` stands where something could be; `code` keeps its
+    line breaks. With a title in `fold`, all of it is folded away below that.
     """
 
     lines: Sequence[str]
@@ -93,11 +74,7 @@ class Text:
 
 @dataclass(frozen=True)
 class ColouredText:
-    """A text whose pieces have a background.
-
-    Attributes:
-        pieces: Characters, strength of the colour from 0 to 1, and text for the pointer.
-    """
+    """Pieces of text: characters, strength of the background from 0 to 1, text for the pointer."""
 
     pieces: Sequence[tuple[str, float, str]]
 
@@ -107,11 +84,7 @@ Block = Plot | Table | Text | ColouredText
 
 @dataclass(frozen=True)
 class PageSection:
-    """Blocks below a heading.
-
-    Attributes:
-        blocks: Plots in two columns, unless they are wide; all else in the full width.
-    """
+    """Blocks below a heading: plots in two columns, unless wide; all else in the full width."""
 
     title: str
     blocks: Sequence[Block]
@@ -119,23 +92,15 @@ class PageSection:
 
 @dataclass(frozen=True)
 class Page:
-    """A page.
+    """A page."""
 
-    Attributes:
-        kind: What it is: "MoE++ pilot".
-        lead: The result in a sentence, or a line for each.
-        warnings: What a reader has to know before believing the numbers.
-        sources: The files that it is made of.
-        command: What makes it again.
-    """
-
-    kind: str
+    kind: str  # such as "MoE++ pilot"
     title: str
-    sources: str
-    command: str
-    lead: str = ""
+    sources: str  # the files that it is made of
+    command: str  # what makes it again
+    lead: str = ""  # the result in a sentence, or a line for each
     facts: Sequence[str] = ()
-    warnings: Sequence[str] = ()
+    warnings: Sequence[str] = ()  # to know before believing the numbers
     cards: Sequence[Card] = ()
     sections: Sequence[PageSection] = ()
 
@@ -156,15 +121,9 @@ def _render_page(page: Page) -> str:
 
 
 def write_blocks(path: Path, page: Page) -> Path:
-    """Write the page as ASCII, whole or not at all; folders that are missing are made.
+    """Write the page as ASCII, whole or not at all, make missing folders, and return `path`.
 
-    The same content gives the same bytes.
-
-    Returns:
-        `path`.
-
-    Raises:
-        ReportError: It cannot be written.
+    The same content gives the same bytes. ReportError if it cannot be written.
     """
     try:
         write_result(path, _render_page(page).encode("ascii", "xmlcharrefreplace"))

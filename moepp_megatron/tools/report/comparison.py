@@ -54,30 +54,22 @@ _LOOKS = [(colour, dashes) for dashes in _DASHES for colour in LINE_COLOURS]
 
 @dataclass(frozen=True)
 class _ComparedRun:
-    """One run among others.
-
-    Attributes:
-        settings: Its configuration, `section.key` to a value as text.
-        axes: At each record, [n] float64: `tokens` trained on; `seconds` in training steps (NaN
-            from a record on that has no step time); `flops`, model FLOPs as for the MFU, which are
-            missing where this version does not read the configuration.
-    """
+    """One run among others."""
 
     name: str
     data: RunData
     summary: RunSummary
-    settings: dict[str, str]
+    settings: dict[str, str]  # its configuration, `section.key` to a value as text
+    # [n] float64 at each record: `tokens` trained on; `seconds` in training steps (NaN from a
+    # record on that has no step time); `flops`, model FLOPs as for the MFU, which are missing where
+    # this version does not read the configuration.
     axes: Mapping[str, np.ndarray]
 
 
 def build_comparison(folders: Sequence[Path], out: Path = DEFAULT_OUT) -> Path:
-    """Write a page that lays runs over each other.
+    """Write a page that lays runs over each other, and return `out`.
 
-    Returns:
-        `out`.
-
-    Raises:
-        ReportError: A run is missing, incomplete or inconsistent, or the page cannot be written.
+    ReportError if a run is missing, incomplete or inconsistent, or the page cannot be written.
     """
     return write_blocks(out, _page(_load_runs(folders)))
 

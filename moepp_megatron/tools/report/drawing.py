@@ -90,10 +90,9 @@ def new_figure(width: float = 6.4, height: float = 3.1) -> Figure:
 
 
 def svg_data_uri(figure: Figure) -> str:
-    """The figure as a ``data:`` address for an image in the page.
+    """The figure as a ``data:`` address for an image in a light or dark page.
 
-    One picture serves light and dark pages: its colours are variables that follow the viewer's
-    preference.
+    Its colours are variables that follow the viewer's preference.
     """
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
@@ -148,14 +147,9 @@ def name_layers(axes: Axes, numbers: Sequence[int]) -> None:
 def thin(
     steps: np.ndarray, values: np.ndarray, extreme: np.ufunc | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Means, or extremes, of neighbouring points, at most ``MAX_POINTS`` of them.
+    """Means, or extremes, of neighbouring points: steps and values, at most ``MAX_POINTS`` of each.
 
-    Args:
-        steps: [n] float64, and so are the values.
-        extreme: `np.minimum` or `np.maximum`.
-
-    Returns:
-        Steps and values, [n] float64 each; the step of a group is its last.
+    All are [n] float64; `extreme` is `np.minimum` or `np.maximum`; the step of a group is its last.
     """
     size = -(-len(steps) // MAX_POINTS)
     starts = np.arange(0, len(steps), size)

@@ -40,8 +40,7 @@ _ABOUT = (
 def write_inspection(request: InspectRequest, trace: Trace) -> list[tuple[str, Path]]:
     """Write the page, and the JSON file if one is wanted; returns name and path of each.
 
-    Raises:
-        ReportError: The page cannot be written.
+    ReportError if the page cannot be written.
     """
     written = [("page", write_blocks(request.out, _page(request, trace)))]
     if request.json is not None:

@@ -34,49 +34,33 @@ _MANY, _FEW = 60, 12
 
 @dataclass(frozen=True)
 class PlotLine:
-    """One line.
-
-    Attributes:
-        marker: A marker for each point, of numbers that few records have; then one is enough.
-        raw: Whether its values have no noise to smooth.
-        band: The least and the greatest of what the values are means of, [n] each.
-    """
+    """One line."""
 
     label: str
     points: Series
     colour: str = BLUE
     dashes: Dashes = "-"
-    marker: str = ""
-    raw: bool = False
+    marker: str = ""  # for each point, of numbers that few records have; then one is enough
+    raw: bool = False  # its values have no noise to smooth
+    # The least and the greatest of what the values are means of, [n] each.
     band: tuple[np.ndarray, np.ndarray] | None = None
 
 
 @dataclass(frozen=True)
 class Frame:
-    """Frame of a plot's lines.
+    """Frame of a plot's lines."""
 
-    Attributes:
-        axis: Label of the vertical axis.
-        show: How values are written.
-        x: Label of the horizontal axis; empty for steps.
-        bottom: Lowest value of the vertical axis; None for that of the lines.
-        levels: Horizontal lines to compare with: name and height.
-        healthy: The range of a healthy run.
-        wide: Whether it takes the whole width of the page.
-        height: Of the picture, inches.
-        change: Called with the axes at the end, for what no other field says.
-    """
-
-    axis: str
-    show: Callable[[float], str] = formatting.number
-    x: str = ""
-    bottom: float | None = None
+    axis: str  # label of the vertical axis
+    show: Callable[[float], str] = formatting.number  # how values are written
+    x: str = ""  # label of the horizontal axis; empty for steps
+    bottom: float | None = None  # lowest value of the vertical axis; None for that of the lines
     top: float | None = None
-    levels: Sequence[tuple[str, float]] = ()
-    healthy: tuple[float, float] | None = None
+    levels: Sequence[tuple[str, float]] = ()  # horizontal lines to compare with: name, height
+    healthy: tuple[float, float] | None = None  # the range of a healthy run
     alerts: Sequence[Alert] = ()
-    wide: bool = False
-    height: float = 3.1
+    wide: bool = False  # takes the whole width of the page
+    height: float = 3.1  # inches
+    # Called with the axes at the end, for what no other field says.
     change: Callable[[Axes], object] | None = None
 
 

@@ -29,7 +29,7 @@ from moepp_megatron.tools.report.token_groups import source_table, token_plots
 
 
 def build_report(folder: str | Path, *others: str | Path, out: str | Path | None = None) -> Path:
-    """Write a run's page, or with several runs the page that compares them.
+    """Write a run's page, or with several runs the page that compares them, and return its path.
 
     One run's page is made of its configuration, metrics and alerts. A page is ASCII, needs no other
     file and makes no network requests. The same inputs give the same bytes.
@@ -37,9 +37,6 @@ def build_report(folder: str | Path, *others: str | Path, out: str | Path | None
     Args:
         out: The page; by default `report.html` in the run's folder, and `comparison.html` in the
             working directory for several runs.
-
-    Returns:
-        Path of the page.
 
     Raises:
         ReportError: A run is missing, incomplete or inconsistent, or the page cannot be written.

@@ -77,8 +77,7 @@ class _Training(BaseModel):
 class RunConfig(BaseModel):
     """The part of a resolved ``config.yaml`` that the report reads, section by section.
 
-    It has a reader of its own, so that a run of another version of the schema can still be
-    reported.
+    As it has a reader of its own, a run of another version of the schema can still be reported.
     """
 
     run: _Run
@@ -116,19 +115,14 @@ class RunConfig(BaseModel):
 
 @dataclass(frozen=True)
 class RunData:
-    """A run as read from its folder.
-
-    Attributes:
-        records: At least one record, steps strictly increasing.
-        numbers: What pages need of them.
-        alerts: Alerts in the order of time, including those of steps that were repeated.
-    """
+    """A run as read from its folder."""
 
     folder: Path
     config: RunConfig
     config_text: str
-    records: Records
-    numbers: Numbers
+    records: Records  # at least one, steps strictly increasing
+    numbers: Numbers  # what pages need of them
+    # In the order of time, including those of steps that were repeated.
     alerts: list[Alert] = field(default_factory=list)
 
 
@@ -146,11 +140,7 @@ def _is_run(path: Path) -> bool:
 
 
 def refuse_folder_of_runs(folder: Path) -> None:
-    """Refuse a folder that holds runs and is none.
-
-    Raises:
-        ReportError: If it does; names them.
-    """
+    """Refuse a folder that holds runs and is none itself; the ReportError names them."""
     runs = runs_inside(folder)
     if runs:
         named = " ".join(shlex.quote(str(run)) for run in runs[:_NAMED_RUNS])
@@ -159,10 +149,9 @@ def refuse_folder_of_runs(folder: Path) -> None:
 
 
 def load_run(folder: Path) -> RunData:
-    """Reads a run's ``config.yaml``, ``metrics.jsonl`` and, where there is one, ``alerts.jsonl``.
+    """Read a run's ``config.yaml``, ``metrics.jsonl`` and, where there is one, ``alerts.jsonl``.
 
-    Raises:
-        ReportError: The folder or a file is missing, unreadable, or they do not fit together.
+    ReportError if the folder or a file is missing or unreadable, or they do not fit together.
     """
     if not folder.is_dir():
         raise ReportError(
@@ -187,23 +176,15 @@ def load_run(folder: Path) -> RunData:
 
 
 def name_below(base: Path, folder: Path) -> str:
-    """A run's name among others: its folder's path below the one that all have in common.
-
-    Args:
-        base: That folder, absolute.
-    """
+    """A run's name among others: its folder's path below `base`, an absolute one that all share."""
     below = str(folder.relative_to(base))
     return printable(folder.name if below == "." else below, keep="")
 
 
 def read_config(path: Path) -> tuple[RunConfig, str]:
-    """Reads a run's ``config.yaml``.
+    """Read a run's ``config.yaml``: the fields that the report needs, and the text.
 
-    Returns:
-        The fields that the report needs, and the text.
-
-    Raises:
-        ReportError: If it cannot be read, or is not the configuration of a run.
+    ReportError if it cannot be read, or is not the configuration of a run.
     """
     try:
         check_regular(path)

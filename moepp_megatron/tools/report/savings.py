@@ -28,27 +28,18 @@ class _LayerFlops:
 
 @dataclass(frozen=True)
 class Savings:
-    """A run against the vanilla layer of the same size.
+    """A run against the vanilla layer of the same size."""
 
-    Attributes:
-        measured: Work with the FFN share of the tail (see `RunSummary`).
-        vanilla_a2a_bytes: Bytes that the vanilla layer would have sent; None if unknown.
-    """
-
-    measured: _LayerFlops
+    measured: _LayerFlops  # with the FFN share of the tail (see `RunSummary`)
     vanilla: _LayerFlops
-    vanilla_a2a_bytes: float | None
+    vanilla_a2a_bytes: float | None  # what it would have sent; None if unknown
 
 
 def vanilla_a2a_bytes(dispatcher: str, measured: float, ffn_fraction: float) -> float | None:
     """All-to-all bytes if every selection went to an FFN expert, in the same layout.
 
-    Args:
-        ffn_fraction: Their share of all selections.
-
-    Returns:
-        Bytes, or None where they cannot be known: where no selection was FFN-routed, so that there
-        is nothing to scale up, and where several selections of a token may travel as one vector.
+    `ffn_fraction` is their share of all selections. None where no selection was FFN-routed, so that
+    there is nothing to scale up, or several selections of a token may travel as one vector.
     """
     if dispatcher == "allgather":
         # Every token goes everywhere, whatever its experts.

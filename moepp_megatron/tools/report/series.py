@@ -46,9 +46,7 @@ def finite(x: np.ndarray, y: np.ndarray) -> Series:
 class Numbers:
     """The numbers of a run's records in columns: some 250 MB for a million records.
 
-    Args:
-        experts: Those of an MoE layer; without them nothing is summed up of them.
-        records: The first records.
+    `experts` are those of an MoE layer; without them nothing is summed up of them.
     """
 
     def __init__(
@@ -122,11 +120,10 @@ class Numbers:
     def values(self, key: str, name: str = "") -> np.ndarray:
         """A number of each record that counts, [n] float64; NaN where it was not recorded.
 
-        Args:
-            name: Of the number, where the key holds numbers by name, such as that of a data source;
-                without it such a key has 1 where it was recorded. Each kind of expert's share of
-                the selections is under `kind_share`; under a name of `IN_LAYERS` are the `BAND`
-                of the MoE layers.
+        Where the key holds numbers by name, such as that of a data source, `name` chooses one;
+        without it such a key has 1 where it was recorded. Each kind of expert's share of the
+        selections is under `kind_share`; under a name of `IN_LAYERS` are the `BAND` of the MoE
+        layers.
         """
         assert key in _KNOWN, f"{key} is not kept"
         return self._column(key, name)[self._is_counted]

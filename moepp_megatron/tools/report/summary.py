@@ -15,40 +15,24 @@ _TAIL = 0.1
 
 @dataclass(frozen=True)
 class RunSummary:
-    """Numbers of a whole run; those of its tail are means over the last tenth of the records.
-
-    Attributes:
-        loss: Training loss of the last record, nats.
-        tail_loss: Training loss of the tail, nats.
-        valid_loss: Last validation loss, nats; None if never evaluated.
-        valid_step: Step of ``valid_loss``.
-        perplexity: ``exp`` of the validation loss, or of ``tail_loss`` without one.
-        ffn_fraction: FFN share, mean over the steps of the run; used only for totals of the run.
-        tail_ffn_fraction: FFN share of the tail.
-        tail_count: Number of records of the tail.
-        window: The steps of these records in words.
-        tokens_per_s: Median over the records.
-        train_seconds: Time in training steps, without start, evaluation and checkpoints.
-        a2a_bytes: All-to-all bytes of the whole run.
-        dropped_fraction: Share of selections dropped in the tail.
-    """
+    """Numbers of a whole run; those of its tail are means over the last tenth of the records."""
 
     last_step: int
     tokens: int
-    loss: float
-    tail_loss: float
-    valid_loss: float | None
+    loss: float  # training loss of the last record, nats
+    tail_loss: float  # training loss of the tail, nats
+    valid_loss: float | None  # the last, nats; None if never evaluated
     valid_step: int | None
-    perplexity: float
+    perplexity: float  # `exp` of the validation loss, or of `tail_loss` without one
     phi: float
-    ffn_fraction: float
+    ffn_fraction: float  # mean over the steps of the run; used only for totals of the run
     tail_ffn_fraction: float
-    tail_count: int
-    window: str
-    tokens_per_s: float
-    train_seconds: float
-    a2a_bytes: float
-    dropped_fraction: float
+    tail_count: int  # records of the tail
+    window: str  # the steps of these records in words
+    tokens_per_s: float  # median over the records
+    train_seconds: float  # in training steps, without start, evaluation and checkpoints
+    a2a_bytes: float  # of the whole run
+    dropped_fraction: float  # share of selections dropped in the tail
 
 
 def step_weights(steps: np.ndarray) -> np.ndarray:

@@ -36,11 +36,7 @@ def titled_table(title: str, *columns: str, words: int = 0) -> Table:
 
 
 def plain_table(*columns: str, words: int = 0) -> Table:
-    """A table with a rule below its head and nothing around it.
-
-    Args:
-        words: Number of columns, from the left, that hold words; the rest hold numbers.
-    """
+    """A table with a rule below its head; the first `words` columns hold words, others numbers."""
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
     _add_columns(table, columns, words)
     return table
@@ -63,10 +59,10 @@ def _add_columns(table: Table, columns: Sequence[str], words: int) -> None:
 
 
 def print_uncut(*parts: RenderableType) -> None:
-    """Print tables and lines; no cell, number or line of it is cut, whatever the width.
+    """Print tables and lines, whole whatever the width; square brackets in texts are no markup.
 
     Lines are wrapped by the terminal. A table that is wider than the terminal is printed at the
-    least width at which its cells are whole. Square brackets in texts are no markup.
+    least width at which its cells are whole.
     """
     console = wide_console()
     width = console.width

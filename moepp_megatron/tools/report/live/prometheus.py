@@ -58,13 +58,10 @@ OF_RUN = (RUN_INFO, STATE, RECORD_AGE, TRAIN_ITERS, PHI, ALERTS)
 
 
 def _samples_of(run: LiveRun) -> Iterator[tuple[_Exported, list[Sample]]]:
-    """The metrics of a run as it was at the last poll.
-
-    A run that is silent or over keeps its state, age and alerts, but no numbers of records, so
-    that graphs end where the run did.
-    """
+    """The metrics of a run as it was at the last poll."""
     state = run.health().state
     yield from _of_run(run, state)
+    # One that is silent or over has no numbers of records, so that graphs end where the run did.
     if run.history.newest is None or state != "running":
         return
     sums: dict[_Exported, dict[tuple[str, ...], float]] = {}
@@ -103,10 +100,7 @@ class LiveRuns:
     """The runs of some folders; `look` updates them.
 
     A folder is a run's, or holds folders of runs directly: then each of them counts, also one that
-    comes later.
-
-    Raises:
-        ReportError: If a path is not a folder, or has nothing to do with a run.
+    comes later. ReportError if a path is not a folder, or has nothing to do with a run.
     """
 
     def __init__(self, folders: Sequence[Path], clock: Callable[[], float] = time.time) -> None:
@@ -124,11 +118,9 @@ class LiveRuns:
         return len(self._folders) == 1 and _runs_in(self._folders[0]) == self._folders
 
     def look(self) -> dict[str, LiveRun]:
-        """Read new records; a run that cannot be read stays as it was.
+        """Read new records and return runs by name; a run that cannot be read stays as it was.
 
-        Returns:
-            Every run by its name: the path below the folder that all have in common. It depends on
-            the folders that were given, not on which runs there are.
+        A name is the path below the folder that all given folders share, whatever runs are there.
         """
         known, self._runs = self._runs, {}
         for folder in itertools.chain.from_iterable(map(_runs_in, self._folders)):
@@ -173,16 +165,9 @@ class _RunsCollector(Collector):
 
 
 def serve(runs: LiveRuns, port: int, host: str = ADDRESS) -> str:
-    """Serve runs on ``host:port`` from background threads.
+    """Serve runs on ``host:port`` from background threads, and return the address to scrape.
 
-    Args:
-        port: The port; 0 takes a free one.
-
-    Returns:
-        The address to scrape.
-
-    Raises:
-        ConfigError: If the port is not available.
+    Port 0 takes a free one. ConfigError if the port is not available.
     """
     # The first look reads all that is there, and a scraper waits ten seconds for an answer.
     runs.look()

@@ -26,6 +26,8 @@ from moepp_megatron.tools.report.run_data import (
     refuse_folder_of_runs,
 )
 
+# waiting: nothing of it is there; starting: no record yet; silent: no record for long; stopped: on
+# request, or before its last step; died: its process is gone without a report.
 State = Literal["waiting", "starting", "running", "silent", "finished", "stopped", "died"]
 STATES: tuple[State, ...] = get_args(State)
 
@@ -39,15 +41,12 @@ _KEPT_ALERTS = 200
 
 
 class _History:
-    """The records so far; a record of an earlier step undoes those from that step on.
-
-    Attributes:
-        recent: The last records, steps strictly increasing.
-        latest: The newest value under each key; not every record has every key.
-    """
+    """The records so far; a record of an earlier step undoes those from that step on."""
 
     def __init__(self) -> None:
+        # Steps strictly increasing.
         self.recent: deque[StepMetrics] = deque(maxlen=_RECENT)
+        # The newest value under each key; not every record has every key.
         self.latest: dict[str, Any] = {}
 
     @property
@@ -78,18 +77,11 @@ class _History:
 
 @dataclass(frozen=True)
 class _RunHealth:
-    """The state of a run.
-
-    Attributes:
-        state: ``waiting`` (nothing of it is there), ``starting`` (no record yet), ``running``,
-            ``silent`` (no record for long), ``finished``, ``stopped`` (on request, or before its
-            last step), ``died`` (its process is gone without a report).
-        resume_command: The command that its folder names to resume a stopped run; None without one.
-    """
+    """The state of a run."""
 
     state: State
     text: str
-    resume_command: str | None = None
+    resume_command: str | None = None  # that its folder names to resume a stopped run
 
     @property
     def is_over(self) -> bool:
@@ -104,13 +96,7 @@ def _judge(
     status: RunStatus | None,
     now: float,
 ) -> _RunHealth:
-    """The state of a run.
-
-    Args:
-        total_steps: ``training.train_iters``; None without a configuration.
-        status: Content of `status.json`; None if there is none.
-        now: Seconds since 1970.
-    """
+    """The state of a run at `now`, seconds since 1970; no `total_steps` without a configuration."""
     newest = history.newest
     step = newest.step if newest is not None else 0
     if newest is not None and total_steps is not None and step >= total_steps:
@@ -147,11 +133,7 @@ def _ago(seconds: float | None) -> str:
 
 
 class LiveRun:
-    """The known state of a run; `poll` updates it.
-
-    Raises:
-        ReportError: If it is not a folder, or not a run's.
-    """
+    """The known state of a run; `poll` updates it. ReportError if it is not a run's folder."""
 
     def __init__(self, folder: Path, clock: Callable[[], float] = time.time) -> None:
         check_folder(folder)
@@ -169,11 +151,7 @@ class LiveRun:
         self._record_time: float | None = None
 
     def poll(self) -> None:
-        """Read new records and alerts.
-
-        Raises:
-            ReportError: If a file exists that cannot be read, or is not a configuration.
-        """
+        """Read new records and alerts; ReportError for an unreadable file or no configuration."""
         try:
             self._read_config()
             self._read_records()
@@ -241,12 +219,9 @@ class LiveRun:
 
 
 def check_folder(folder: Path) -> None:
-    """Refuse a path that cannot be a run's folder.
+    """Refuse a path that cannot be a run's folder; a ReportError names it, the rule and a remedy.
 
     An empty one may become a run's, and so may one that a waiting job writes its logs to.
-
-    Raises:
-        ReportError: If it cannot; names the path, the rule and a remedy.
     """
     if not folder.is_dir():
         raise ReportError(

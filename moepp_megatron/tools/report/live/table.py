@@ -48,11 +48,7 @@ def watch(
     until_over: bool = True,
     sleep: Callable[[float], None] = time.sleep,
 ) -> None:
-    """Show a run until it is over or Ctrl-C; the last state stays in the terminal.
-
-    Args:
-        until_over: Whether to end with the run.
-    """
+    """Show a run until Ctrl-C or, with `until_over`, its end; the last state stays on screen."""
     with Live(console=console, auto_refresh=False) as live:
         try:
             while True:
