@@ -35,11 +35,7 @@ class _Draw:
 
 
 def plan_draws(blends: Sequence[Blend], num_samples: int) -> tuple[list[_Draw], dict[str, int]]:
-    """Plan the stages of a run.
-
-    Returns:
-        What each stage draws, and how many samples each folder must have, by its real path.
-    """
+    """Return what each stage draws, and the samples each folder must have, by its real path."""
     begun = [blend for blend in blends if blend.first_sample < num_samples] or list(blends[:1])
     ends = [*(blend.first_sample for blend in begun), num_samples]
     needed: dict[str, int] = {}
@@ -57,11 +53,7 @@ def plan_draws(blends: Sequence[Blend], num_samples: int) -> tuple[list[_Draw], 
 
 @contextmanager
 def cached_in(cache: Path) -> Iterator[None]:
-    """A block in which megatron-core writes or reads its orders of samples.
-
-    Raises:
-        ConfigError: The folder cannot be written, or a killed run has left half a file in it.
-    """
+    """Turn failures of megatron-core to write or read its orders of samples into ConfigError."""
     try:
         yield
     except Exception as error:
@@ -81,16 +73,14 @@ def cached_in(cache: Path) -> Iterator[None]:
 
 
 class DrawnDataset(Dataset[Any]):
-    """The samples of all stages in one order.
+    """The samples of all stages in one order; every rank must make it.
 
     Args:
-        draws: The stages.
         datasets: The open folders by their real paths.
         cache: Folder for the order of a blend.
 
     Attributes:
         config: megatron-core's configuration of the first folder.
-        source_names: Names of the data sources.
         repeats_from: The sample that follows the last one: the first of the last stage.
     """
 

@@ -52,13 +52,8 @@ class _Generation(Extension):
 class ChatTemplate:
     """Renders conversations and encodes them.
 
-    Args:
-        text: The template.
-        tokenizer: Encodes what it renders; its end-of-document token is the template's `eos_token`.
-        name: What errors call the template.
-
-    Raises:
-        ConfigError: The text is no template.
+    Errors call the template `name`; its `eos_token` is the tokenizer's end-of-document token.
+    A text that is no template raises ConfigError.
     """
 
     def __init__(self, text: str, tokenizer: Tokenizer, name: str) -> None:
@@ -88,16 +83,10 @@ class ChatTemplate:
 
     @classmethod
     def find(cls, tokenizer_path: Path, tokenizer: Tokenizer, file: Path | None) -> "ChatTemplate":
-        """The template of a file, or the one next to a tokenizer.
+        """Return the template of `file` (`--template`), or for None the one next to a tokenizer.
 
-        Args:
-            tokenizer_path: `tokenizer.json` or its folder. Beside it `chat_template.jinja` is
-                looked for, then `chat_template` in `tokenizer_config.json`.
-            tokenizer: The tokenizer there.
-            file: `--template`; None for the tokenizer's own.
-
-        Raises:
-            ConfigError: There is none, or none that can be read.
+        Beside `tokenizer_path`, a `tokenizer.json` or its folder, that is `chat_template.jinja`, or
+        else `chat_template` in `tokenizer_config.json`. ConfigError if none can be read.
         """
         folder = tokenizer_file(tokenizer_path).parent
         content = read_tokenizer_config(folder)
@@ -118,11 +107,7 @@ class ChatTemplate:
         return cls(_with_tokens(text, content, tokenizer.eod_token), tokenizer, name)
 
     def render(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
-        """The text of a conversation, up to where an answer begins if that is asked for.
-
-        Raises:
-            UnusableChat: The template refuses it.
-        """
+        """Render messages, and the start of an answer if asked to; UnusableChat if that fails."""
         try:
             return self._template.render(
                 messages=list(messages),
@@ -136,11 +121,7 @@ class ChatTemplate:
             raise UnusableChat(f"the template fails: {type(error).__name__}") from None
 
     def prompt(self, text: str) -> str:
-        """The text of one message of a user, up to where the answer begins.
-
-        Raises:
-            ConfigError: It spells a special token, or the template refuses it.
-        """
+        """Render a user's message as a prompt; ConfigError if refused or with a special token."""
         messages = [{"role": "user", "content": text}]
         try:
             self._check_content(messages)
@@ -154,13 +135,11 @@ class ChatTemplate:
             ) from None
 
     def encode(self, messages: Sequence[Message]) -> tuple[list[int], NDArray[np.bool_]]:
-        """Token ids of a conversation, and which of them a model is to learn.
+        """Return the token ids of a conversation, and a mask of those that a model is to learn.
 
-        That is what the template adds for an answer after the beginning of one: the answer and
-        what ends it, up to the end-of-document token if that is in it.
-
-        Raises:
-            UnusableChat: The template or the tokenizer cannot do it.
+        It learns what the template adds for an answer after the beginning of one: the answer and
+        what ends it, up to the end-of-document token if that is in it. UnusableChat is raised if
+        the template or the tokenizer cannot do it.
         """
         self._check_content(messages)
         text = self.render(messages)

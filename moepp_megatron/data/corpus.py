@@ -34,21 +34,15 @@ ALONE = -1
 
 @dataclass(frozen=True)
 class _SpooledCorpus:
-    """Tokens in reading order, in a temporary file.
+    """Tokens in reading order, in a temporary file, and [documents] arrays about them."""
 
-    Attributes:
-        path: the ids, one document after the other, each ending with EOD.
-        dtype: Integer type of the ids.
-        lengths: [documents] int64, tokens of each document.
-        groups: [documents] int64, a number for each group (`_arrange`).
-        source_ids: [documents] int64, index of each document's data source in the order of
-            `Manifest.source_names`.
-    """
-
+    # The ids, one document after the other, each ending with EOD.
     path: Path
     dtype: type[np.uint16] | type[np.int32]
     lengths: _Ints
+    # A number for each group, or `ALONE`.
     groups: _Ints
+    # In the order of `Manifest.source_names`.
     source_ids: _Ints
     sources: list[SourceSummary]
     skipped: Counter[str]
@@ -64,8 +58,7 @@ def spool_corpus(
 ) -> _SpooledCorpus:
     """Append every piece to a file, so that memory holds the lengths only.
 
-    Raises:
-        ConfigError: `unusable` of a source without a single usable document.
+    A source without a single usable document raises the error that `unusable` makes of it.
     """
     # [3, documents] of each piece: lengths, groups, data sources.
     columns: list[_Ints] = []
@@ -98,10 +91,8 @@ def spool_corpus(
 class WrittenCorpus:
     """The written corpus in terms of the manifest.
 
-    Attributes:
-        sha256: SHA-256 by file name, of the bytes that were to be written: it shows errors of the
-            storage, too.
-        split: weights of train, validation and test by documents; None if any will do.
+    `sha256`, by file name, is of the bytes that were to be written: it shows errors of the storage.
+    `split` has the weights of train, validation and test by documents; None if any will do.
     """
 
     sources: list[SourceSummary]
@@ -117,9 +108,8 @@ def write_indexed_dataset(spooled: _SpooledCorpus, folder: Path, seed: int) -> W
     """Write `folder/corpus.bin` and `folder/corpus.idx`; the temporary file is removed.
 
     Where documents come from several data sources, `folder/sources.npy` says which is whose.
-
-    Megatron splits train, validation and test by position, so documents are shuffled once, here:
-    in reading order the validation split would be the last files of the last source.
+    Documents are shuffled here because Megatron splits train, validation and test by position: in
+    reading order the validation split would be the last files of the last source.
     """
     tokens = np.memmap(spooled.path, dtype=spooled.dtype, mode="r")
     ends = np.cumsum(spooled.lengths)
@@ -141,11 +131,7 @@ def write_indexed_dataset(spooled: _SpooledCorpus, folder: Path, seed: int) -> W
 def write_documents(
     prefix: Path, documents: Iterable[NDArray[Any]], dtype: type[np.generic]
 ) -> dict[str, str]:
-    """Write `PREFIX.bin` and `PREFIX.idx` with megatron-core's builder.
-
-    Returns:
-        SHA-256 by file name.
-    """
+    """Write `PREFIX.bin` and `.idx` with megatron-core's builder; return SHA-256 by file name."""
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
     bin_file, idx_file = prefix.with_suffix(".bin"), prefix.with_suffix(".idx")
@@ -161,21 +147,7 @@ def write_documents(
 
 
 def _arrange(groups: _Ints, lengths: _Ints, seed: int) -> tuple[_Ints, int | None]:
-    """Shuffle documents; those for validation, whole groups, come last.
-
-    megatron-core splits by position, so the number of documents at the end is the split. Groups are
-    drawn in a random order, and each that fits is taken until `_VALIDATION_SHARE` of the tokens is
-    reached. A document of no group is one by itself.
-
-    Args:
-        groups: [documents] number of each document's group, or `ALONE`.
-        lengths: [documents] tokens.
-        seed: seed of the order.
-
-    Returns:
-        The documents in order, and how many at the end are for validation: None if there are no
-        groups, where any split will do, or only one.
-    """
+    """Shuffle documents; return how many at the end are for validation too, or None for any."""
     # RandomState, because NumPy promises its stream across versions; default_rng's may change.
     random = np.random.RandomState(seed)
     order = random.permutation(len(lengths)).astype(np.int64)
@@ -187,6 +159,7 @@ def _arrange(groups: _Ints, lengths: _Ints, seed: int) -> tuple[_Ints, int | Non
     if len(tokens) < 2:
         return order, None
     left = int(_VALIDATION_SHARE * tokens.sum())
+    # Groups in a random order, each that still fits; a document of no group is one by itself.
     # If not even the smallest fits, it is taken all the same.
     chosen = np.zeros(len(tokens), dtype=bool)
     for unit in random.permutation(len(tokens)):

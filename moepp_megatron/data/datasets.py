@@ -42,17 +42,17 @@ def build_datasets(
 
     A sample is `sequence_length` consecutive tokens of the shuffled documents, each of which ends
     with EOD, and the same shifted by one as labels; in a folder of conversations it is whole
-    conversations (`ConversationDataset`). A split too small for its number of samples
-    is repeated, reshuffled. Rank 0 computes the sample indices, the others wait and read them,
-    so all ranks must see the same `cache_dir`.
+    conversations (`ConversationDataset`). A split too small for its number of samples is repeated,
+    reshuffled. Rank 0 computes the sample indices, the others wait and read them, so all ranks must
+    see the same `cache_dir`.
 
     Args:
         data: a folder written by `moepp data prepare`, or the blends of a run.
         tokenizer: the folder's, or one with the same ids.
         sequence_length: tokens of a sample.
-        split: weights of train, validation and test by documents, such as "98,2,0"; None takes
-            the corpus's own, or `DEFAULT_SPLIT` if it has none.
-        seed: Seed of the order of samples.
+        split: weights of train, validation and test by documents, such as "98,2,0"; None takes the
+            corpus's own, or `DEFAULT_SPLIT` if it has none.
+        seed: decides the order of samples.
         num_samples: how many samples each split must have at least. With 0 of validation that part
             may have no document.
         reset_position_ids: positions start at 0 after every EOD.
@@ -82,17 +82,10 @@ def build_datasets(
 def build_validation_sets(
     config: Config, tokenizer: Tokenizer, num_samples: int
 ) -> dict[str, GPTDataset]:
-    """Open the sets of `data.validation`; every rank must call.
+    """Open the sets of `data.validation` by name; none if `num_samples` is 0. Every rank must call.
 
-    A folder that is trained on gives its validation part, any other all of its documents.
-
-    Args:
-        config: the run's configuration.
-        tokenizer: the run's.
-        num_samples: samples that each set must have at least; with 0 none is opened.
-
-    Raises:
-        ConfigError: no dataset there, or nothing to validate on.
+    A folder that is trained on gives its validation part, any other all of its documents. Each set
+    has at least `num_samples` samples. ConfigError if one has no dataset or no document to use.
     """
     data = config.data
     options = _options(

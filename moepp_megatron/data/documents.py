@@ -43,10 +43,7 @@ class Skipped:
 
 @dataclass(frozen=True)
 class _DocumentPart:
-    """A part of a file: bytes [start, end) of text and JSONL, row groups [start, end) of tables.
-
-    A JSONL record belongs to the part in which its line starts. A compressed file is one part.
-    """
+    """Bytes [start, end) of a text or of JSONL, or row groups [start, end) of a table."""
 
     file: SourceFile
     start: int
@@ -55,10 +52,7 @@ class _DocumentPart:
     most: int = 0
 
     def records(self, column: str | None = None) -> Iterator[Record | Skipped]:
-        """Yield the JSON objects of JSONL or the rows of a table, or why one is skipped.
-
-        Of a table only `column` is read, if it is given.
-        """
+        """Yield JSON objects or rows, of a table perhaps one column only, or why one is skipped."""
         file = self.file
         if file.format in TABLES:
             left = self.most
@@ -115,9 +109,8 @@ class Piece:
 def plan_pieces(sources: Sequence[TextSource], text_key: str | None) -> list[Piece]:
     """Cut all sources into pieces, in reading order.
 
-    Raises:
-        ConfigError: a table that is damaged, lacks the column, or pyarrow is absent; a text that is
-            JSONL.
+    Raises ConfigError for a table that is damaged or lacks the column, for one without pyarrow, and
+    for a text that is JSONL.
     """
     pieces: list[Piece] = []
     for index, source in enumerate(sources):
@@ -191,11 +184,7 @@ def _first_of_array(file: SourceFile) -> object:
 
 
 def check_usable(sources: Sequence[TextSource], pieces: Sequence[Piece], text_key: str) -> None:
-    """Read every source up to its first usable document, before hours are spent on the others.
-
-    Raises:
-        ConfigError: a source without a single usable document.
-    """
+    """Raise ConfigError for a source without a usable document, before hours go to the others."""
     for index, source in enumerate(sources):
         skipped: Counter[str] = Counter()
         own = (piece.documents(text_key) for piece in pieces if piece.source == index)

@@ -29,7 +29,6 @@ class EncodedPiece:
     """The documents of one piece.
 
     Attributes:
-        piece: where they come from.
         tokens: [n] uint16 or int32, the documents one after the other, each ending with EOD.
         lengths: [documents] int64, tokens of each document, EOD included.
         skipped: documents left out, by reason.
@@ -52,10 +51,8 @@ def count_skipped(skipped: Counter[str], more: Mapping[str, int]) -> None:
 
 
 def token_dtype(vocab_size: int) -> type[np.uint16] | type[np.int32]:
-    """The smaller integer that holds every id, by the rule of megatron-core's `DType`.
-
-    The rule is repeated here because importing it imports torch, in every worker.
-    """
+    """Return the smaller integer that holds every id, by the rule of megatron-core's `DType`."""
+    # Repeated here because importing it imports torch, in every worker.
     return np.uint16 if vocab_size < 65500 else np.int32
 
 

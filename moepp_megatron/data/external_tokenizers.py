@@ -52,13 +52,10 @@ _DIFFICULT = (
 
 @dataclass(frozen=True)
 class ExternalTokenizer:
-    """The tokenizer that --tokenizer names.
+    """The tokenizer that --tokenizer names, with the content of its `tokenizer.json`.
 
-    Attributes:
-        tokenizer: It.
-        content: Its `tokenizer.json`.
-        identity: SHA-256 of what was given.
-        original: The ids that its own library gives a text; None for a `tokenizer.json`.
+    `identity` is the SHA-256 of what was given. `original` gives the ids of a text by its own
+    library; None for a `tokenizer.json`.
     """
 
     tokenizer: Tokenizer
@@ -70,13 +67,9 @@ class ExternalTokenizer:
     def open(cls, path: Path, eod_token: str | None) -> "ExternalTokenizer":
         """Open a `tokenizer.json`, its folder, or a tokenizer in another form.
 
-        Args:
-            path: The file or folder.
-            eod_token: The end-of-document token; None takes the one that is known.
-
-        Raises:
-            ConfigError: It is no tokenizer, or of a kind that cannot be converted.
-            UnfitError: A package that reads it is missing.
+        Without `eod_token` its end-of-document token is the one that is known. Raises ConfigError
+        for what is no tokenizer, or none that can be converted, and UnfitError if a package that
+        reads it is missing.
         """
         file = tokenizer_file(path)
         if path.is_dir() and not file.is_file():
@@ -106,11 +99,7 @@ class ExternalTokenizer:
         return _given(path, backend, eod_token, identity, original)
 
     def check(self, texts: Iterable[str]) -> None:
-        """Refuse a conversion that gives `texts`, or difficult ones, other ids than its original.
-
-        Raises:
-            ConfigError: One has other ids.
-        """
+        """Raise ConfigError if `texts`, or difficult ones, get other ids than from the original."""
         if self.original is None:
             return
         left = _CHECKED_CHARACTERS

@@ -44,17 +44,7 @@ class _AlertSink(Protocol):
 
 
 class _AlertFile:
-    """Appends each alert to `RUN/alerts.jsonl` as one line.
-
-    The file is in the order of time: a resumed or rolled back run keeps the alerts of steps that
-    are repeated.
-
-    Args:
-        start_over: Begin an empty file, for a run that begins at its first step.
-
-    Raises:
-        OSError: If the file cannot be opened.
-    """
+    """Appends each alert to `RUN/alerts.jsonl` as it comes; repeated steps keep theirs."""
 
     def __init__(self, path: Path, start_over: bool = False) -> None:
         self._file = LineFile(path, start_over)
@@ -62,12 +52,7 @@ class _AlertFile:
         self._file.cut(self._file.read().rfind(b"\n") + 1)
 
     def send(self, alert: Alert) -> None:
-        """Append the alert.
-
-        Raises:
-            OSError: If the disk is full or gone.
-            ConfigError: If the folder has become another run's.
-        """
+        """Append the alert; raises as `LineFile.append` does."""
         self._file.append(alert.to_json_line().encode())
 
     def close(self) -> None:
@@ -105,11 +90,7 @@ class AlertSinks:
         start_over: bool = False,
         webhook_url_env: str | None = None,
     ) -> "AlertSinks":
-        """`RUN/alerts.jsonl`, a line on the console, and the webhook if one is set.
-
-        Args:
-            start_over: Whether the run begins at its first step; else earlier alerts are kept.
-        """
+        """Open the alert file (emptied if `start_over`), the console, and a webhook if set."""
         wanted: dict[str, Callable[[], _AlertSink]] = {
             ALERTS_FILE: lambda: _AlertFile(run_dir / ALERTS_FILE, start_over)
         }
@@ -153,11 +134,9 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
 
 
 def read_address(variable: str) -> str:
-    """The address that an environment variable holds.
+    """Return the webhook's address from an environment variable.
 
-    Raises:
-        ConfigError: If it is not set, or is neither an https address nor one of this machine; the
-            message does not contain it.
+    ConfigError if it is unset, or is neither https nor of this machine; the message hides it.
     """
     address = os.environ.get(variable, "").strip()
     if not address:
@@ -180,15 +159,7 @@ def read_address(variable: str) -> str:
 
 
 class _Webhook:
-    """Posts each alert as JSON: the fields of `Alert`, `run`, and `text` in words.
-
-    Chat services that take `{"text": ...}` show the text. Alerts wait in a bounded queue; each
-    is tried a few times. Failures are logged once until one gets through, never with the address.
-
-    Args:
-        timeout_s: Longest wait for the service, each time that it is waited for.
-        retry_s: Pause before the second attempt; doubled before each further one.
-    """
+    """Posts each alert as JSON from a thread: the fields of `Alert`, `run`, and `text` in words."""
 
     def __init__(
         self, address: str, run: str, timeout_s: float = _TIMEOUT_S, retry_s: float = 1.0
@@ -240,6 +211,7 @@ class _Webhook:
             self._try(self._body(alert))
 
     def _body(self, alert: Alert) -> bytes:
+        # Chat services that take {"text": ...} show the text.
         fields: dict[str, Any] = {"run": self._run, "text": f"{self._run}: {alert.text()}"}
         fields |= alert.model_dump(mode="json", exclude_none=True)
         if not math.isfinite(alert.value):

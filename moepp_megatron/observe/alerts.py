@@ -18,14 +18,13 @@ class Alert(BaseModel):
     """One alert (one line of `RUN/alerts.jsonl`).
 
     Attributes:
-        time: Time of the alert, seconds since 1970 (UTC).
+        time: Seconds since 1970 (UTC).
         rule: Name of the rule that raised it, such as `router_fault`.
-        value: Its value; NaN is written as null.
+        value: Of the metric; NaN is written as null.
         condition: Condition of the rule, such as `< 0.2 for 50 steps`.
         action: The action taken, such as `warn` or `put_back of step 150`.
         layer: Number of the transformer layer from 1, for a metric of one layer.
-        cause: What a shift is due to: `data`, `router`, or `unknown`; None for other rules, like
-            the next two.
+        cause: What a shift is due to: `data`, `router` or `unknown`; else None like the next two.
         since: First step of the evidence.
         moved: What has moved most, a text each.
         remedy: What to do, with the place in the documentation.
@@ -71,12 +70,10 @@ class Alert(BaseModel):
 
 
 def read_alerts(path: Path) -> list[Alert]:
-    """The alerts of a run in the order of time; none where there is no file.
+    """Return a run's alerts in the order of time; none where there is no file.
 
-    Lines that are not alerts are left out: they are from a newer version, or unfinished.
-
-    Raises:
-        OSError: If the file exists and cannot be read.
+    Lines that are not alerts are left out: they are from a newer version, or unfinished. OSError if
+    the file cannot be read.
     """
     try:
         check_regular(path)

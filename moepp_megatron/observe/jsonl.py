@@ -21,19 +21,11 @@ class JsonlSink:
     """Appends each record to `metrics.jsonl` as one line, in one write."""
 
     def __init__(self, path: Path, resume_step: int | None = None) -> None:
-        """Open the sink.
+        """Open the sink, and make its folder if needed; OSError if the file cannot be rewritten.
 
-        A file with lines that are not records is copied under another name, and the readable
-        records are kept in the file.
-
-        Args:
-            path: The file; its folder is made if needed.
-            resume_step: The first step that will be written from now on: records from there
-                on are dropped (0 starts over). None keeps every complete record. An unfinished
-                last line is dropped either way.
-
-        Raises:
-            OSError: If the file cannot be opened or rewritten.
+        `resume_step` is the first step that will be written: records from there on are dropped (0
+        starts over); None keeps every complete record. An unfinished last line is always dropped. A
+        file with lines that are no records is copied under another name before they are dropped.
         """
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -75,22 +67,14 @@ class JsonlSink:
                 to.write(source.read(end - start).rstrip(b"\n") + b"\n")
 
     def write(self, record: StepMetrics) -> None:
-        """Append the record.
-
-        Raises:
-            OSError: If the disk is full or gone; the file then still ends with a complete line.
-            ConfigError: If the folder has become another run's.
-        """
+        """Append the record; raises as `LineFile.append` does."""
         self._file.append(record.to_json_line().encode())
 
     def go_back(self, step: int) -> None:
         """Move the records of steps after `step` to `metrics.undone.jsonl`.
 
-        So every reader of the file sees the steps that the model has been trained with, and the
-        records before the rollback remain available.
-
-        Raises:
-            OSError: If the disk is full or gone; the records are then still in the file.
+        So every reader of the file sees the steps that the model has been trained with. On OSError
+        (the disk is full or gone) the records are still in the file.
         """
         content = self._file.read()
         end = _end_of(content, step)
@@ -104,11 +88,7 @@ class JsonlSink:
         self._file.cut(end)
 
     def close(self) -> None:
-        """Force the file to disk and close it; a second call does nothing.
-
-        Raises:
-            OSError: If it is on no disk.
-        """
+        """Force the file to disk and close it; raises as `LineFile.close` does."""
         self._file.close()
 
 

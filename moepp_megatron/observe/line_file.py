@@ -15,11 +15,7 @@ logger = logging.getLogger(__name__)
 class LineFile:
     """Appends lines to a file of that name; if it is removed, renamed or rotated, to a new one.
 
-    Args:
-        path: The file, which only this process writes; its folder exists.
-
-    Raises:
-        OSError: It cannot be opened.
+    Only this process writes it, and its folder exists. OSError if it cannot be opened.
     """
 
     def __init__(self, path: Path, start_over: bool = False) -> None:
@@ -54,11 +50,7 @@ class LineFile:
         os.ftruncate(self._fd, size)
 
     def close(self) -> None:
-        """Force the file to disk and close it; a second call does nothing.
-
-        Raises:
-            OSError: It is on no disk.
-        """
+        """Force the file to disk, else OSError, and close it; a second call does nothing."""
         if self._fd < 0:
             return
         descriptor, self._fd = self._fd, -1
@@ -88,11 +80,7 @@ def _open(path: Path, flags: int = 0) -> int:
 
 
 def _refuse_taken_over(run_dir: Path) -> None:
-    """Refuse to write on where this run's folder was moved away and another run has its name.
-
-    Raises:
-        ConfigError: If it is so; names that run's process.
-    """
+    """Raise ConfigError if this run's folder was moved away and another run has its name."""
     status, claim = RunStatus.read(run_dir), RunStatus.inherited()
     if status is None or status.state == "ended" or status.is_gone():
         return

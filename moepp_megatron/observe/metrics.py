@@ -50,14 +50,10 @@ class _Line(NamedTuple):
 
 
 class Records(Sequence[StepMetrics]):
-    """The records that count, each read from the file on access.
+    """The records that count, each read from the file on access; each takes 16 bytes of memory.
 
-    They take 16 bytes of memory each. One that a running training has meanwhile rewritten raises
-    `MetricsError`.
-
-    Args:
-        steps: [n] int64, strictly increasing.
-        starts: [n] int64 offsets of the lines.
+    `steps`, [n] int64, strictly increase; `starts`, [n] int64, are the offsets of the lines. A
+    record that a running training has meanwhile rewritten raises `MetricsError`.
     """
 
     def __init__(self, path: Path, steps: NDArray[np.int64], starts: NDArray[np.int64]) -> None:
@@ -88,19 +84,12 @@ class Records(Sequence[StepMetrics]):
 
 
 def read_metrics(path: Path, *see: Callable[[StepMetrics], None]) -> Records:
-    """Read a run's `metrics.jsonl`, in nearly constant memory.
+    """Read a run's `metrics.jsonl`, of at least one record, in nearly constant memory.
 
     A last line that a killed run left unfinished is ignored. If steps were repeated after a
-    restart, the later records count.
-
-    Args:
-        see: Called with every record in turn, also with those that later ones undo.
-
-    Returns:
-        At least one record.
-
-    Raises:
-        MetricsError: The file is missing, has no complete record, or a line is not a record.
+    restart, the later records count; `see` is called with every record in turn, also with the
+    others. MetricsError if the file is missing or has no complete record, or a line is not a
+    record.
     """
     steps, starts = array("q"), array("q")
     try:
@@ -136,12 +125,9 @@ def counting(steps: NDArray[np.int64]) -> NDArray[np.bool_]:
 
 
 def read_lines(path: Path) -> Iterator[_Line]:
-    """The lines of a `metrics.jsonl`, without empty ones and an unfinished last one.
+    """Yield the lines of a `metrics.jsonl`, without empty ones and an unfinished last one.
 
-    A line longer than any record comes in parts, which are not records.
-
-    Raises:
-        OSError: The file cannot be read.
+    A line longer than any record comes in parts, which are no records. OSError if unreadable.
     """
     check_regular(path)
     with path.open("rb") as file:

@@ -13,13 +13,11 @@ _LARGEST = 2**63
 def numbers(
     values: Iterable[tuple[str, Any]], experts: ExpertCounts | None, moe_layers: Sequence[int] = ()
 ) -> Iterator[tuple[str, Labels, float]]:
-    """Every number: its key, the values of its row's labels, and the number itself.
+    """Yield every number: its key, the values of its row's labels, and the number itself.
 
-    Args:
-        values: Keys and values, such as a record; a number without a row has no labels.
-        experts: Those of an MoE layer; numbers of experts are left out without it, and where a list
-            has another length.
-        moe_layers: Numbers of the MoE layers in the model, from 1; by default 1, 2, ...
+    A number without a row in the catalogue has no labels. Numbers of experts are left out without
+    `experts`, those of an MoE layer, and where a list has another length. `moe_layers` has the
+    numbers of the MoE layers in the model, from 1; by default 1, 2, ...
     """
 
     def walk(value: Any, axes: Sequence[str]) -> Iterator[tuple[Labels, float]]:
@@ -56,13 +54,7 @@ def _entries(
 
 
 def layer_numbers(known: Sequence[int], count: int) -> Sequence[int]:
-    """The numbers that MoE layers have everywhere: those in the model, counted from 1.
-
-    Args:
-        known: Numbers of the run's MoE layers.
-        count: Number of MoE layers in a record; if there are not as many known numbers, the result
-            is 1 to `count`.
-    """
+    """Return `known`, numbers of MoE layers from 1; without `count` of them, 1 to `count`."""
     return known if len(known) == count else range(1, count + 1)
 
 

@@ -36,15 +36,10 @@ class Sink(Protocol):
 
 
 class _RetryingSink:
-    """Passes records to a sink on a disk, in order, without loss while the process lives.
+    """Passes records to a sink in order; those that it refused by OSError wait for the disk."""
 
-    A full disk must not end a training run that could continue; at the end of the run it must not
-    pass unnoticed either.
-
-    Args:
-        sink: The sink; it raises OSError for a record that it could not write, and is then
-            unchanged.
-    """
+    # A full disk must not end a training run that could continue; at the end of the run it must
+    # not pass unnoticed either.
 
     def __init__(self, sink: Sink) -> None:
         self._sink = sink
@@ -59,11 +54,7 @@ class _RetryingSink:
         self._take(functools.partial(self._sink.go_back, step), step)
 
     def close(self) -> None:
-        """Write waiting records and close the sink.
-
-        Raises:
-            OSError: If the disk still fails; the waiting records are lost.
-        """
+        """Write waiting records and close the sink; OSError if the disk fails and they are lost."""
         try:
             self._write_waiting()
         finally:
@@ -96,12 +87,7 @@ class Sinks:
         optional: Sequence[Sink] = (),
         say: Callable[[str], None] = print,
     ) -> None:
-        """Take open sinks, to be closed here.
-
-        Args:
-            required: Sinks whose failure must stop the run, since the record would be lost.
-            optional: Sinks that are a convenience.
-        """
+        """Take open sinks, to be closed here; a required one that fails must stop the run."""
         self._required = list(required)
         self._optional = list(optional)
         self.say = say
@@ -123,19 +109,11 @@ class Sinks:
         return cls([_RetryingSink(jsonl)], optional, console.message)
 
     def write(self, record: StepMetrics) -> None:
-        """Pass the record to every sink, required ones first.
-
-        Raises:
-            Exception: Any exception of a required sink.
-        """
+        """Pass the record to every sink, required ones first; an exception of those is raised."""
         self._each_sink(lambda sink: sink.write(record), record.step)
 
     def go_back(self, step: int) -> None:
-        """Tell every sink that the run went back to the state after `step`.
-
-        Raises:
-            Exception: Any exception of a required sink.
-        """
+        """Tell every sink that the run went back to the state after `step`; raises like `write`."""
         self._each_sink(lambda sink: sink.go_back(step), step)
 
     def _each_sink(self, act: Callable[[Sink], None], step: int) -> None:
@@ -172,11 +150,8 @@ class Sinks:
 class SinkSettings:
     """Arguments to open sinks.
 
-    Attributes:
-        phi: Target of the FFN share, which the console shows.
-        resume_step: The first step that will be written; see `JsonlSink`.
-        name, config: The run's name and configuration for W&B.
-        moe_layers: Numbers of the MoE layers in the model, from 1; by default 1, 2, ...
+    The console shows `phi`, the target of the FFN share; `name` and `config` are for W&B.
+    `resume_step` is that of `JsonlSink`, and `moe_layers` that of `numbers`.
     """
 
     run_dir: Path

@@ -167,10 +167,8 @@ class StatusSink:
     """Keeps `RUN/status.json`: `running` from here on, `ended` once closed.
 
     It is written again where it was removed, so that no other run takes the folder for free. A run
-    that fails or is killed does not close it, and leaves the id of a process that is gone.
-
-    Raises:
-        OSError: If the folder cannot be written.
+    that fails or is killed does not close it, and leaves the id of a process that is gone. OSError
+    if the folder cannot be written.
     """
 
     def __init__(self, run_dir: Path) -> None:

@@ -42,11 +42,7 @@ class Tail:
             return None
 
     def poll(self) -> _NewLines:
-        """The next lines since the last look, some MiB of them; none where there are no more.
-
-        Raises:
-            OSError: If the file exists and cannot be read.
-        """
+        """Return the new lines since the last call, some MiB at most; OSError if unreadable."""
         try:
             check_regular(self._path)
             fd = os.open(self._path, os.O_RDONLY)

@@ -34,15 +34,10 @@ class TensorBoardSink:
         resume_step: int | None = None,
         moe_layers: Sequence[int] = (),
     ) -> None:
-        """Open the sink.
+        """Open the sink; ImportError if tensorboard is not installed.
 
-        Args:
-            resume_step: The first step that will be written from now on; TensorBoard hides
-                events of an earlier attempt from there on.
-            moe_layers: Numbers of the MoE layers in the model, from 1; by default 1, 2, ...
-
-        Raises:
-            ImportError: If tensorboard is not installed.
+        TensorBoard hides events of an earlier attempt from `resume_step`, the first step that will
+        be written, on. `moe_layers` is that of `numbers`.
         """
         try:
             from torch.utils.tensorboard import SummaryWriter

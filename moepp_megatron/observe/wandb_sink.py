@@ -22,19 +22,12 @@ _INIT_TIMEOUT_S = 30
 
 
 class WandbSink:
-    """Logs every number of a record.
+    """Logs every number of a record; `moe_layers` is that of `numbers`.
 
     The package's own process sends them and handles access itself (`wandb login` or
-    `WANDB_API_KEY`), so that no key passes through here. It gets neither console output nor
-    source code.
-
-    Args:
-        resumes: Whether the run resumes from a checkpoint: then the same W&B run continues too.
-        moe_layers: Numbers of the MoE layers in the model, from 1; by default 1, 2, ...
-
-    Raises:
-        ImportError: If wandb is not installed.
-        RuntimeError: If it cannot start; the message contains no key.
+    `WANDB_API_KEY`), so that no key passes through here. It gets neither console output nor source
+    code. If `resumes`, the W&B run of the checkpoint continues too. ImportError if wandb is not
+    installed; RuntimeError, without the key in its message, if it cannot start.
     """
 
     def __init__(

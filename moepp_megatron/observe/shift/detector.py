@@ -72,7 +72,6 @@ class Detector:
     """Judges one step of a series after the other.
 
     Args:
-        settings: Settings of the chart.
         groups: Equal parts of the d numbers that are judged by themselves as well as together.
         false_alarm_steps: Steps in which chance may give one alarm.
 
@@ -135,11 +134,9 @@ class Detector:
         return float((value - self.expected()[0]) / self._spread()[0])
 
     def add(self, values: Numbers, unit: Numbers | float = 1.0) -> float:
-        """Judge a step and learn from it; its `evidence`.
+        """Judge a step, [d], and learn from it; return its `evidence`.
 
-        Args:
-            values: [d] the step.
-            unit: [d] or one spread that each number has by chance alone, or 1.
+        `unit` is the spread that each number has by chance alone, [d] or one, or 1.
         """
         self._steps += 1
         values = np.atleast_1d(values)
