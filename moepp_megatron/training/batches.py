@@ -18,13 +18,12 @@ from moepp_megatron.training.step import Batch, Batches
 
 
 def rank_batches(dataset: Any, consumed_samples: int, config: Config, num_chunks: int) -> Batches:
-    """One endless iterator per model chunk over this rank's micro-batches, from `consumed_samples`.
+    """Return one endless iterator per model chunk over this rank's micro-batches.
 
-    After the last whole global batch the first one follows again (of the last stage of the data),
-    because a run that skipped bad batches needs others in their place.
-
-    Every rank reads its own samples: a sample depends only on its index, so ranks of one
-    data-parallel group agree without a broadcast.
+    They begin at `consumed_samples`. After the last whole global batch the first one follows again
+    (of the last stage of the data), because a run that skipped bad batches needs others in their
+    place. A sample depends only on its index, so the ranks of one replica agree without a
+    broadcast.
     """
     return [_on_device(dataset, consumed_samples, config) for _ in range(num_chunks)]
 

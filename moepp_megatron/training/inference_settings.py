@@ -59,11 +59,7 @@ FORWARD_ONLY = (
 
 
 def inference_override(override: str) -> tuple[str, Any]:
-    """Key and value of a `section.key=value` override for scoring or generation.
-
-    Raises:
-        ConfigError: If the checkpoint decides the setting; names it.
-    """
+    """Return key and value of an override; ConfigError if the checkpoint decides the setting."""
     section, key, value = parse_override(override)
     if section not in ("parallel", "precision"):
         raise ConfigError(

@@ -63,10 +63,8 @@ def set_rng_state(state: dict[str, Any]) -> None:
 
 
 def reseed(seed: int, step: int) -> None:
-    """Seed all streams again for a run that continues at `step` in another layout.
-
-    The seed is not the run's own, which would repeat the noise of its first steps.
-    """
+    """Seed all streams again for a run that continues at `step` in another layout."""
+    # The run's own seed would repeat the noise of its first steps.
     seed = (seed + 1_000_003 * step) % 2**31
     random.seed(seed)
     np.random.seed(seed)

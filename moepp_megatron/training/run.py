@@ -33,15 +33,14 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class TrainResult:
-    """Result of a run.
+    """Result of a run in `folder`.
 
     Attributes:
-        folder: The run's folder.
         step: Steps that the run has taken, those before this start included.
         metrics: Metrics of the last logged step; None where this process, being a rank, had nothing
             left to do.
-        stopped: The run was asked to stop, or paused by itself; it has saved, and
-            `resume` continues it.
+        stopped: The run was asked to stop, or paused by itself; it has saved, and `resume`
+            continues it.
         pause_reason: Why it has paused by itself; None if it has not, or where other processes have
             trained.
         failure: What of the run's end is on no disk, in one line; None if all of it is.
@@ -123,12 +122,9 @@ def run(request: TrainRequest, say: Say, callbacks: Sequence[object] = ()) -> Tr
     """Train as an admitted request says: be one rank, or start this machine's ranks.
 
     `say` is called with messages before the first step, on rank 0; `callbacks` as for `train`. The
-    result of ranks that were started is only what their exit status means.
-
-    Raises:
-        ConfigError: The run may not start in its folder, or has nothing to start from
-            (`NoStartError`, on all ranks alike).
-        RanksFailedError: Ranks that were started have failed.
+    result of ranks that were started is only what their exit status means. ConfigError if the run
+    may not start in its folder, or has nothing to start from (`NoStartError`, on all ranks alike);
+    RanksFailedError if ranks that were started have failed.
     """
     with _entering(request, say):
         return _start_ranks(request) if request.starts_ranks else _run_rank(request, say, callbacks)
@@ -239,11 +235,8 @@ def _must_be_alike(config: Config) -> dict[str, str]:
 
 
 def _refuse_unlike(store: "Store", rank: int, world_size: int, alike: Mapping[str, str]) -> None:
-    """Refuse ranks whose settings differ, through the store where they meet; every rank calls.
-
-    Else ranks would train with each their own, or wait for each other in collectives. NoStartError
-    on all ranks names the first setting of the first rank that differs.
-    """
+    """Raise NoStartError on all ranks if settings differ; all must call, and meet in `store`."""
+    # Else ranks would train with each their own, or wait for each other in collectives.
     if rank == 0:
         store.set("settings", json.dumps(alike))
     first = json.loads(store.get("settings"))

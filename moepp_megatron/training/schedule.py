@@ -1,7 +1,4 @@
-"""The learning rate and the batch size of every step, as megatron-core computes them.
-
-The optimizer, `moepp train --dry-run`, the report and the messages of a resumed run all ask here.
-"""
+"""The learning rate and the batch size of every step, as megatron-core computes them."""
 
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -78,10 +75,7 @@ class _BatchStage:
 
 
 class BatchSizes:
-    """The batch size by the sequences that a run has read, refused batches included.
-
-    A resumed run knows how many it has read, so a ramp continues where it was.
-    """
+    """The batch size by the sequences that a run has read, refused batches included."""
 
     def __init__(self, config: Config) -> None:
         training = self._training = config.training

@@ -78,9 +78,8 @@ class TrainingModel:
         """Gather all parameters on every rank for the block; every rank must enter.
 
         With `parallel.overlap_param_gather` a step leaves each rank with its share of the new
-        parameters, and the next step's forward pass gathers the others. Whoever reads parameters
-        between steps must gather them first (Megatron-LM's training loop does the same around
-        evaluation and saving).
+        parameters, and the next forward pass gathers the others. Whoever reads parameters between
+        steps must gather them first, as Megatron-LM's training loop does.
         """
         overlapping = [chunk for chunk in self.chunks if chunk.use_forward_hook]
         for chunk in overlapping:
@@ -95,8 +94,7 @@ class TrainingModel:
 def build_training_model(config: Config) -> TrainingModel:
     """Build and wrap the model. Process groups must exist.
 
-    Raises:
-        UnfitError: If this machine or the installed megatron-core lacks what the layers use.
+    UnfitError if this machine or the installed megatron-core lacks what the layers use.
     """
     if torch.cuda.is_available():
         in_layers = not config.moe.is_vanilla and use_kernels(config.moe.fused)
@@ -124,14 +122,9 @@ def _start_a_kernel() -> None:
 
 
 def _compile_extension() -> None:
-    """Have megatron-core's extension for `recompute_modules` compiled, once a machine.
-
-    It would be compiled in the first backward pass, while other ranks wait in collectives. The
-    first process of a machine compiles it, which takes 20 seconds; the others wait for it.
-
-    Raises:
-        UnfitError: If it cannot be compiled or loaded; names the cause.
-    """
+    """Compile megatron-core's extension for `recompute_modules`; UnfitError names the cause."""
+    # It would be compiled in the first backward pass, while other ranks wait in collectives. The
+    # first process of a machine compiles it, which takes 20 seconds; the others wait for it.
     from megatron.core.tensor_parallel.random import _get_share_storage
 
     try:
@@ -148,16 +141,8 @@ def _compile_extension() -> None:
 def _wrap_models(
     models: list[MoEPPGPTModel], config: Config, casts: bool = True
 ) -> tuple[TransformerConfig, list[DistributedDataParallel]]:
-    """Give every parameter its place in the buffers that gradients are reduced in.
-
-    Args:
-        models: This rank's model chunks.
-        config: The run's configuration.
-        casts: Whether to wrap for mixed precision too, which needs initialised parameters.
-
-    Returns:
-        The schedules' configuration, and the wrapped chunks.
-    """
+    """Give every parameter its place in the buffers that gradients are reduced in."""
+    # With `casts` also wrapped for mixed precision, which needs initialised parameters.
     schedule_config = pipeline_config(models[0].config, moepp_config(config))
     chunks = [
         _wrap(model, schedule_config, config, bucketed=index == 0, casts=casts)

@@ -25,15 +25,12 @@ SAME_REQUEST_S = 10.0
 
 
 class StopRequest:
-    """Request to stop this run.
+    """Request to stop this run; a `step_sums.Summand`.
 
     The first of `STOP_SIGNALS` is remembered and the step continues; one that comes more than
     `SAME_REQUEST_S` later, unless it is one of `REPEATED`, ends the process at once. A process that
     trains by itself is ended by a second Ctrl-C at once; for ranks their launcher decides that.
-
-    Attributes:
-        seen: True if any rank was asked before the newest step's read; the same on all ranks. The
-            request is a `step_sums.Summand`.
+    `seen` is true, on all ranks alike, if any was asked before the newest step's read.
     """
 
     def __init__(self) -> None:
@@ -61,11 +58,9 @@ class StopRequest:
             self._requested_at = time.monotonic()
 
     def agreed(self) -> bool:
-        """True if any rank was asked; every rank must call, and all get the same answer.
-
-        A launcher does not reach all ranks between the same two steps: one that stopped by itself
-        would leave the others waiting for it.
-        """
+        """True, on all ranks alike, if any rank was asked; every rank must call."""
+        # A launcher does not reach all ranks between the same two steps: one that stopped by itself
+        # would leave the others waiting for it.
         self.take_sum(shared_sum(self.summand()).cpu())
         return self.seen
 

@@ -46,14 +46,11 @@ class StepHooks:
         """Look at a model chunk, its micro-batch and token losses [b, s]; last pipeline stage."""
 
     def loss(self, loss: Tensor, output: Tensor, loss_mask: Tensor, num_tokens: Tensor) -> Tensor:
-        """The scalar to backpropagate for this micro-batch.
+        """Return the scalar to backpropagate for this micro-batch.
 
-        Args:
-            loss: Scalar: sum of the token losses, and of what hooks before have added.
-            output: [b, s] token losses; [n, b, s] with these first, where `arguments` changed
-                what the model returns.
-            loss_mask: [b, s] fp32.
-            num_tokens: Scalar, tokens that count.
+        `loss` is a scalar, the sum of the token losses and of what hooks before have added.
+        `output` is [b, s] token losses, or [n, b, s] with these first, where `arguments` changed
+        what the model returns. `loss_mask` is [b, s] fp32, `num_tokens` the number that count.
         """
         return loss
 
@@ -102,13 +99,10 @@ def training_step(
     summands: Sequence[Summand] = (),
     begin_again: Callable[[], None] = lambda: None,
 ) -> StepResult:
-    """Run one optimizer step.
+    """Run one optimizer step of a model in training mode.
 
     Args:
-        model: The wrapped model in training mode.
         batches: One iterator over micro-batches per model chunk, all in the same order.
-        config: The run's configuration.
-        layout: The rank grid.
         hooks: What else the step does, in order. All of them judge the batch; where one refuses it,
             it is read and nothing else has changed.
         summands: What is summed over all ranks besides what the hooks sum.
@@ -182,19 +176,11 @@ def run_schedule(
     forward_only: bool,
     hooks: Sequence[StepHooks] = (),
 ) -> Tensor:
-    """Megatron's pipeline schedule over `num_microbatches` micro-batches.
+    """Run Megatron's pipeline schedule over `num_microbatches` micro-batches of this rank.
 
-    Args:
-        model: The wrapped model.
-        batches: Same as in `training_step`.
-        config: The run's configuration.
-        num_microbatches: Micro-batches of this rank.
-        forward_only: Whether to leave out the backward pass.
-        hooks: Same as in `training_step`; their step has begun.
-
-    Returns:
-        [2] float64 on the device: sum of token losses and number of tokens on this rank; zeros on
-        all stages but the last.
+    `batches` and `hooks` are as in `training_step`, and the hooks' step has begun. Returns [2]
+    float64 on the device: sum of token losses and number of tokens on this rank; zeros on all
+    stages but the last.
     """
     forward_backward = get_forward_backward_func()
     reduced = forward_backward(
@@ -248,11 +234,10 @@ def _loss_function(
 def prepare_gradients(optimizer: MegatronOptimizer) -> tuple[Tensor, bool]:
     """First half of `optimizer.step()`: gradients in place, their global norm; no state changes.
 
-    Returns:
-        [groups] fp32 squared gradient norms on the device, over all ranks that hold parts, and
-        whether gradients were found that are not finite. The norms are what
-        `ChainedOptimizer.get_grad_norm` computes before it reads: one where all optimizers reduce
-        it over the same ranks, else one for each (dense parameters, spread experts).
+    Returns [groups] fp32 squared gradient norms on the device, over all ranks that hold parts, and
+    whether gradients were found that are not finite. The norms are what
+    `ChainedOptimizer.get_grad_norm` computes before it reads: one where all optimizers reduce it
+    over the same ranks, else one for each (dense parameters, spread experts).
     """
     assert isinstance(optimizer, ChainedOptimizer), f"{type(optimizer)} is not chained"
     found_inf = bool(optimizer.prepare_grads())

@@ -30,14 +30,10 @@ class Summand(Protocol):
 
 @dataclass(frozen=True)
 class StepSums:
-    """The values read.
+    """The values read; `total` is the sum over all ranks of the losses of `tokens` that count.
 
-    Attributes:
-        loss: Token mean of the loss over all ranks; NaN if it or the gradients of any rank are not
-            finite, or no token counts.
-        grad_norm: Global gradient norm as this rank knows it.
-        total: Sum of token losses over all ranks.
-        tokens: Tokens that count, over all ranks.
+    `loss` is their mean; NaN if it or the gradients of any rank are not finite, or no token counts.
+    `grad_norm` is the global gradient norm as this rank knows it.
     """
 
     loss: float
@@ -47,11 +43,9 @@ class StepSums:
 
 
 def shared_sum(values: Tensor) -> Tensor:
-    """Sum a float64 tensor over all ranks, on the device.
-
-    The sums are made on rank 0 and sent from there: after an all-reduce ranks may differ in the
-    last bits, and what they decide by it as well.
-    """
+    """Sum a float64 tensor over all ranks, on the device and in place; all get the same bits."""
+    # The sums are made on rank 0 and sent from there: after an all-reduce ranks may differ in the
+    # last bits, and what they decide by it as well.
     dist.reduce(values, dst=0)
     dist.broadcast(values, src=0)
     return values
@@ -75,12 +69,7 @@ def sum_over_ranks(values: Tensor) -> Tensor:
 
 
 def mean_loss(losses: Tensor) -> float:
-    """Token mean of the language-model loss over all ranks; NaN if no token counts.
-
-    Args:
-        losses: [2] this rank's sum and count. Tensor-parallel ranks hold the same tokens, so only
-            the first of each group is counted.
-    """
+    """Return the token mean of [2] losses and counts of all ranks; NaN if no token counts."""
     if not first_of_tensor_ranks():
         losses = torch.zeros_like(losses)
     total, count = sum_over_ranks(losses).tolist()
@@ -90,11 +79,7 @@ def mean_loss(losses: Tensor) -> float:
 class StepCounts:
     """Numbers that each rank adds up during a step, without waiting for the device; a `Summand`.
 
-    Args:
-        shape: Their shape, the same on all ranks.
-
-    Attributes:
-        own: [*shape] float64 on the device, this rank's.
+    `own` are this rank's, [*shape] float64 on the device; `shape` is the same on all ranks.
     """
 
     def __init__(self, *shape: int) -> None:
@@ -115,10 +100,7 @@ class StepCounts:
         self._total = total
 
     def total(self) -> NDArray[np.float64]:
-        """[*shape] sums over all ranks, the same bits on each.
-
-        A collective unless the step has summed them.
-        """
+        """Return [*shape] sums, the same bits on each rank; a collective unless they are known."""
         if self._total is None:
             self._total = shared_sum(self.summand().clone()).cpu()
         sums: NDArray[np.float64] = self._total.reshape(self.own.shape).numpy()
@@ -130,11 +112,9 @@ def read_step(
 ) -> StepSums:
     """Sum and read; every rank must call.
 
-    Args:
-        losses: [2] float64 on the device, this rank's sum of token losses and number of tokens.
-        squares: [optimizers] fp32 on the device, the squared gradient norm of each.
-        found_inf: Whether an optimizer has found gradients that are not finite.
-        summands: What else is summed; each gets its sum.
+    `losses` are this rank's sum of token losses and number of tokens, [2] float64; `squares` are
+    the squared gradient norms of each optimizer, [optimizers] fp32; both are on the device.
+    `found_inf` says that an optimizer has gradients that are not finite. Each summand gets its sum.
     """
     is_bad = torch.full_like(losses[:1], float(found_inf))
     is_bad += 1.0 - (losses.isfinite().all() & squares.isfinite().all()).double()

@@ -64,10 +64,9 @@ def score_sequences(
     Each chunk reads this rank's sequences in order: row j of micro-batch i is sequence
     `(i * data-parallel size + data-parallel rank) * micro-batch size + j`, fillers after them.
 
-    Returns:
-        On rank 0, None elsewhere: `token_logprobs` [b, s] float64, the log-probability of each
-        label given the tokens up to its position; `is_likeliest` [b, s], 1 where no token is
-        likelier; where wanted `logits` [b, s, vocab] fp32. With `only`, s is 1.
+    Returns on rank 0 (None elsewhere) `token_logprobs` [b, s] float64, the log-probability of each
+    label given the tokens up to its position; `is_likeliest` [b, s], 1 where no token is likelier;
+    where wanted `logits` [b, s, vocab] fp32. With `only`, s is 1.
     """
     batches = [_batches(sequences) for _ in stages]
     forward = get_forward_backward_func()

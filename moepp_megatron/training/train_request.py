@@ -43,14 +43,11 @@ RESOLVED = "MOEPP_RESOLVED"
 
 @dataclass(frozen=True)
 class TrainRequest:
-    """A request to train.
+    """A request to train `config`, checked.
 
     Attributes:
-        config: What to train.
-        layout: The rank grid.
         rank: This process among the ranks; a lone one where it is to start them.
         options: The ranks to start on this machine, unless another launcher has started them.
-        start: Options of starting in its folder.
         words: CONFIG and overrides as on the command line, for the ranks that are to start.
         loads: `config` with the `checkpoint` that this start loads: the run's own if it is resumed.
     """
@@ -72,7 +69,7 @@ class TrainRequest:
         start: Start,
         warn: Say,
     ) -> "TrainRequest":
-        """Check configuration and rank grid.
+        """Check configuration and rank grid; ConfigError if anything is wrong with them.
 
         Args:
             config: A configuration, or its YAML file. A rank takes what its launcher has resolved,
@@ -81,9 +78,6 @@ class TrainRequest:
             options: The ranks that are to start; one without anything else is this process itself.
             start: Options that the user has set; the others are filled in here.
             warn: Called with warnings, in one process of the run.
-
-        Raises:
-            ConfigError: Whatever is wrong with it.
         """
         nodes = options.nodes
         # As a launcher it is not one of srun's ranks, though srun may have started several.
@@ -133,11 +127,10 @@ class TrainRequest:
         return not self.rank.is_launched and self.options != LaunchOptions(1, stoppable=True)
 
     def admitted(self, warn: Say) -> "TrainRequest":
-        """The request with what it starts from, where folder, machine and data allow it.
+        """Return the request with what it starts from, where folder, machine and data allow it.
 
-        Raises:
-            ConfigError: The folder holds a run, or data or checkpoint do not fit.
-            UnfitError: This machine cannot do it.
+        ConfigError if the folder holds a run, or data or checkpoint do not fit; UnfitError if this
+        machine cannot do it.
         """
         config = self.config
         if self.rank.local_rank == 0 and not has_launcher():

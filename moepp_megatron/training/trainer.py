@@ -49,13 +49,10 @@ class Trainer:
         loads: `config` with the `checkpoint` that this start loads; None for its own.
 
     Attributes:
-        parts: The run's features, in order.
-        progress: The run's progress.
         states: The parts' states in the newest checkpoint by their keys, also of parts that this
             start does not have.
         stopped: Whether the run has saved and ended before its last step.
         pause_reason: Why the run has stopped by itself; None if it has not.
-        checkpoints: Writes them; says whether saves failed.
         start_lines: Messages: the checkpoint that the run continues from, and what differs from it.
     """
 
@@ -103,11 +100,7 @@ class Trainer:
         self.parts.load(self.states, "resume", self.progress.step)
 
     def run(self) -> StepMetrics | None:
-        """Train to `training.train_iters`.
-
-        Returns:
-            The last step's metrics; None if there was nothing left to do.
-        """
+        """Train to `training.train_iters`; return the metrics of the last logged step, if any."""
         config, parts = self.config, self.parts
         self._output = RunOutput(config, self.progress)
         if dist.get_rank() == 0:

@@ -4,8 +4,7 @@ Decided once, before ranks start and files are written. A folder that holds a ru
 the run is resumed (`--resume`) or moved aside (`--overwrite`); nothing is ever deleted. A folder in
 which a run is being trained is refused in any case. Imports no torch.
 
-ownership.py  locks, heartbeat, the mark in a checkpoint folder; refuses unwritable folders; moves
-              an earlier run out of the way of a new one
+ownership.py  locks, heartbeat, mark in a checkpoint folder; unwritable folders; runs moved aside
 """
 
 import contextlib
@@ -50,7 +49,6 @@ class Start:
         restarted: The same run starts again: ranks after a death, a requeued job.
         name: Name of this start, the same for all its ranks; None if no other rank reads it.
         config_file: The configuration file, which in the run's folder is no trace of a run.
-        resume_command: The command that continues the run.
     """
 
     resume: bool = False
@@ -85,10 +83,8 @@ class RunFolder:
         """Claim the folder for this process in the block; only the deciding process enters.
 
         If no run has begun inside, nothing is left behind. `say` gets what was moved where.
-
-        Raises:
-            ConfigError: The folder holds a run and `start` says neither what to do, a run is being
-                trained in it, its checkpoints are another run's, or it cannot be written.
+        ConfigError if `start` does not say what to do with a run in the folder, a run is being
+        trained in it, its checkpoints are another run's, or it cannot be written.
         """
         self.refuse_occupied(start)
         folders = self._folders()
@@ -130,11 +126,8 @@ class RunFolder:
     def refuse_occupied(self, start: Start) -> list[str]:
         """Refuse a folder with a run that `start` neither continues nor moves; looks at names only.
 
-        Returns what of a run is there, as `traces` does.
-
-        Raises:
-            ConfigError: There is a run, or the folder is a repository's or that of
-                configurations.
+        Returns what of a run is there, as `traces` does. ConfigError if there is a run, or the
+        folder is a repository's or that of configurations.
         """
         if start.resume and start.overwrite:
             raise ConfigError(

@@ -6,8 +6,6 @@ other machines see that it lives.
 A checkpoint folder outside of its run's is marked with the file `owner`, which names the run's
 folder: two runs in one would delete and continue each other's checkpoints. A mark counts while that
 folder has a `status.json`: a run that was renamed or deleted owns nothing under its old name.
-
-A run that is in the way of a new one in the same folder is moved aside; nothing is deleted.
 """
 
 import contextlib
@@ -134,12 +132,9 @@ def _touched(path: Path) -> int | None:
 
 
 class OwnerMark:
-    """The mark of a run in its checkpoint folder, where that is outside of the run's own.
+    """The mark of a run in its checkpoint folder `outside` of the run's own (links resolved).
 
-    There is none inside of the run's folder, nor in object storage.
-
-    Attributes:
-        outside: That folder, its links resolved; None if there is no mark.
+    `outside` is None, without a mark, for checkpoints in the run's folder or in object storage.
     """
 
     def __init__(self, run: Path, checkpoints: Path) -> None:
@@ -171,10 +166,7 @@ class OwnerMark:
             )
 
     def set(self) -> None:
-        """Mark the folder, once the run's own has its `status.json`.
-
-        FileExistsError if another run has marked it, OSError if it cannot be written.
-        """
+        """Mark the folder, once the run's own has `status.json`; FileExistsError if another has."""
         if self.outside is None or self.is_set():
             return
         mark = self.outside / OWNER_FILE
@@ -231,10 +223,7 @@ def existing(path: Path) -> Path:
 
 
 def check_kind(path: Path, kind: str, setting: str = "run.dir") -> None:
-    """Refuse (ConfigError) a path of another kind than `kind`, or in a folder that is read-only.
-
-    OSError if it is in the run's folder and cannot be written.
-    """
+    """Refuse (ConfigError) a path that is no `kind` or not writable (OSError in a run's folder)."""
     place = existing(path)
     kind = kind if place == path else "folder"
     if not (place.is_dir() if kind == "folder" else place.is_file()):
@@ -260,14 +249,9 @@ def move_aside(config: Config, checkpoints: Path, config_file: Path | None) -> l
     Files that no run writes and folders with other runs are left, as is Slurm's output, which the
     new run may be writing, and `config_file` with its bases; of config.yaml, a record of the run
     too, a copy is moved. Checkpoints outside of the run's folder get a neighbour of their own, so
-    that nothing is copied.
-
-    Returns:
-        One line per moved folder: from where to where.
-
-    Raises:
-        ConfigError: `checkpoint.load` or the teacher is something that would be moved.
-        OSError: The folder's parent cannot be written.
+    that nothing is copied. Returns a line for each new folder. ConfigError if `checkpoint.load` or
+    the teacher would be moved, or checkpoints are in object storage; OSError if the folder's parent
+    cannot be written.
     """
     folder = Path(config.run.dir)
     if isinstance(checkpoints, ObjectPath) and list_checkpoints(checkpoints):
