@@ -86,7 +86,7 @@ class ChatTemplate:
         """Return the template of `file` (`--template`), or for None the one next to a tokenizer.
 
         Beside `tokenizer_path`, a `tokenizer.json` or its folder, that is `chat_template.jinja`, or
-        else `chat_template` in `tokenizer_config.json`. ConfigError if none can be read.
+        else `chat_template` in `tokenizer_config.json`. Raises ConfigError if none can be read.
         """
         folder = tokenizer_file(tokenizer_path).parent
         content = read_tokenizer_config(folder)
@@ -107,7 +107,7 @@ class ChatTemplate:
         return cls(_with_tokens(text, content, tokenizer.eod_token), tokenizer, name)
 
     def render(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
-        """Render messages, and the start of an answer if asked to; UnusableChat if that fails."""
+        """Render messages, perhaps with the start of an answer; raise UnusableChat if refused."""
         try:
             return self._template.render(
                 messages=list(messages),
@@ -121,7 +121,7 @@ class ChatTemplate:
             raise UnusableChat(f"the template fails: {type(error).__name__}") from None
 
     def prompt(self, text: str) -> str:
-        """Render a user's message as a prompt; ConfigError if refused or with a special token."""
+        """Return the prompt of a message; raise ConfigError if refused or with a special token."""
         messages = [{"role": "user", "content": text}]
         try:
             self._check_content(messages)

@@ -85,7 +85,7 @@ def build_validation_sets(
     """Open the sets of `data.validation` by name; none if `num_samples` is 0. Every rank must call.
 
     A folder that is trained on gives its validation part, any other all of its documents. Each set
-    has at least `num_samples` samples. ConfigError if one has no dataset or no document to use.
+    has at least `num_samples` samples. Raises ConfigError if one has no dataset or no document.
     """
     data = config.data
     options = _options(

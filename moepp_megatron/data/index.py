@@ -27,16 +27,11 @@ class _IndexHeader:
 
 
 def read_header(path: Path, documents: int | None = None) -> _IndexHeader:
-    """Read and check the header of an index, and its size: cheap for any number of documents.
+    """Read and check the header of `corpus.idx`, and its size: cheap for any number of documents.
 
-    Args:
-        path: the file, `corpus.idx`.
-        documents: how many there must be, each of one sequence; None takes an index of any, where
-            each sequence counts as a document, as for megatron-core's GPT datasets.
-
-    Raises:
-        CorpusError: it is no such index.
-        OSError: it cannot be read.
+    `documents` is how many there must be, each of one sequence. None takes an index of any, where
+    each sequence counts as a document, as for megatron-core's GPT datasets. Raises CorpusError if
+    it is no such index, OSError if it cannot be read.
     """
     with path.open("rb") as stream:
         data = stream.read(_HEADER.size)
@@ -63,8 +58,6 @@ def read_ends(
     """Read and check all of an index: the documents follow each other and fill the corpus.
 
     Args:
-        path: the file, `corpus.idx`.
-        header: the result of `read_header`.
         bin_bytes: size of `corpus.bin`.
         is_ours: every document is one sequence, and none is empty.
 

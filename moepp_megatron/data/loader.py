@@ -56,15 +56,12 @@ def batches(
 ) -> Iterator[Batch]:
     """Iterate over the micro-batches of one data-parallel rank.
 
-    `global_batch_size / (micro_batch_size * dp_size)` consecutive ones form an optimizer step.
+    `global_batch_size / (micro_batch_size * dp_size)` consecutive ones form an optimizer step;
+    sizes are in samples, and the global one is over all ranks.
 
     Args:
         dataset: one of `build_datasets`.
         consumed_samples: samples consumed by all ranks so far; iteration starts right after them.
-        micro_batch_size: samples of a micro-batch.
-        dp_rank: this rank within the data-parallel group.
-        dp_size: size of that group.
-        global_batch_size: samples of an optimizer step over all ranks.
         num_workers: processes that read ahead; 0 reads in this one. The order is the same.
         pin_memory: put the batches into pinned memory (needs a GPU).
         vocab_size: token ids must be below it; None leaves them unchecked.
@@ -142,9 +139,8 @@ def vocabulary_of(dataset: Any, model_vocab_size: int) -> int:
 def check_tokens(dataset: Any, indices: Sequence[int], batch: Batch, vocab_size: int) -> None:
     """Check `tokens` and, if they are there, `labels` of a batch, int64 [b, s], on the host.
 
-    Raises:
-        ConfigError: if one is not; for a dataset of `build_datasets` it names folder, document and
-            token.
+    For an id outside of the vocabulary a dataset of `build_datasets` raises ConfigError, which
+    names folder, document and token; any other raises ValueError, which names the sample.
     """
     for shift, name in enumerate(("tokens", "labels")):
         tokens = batch.get(name)

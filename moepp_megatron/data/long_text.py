@@ -68,15 +68,10 @@ _OTHER_PATTERNS = frozenset({r"\p{N}{1,3}", r"\p{N}", "[\u4e00-\u9fa5\u3040-\u30
 
 
 def cut_text(text: str, limit: int = PIECE_CHARACTERS) -> Iterator[str]:
-    """Cut a text for a tokenizer that `can_cut`.
+    """Yield pieces of a text for a tokenizer that `can_cut`; joined they are the text.
 
-    Args:
-        text: the text; it equals its pieces joined.
-        limit: characters of a piece. A piece without a place to cut is longer: up to the next such
-            place.
-
-    Yields:
-        The pieces; none for an empty text.
+    A piece has at most `limit` characters; one without a place to cut is longer, up to the next
+    such place. An empty text has no pieces.
     """
     start = 0
     while len(text) - start > limit:

@@ -50,10 +50,9 @@ class SourceSummary:
 class Inputs:
     """The inputs that decide the bytes of a prepared folder.
 
-    Attributes:
-        settings: every setting but the number of workers, which changes nothing.
-        content_sha256: SHA-256 over names and contents of the source files.
-        stat_sha256: SHA-256 over names, sizes and modification times, which needs no reading.
+    `settings` are all but the number of workers, which changes nothing. `content_sha256` is over
+    names and contents of the source files, `stat_sha256` over names, sizes and modification times,
+    which needs no reading.
     """
 
     settings: Settings
@@ -65,12 +64,8 @@ class Inputs:
 class Conversations:
     """Contents of a conversation folder.
 
-    Attributes:
-        sequence_length: tokens of each document of the corpus, which is a sequence of whole
-            conversations with padding after them.
-        conversations: number of conversations.
-        answer_tokens: tokens with loss.
-        padding_tokens: padding.
+    A document of the corpus has `sequence_length` tokens: whole conversations, and padding after
+    them. `answer_tokens` are those with loss.
     """
 
     sequence_length: Count
@@ -87,15 +82,11 @@ class Manifest:
         format_version: version of the folder's layout.
         sources: one entry per SOURCE argument.
         documents: number of documents = sequences of the indexed dataset.
-        skipped: documents left out.
-        skipped_reasons: the same by reason.
+        skipped: documents left out, also by reason in `skipped_reasons`.
         tokens: number of tokens, EOD included.
         vocab_size: size of the vocabulary; all ids are smaller.
-        eod_id: id of the token that ends every document.
-        eod_token: its name in the tokenizer.
-        tokenizer_sha256: SHA-256 of `tokenizer.json`.
+        eod_id: id of the token that ends every document; `eod_token` is its name.
         files: sizes in bytes of the other files, to notice a damaged folder.
-        inputs: what it was made from.
         sha256: SHA-256 of `corpus.bin` and `corpus.idx`; None in folders of earlier versions.
         split: weights of train, validation and test by documents, in the form of `data.split`; None
             if the corpus prescribes none.
@@ -127,9 +118,8 @@ class Manifest:
     def read(cls, folder: Path) -> "Manifest":
         """Read `folder/manifest.json`.
 
-        Raises:
-            FileNotFoundError: there is none.
-            ValueError: it is damaged or of another format version.
+        Raises FileNotFoundError if there is none, ValueError if it is damaged or of another
+        version.
         """
         values = read_json(folder / DATA_MANIFEST_FILE)
         version = values.get("format_version") if isinstance(values, dict) else None
@@ -191,13 +181,9 @@ class Manifest:
         content_sha256: Callable[[], str],
         force: bool,
     ) -> "Manifest | None":
-        """Look for the same prepared data in `out`.
+        """Return the manifest of the same data in `out`, or None if the folder must be written.
 
-        Returns:
-            The manifest if the folder can be used as it is, None if it must be written.
-
-        Raises:
-            ConfigError: something is there that must not be overwritten.
+        Raises ConfigError if something is there that must not be overwritten.
         """
         if not out.exists():
             return None

@@ -13,12 +13,11 @@ from moepp_megatron.data.source_files import unpacked_limit
 
 
 def read_arrays(path: Path, name: str, *more: str) -> dict[str, NDArray[Any]]:
-    """The array `name` of a file, and of `more` those that it has.
+    """Return the array `name` of a file of `numpy.savez`, and of `more` those that it has.
 
-    Raises:
-        OSError: The file cannot be read, or is no regular file.
-        ValueError: It is none of `numpy.savez`, is damaged, lacks the array or has one of objects,
-            which could run code, or unpacks to more than `unpacked_limit`.
+    Raises OSError if the file cannot be read or is no regular file. Raises ValueError if it is of
+    another kind, is damaged, lacks the array, has one of objects, which could run code, or unpacks
+    to more than `unpacked_limit`.
     """
     check_regular(path)
     with path.open("rb") as stream:

@@ -62,11 +62,7 @@ class PrepareSettings:
     template: Path | None = None
 
     def __post_init__(self) -> None:
-        """Check the values.
-
-        Raises:
-            ConfigError: one is out of range, or two exclude each other.
-        """
+        """Raise ConfigError for a value out of range, or two that exclude each other."""
         self._check_chat()
         if self.workers is not None and self.workers < 1:
             raise ConfigError(f"--workers ({self.workers}) must be at least 1; leave it out")

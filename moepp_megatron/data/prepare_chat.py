@@ -35,7 +35,7 @@ _SHAREGPT_ROLES = {"human": "user", "gpt": ANSWERS, "chatgpt": ANSWERS, "observa
 
 
 def _messages_of(record: Record) -> list[Message]:
-    """Return the messages of a record; UnusableChat if they cannot be trained on."""
+    """Return the messages of a record; raise UnusableChat if they cannot be trained on."""
     messages = _messages(record)
     if not isinstance(messages, list) or not messages:
         raise UnusableChat("no messages, conversations, or instruction and output")
@@ -96,11 +96,7 @@ def _alpaca(record: Record) -> list[Any]:
 
 
 def check_formats(sources: Sequence[TextSource]) -> None:
-    """Refuse files that hold no records.
-
-    Raises:
-        ConfigError: Naming the first.
-    """
+    """Raise ConfigError for the first file that holds no records."""
     for file in (file for source in sources for file in source.files):
         if file.format == "text":
             raise ConfigError(
@@ -121,10 +117,8 @@ def write_chat(
 ) -> WrittenCorpus:
     """Write everything of a folder of conversations but its tokenizer, which is there.
 
-    What cannot be used, or is longer than `sequence_length` tokens, is counted by reason.
-
-    Raises:
-        ConfigError: A source without a single usable conversation.
+    What cannot be used, or is longer than `sequence_length` tokens, is counted by reason. A source
+    without a single usable conversation raises ConfigError.
     """
     tokenizer = template.tokenizer
     with track(console, "encode", sum(piece.size for piece in pieces)) as advance:

@@ -28,17 +28,11 @@ _SHOWN = 16
 
 
 def check_data(config: Config, whole_index: bool = True) -> list[str]:
-    """Refuse what training would refuse, before any rank starts.
+    """Refuse what training would refuse, before any rank starts; return warnings.
 
     One process per run reads the whole index, 20 bytes per document; for others the header will do.
-
-    Returns:
-        Warnings.
-
-    Raises:
-        ConfigError: If one of the folders is no prepared folder, one that is damaged, one with more
-            tokens than the model has, or one with too few documents for the split, or the tokenizer
-            is not the one that it was prepared with.
+    Raises ConfigError for a folder that is no prepared one, is damaged, or has more tokens than the
+    model or too few documents for the split, and for a tokenizer that it was not prepared with.
     """
     data, blends = config.data, blends_of(config)
     if not blends:
@@ -87,11 +81,7 @@ def _check_pair(config: Config, folder: Folder, whole_index: bool) -> tuple[int,
 
 
 def check_sequence_length(sequence_length: int, manifest: Manifest, folder: Folder) -> None:
-    """Refuse another length of sequences than conversations were put into.
-
-    Raises:
-        ConfigError: Naming both.
-    """
+    """Raise ConfigError for another length of sequences than conversations were put into."""
     if manifest.chat is not None and manifest.chat.sequence_length != sequence_length:
         raise ConfigError(
             f"model.seq_length ({sequence_length}) must be the --seq-length that {folder} "
@@ -175,13 +165,7 @@ def tokenizer_of_run(config: Config) -> Path:
 
 
 def _check_corpus_tokenizer(config: Config, manifest: Manifest, folder: Folder) -> None:
-    """Refuse a tokenizer that is not that of a folder, or ends documents with another token.
-
-    The same tokenizer in another notation is accepted.
-
-    Raises:
-        ConfigError: If it is another tokenizer, is not a tokenizer, or cannot be read.
-    """
+    """Refuse a tokenizer with other ids or another end of documents than a folder's."""
     file, own = tokenizer_of_run(config), folder.path / TOKENIZER_FILE
     digest = _sha256(file)
     is_same = digest == manifest.tokenizer_sha256 or (
@@ -224,11 +208,7 @@ def _check_end_of_document(file: Path, manifest: Manifest, folder: Folder) -> No
 
 
 def check_model_tokenizer(config: Config, trained: Path) -> None:
-    """Refuse data whose token ids mean other tokens than those that a model was trained on.
-
-    Raises:
-        ConfigError: If the ids mean other tokens, or the run's tokenizer cannot be read.
-    """
+    """Raise ConfigError for data whose token ids mean other tokens than those a model learnt."""
     blends = blends_of(config)
     if not blends or not trained.is_file():
         return

@@ -11,11 +11,7 @@ _SECONDS_BETWEEN_LINES = 5.0
 
 @contextmanager
 def track(console: Console, label: str, total: int) -> Iterator[Callable[[int], None]]:
-    """Show progress while the block runs.
-
-    Yields:
-        A function to call with the bytes just done.
-    """
+    """Show progress while the block runs; yield a function to call with the bytes just done."""
     if console.is_terminal:
         from rich import progress
 

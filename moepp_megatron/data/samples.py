@@ -41,11 +41,10 @@ class ConversationDataset(GPTDataset):
     marks: IndexedDataset | None = None
 
     def __getitem__(self, idx: int | None) -> Batch:
-        """The sample; None gives one without loss, as in `GPTDataset`.
+        """Return the sample; None gives one without loss, as in `GPTDataset`.
 
-        Returns:
-            `tokens`, `labels`, `position_ids`: int64 [s]; `loss_mask`: fp32 [s], 1 where the label
-            is of the same conversation and an answer's; `DOCUMENTS` and `PADDING`: [s].
+        `tokens`, `labels`, `position_ids` are int64 [s]; `loss_mask` is fp32 [s], 1 where the label
+        is of the same conversation and an answer's; `DOCUMENTS` and `PADDING` are [s].
         """
         assert self.marks is not None, "datasets.py opens the marks"
         place = int(self.shuffle_index[0 if idx is None else idx])
@@ -106,11 +105,10 @@ class SourcedDataset(GPTDataset):
 
 
 def documents_of(dataset: GPTDataset, sample: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """The documents that a sample is cut from, in order.
+    """Return the documents that a sample and the one token after it are cut from, in order.
 
-    Returns:
-        [n] int64 documents, as they are counted in `corpus.idx`, and [n] int64 tokens of each; in
-        all those of the sample and the one after it.
+    The first array is [n] int64, documents as they are counted in `corpus.idx`; the second is [n]
+    int64, tokens of each within that range.
     """
     place = int(dataset.shuffle_index[sample])
     (first, offset), (last, end) = dataset.sample_index[place : place + 2].tolist()
@@ -122,10 +120,9 @@ def documents_of(dataset: GPTDataset, sample: int) -> tuple[NDArray[np.int64], N
 
 
 def read_document_sources(folder: Folder, manifest: Manifest) -> NDArray[np.uint8] | None:
-    """[documents] uint8 data source of each document; None in a folder that does not say.
+    """Return each document's data source, [documents] uint8; None if the folder does not say.
 
-    Raises:
-        ConfigError: The file does not fit the manifest.
+    Raises ConfigError if the file does not fit the manifest.
     """
     if DOCUMENT_SOURCES not in manifest.files:
         return None

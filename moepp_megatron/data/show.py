@@ -18,11 +18,7 @@ from moepp_megatron.data.verify import check_start, damaged, read_manifest
 
 
 class Corpus:
-    """A prepared folder, or a pair of .bin and .idx, whose documents can be read.
-
-    Raises:
-        ConfigError: There is none, or it is damaged.
-    """
+    """A prepared folder or a pair of .bin and .idx; raises ConfigError if absent or damaged."""
 
     def __init__(self, folder: Folder) -> None:
         self._folder = folder
@@ -40,11 +36,7 @@ class Corpus:
         self._starts = np.append(np.int64(0), ends)
 
     def document(self, number: int) -> NDArray[np.integer]:
-        """The token ids of a document, in the order of the corpus.
-
-        Raises:
-            ConfigError: There is none of this number.
-        """
+        """Return a document's token ids by its number; raise ConfigError if there is none."""
         last = self.manifest.documents - 1
         if not 0 <= number <= last:
             raise ConfigError(f"--document ({number}) must be from 0 to {last}; use 0")
@@ -52,11 +44,7 @@ class Corpus:
         return np.asarray(data[self._starts[number] : self._starts[number + 1]])
 
     def training_tokens(self, split: str | None) -> int:
-        """Tokens of the documents that are trained on.
-
-        Raises:
-            ConfigError: The split cannot be made.
-        """
+        """Count the tokens that are trained on; raise ConfigError if the split cannot be made."""
         plain = check_split(split, self.manifest, validates=False, folder=self._folder)
         part = document_ranges(plain, self.manifest.documents)[0]
         if part is None:
@@ -66,11 +54,7 @@ class Corpus:
 
 
 def shown_text(tokens: Sequence[int], tokenizer: Tokenizer) -> str:
-    """Token ids as text; where they are not the tokenizer's, that is said.
-
-    Raises:
-        ConfigError: An id is outside of the vocabulary.
-    """
+    """Return ids as text; raise ConfigError if one is outside of the tokenizer's vocabulary."""
     highest = max(tokens, default=0)
     if highest >= tokenizer.vocab_size:
         raise ConfigError(
@@ -101,13 +85,10 @@ class StageShares:
 
 
 def planned_shares(config: Config, corpora: dict[str, Corpus], end: int) -> list[StageShares]:
-    """Plan each stage's shares, then the whole run's.
+    """Plan each stage's shares, then the whole run's, of `end` samples.
 
-    Args:
-        config: The configuration.
-        corpora: The folders by their real paths.
-        end: Samples of the whole run. Where not every step reads `training.global_batch_size` of
-            them, the run has one stage.
+    `corpora` are the folders by their real paths. Where not every step reads
+    `training.global_batch_size` samples, the run has one stage.
     """
     training, length = config.training, config.model.seq_length
     batch = training.global_batch_size

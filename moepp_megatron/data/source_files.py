@@ -43,12 +43,9 @@ class SourceFile:
     """One file to read: text or JSONL, compressed or not, or a table of parquet or Arrow.
 
     Attributes:
-        path: where it is.
         name: its path within the source, with forward slashes; the part of it that fingerprints
             see, so that a corpus may move.
-        format: how to read documents from it.
         size: bytes, as stored.
-        mtime_ns: modification time, nanoseconds.
         compression: compression of the whole file, by the end of its name.
         group: name of its group; documents of one group are together in one part of the split.
             None if documents are independent.
@@ -80,12 +77,10 @@ class SourceFile:
 
     @contextmanager
     def open(self) -> Iterator[BinaryIO]:
-        """Open it to read its contents, decompressed.
+        """Open it to read its contents, decompressed; errors may show only while reading.
 
-        Raises:
-            ConfigError: it cannot be read; it is compressed with Zstandard and pyarrow, which reads
-                that, is absent; or the compressed data are damaged, end too early or unpack to more
-                than `unpacked_limit`. Each of them may show only while reading.
+        Raises ConfigError if it cannot be read, if pyarrow, which reads Zstandard, is absent, or if
+        the compressed data are damaged, end too early or unpack to more than `unpacked_limit`.
         """
         try:
             with self._open() as stream:
@@ -126,8 +121,7 @@ class SourceFile:
     def count_groups(self, column: str | None) -> int:
         """Count the row groups of a table: those of parquet, record batches of Arrow.
 
-        Raises:
-            ConfigError: It is damaged, lacks the column, unpacks to too much, or pyarrow is absent.
+        Raises ConfigError without pyarrow, and if it is damaged, too large or lacks the column.
         """
         with self._table() as table:
             names = table.schema_arrow.names if self.format == "parquet" else table.schema.names
@@ -160,8 +154,7 @@ class SourceFile:
     def rows(self, groups: range, column: str | None = None) -> Iterator[dict[str, Any] | None]:
         """Yield rows of a table's groups, or one column of them; None for text that is not UTF-8.
 
-        Raises:
-            ConfigError: The table is damaged, or pyarrow is absent.
+        Raises ConfigError if the table is damaged, or pyarrow is absent.
         """
         columns = None if column is None else [column]
         with self._table() as table:
@@ -253,11 +246,9 @@ class _Batches:
 
 
 def _unpacked_batch(message: Any) -> int:
-    """Bytes that the buffers of a batch of Arrow unpack to; 0 where they are mapped as they are.
-
-    Arrow's Python interface unpacks a batch whole, without a limit. The format is that of Arrow's
-    Message.fbs and of flatbuffers: a table begins with the distance to the offsets of its fields.
-    """
+    """Bytes that the buffers of a batch of Arrow unpack to; 0 where they are mapped as they are."""
+    # Arrow's Python interface unpacks a batch whole, without a limit. The format is that of Arrow's
+    # Message.fbs and of flatbuffers: a table begins with the distance to its fields' offsets.
     metadata, body = memoryview(message.metadata), memoryview(message.body)
     batch = _follow(metadata, _field(metadata, _follow(metadata, 0), _HEADER))
     if message.type == "dictionary":

@@ -28,15 +28,12 @@ _TABLE_SHARE = 1 / 3
 
 
 def is_table(name: str, path: Path) -> bool:
-    """True if a file is a table rather than code, and left out of the built-in corpus.
+    """Return True for a table rather than code, left out of the built-in corpus; may raise OSError.
 
     A table is a file in `encodings/` or `pydoc_data/`, one that says at its top that a program has
     generated it, and one where more than a third of the lines are literal values that are assigned
     at module level, such as `html/entities.py`. A model learns tables by heart: validation on
     nearly the same ones says nothing about code.
-
-    Raises:
-        OSError: it cannot be read.
     """
     if name.split("/")[0] in _TABLE_FOLDERS:
         return True
@@ -79,13 +76,10 @@ _SHARD = re.compile(r"(.+)-\d{5}-of-\d{5}(?:-[0-9a-f]+)?\.parquet")
 
 
 def companions(source: str, root: Path, names: Sequence[str]) -> set[str]:
-    """Find non-data files in folders of Hugging Face datasets below `root`.
+    """Return those of `names` below `root` that belong to Hugging Face datasets and are not data.
 
-    Returns:
-        Those of `names` that are to be left out.
-
-    Raises:
-        ConfigError: It holds several splits, of which one must be named.
+    Raises ConfigError for several splits, of which one must be named, for a dataset that lacks a
+    listed file, and for a cache of the package datasets.
     """
     paths = [PurePosixPath(name) for name in names]
     splits = sorted({split for path in paths for split in _splits(root, path)})

@@ -44,15 +44,12 @@ class TextSource:
 
 
 def resolve_sources(names: Sequence[str], out: Path | None = None) -> list[TextSource]:
-    """Find the files of every source.
+    """Find the files of every source; return one `TextSource` per name, in the given order.
 
     Args:
         names: files, folders, or the word `stdlib` (a folder of that name is `./stdlib`); any of
             them as `NAME=PATH`, which gives the data source a name of its own.
         out: the folder that is written, which must not lie in a source.
-
-    Returns:
-        One `TextSource` per name, in the given order.
 
     Raises:
         ConfigError: no sources, or one that is missing, unreadable, without a non-empty file, with
@@ -237,11 +234,7 @@ def stat_fingerprint(sources: Sequence[TextSource]) -> str:
 def content_fingerprint(
     sources: Sequence[TextSource], advance: Callable[[int], None] = lambda _: None
 ) -> str:
-    """SHA-256 over names and contents; `advance` is called with the bytes read.
-
-    Raises:
-        ConfigError: a file cannot be read.
-    """
+    """SHA-256 over names and contents; `advance` gets the bytes read. ConfigError if unreadable."""
 
     def digest(file: SourceFile) -> bytes:
         try:

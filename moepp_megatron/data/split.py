@@ -15,23 +15,16 @@ _SPLITS = ("train", "validation", "test")
 def check_split(
     split: str | None, manifest: Manifest, validates: bool = True, folder: Folder | None = None
 ) -> str:
-    """Check that a split string has three weights and leaves no wanted part without a document.
+    """Return a split as megatron-core reads it, or raise ConfigError.
 
-    megatron-core would loop for ever over a split without documents.
+    It must have three weights and leave no wanted part without a document: megatron-core would loop
+    for ever over such a part.
 
     Args:
-        split: value of `data.split`; None takes the corpus's own, or `DEFAULT_SPLIT` if it has
-            none.
-        manifest: the corpus's manifest.
+        split: value of `data.split`; None takes the corpus's own, or else `DEFAULT_SPLIT`.
         validates: whether the validation part is read. If not, it may have no document; its weight
             then goes to the training part, whose documents that does not change.
         folder: the corpus's folder, for messages.
-
-    Returns:
-        The split as megatron-core reads it.
-
-    Raises:
-        ConfigError: if one of these does not hold.
     """
     if split is None:
         split = DEFAULT_SPLIT if manifest.split is None else manifest.split
@@ -63,11 +56,7 @@ def split_of_set(folder: Folder, trained: Sequence[Blend], split: str | None) ->
 def check_set(
     folder: Folder, trained: Sequence[Blend], split: str | None, corpus: Manifest
 ) -> None:
-    """Check that a folder of `data.validation` has something to validate on.
-
-    Raises:
-        ConfigError: it has not.
-    """
+    """Raise ConfigError for a folder of `data.validation` with nothing to validate on."""
     plain = check_split(split_of_set(folder, trained, split), corpus, folder=folder)
     if document_ranges(plain, corpus.documents)[1] is None:
         raise ConfigError(
@@ -87,11 +76,9 @@ def _is_empty(bounds: tuple[int, int] | None) -> bool:
 
 
 def document_ranges(split: str, documents: int) -> list[tuple[int, int] | None]:
-    """First document, and last document + 1, of each part; None where the weight is 0.
-
-    megatron-core rounds like this (BlendedMegatronDatasetBuilder._build_megatron_dataset_splits),
-    but importing it takes seconds.
-    """
+    """Return each part's first document and last document + 1; None where its weight is 0."""
+    # Rounded like megatron-core (BlendedMegatronDatasetBuilder._build_megatron_dataset_splits),
+    # whose import takes seconds.
     weights = [float(weight) for weight in split.split(",")]
     total = sum(weights)
     bounds = pairwise(accumulate((weight / total for weight in weights), initial=0.0))

@@ -54,15 +54,9 @@ def language_of(path: Path, language: Language) -> Language:
 
 
 def token_classes(text: str, spans: Sequence[Sequence[int]], language: Language) -> np.ndarray:
-    """The class of each token.
+    """Return the class of each token, [N] int64 indices into `CLASSES`.
 
-    Args:
-        text: All characters.
-        spans: First character, and last character + 1, of each token, in order.
-        language: `python` or `text`.
-
-    Returns:
-        [N] int64 indices into `CLASSES`.
+    `spans` has each token's first character in `text`, and its last character + 1, in order.
     """
     is_code = _code_mask(text) if language == "python" else np.zeros(len(text), dtype=bool)
     begins, ends = _runs(text, is_code)
@@ -72,14 +66,7 @@ def token_classes(text: str, spans: Sequence[Sequence[int]], language: Language)
 
 
 def _id_classes(pieces: Sequence[str]) -> np.ndarray:
-    """The class of each token id, by what `token_classes` makes of its characters.
-
-    Args:
-        pieces: The characters of each id; a part of a character is the replacement character.
-
-    Returns:
-        [V] int64 indices into `ID_CLASSES`.
-    """
+    """Return [V] int64 indices into `ID_CLASSES`, by the characters of each token id."""
     classes = np.empty(len(pieces), dtype=np.int64)
     for index, piece in enumerate(pieces):
         is_code = np.ones(len(piece), dtype=bool)
@@ -180,11 +167,9 @@ class TokenGroups:
 
     @classmethod
     def of(cls, bands: NDArray[np.int64], tokenizer: Tokenizer | None) -> "TokenGroups":
-        """Make the groups.
+        """Make the groups from the band of each token id, [V] int64 indices into `BANDS`.
 
-        Args:
-            bands: [V] int64 index into `BANDS` of each token id.
-            tokenizer: The characters of ids; None where they have none.
+        The tokenizer gives the characters of ids; None where they have none.
         """
         number = len(ID_CLASSES)
         classes, occurring = np.zeros_like(bands), list[int]()
@@ -208,11 +193,7 @@ class TokenGroups:
 
 
 def _classes_of_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> NDArray[np.int64]:
-    """[V] int64 index into `ID_CLASSES` of each token id.
-
-    The end of a document counts as punctuation; ids that the tokenizer does not have are in no
-    text.
-    """
+    """[V] int64 index into `ID_CLASSES` of each token id; the end of a document is punctuation."""
     known = set(tokenizer.vocabulary.values())
     pieces: Sequence[str] = [
         tokenizer.decode([index]) if index in known else "" for index in range(vocab_size)

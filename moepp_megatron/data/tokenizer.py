@@ -49,11 +49,7 @@ class Tokenizer:
     """
 
     def __init__(self, backend: tokenizers.Tokenizer, eod_token: str) -> None:
-        """Wrap a tokenizer, whose truncation and padding are switched off.
-
-        Raises:
-            ConfigError: the token is not in the vocabulary.
-        """
+        """Turn truncation and padding off; raise ConfigError if `eod_token` is unknown."""
         eod = backend.token_to_id(eod_token)
         if eod is None:
             raise ConfigError(
@@ -71,16 +67,11 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: Path, eod_token: str | None = None) -> "Tokenizer":
-        """Load a tokenizer.
+        """Load a `tokenizer.json`, also by its folder: prepared data, a checkpoint or another.
 
-        Args:
-            path: a folder written by `moepp data prepare`, its `tokenizer.json`, or another, such
-                as a checkpoint's.
-            eod_token: the end-of-document token; by default the one that is named next to the file
-                (see `named_eod_token`), or else the first known name that is in the vocabulary.
-
-        Raises:
-            ConfigError: no such file, no tokenizer, or no end-of-document token.
+        Without `eod_token` the one that is named next to the file (`named_eod_token`) is taken, or
+        else the first known name that is in the vocabulary. Raises ConfigError if there is no such
+        file, no tokenizer, or no end-of-document token.
         """
         path = tokenizer_file(path)
         named = named_eod_token(path)
@@ -95,11 +86,7 @@ class Tokenizer:
 
     @staticmethod
     def known_eod(backend: tokenizers.Tokenizer, path: Path) -> str:
-        """The first known end-of-document token that a tokenizer has.
-
-        Raises:
-            ConfigError: It has none.
-        """
+        """Return a tokenizer's first known end-of-document token; raise ConfigError if none."""
         for token in _KNOWN_EOD_TOKENS:
             if backend.token_to_id(token) is not None:
                 return token
@@ -110,11 +97,7 @@ class Tokenizer:
 
     @staticmethod
     def read_backend(path: Path) -> tokenizers.Tokenizer:
-        """The library's object of a file, whatever its end-of-document token is.
-
-        Raises:
-            ConfigError: If it cannot be read, or is not a tokenizer.
-        """
+        """Read the library's tokenizer from a file; raise ConfigError if that holds none."""
         try:
             check_regular(path)
             text = path.read_text(encoding="utf-8")
@@ -138,12 +121,9 @@ class Tokenizer:
         return list(itertools.chain.from_iterable(self.encode_in_pieces(text)))
 
     def encode_in_pieces(self, text: str) -> Iterator[list[int]]:
-        """Token ids of a text, piece by piece, so that a long text needs little memory if possible.
+        """Yield token ids piece by piece, for less memory if `cuts_long_texts`.
 
-        See `cuts_long_texts`.
-
-        Raises:
-            UncuttableError: A piece would be too long.
+        Raises UncuttableError if a piece would be too long.
         """
         for piece in cut_text(text) if self.cuts_long_texts else [text]:
             if len(piece) > MAX_PIECE_CHARACTERS:
@@ -161,13 +141,10 @@ class Tokenizer:
     def encode_with_spans(
         self, text: str, has_special_tokens: bool = False
     ) -> tuple[list[int], list[tuple[int, int]]]:
-        """Token ids of a text, and for each its first character and the one after its last.
+        """Return token ids, and for each its first character and the one after its last.
 
         Tokens of one character that a byte-level tokenizer has split all span that character.
-
-        Args:
-            text: The text.
-            has_special_tokens: Whether special tokens that it spells are meant as such.
+        Special tokens that the text spells are meant as such if `has_special_tokens`.
         """
         backend = self._backend
         # Nothing is added to the text, so all that a post-processor could do is to trim spans: that
@@ -230,11 +207,7 @@ def _checked(problem: str) -> Iterator[None]:
 
 
 def check_vocab_size(vocab_size: int) -> None:
-    """Refuse a vocabulary that has no room for every byte, or whose training would end in a crash.
-
-    Raises:
-        ConfigError: It has not, or would.
-    """
+    """Raise ConfigError if `vocab_size` is not from 257 (every byte, and EOD) to 10,000,000."""
     if vocab_size > _MAX_VOCAB_SIZE:
         raise ConfigError(
             f"--vocab-size ({vocab_size}) must be at most {_MAX_VOCAB_SIZE}; use 65536 for the "
@@ -250,12 +223,8 @@ def check_vocab_size(vocab_size: int) -> None:
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     """Train a byte-level BPE tokenizer (GPT-2's kind): every text round-trips.
 
-    Args:
-        texts: texts in which pairs are counted.
-        vocab_size: wanted number of tokens; a small corpus has fewer repeated pairs and gives less.
-
-    Raises:
-        ConfigError: vocab_size below 257 or above 10,000,000.
+    It has `vocab_size` tokens, or fewer where a small corpus has fewer repeated pairs. Raises
+    ConfigError if that is below 257 or above 10,000,000.
     """
     check_vocab_size(vocab_size)
     from tokenizers import decoders, models, pre_tokenizers, trainers

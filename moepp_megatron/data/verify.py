@@ -43,11 +43,7 @@ class FileState:
 
 
 def read_manifest(folder: Folder) -> Manifest:
-    """The manifest of a prepared folder.
-
-    Raises:
-        ConfigError: There is none, or one that is damaged.
-    """
+    """Return a folder's manifest; raise ConfigError if there is none, or if it is damaged."""
     path = folder.path
     stem = path.with_suffix("") if path.suffix in (".bin", ".idx") else path
     if _is_pair(stem) and (stem.parent / DATA_MANIFEST_FILE).is_file():
@@ -84,13 +80,8 @@ def corpus_identity(path: Path) -> str | None:
 def check_start(folder: Folder, manifest: Manifest, whole_index: bool = False) -> None:
     """Check what can be checked before training without reading the corpus.
 
-    Args:
-        folder: The prepared folder.
-        manifest: Its manifest.
-        whole_index: Read all of the index, 20 bytes per document, instead of its header.
-
-    Raises:
-        ConfigError: Files are missing or have another size, or the index is damaged.
+    `whole_index` reads all of the index, 20 bytes per document, instead of its header. Raises
+    ConfigError if files are missing or have another size, or the index is damaged.
     """
     if manifest.is_bare:
         # Its counts are from the index; the whole of that is read by `pair_warnings`.
@@ -121,11 +112,7 @@ def damaged(folder: Folder, problem: str) -> ConfigError:
 
 
 def verify(folder: Path, manifest: Manifest, advance: Callable[[int], None]) -> list[FileState]:
-    """Check every byte: sizes, hashes, index, and that every token is in the vocabulary.
-
-    Returns:
-        One entry per file.
-    """
+    """Check every byte: sizes, hashes, index and vocabulary; return one entry per file."""
     states = []
     tokens = _TokenCheck(manifest.vocab_size)
     # The index first: it names the document of a token.
@@ -220,18 +207,12 @@ def _is_pair(path: Path) -> bool:
 
 
 def _read_pair(prefix: Path) -> Manifest:
-    """The manifest of a pair, as far as its files show; `Manifest.is_bare` is true for it.
-
-    Its identity is a hash of the sizes and of both ends of the files, so that little is read.
-
-    Raises:
-        CorpusError: The index is none of tokens.
-        OSError: A file cannot be read.
-    """
+    """The manifest of a pair, as far as its files show; `Manifest.is_bare` is true for it."""
     idx, data = Path(f"{prefix}.idx"), Path(f"{prefix}.bin")
     header = read_header(idx)
     size = data.stat().st_size
     tokens = size // np.dtype(header.dtype).itemsize
+    # Of the sizes and of both ends of the files, so that little is read.
     digest = hashlib.sha256()
     for path in (idx, data):
         with path.open("rb") as stream:
@@ -258,11 +239,9 @@ def _read_pair(prefix: Path) -> Manifest:
 
 
 def pair_warnings(folder: Folder, tokenizer: Tokenizer) -> list[str]:
-    """Warnings: what cannot be checked of a pair, and whether its tokenizer looks wrong.
+    """Return warnings: what cannot be checked of a pair, and whether its tokenizer looks wrong.
 
-    Raises:
-        CorpusError: The index is damaged.
-        OSError: A file cannot be read.
+    Raises CorpusError if the index is damaged, OSError if a file cannot be read.
     """
     warnings = [
         f"{folder} has no manifest: whether data.tokenizer has made its ids, whether all of them "

@@ -136,7 +136,7 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
 def read_address(variable: str) -> str:
     """Return the webhook's address from an environment variable.
 
-    ConfigError if it is unset, or is neither https nor of this machine; the message hides it.
+    Raises ConfigError, without its value, if it is unset or neither https nor of this machine.
     """
     address = os.environ.get(variable, "").strip()
     if not address:

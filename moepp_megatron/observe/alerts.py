@@ -72,8 +72,8 @@ class Alert(BaseModel):
 def read_alerts(path: Path) -> list[Alert]:
     """Return a run's alerts in the order of time; none where there is no file.
 
-    Lines that are not alerts are left out: they are from a newer version, or unfinished. OSError if
-    the file cannot be read.
+    Lines that are not alerts are left out: they are from a newer version, or unfinished. Raises
+    OSError if the file cannot be read.
     """
     try:
         check_regular(path)

@@ -21,7 +21,7 @@ class JsonlSink:
     """Appends each record to `metrics.jsonl` as one line, in one write."""
 
     def __init__(self, path: Path, resume_step: int | None = None) -> None:
-        """Open the sink, and make its folder if needed; OSError if the file cannot be rewritten.
+        """Open the file, in a folder made if needed; raise OSError if that or rewriting fails.
 
         `resume_step` is the first step that will be written: records from there on are dropped (0
         starts over); None keeps every complete record. An unfinished last line is always dropped. A

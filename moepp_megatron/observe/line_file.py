@@ -15,7 +15,7 @@ logger = logging.getLogger(__name__)
 class LineFile:
     """Appends lines to a file of that name; if it is removed, renamed or rotated, to a new one.
 
-    Only this process writes it, and its folder exists. OSError if it cannot be opened.
+    Only this process writes it, and its folder exists. Raises OSError if it cannot be opened.
     """
 
     def __init__(self, path: Path, start_over: bool = False) -> None:

@@ -88,7 +88,7 @@ def read_metrics(path: Path, *see: Callable[[StepMetrics], None]) -> Records:
 
     A last line that a killed run left unfinished is ignored. If steps were repeated after a
     restart, the later records count; `see` is called with every record in turn, also with the
-    others. MetricsError if the file is missing or has no complete record, or a line is not a
+    others. Raises MetricsError if the file is missing or has no complete record, or a line is not a
     record.
     """
     steps, starts = array("q"), array("q")
@@ -127,7 +127,7 @@ def counting(steps: NDArray[np.int64]) -> NDArray[np.bool_]:
 def read_lines(path: Path) -> Iterator[_Line]:
     """Yield the lines of a `metrics.jsonl`, without empty ones and an unfinished last one.
 
-    A line longer than any record comes in parts, which are no records. OSError if unreadable.
+    Too long a line comes in parts, which are no records. Raises OSError if the file is unreadable.
     """
     check_regular(path)
     with path.open("rb") as file:

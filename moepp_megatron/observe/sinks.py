@@ -54,7 +54,7 @@ class _RetryingSink:
         self._take(functools.partial(self._sink.go_back, step), step)
 
     def close(self) -> None:
-        """Write waiting records and close the sink; OSError if the disk fails and they are lost."""
+        """Write waiting records and close the sink; raise OSError if they are lost."""
         try:
             self._write_waiting()
         finally:

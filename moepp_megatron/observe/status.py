@@ -139,7 +139,7 @@ class RunStatus(BaseModel):
             return None
 
     def write(self, run_dir: Path) -> None:
-        """Replace the run's status; OSError if the folder cannot be written."""
+        """Replace the run's status; raise OSError if the folder cannot be written."""
         write_atomic(run_dir / STATUS_FILE, self.model_dump_json().encode() + b"\n")
 
     def resume_command_here(self) -> str | None:
@@ -167,8 +167,8 @@ class StatusSink:
     """Keeps `RUN/status.json`: `running` from here on, `ended` once closed.
 
     It is written again where it was removed, so that no other run takes the folder for free. A run
-    that fails or is killed does not close it, and leaves the id of a process that is gone. OSError
-    if the folder cannot be written.
+    that fails or is killed does not close it, and leaves the id of a process that is gone. Raises
+    OSError if the folder cannot be written.
     """
 
     def __init__(self, run_dir: Path) -> None:

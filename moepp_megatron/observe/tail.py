@@ -42,7 +42,7 @@ class Tail:
             return None
 
     def poll(self) -> _NewLines:
-        """Return the new lines since the last call, some MiB at most; OSError if unreadable."""
+        """Return new lines, some MiB at most; raise OSError if an existing file is unreadable."""
         try:
             check_regular(self._path)
             fd = os.open(self._path, os.O_RDONLY)

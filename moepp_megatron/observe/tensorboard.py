@@ -34,7 +34,7 @@ class TensorBoardSink:
         resume_step: int | None = None,
         moe_layers: Sequence[int] = (),
     ) -> None:
-        """Open the sink; ImportError if tensorboard is not installed.
+        """Open the sink; raise ImportError if tensorboard is not installed.
 
         TensorBoard hides events of an earlier attempt from `resume_step`, the first step that will
         be written, on. `moe_layers` is that of `numbers`.

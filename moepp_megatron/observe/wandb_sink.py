@@ -26,8 +26,8 @@ class WandbSink:
 
     The package's own process sends them and handles access itself (`wandb login` or
     `WANDB_API_KEY`), so that no key passes through here. It gets neither console output nor source
-    code. If `resumes`, the W&B run of the checkpoint continues too. ImportError if wandb is not
-    installed; RuntimeError, without the key in its message, if it cannot start.
+    code. If `resumes`, the W&B run of the checkpoint continues too. Raises ImportError if wandb is
+    not installed; RuntimeError, without the key in its message, if it cannot start.
     """
 
     def __init__(
