@@ -107,7 +107,10 @@ class ChatTemplate:
         return cls(_with_tokens(text, content, tokenizer.eod_token), tokenizer, name)
 
     def render(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
-        """Render messages, perhaps with the start of an answer; raise UnusableChat if refused."""
+        """Render a conversation, up to where an answer begins if that is asked for.
+
+        Raises UnusableChat if the template refuses it.
+        """
         try:
             return self._template.render(
                 messages=list(messages),
@@ -121,7 +124,10 @@ class ChatTemplate:
             raise UnusableChat(f"the template fails: {type(error).__name__}") from None
 
     def prompt(self, text: str) -> str:
-        """Return the prompt of a message; raise ConfigError if refused or with a special token."""
+        """Render a user's message as a prompt, up to where the answer begins.
+
+        Raises ConfigError if it spells a special token, or the template refuses it.
+        """
         messages = [{"role": "user", "content": text}]
         try:
             self._check_content(messages)

@@ -234,7 +234,10 @@ def stat_fingerprint(sources: Sequence[TextSource]) -> str:
 def content_fingerprint(
     sources: Sequence[TextSource], advance: Callable[[int], None] = lambda _: None
 ) -> str:
-    """SHA-256 over names and contents; `advance` gets the bytes read. ConfigError if unreadable."""
+    """Return the SHA-256 over names and contents; `advance` is called with the bytes read.
+
+    Raises ConfigError if a file cannot be read.
+    """
 
     def digest(file: SourceFile) -> bytes:
         try:

@@ -193,7 +193,7 @@ class TokenGroups:
 
 
 def _classes_of_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> NDArray[np.int64]:
-    """[V] int64 index into `ID_CLASSES` of each token id; the end of a document is punctuation."""
+    """Return [V] int64 indices into `ID_CLASSES`; the end of a document is punctuation."""
     known = set(tokenizer.vocabulary.values())
     pieces: Sequence[str] = [
         tokenizer.decode([index]) if index in known else "" for index in range(vocab_size)

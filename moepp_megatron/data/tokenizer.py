@@ -97,7 +97,10 @@ class Tokenizer:
 
     @staticmethod
     def read_backend(path: Path) -> tokenizers.Tokenizer:
-        """Read the library's tokenizer from a file; raise ConfigError if that holds none."""
+        """Return the library's tokenizer of a file, whatever its end-of-document token is.
+
+        Raises ConfigError if it cannot be read, or is not a tokenizer.
+        """
         try:
             check_regular(path)
             text = path.read_text(encoding="utf-8")

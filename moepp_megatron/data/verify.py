@@ -112,7 +112,10 @@ def damaged(folder: Folder, problem: str) -> ConfigError:
 
 
 def verify(folder: Path, manifest: Manifest, advance: Callable[[int], None]) -> list[FileState]:
-    """Check every byte: sizes, hashes, index and vocabulary; return one entry per file."""
+    """Check every byte: sizes, hashes, index, and that every token is in the vocabulary.
+
+    Returns one entry per file.
+    """
     states = []
     tokens = _TokenCheck(manifest.vocab_size)
     # The index first: it names the document of a token.
