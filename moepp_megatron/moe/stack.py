@@ -31,12 +31,7 @@ _SIZES = ("num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline_sta
 
 
 class _MoEPPStack(TransformerBlock):
-    """Hands the lane from layer to layer, and from stage to stage.
-
-    A stage that is not the first receives hidden states packed with the lane and unpacks them; a
-    stage that is not the last packs them again. Between them the lane is
-    `TransformerBlock`'s `context` argument.
-    """
+    """Carries the lane as `context` between layers, packed with hidden states between stages."""
 
     def __init__(
         self,

@@ -160,13 +160,9 @@ class RoutingStatistics:
 class RouterWatch:
     """The counters of one router on one rank; they never change what the router returns.
 
-    A router hands every micro-batch to its watch in one place, after it has routed. What is counted
-    is switched on from outside: by tags and margins in `RoutingStatistics`, health in
-    `RouterHealth.enabled`.
-
-    Args:
-        config: The layer's settings.
-        fused: Whether kernels count.
+    A router hands every micro-batch to its watch in one place, after it has routed. Counters are
+    switched on from outside: by tags and margins in `RoutingStatistics`, health in
+    `RouterHealth.enabled`. With `fused`, kernels count.
     """
 
     def __init__(self, config: MoEPPConfig, fused: bool) -> None:

@@ -22,13 +22,10 @@ SOURCE = 16
 
 
 class TokenTags:
-    """Computes tags from token ids.
-
-    Attributes:
-        groups: [vocabulary] int64 group of each token id; None where all are in group 0.
-    """
+    """Computes tags from token ids."""
 
     def __init__(self) -> None:
+        # [vocabulary] int64 group of each token id; None where all are in group 0.
         self.groups: Tensor | None = None
 
     @torch.no_grad()

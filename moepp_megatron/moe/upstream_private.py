@@ -23,18 +23,14 @@ Use = Literal["called", "overridden", "read"]
 
 @dataclass(frozen=True)
 class _PrivateName:
-    """A private name.
+    """A private name, its place below `megatron.core` as 0.19 calls it, and its use."""
 
-    Attributes:
-        path: Its place below `megatron.core`, as 0.19 calls it: `module:Class.name` for a method,
-            or an attribute that the class's constructor sets; `module:name` without a class.
-        use: Whether it is called, overridden, or read (or set).
-        parameters: Names of the parameters that this package relies on, with spaces between them.
-    """
-
+    # `module:Class.name` for a method, or an attribute that the class's constructor sets;
+    # `module:name` without a class.
     path: str
     use: Use
     reason: str
+    # Those that this package relies on, with spaces between them.
     parameters: str = ""
 
     @property
@@ -178,9 +174,8 @@ class UpstreamMovedError(ImportError):
 def check_upstream(names: tuple[_PrivateName, ...] = _LAYER_NAMES) -> None:
     """Look for names once a process: `_LAYER_NAMES`, or `PRIVATE_NAMES` for this package's trainer.
 
-    Raises:
-        UpstreamMovedError: Naming the version, where it is not one of those that this package runs
-            with, or each name that is gone or takes other arguments.
+    Raise UpstreamMovedError, with the version where this package does not run with it, or with each
+    name that is gone or takes other arguments.
     """
     if (problem := version_problem(version())) is not None:
         raise UpstreamMovedError(problem)

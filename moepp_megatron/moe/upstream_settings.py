@@ -25,30 +25,20 @@ from moepp_megatron.moe.config import MoEPPConfig
 
 @dataclass(frozen=True)
 class _Refused:
-    """A setting that the layer cannot honour.
-
-    Attributes:
-        allowed: The values that it may have; the first one is the remedy.
-        instead: What to set for the same purpose; empty where there is nothing.
-    """
+    """A setting that the layer cannot honour; the first allowed value is the remedy."""
 
     allowed: tuple[Any, ...]
     reason: str
-    instead: str = ""
+    instead: str = ""  # to set for the same purpose, if there is anything
 
 
 @dataclass(frozen=True)
 class _Ours:
-    """A setting that MoEPPConfig decides.
-
-    Attributes:
-        field: The name in MoEPPConfig.
-        unset: Values that count as not set.
-        meaning: The value that agrees with that of MoEPPConfig.
-    """
+    """A setting that the field of MoEPPConfig decides; `unset` values count as not set."""
 
     field: str
     unset: tuple[Any, ...] = ()
+    # From the field's value to the setting's that agrees with it.
     meaning: Callable[[Any], Any] = lambda value: value
 
 
@@ -215,10 +205,9 @@ _CONCERNS_EXPERTS = re.compile(r"^(?!expert_).*(moe|expert|router|routing|mtp_nu
 
 
 def refuse_ignored(config: Any, moepp: MoEPPConfig) -> None:
-    """Refuse settings of a MoE++ model's `TransformerConfig` that its layers would ignore.
+    """Raise ValueError for settings of a MoE++ model's `TransformerConfig` that its layers ignore.
 
-    Raises:
-        ValueError: If a rule is broken; names the setting, its value, the rule and a remedy.
+    It names the setting, its value, the rule and a remedy.
     """
     for name in REFUSED:
         refuse_setting(config, name)
@@ -259,11 +248,7 @@ def undecided(kind: type) -> dict[str, Any]:
 
 
 def refuse_setting(config: Any, name: str, user: str = "the MoE++ layer") -> None:
-    """Refuse one of the settings of `REFUSED` where `user`, which cannot honour it, needs another.
-
-    Raises:
-        ValueError: If a rule is broken; names the setting, its value, the rule and a remedy.
-    """
+    """Raise ValueError for a setting of `REFUSED` that `user` cannot honour."""
     rule = REFUSED[name]
     # A version of megatron-core may lack a field of another one.
     value = getattr(config, name, rule.allowed[0])
@@ -281,12 +266,9 @@ def router_config(config: Any, moepp: MoEPPConfig) -> Any:
 
     megatron-core sizes the router, the experts and the expert-parallel group by one number,
     `num_moe_experts`, which here counts FFN experts; only this function converts it to the number
-    of all experts, among which the router chooses.
-
-    Raises:
-        ValueError: Where the two configurations contradict each other, the router would ignore a
-            setting, or balance over the global batch would count on from step
-            to step.
+    of all experts, among which the router chooses. Raise ValueError where the two configurations
+    contradict each other, the router would ignore a setting, or balance over the global batch would
+    count on from step to step.
     """
     refuse_ignored(config, moepp)
     _require_new_counts(config, moepp)

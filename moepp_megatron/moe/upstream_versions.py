@@ -49,11 +49,7 @@ def version_problem(found: str | None) -> str | None:
 
 
 def refuse_elsewhere(name: str, value: Any, allowed: str, reason: str) -> None:
-    """Refuse a setting of `TransformerConfig` with another version than the tested one.
-
-    Raises:
-        ValueError: Naming setting, value, rule and remedy.
-    """
+    """Raise ValueError for a setting that only the tested version of megatron-core honours."""
     if version() != TESTED_VERSION:
         raise ValueError(
             f"TransformerConfig.{name} ({value}) must be {allowed} with megatron-core {version()}, "

@@ -74,10 +74,7 @@ class ZeroComputationExperts(MegatronModule):
         return owner.constants
 
     def use_constants_of(self, owner: ZeroComputationExperts) -> None:
-        """Replace V by that of `owner`, the only one to count it among its parameters.
-
-        So optimizer, gradient reduction and checkpoints see one tensor, under the owner's name.
-        """
+        """Replace V by that of `owner`, under whose name it is trained, reduced and saved once."""
         del self.constants
         # Past `torch.nn.Module`, which would make the owner a part of this module.
         object.__setattr__(self, "_owner", owner)

@@ -12,10 +12,7 @@ from triton.language import constexpr
 
 @triton.jit
 def _product(a, b, WIDEN: constexpr):  # type: ignore[no-untyped-def]
-    """A b from fp32 or bf16 factors, as exact as fp32 products and sums.
-
-    WIDEN is for Triton's interpreter, which cannot multiply bf16 numbers.
-    """
+    """A b from fp32 or bf16 factors, as exact as fp32; WIDEN for Triton's interpreter."""
     if a.dtype == tl.float32 and b.dtype == tl.bfloat16:
         high = a.to(tl.bfloat16)
         rest = a - high.to(tl.float32)

@@ -15,10 +15,9 @@ def in_best_groups(  # type: ignore[no-untyped-def]
     RANKED: constexpr,
     BLOCK_E: constexpr,
 ):
-    """The columns that a tile's tokens may select.
+    """Return the columns that a tile's tokens may select: zero-computation experts and best groups.
 
-    Zero-computation experts, and the FFN experts of those KEPT groups whose RANKED largest
-    affinities add up to most.
+    A group's worth is the sum of its RANKED largest affinities; the KEPT best remain.
     """
     # NaN counts as the largest, so that each pass below takes away an expert, and a group.
     affinities = tl.where(affinities != affinities, float("inf"), affinities)
