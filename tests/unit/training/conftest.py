@@ -1,5 +1,7 @@
 """Checkpoint folders without a training run: real manifests over small files."""
 
+import subprocess
+
 import pytest
 
 from moepp_megatron.config import parse_config
@@ -10,14 +12,19 @@ from moepp_megatron.training.checkpoint.files import (
     file_digest,
     manifest,
 )
-from tests.parallel.training_runs import settings
+from moepp_megatron.training.run_folder import Start
+from tests.parallel.training_runs import merged, settings
+
+NEW, RESUME, OVERWRITE = Start(), Start(resume=True), Start(overwrite=True)
+by_start = pytest.mark.parametrize(
+    "start", [NEW, RESUME, OVERWRITE], ids=["", "resume", "overwrite"]
+)
 
 
 def config_of(**sections):
     """A small configuration with some settings changed."""
     small = {"model": {"num_layers": 2}, "moe": {"num_ffn_experts": 4}}
-    names = small | sections
-    return parse_config(settings(**{n: small.get(n, {}) | sections.get(n, {}) for n in names}))
+    return parse_config(settings(**merged(small, sections)))
 
 
 @pytest.fixture
@@ -42,3 +49,11 @@ def write():
         return path
 
     return write_checkpoint
+
+
+@pytest.fixture
+def dead():
+    """A number that no process has any more."""
+    process = subprocess.Popen(["true"])
+    process.wait()
+    return process.pid

@@ -12,13 +12,18 @@ import pytest
 from moepp_megatron.training.checkpoint.background import Background, BackgroundError
 
 
+def comes_true(condition):
+    """Soon: in half a minute at most."""
+    deadline = time.monotonic() + 30
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return condition()
+
+
 def test_done_turns_true_without_waiting():
     process = Background(lambda: time.sleep(0.2))
     assert not process.done()
-    deadline = time.monotonic() + 30
-    while not process.done() and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert process.done()
+    assert comes_true(process.done)
     assert process.result() is None
 
 
@@ -51,8 +56,7 @@ def test_signals_of_the_launcher_do_not_end_it(tmp_path):
         return "written"
 
     process = Background(survive)
-    while not ready.exists():
-        time.sleep(0.01)
+    assert comes_true(ready.exists)
     os.kill(process._pid, signal.SIGTERM)
     os.kill(process._pid, signal.SIGUSR1)
     assert process.result() == "written"
@@ -74,15 +78,12 @@ os.kill(os.getpid(), signal.SIGKILL)
 """
     subprocess.run([sys.executable, "-c", code], timeout=60)
     pid = int((tmp_path / "pid").read_text())
-    deadline = time.monotonic() + 30
-    while _is_running(pid) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    assert not _is_running(pid)
 
+    def has_ended():
+        try:
+            state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        except OSError:
+            return True
+        return state == "Z"
 
-def _is_running(pid):
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except OSError:
-        return False
-    return state != "Z"
+    assert comes_true(has_ended)

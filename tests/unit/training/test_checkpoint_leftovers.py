@@ -17,14 +17,6 @@ def living():
         yield process.pid
 
 
-@pytest.fixture
-def dead():
-    """A number that no process has any more."""
-    process = subprocess.Popen([sys.executable, "-c", ""])
-    process.wait()
-    return process.pid
-
-
 def _leave(folder, owner):
     path = folder / f".step_00000005.incomplete-{owner}"
     path.mkdir()

@@ -45,9 +45,14 @@ def write(folder, places):
         storage[index] = _StorageInfo("__0_0.distcp", len(content), len(record.getvalue()))
         content += record.getvalue()
     folder.mkdir()
+    index = Metadata({KEY: BytesStorageMetadata()}, storage_data=storage)
+    write_checkpoint(folder, content, index)
+
+
+def write_checkpoint(folder, content, index):
     (folder / "__0_0.distcp").write_bytes(content)
     (folder / "metadata.json").write_text('{"sharded_backend": "torch_dist"}')
-    write_index(folder, Metadata({KEY: BytesStorageMetadata()}, storage_data=storage))
+    write_index(folder, index)
 
 
 def write_index(folder, index):
@@ -177,14 +182,20 @@ def of(**fields):
     return Metadata(**(content | fields))
 
 
+def stored(*place):
+    return of(storage_data={MetadataIndex("a"): _StorageInfo(*place)})
+
+
+def whole(*sizes, **fields):
+    """A tensor in one piece."""
+    size = torch.Size(sizes)
+    chunk = ChunkStorageMetadata(torch.Size([0] * len(size)), size)
+    content = {"properties": TensorProperties(torch.float32), "size": size, "chunks": [chunk]}
+    return TensorStorageMetadata(**(content | fields))
+
+
 def tensor_of(**fields):
-    chunk = ChunkStorageMetadata(torch.Size([0]), torch.Size([2]))
-    content = {
-        "properties": TensorProperties(dtype=torch.float32),
-        "size": torch.Size([2]),
-        "chunks": [chunk],
-    }
-    return of(state_dict_metadata={"a": TensorStorageMetadata(**(content | fields))})
+    return of(state_dict_metadata={"a": whole(2, **fields)})
 
 
 GLOBAL = b"X\x05\x00\x00\x00torchX\x04\x00\x00\x00Size\x93"
@@ -220,10 +231,10 @@ GLOBAL = b"X\x05\x00\x00\x00torchX\x04\x00\x00\x00Size\x93"
         (of(state_dict_metadata={"a": "b"}), "in place of a TensorStorageMetadata"),
         (of(storage_data={"a": _StorageInfo("a", 0, 1)}), "in place of a MetadataIndex"),
         (of(storage_data={MetadataIndex("a"): ("a", 0, 1)}), "in place of a _StorageInfo"),
-        (of(storage_data={MetadataIndex("a"): _StorageInfo("../a", 0, 1)}), "outside of the"),
-        (of(storage_data={MetadataIndex("a"): _StorageInfo("..", 0, 1)}), "outside of the folder"),
-        (of(storage_data={MetadataIndex("a"): _StorageInfo("a", -1, 1)}), "in place of a count"),
-        (of(storage_data={MetadataIndex("a"): _StorageInfo("a", 0, 1, ["zstd"])}), "an extension"),
+        (stored("../a", 0, 1), "outside of the folder"),
+        (stored("..", 0, 1), "outside of the folder"),
+        (stored("a", -1, 1), "in place of a count"),
+        (stored("a", 0, 1, ["zstd"]), "an extension"),
         (tensor_of(size=(2,)), "in place of a size"),
         (tensor_of(size=torch.Size([1])), "a shard outside of its tensor"),
         (tensor_of(size=torch.Size([2, 2])), "a shard outside of its tensor"),
@@ -271,12 +282,9 @@ def test_memory_of_the_index_is_bounded(tmp_path, values, monkeypatch):
 @pytest.mark.parametrize("size", [(2,), (1 << 62, 4)])
 def test_a_shard_of_more_bytes_than_it_has_is_refused(tmp_path, size):
     """A tensor of one value that stands for all would otherwise take their memory."""
-    begin, whole = torch.Size([0] * len(size)), torch.Size(size)
-    chunks = [ChunkStorageMetadata(begin, whole)]
-    tensor = TensorStorageMetadata(TensorProperties(dtype=torch.float32), whole, chunks)
-    index = Metadata({"a": tensor})
-    index.storage_data = {MetadataIndex("a", begin): _StorageInfo("__0_0.distcp", 0, 7)}
-    write_index(tmp_path, index)
+    place = MetadataIndex("a", torch.Size([0] * len(size)))
+    storage = {place: _StorageInfo("__0_0.distcp", 0, 7)}
+    write_index(tmp_path, Metadata({"a": whole(*size)}, storage_data=storage))
     assert "7 bytes hold a shard of" in str(unsafe_pickle(tmp_path))
 
 
@@ -296,15 +304,10 @@ def test_a_record_that_unpacks_to_much_is_refused(tmp_path, is_tensor):
     record = packed(torch.zeros(100_000) if is_tensor else [torch.zeros(100_000)])
     assert len(record) < 10_000
     key = "weight" if is_tensor else KEY
-    size = torch.Size([100])
-    chunk = ChunkStorageMetadata(torch.Size([0]), size)
-    tensor = TensorStorageMetadata(TensorProperties(dtype=torch.float32), size, [chunk])
-    place = MetadataIndex(key, torch.Size([0])) if is_tensor else MetadataIndex(key)
-    index = Metadata({key: tensor if is_tensor else BytesStorageMetadata()})
-    index.storage_data = {place: _StorageInfo("__0_0.distcp", 5, len(record))}
-    write_index(tmp_path, index)
-    (tmp_path / "__0_0.distcp").write_bytes(b"other" + record)
-    (tmp_path / "metadata.json").write_text('{"sharded_backend": "torch_dist"}')
+    place = MetadataIndex(key, torch.Size([0]) if is_tensor else None)
+    entry = whole(100) if is_tensor else BytesStorageMetadata()
+    storage = {place: _StorageInfo("__0_0.distcp", 5, len(record))}
+    write_checkpoint(tmp_path, b"other" + record, Metadata({key: entry}, storage_data=storage))
     assert f"entry {key} is compressed" in str(unsafe_pickle(tmp_path))
     if is_tensor:
         with config_error("weight is compressed"):

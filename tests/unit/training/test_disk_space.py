@@ -34,10 +34,8 @@ def test_as_many_as_will_be_there_at_once(write, tmp_path, monkeypatch, keep, th
     assert retention.lack_of_space(config, tmp_path, step) is None
     monkeypatch.setattr(retention, "free_bytes", lambda _: needed - 1)
     said = retention.lack_of_space(config, tmp_path, step)
-    assert said is not None
-    assert (
-        f"needs room for {count} more checkpoints of {show_bytes(checkpoint_bytes(config))}" in said
-    )
+    each = show_bytes(checkpoint_bytes(config))
+    assert f"needs room for {count} more checkpoints of {each}" in said
     assert f"{show_bytes(needed)} in all, and {show_bytes(needed - 1)} are free" in said
 
 

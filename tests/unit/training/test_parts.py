@@ -10,7 +10,12 @@ from tests.refusals import config_error
 SHIFT = {"detectors": {}, "event": None}
 GUARD = {"rules": [["mine", 2, True, 3]], "copies": [], "actions": 1}
 BUDGET = {"shares": None, "missing": [0.0], "off": 0.1, "rules": []}
-COURSE = {"counts": [1, 1, 0]}
+NUMERICS = {
+    "loss_course": {"counts": [1, 1, 0]},
+    "recent_samples": [0, 4],
+    "refused_batches": [[None, [[1.0]]]],
+    "verdicts": [True],
+}
 EARLIER = [
     ({"corpus": "c0"}, {"data_stages": {"corpus": "c0"}}),
     ({"corpus": None}, {"data_stages": {"corpus": None}}),
@@ -22,22 +27,7 @@ EARLIER = [
     # Of a version that kept a list, which nobody reads any more.
     ({"recent_losses": [4.5, 4.4]}, {}),
     ({"teacher": "ab" * 32}, {"distillation": {"teacher": "ab" * 32}}),
-    (
-        {
-            "loss_course": COURSE,
-            "recent_samples": [0, 4],
-            "refused_batches": [[None, [[1.0]]]],
-            "verdicts": [True],
-        },
-        {
-            "numerical_guard": {
-                "loss_course": COURSE,
-                "recent_samples": [0, 4],
-                "refused_batches": [[None, [[1.0]]]],
-                "verdicts": [True],
-            }
-        },
-    ),
+    (NUMERICS, {"numerical_guard": NUMERICS}),
 ]
 
 
@@ -50,8 +40,7 @@ def test_states_of_earlier_checkpoints(extra, states):
 
 
 def test_all_that_an_earlier_checkpoint_has():
-    whole = {}
-    expected = {}
+    whole, expected = {}, {}
     for extra, states in EARLIER:
         whole |= extra
         expected |= states

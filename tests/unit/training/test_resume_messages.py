@@ -4,21 +4,20 @@ from moepp_megatron.config import Layout
 from moepp_megatron.training.checkpoint import files
 from moepp_megatron.training.checkpoint.files import Progress, SavedRecord
 from moepp_megatron.training.checkpoint.read import start_lines
+from tests.parallel.training_runs import merged
 from tests.unit.training.conftest import config_of
 
 TRAINING = {"train_iters": 10, "global_batch_size": 8, "micro_batch_size": 2}
 OPTIMIZER = {"lr": 1.0e-3, "min_lr": 1.0e-4, "decay_style": "linear", "warmup_iters": 2}
 
 
-def resumed(folder, ranks=1, **changes):
+def resumed(folder, ranks=1, saved=None, **changes):
     """Lines of a run that goes on with some changes after 6 of 10 steps on one rank."""
     sections = {"training": TRAINING, "optimizer": OPTIMIZER}
-    before = config_of(**sections)
+    before = config_of(**sections, **saved or {})
     (folder / "config.yaml").write_text(before.to_yaml())
     record = SavedRecord.now(Progress(6, 48, 768), Layout.from_config(before, 1))
-    for name, change in changes.items():
-        sections[name] = sections.get(name, {}) | change
-    now = config_of(**sections)
+    now = config_of(**merged(sections, changes))
     return start_lines(folder, record, now, Layout.from_config(now, ranks))
 
 
@@ -77,16 +76,12 @@ def test_routers_that_were_trained_for_something_else_are_a_warning(tmp_path):
 
 
 def test_settings_are_compared_by_what_they_mean(tmp_path):
-    sections = {"training": TRAINING, "optimizer": OPTIMIZER}
-    before = config_of(**sections, data={"split": "0.98, 0.02, 0"}, moe={"layer_freq": [1, 1]})
-    (tmp_path / "config.yaml").write_text(before.to_yaml())
-    layout = Layout.from_config(before, 1)
-    record = SavedRecord.now(Progress(6, 48, 768), layout)
-    same = config_of(**sections, data={"split": "98,2,0"}, moe={"layer_freq": 1})
-    assert len(start_lines(tmp_path, record, same, layout)) == 1
+    saved = {"data": {"split": "0.98, 0.02, 0"}, "moe": {"layer_freq": [1, 1]}}
+    same = {"data": {"split": "98,2,0"}, "moe": {"layer_freq": 1}}
+    assert len(resumed(tmp_path, saved=saved, **same)) == 1
     fused = {"fused_single_qkv_rope": True}
-    other = config_of(**sections, data={"split": "90,10,0"}, megatron=fused)
-    assert start_lines(tmp_path, record, other, layout)[1:] == [
+    other = resumed(tmp_path, saved=saved, data={"split": "90,10,0"}, megatron=fused)
+    assert other[1:] == [
         "  data.split: '90,10,0'; before: '0.98, 0.02, 0'",
         "  megatron.fused_single_qkv_rope: true; before: false",
     ]

@@ -8,7 +8,6 @@ import subprocess
 import sys
 import threading
 from dataclasses import replace
-from pathlib import Path
 
 import psutil
 import pytest
@@ -18,9 +17,7 @@ from moepp_megatron.file_names import RUN_FILES
 from moepp_megatron.observe.status import RunStatus, StatusSink, _ProcessId
 from moepp_megatron.training.run_folder import RunFolder, Start, ownership
 from tests.refusals import config_error
-from tests.unit.training.conftest import config_of
-
-RESUME, OVERWRITE = Start(resume=True), Start(overwrite=True)
+from tests.unit.training.conftest import NEW, OVERWRITE, RESUME, by_start, config_of
 
 
 @pytest.fixture
@@ -32,16 +29,20 @@ def config_in(run, **sections):
     return config_of(run={"dir": str(run)}, **sections)
 
 
-def enter(config, start=None):
+def folder_of(run, **sections):
+    return RunFolder(config_in(run, **sections))
+
+
+def enter(run, start=NEW, **sections):
     """Claim the folder and train there for no time; returns what was said."""
     said = []
-    with RunFolder(config).claim(start or Start(), said.append):
-        StatusSink(Path(config.run.dir)).close()
+    with folder_of(run, **sections).claim(start, said.append):
+        StatusSink(run).close()
     return said
 
 
-def look_beside_leader(config, start):
-    RunFolder(config).check_without_claim(start)
+def look_beside_leader(run, start):
+    folder_of(run).check_without_claim(start)
 
 
 def files(folder):
@@ -70,30 +71,28 @@ def test_each_trace_of_a_run_is_enough_to_be_refused(run, write, trace, leads):
         (run / trace).write_text("")
     before = files(run)
     look = enter if leads else look_beside_leader
-    with pytest.raises(ConfigError) as refused:
-        look(config_in(run), Start(name="job"))
-    line = str(refused.value)
-    assert line.startswith(f"run.dir ({run}) must not hold a run, and has {trace}; ")
-    assert "--resume" in line
-    assert "--overwrite" in line
-    assert "\n" not in line
+    message = (
+        rf"^run\.dir \({run}\) must not hold a run, and has {trace}; .*--resume.*--overwrite.*$"
+    )
+    with config_error(message):
+        look(run, Start(name="job"))
     assert files(run) == before
 
 
 def test_folders_without_a_run_are_free(run):
-    enter(config_in(run))
+    enter(run)
     other = run.with_name("other")
     (other / "slurm").mkdir(parents=True)
     (other / "slurm/7.out").write_text("waiting")
     (other / "checkpoints").mkdir()
     (other / "notes.txt").write_text("mine")
-    enter(config_in(other))
+    enter(other)
     assert (other / "notes.txt").read_text() == "mine"
 
 
 def test_both_ways_at_once_are_refused(run):
     with config_error("must not be given together"):
-        enter(config_in(run), Start(resume=True, overwrite=True))
+        enter(run, Start(resume=True, overwrite=True))
     assert not run.exists()
 
 
@@ -101,10 +100,10 @@ def test_a_run_that_ended_without_a_checkpoint_cannot_go_on(run):
     """Going on would train from step 0 over its records."""
     make_run(run)
     # Killed: what it has done is done anew, as a requeued job must.
-    enter(config_in(run), RESUME)
+    enter(run, RESUME)
     assert RunStatus.read(run).state == "ended"
     with config_error("must have a checkpoint for --resume"):
-        enter(config_in(run), RESUME)
+        enter(run, RESUME)
 
 
 def test_overwrite_moves_what_runs_write_and_deletes_nothing(run, write):
@@ -118,20 +117,20 @@ def test_overwrite_moves_what_runs_write_and_deletes_nothing(run, write):
     (run / "thesis.txt").write_text("mine")
     (run / "src").mkdir()
     (run / "src/config.yaml").write_text("mine")
-    said = enter(config_in(run), OVERWRITE)
-    (aside,) = (path for path in run.parent.iterdir() if path != run)
-    assert aside.name.startswith("run.2"), "the name tells the date"
+    said = enter(run, OVERWRITE)
+    # The name tells the date.
+    (aside,) = run.parent.glob("run.2*")
     assert said == [f"moved the run of before to {aside}"]
     assert files(aside) == old
     assert sorted(files(run)) == ["slurm/7.out", "src/config.yaml", "status.json", "thesis.txt"]
     # Within the same second, too.
     for count in (2, 3):
         make_run(run)
-        enter(config_in(run), OVERWRITE)
+        enter(run, OVERWRITE)
         assert len(list(run.parent.iterdir())) == 1 + count
 
 
-@pytest.mark.parametrize("start", [Start(), RESUME, OVERWRITE], ids=["", "resume", "overwrite"])
+@by_start
 @pytest.mark.parametrize("held", [".git", "mine.yaml", "base.yaml"])
 def test_a_folder_with_another_use_is_refused(run, write, held, start):
     run.mkdir(parents=True)
@@ -140,15 +139,15 @@ def test_a_folder_with_another_use_is_refused(run, write, held, start):
     file.write_text("base: run/base.yaml" if held == "base.yaml" else "moe:")
     start = replace(start, config_file=file)
     with config_error(rf"for only the run, and holds {held}; choose"):
-        enter(config_in(run), start)
+        enter(run, start)
     make_run(run, write)
     before = files(run)
     # One that is there already goes on.
     if start.resume:
-        enter(config_in(run), start)
+        enter(run, start)
     else:
         with pytest.raises(ConfigError):
-            enter(config_in(run), start)
+            enter(run, start)
         assert files(run) == before
 
 
@@ -159,14 +158,14 @@ def test_what_the_new_run_reads_stays(run, write):
     data = {"path": str(run / "data"), "tokenizer": str(run / "tokenizer.json")}
     file = run / "config.yaml"
     content = file.read_bytes()
-    enter(config_in(run, data=data), Start(overwrite=True, config_file=file))
+    enter(run, Start(overwrite=True, config_file=file), data=data)
     assert {path.name for path in run.iterdir()} == {
         "config.yaml",
         "data",
         "status.json",
         "tokenizer.json",
     }
-    (aside,) = (path for path in run.parent.iterdir() if path != run)
+    (aside,) = run.parent.glob("run.2*")
     assert file.read_bytes() == (aside / "config.yaml").read_bytes() == content
 
 
@@ -174,7 +173,7 @@ def test_a_run_that_is_the_base_keeps_its_configuration(run, write, tmp_path):
     make_run(run, write)
     content = (run / "config.yaml").read_bytes()
     (tmp_path / "mine.yaml").write_text(f"base: {run / 'config.yaml'}")
-    enter(config_in(run), Start(overwrite=True, config_file=tmp_path / "mine.yaml"))
+    enter(run, Start(overwrite=True, config_file=tmp_path / "mine.yaml"))
     (aside,) = run.parent.glob("run.2*")
     assert (run / "config.yaml").read_bytes() == (aside / "config.yaml").read_bytes() == content
 
@@ -196,10 +195,10 @@ def test_runs_below_the_run_stay(run, write):
     stay = ("child", "sweep", "child.20260101-000000", "disk")
     before = {name: files(run / name) for name in stay}
     everything = files(run)
-    enter(config_in(run), OVERWRITE)
+    enter(run, OVERWRITE)
     assert {path.name for path in run.iterdir()} == {*stay, *mine, "status.json"}
     assert {name: files(run / name) for name in stay} == before
-    (aside,) = (path for path in run.parent.iterdir() if path != run)
+    (aside,) = run.parent.glob("run.2*")
     left = {name: text for name, text in files(run).items() if name != "status.json"}
     assert files(aside) | left == everything
     assert (aside / "checkpoints/step_00000005").is_dir()
@@ -214,7 +213,7 @@ def test_checkpoints_among_runs_that_stay_are_moved(run, write, place):
         make_run(run / name / "child")
         RunStatus.own().write(run / name / "child")
     everything = files(run)
-    enter(config_in(run, checkpoint={"dir": str(run / place)}), OVERWRITE)
+    enter(run, OVERWRITE, checkpoint={"dir": str(run / place)})
     assert not (run / place / "step_00000005").exists()
     assert (run / "checkpoints/child/status.json").exists()
     assert (run / "sweep/child/status.json").exists()
@@ -230,43 +229,42 @@ def test_weights_that_would_be_moved_are_refused_as_a_start(run, write, setting)
     section, key = setting.split(".")
     for name in (str(run), "run", str(run / "checkpoints/step_00000005")):
         with config_error(rf"{section}\.{key} .* choose another run\.dir"):
-            enter(config_in(run, **{section: {key: name}}), OVERWRITE)
+            enter(run, OVERWRITE, **{section: {key: name}})
     assert files(run) == before
 
 
 def test_checkpoints_elsewhere_are_traces_and_are_moved_beside(run, write):
     place = run.parent / "big disk/checkpoints"
-    checkpoint = write(place, 5)
-    (checkpoint / "config.yaml").write_text(config_in(run).to_yaml())
+    (write(place, 5) / "config.yaml").write_text(config_in(run).to_yaml())
     (place / "latest").write_text("step_00000005\n")
     (place / "mine.txt").write_text("kept")
-    config = config_in(run, checkpoint={"dir": str(place)})
+    checkpoint = {"dir": str(place)}
     with config_error("has the checkpoints in .*big disk"):
-        enter(config)
-    enter(config, OVERWRITE)
+        enter(run, checkpoint=checkpoint)
+    enter(run, OVERWRITE, checkpoint=checkpoint)
     assert sorted(path.name for path in place.iterdir()) == ["mine.txt", "owner"]
     (aside,) = (path for path in place.parent.iterdir() if path != place)
     assert sorted(path.name for path in aside.iterdir()) == ["latest", "step_00000005"]
 
 
-@pytest.mark.parametrize("start", [Start(), RESUME, OVERWRITE], ids=["", "resume", "overwrite"])
+@by_start
 def test_checkpoints_of_another_run_are_never_shared(run, write, start):
     other, place = run.with_name("other"), run.parent / "checkpoints"
     make_run(other)
     (write(place, 5) / "config.yaml").write_text(config_in(other).to_yaml())
-    config = config_in(run, checkpoint={"dir": str(place)})
+    checkpoint = {"dir": str(place)}
     with config_error("must not hold"):
-        enter(config, start)
+        enter(run, start, checkpoint=checkpoint)
     # A run that was renamed takes its checkpoints along.
     other.rename(run)
-    enter(config, RESUME)
+    enter(run, RESUME, checkpoint=checkpoint)
 
 
 def test_nor_is_the_place_of_a_run_that_has_not_saved_yet(run):
     other = run.with_name("other")
     alive(other)
     with config_error(r"of another run, and has those of .*other; choose"):
-        enter(config_in(run, checkpoint={"dir": str(other / "checkpoints")}))
+        enter(run, checkpoint={"dir": str(other / "checkpoints")})
 
 
 def alive(run, **changes):
@@ -277,28 +275,20 @@ def alive(run, **changes):
     return status
 
 
-@pytest.mark.parametrize("start", [Start(), RESUME, OVERWRITE], ids=["", "resume", "overwrite"])
+@by_start
 def test_two_runs_at_once_are_refused(run, start):
     alive(run)
     before = files(run)
-    with pytest.raises(ConfigError) as refused:
-        enter(config_in(run), start)
-    if start is not None and (start.resume or start.overwrite):
-        where = f"process {os.getpid()} on {socket.gethostname()} trains in it since 2"
-        assert where in str(refused.value)
+    where = f"process {os.getpid()} on {socket.gethostname()} trains in it since 2"
+    with config_error(None if start == NEW else where):
+        enter(run, start)
     assert files(run) == before
 
 
-def dead_pid():
-    process = subprocess.Popen([sys.executable, "-c", ""])
-    process.wait()
-    return process.pid
-
-
 @pytest.mark.parametrize("how", ["dead", "another process of that number", "zombie"])
-def test_a_dead_process_holds_nothing(run, how):
+def test_a_dead_process_holds_nothing(run, dead, how):
     if how == "dead":
-        alive(run, pid=dead_pid())
+        alive(run, pid=dead)
     elif how == "zombie":
         zombie = subprocess.Popen([sys.executable, "-c", ""])
         started = psutil.Process(zombie.pid).create_time()
@@ -306,22 +296,22 @@ def test_a_dead_process_holds_nothing(run, how):
         alive(run, pid=zombie.pid, started=started)
     else:
         alive(run, started=RunStatus.own().started - 60)
-    enter(config_in(run), RESUME)
+    enter(run, RESUME)
     if how == "zombie":
         zombie.wait()
 
 
 @pytest.mark.parametrize("started", [-1e300, 1e18, 1e300])
-def test_a_date_beyond_any_calendar_is_told_in_seconds(run, started):
-    alive(run, pid=dead_pid(), started=started, launcher=_ProcessId.own())
+def test_a_date_beyond_any_calendar_is_told_in_seconds(run, dead, started):
+    alive(run, pid=dead, started=started, launcher=_ProcessId.own())
     with config_error(f"since {re.escape(f'{started:g}')} s after 1970; stop"):
-        enter(config_in(run), RESUME)
+        enter(run, RESUME)
 
 
-def test_a_launcher_that_starts_ranks_anew_holds_the_folder(run):
-    alive(run, pid=dead_pid(), launcher=_ProcessId.own())
+def test_a_launcher_that_starts_ranks_anew_holds_the_folder(run, dead):
+    alive(run, pid=dead, launcher=_ProcessId.own())
     with config_error(f"process {os.getpid()} on "):
-        enter(config_in(run), RESUME)
+        enter(run, RESUME)
 
 
 @pytest.mark.parametrize("beats", [True, False])
@@ -336,22 +326,22 @@ def test_another_host_is_judged_by_its_beat(run, beats, monkeypatch):
         touching.start()
         try:
             with config_error("on far-away trains in it"):
-                enter(config_in(run), RESUME)
+                enter(run, RESUME)
         finally:
             # Where the test fails too: Python waits for its threads.
             done.set()
             touching.join()
         return
     monkeypatch.setattr(ownership, "SILENT_S", 0.1)
-    enter(config_in(run), RESUME)
+    enter(run, RESUME)
 
 
 def test_whoever_is_in_beats_and_lets_nobody_else_in(run, monkeypatch):
     monkeypatch.setattr(ownership, "BEAT_S", 0.05)
-    with RunFolder(config_in(run)).claim(Start()):
+    with folder_of(run).claim(NEW):
         os.utime(run / "status.json", ns=(0, 0))
         with config_error("must not"):
-            enter(config_in(run), RESUME)
+            enter(run, RESUME)
         while (run / "status.json").stat().st_mtime_ns == 0:
             pass
 
@@ -359,32 +349,32 @@ def test_whoever_is_in_beats_and_lets_nobody_else_in(run, monkeypatch):
 def test_restarts_of_the_same_run_are_let_in_at_once(run, monkeypatch):
     monkeypatch.setattr("time.sleep", lambda _: pytest.fail("it waited"))
     alive(run, host="the-lost-node")
-    enter(config_in(run), Start(resume=True, restarted=True))
+    enter(run, Start(resume=True, restarted=True))
 
 
 def test_a_requeued_job_is_known_by_its_number(run, monkeypatch):
     alive(run, job="17", start="17.0.0")
-    config = config_in(run)
+    folder = folder_of(run)
     monkeypatch.setenv("SLURM_JOB_ID", "17")
-    assert not RunFolder(config).is_requeued("17.0.1")
+    assert not folder.is_requeued("17.0.1")
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
-    assert RunFolder(config).is_requeued("17.0.1")
+    assert folder.is_requeued("17.0.1")
     monkeypatch.setenv("SLURM_JOB_ID", "18")
-    assert not RunFolder(config).is_requeued("18.0.1"), "another job's run"
+    assert not folder.is_requeued("18.0.1"), "another job's run"
     # A rank that looks after the one that decides has claimed the folder finds the same.
     for restarted in (True, False):
         alive(run, job="18", start="18.0.1", restarted=restarted)
-        assert RunFolder(config).is_requeued("18.0.1") is restarted
+        assert folder.is_requeued("18.0.1") is restarted
 
 
 def test_ranks_beside_the_leader_know_its_claim(run):
-    config, start = config_in(run), Start(name="job 7")
-    look_beside_leader(config, start)
-    with RunFolder(config).claim(start):
+    start = Start(name="job 7")
+    look_beside_leader(run, start)
+    with folder_of(run).claim(start):
         make_run(run)
-        look_beside_leader(config, start)
+        look_beside_leader(run, start)
         with config_error("must not hold a run"):
-            look_beside_leader(config, Start(name="job 8"))
+            look_beside_leader(run, Start(name="job 8"))
 
 
 def test_ranks_that_look_while_the_leader_claims_are_let_in(run, monkeypatch):
@@ -396,26 +386,26 @@ def test_ranks_that_look_while_the_leader_claims_are_let_in(run, monkeypatch):
         return look(*arguments)
 
     monkeypatch.setattr(RunFolder, "traces", look_late)
-    look_beside_leader(config_in(run), Start(name="job 7"))
+    look_beside_leader(run, Start(name="job 7"))
     with config_error(r"has status\.json"):
-        look_beside_leader(config_in(run), Start(name="job 8"))
+        look_beside_leader(run, Start(name="job 8"))
 
 
 def test_a_start_from_which_no_run_came_leaves_nothing(run):
-    with RunFolder(config_in(run)).claim(Start(resume_command="moepp train x --resume")):
+    with folder_of(run).claim(Start(resume_command="moepp train x --resume")):
         assert RunStatus.inherited().resume_command == "moepp train x --resume"
     assert not run.exists()
     assert RunStatus.inherited() is None
     # A run that was there keeps what it said.
-    enter(config_in(run))
+    enter(run)
     ended = RunStatus.read(run)
-    with RunFolder(config_in(run)).claim(RESUME):
+    with folder_of(run).claim(RESUME):
         assert RunStatus.read(run).state == "running"
     assert RunStatus.read(run) == ended
 
 
 def test_a_rank_keeps_what_its_launcher_said(run):
-    with RunFolder(config_in(run)).claim(Start(name="job", resume_command="again"), print):
+    with folder_of(run).claim(Start(name="job", resume_command="again"), print):
         os.environ["MOEPP_CLAIM"] = os.environ["MOEPP_CLAIM"].replace(
             f'"pid":{os.getpid()}', '"pid":1'
         )
@@ -439,7 +429,7 @@ def test_a_full_disk_is_freed_of_half_written_checkpoints(run, write, monkeypatc
         write(status, run_dir)
 
     monkeypatch.setattr(RunStatus, "write", full)
-    enter(config_in(run), RESUME)
+    enter(run, RESUME)
     assert not leftover.exists()
 
 
@@ -465,16 +455,10 @@ def test_folders_that_cannot_be_used(tmp_path):
     }
     for name, cause in cases.items():
         run = tmp_path / name
-        with pytest.raises(ConfigError) as refused:
-            enter(config_in(run), RESUME)
-        line = str(refused.value)
-        assert "\n" not in line
-        assert f"({run})" in line
-        assert cause in line
-        assert "another run.dir" in line
-    config = config_in(tmp_path / "run", checkpoint={"dir": str(tmp_path / "file/c")})
+        with config_error(rf"^.*\({run}\).*{cause}.*another run\.dir.*$"):
+            enter(run, RESUME)
     with config_error(r"checkpoint\.dir .* must leave .*file to be a folder"):
-        enter(config)
+        enter(tmp_path / "run", checkpoint={"dir": str(tmp_path / "file/c")})
 
 
 def test_read_only_folder(run):
@@ -486,7 +470,7 @@ def test_read_only_folder(run):
     try:
         subprocess.run(["mount", "-o", "remount,ro,bind", str(run)], check=True)
         with config_error("can be written .Read-only file system"):
-            enter(config_in(run))
+            enter(run)
     finally:
         subprocess.run(["umount", str(run)], check=True)
 
@@ -497,5 +481,5 @@ def test_a_full_disk_asks_for_room(run, monkeypatch):
 
     monkeypatch.setattr(RunStatus, "write", full)
     with config_error(r"No space left on device\); make room there, or choose"):
-        enter(config_in(run))
+        enter(run)
     assert not run.exists()
