@@ -142,11 +142,7 @@ class BudgetPart(Part):
         return self._controller.state() | own
 
     def record(self, step: Step, fields: Fields) -> Fields:
-        """The target and tau.
-
-        `tau` is what this step was trained with, as a mean over layers; what the controller has
-        learnt from the step since acts on the next one.
-        """
+        """Return the target, and the mean over layers of the tau that this step trained with."""
         taus = self._in_force.values()
         return {"ffn_target": self.share(step.number), "tau": sum(taus) / len(taus)}
 

@@ -25,18 +25,10 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class RunState:
-    """The run's state for a callback.
+    """The run's state for a callback, after `step` optimizer steps and `tokens` tokens.
 
-    Attributes:
-        rank: This rank.
-        world_size: Number of ranks.
-        step: Optimizer steps done.
-        tokens: Tokens trained on.
-        config: The run's configuration.
-        folder: The run's folder.
-        models: This rank's model chunks, to look at.
-        stop: Asks the run to save and end, as Ctrl-C does. One rank is enough, and every rank ends
-            after the same step, this one or the next.
+    `models` are this rank's model chunks, to look at. `stop` asks the run to save and end, as
+    Ctrl-C does: one rank is enough, and every rank ends after the same step, this one or the next.
     """
 
     rank: int
@@ -109,13 +101,9 @@ class CallbackError(RuntimeError):
 
 
 class CallbacksPart(Part):
-    """The callbacks of a run.
+    """The callbacks of a run: those `given`, then those of `run.callbacks`, which are made here.
 
-    Args:
-        config: The run's configuration; those of `run.callbacks` are made here.
-        model: The wrapped model.
-        supervisor: Notified of callbacks at work, so that a report of a hang names them.
-        given: Callbacks that come before them.
+    The supervisor is notified of callbacks at work, so that a report of a hang names them.
 
     Raises:
         ConfigError: A plugin cannot be imported, or one is no `Callback`.

@@ -31,9 +31,7 @@ from moepp_megatron.training.step_sums import StepCounts, Summand, first_of_tens
 class DistillationPart(Part):
     """The teacher of a run, the loss that it gives, and its sum over a step.
 
-    Args:
-        config: The run's configuration.
-        teacher: Its teacher. Every rank builds its part of it; process groups must exist.
+    Every rank builds its part of the teacher; process groups must exist.
     """
 
     key = "distillation"
@@ -106,10 +104,9 @@ class DistillationPart(Part):
         compute_language_model_loss: Callable[[Tensor, Tensor], Tensor],
         **_: Any,
     ) -> Tensor:
-        """Process the model's output of a micro-batch; megatron-core's `output_processor`.
+        """Return [2, b, s] fp32, each token's language-model loss and divergence.
 
-        Returns:
-            [2, b, s] fp32: the language-model loss and the divergence of each token.
+        The signature is that of megatron-core's `output_processor`.
         """
         logits, _ = output_layer(hidden_states, weight=output_weight)
         group = parallel_state.get_tensor_model_parallel_group()
@@ -156,11 +153,7 @@ class DistillationPart(Part):
         return {"teacher": self._teacher.identity}
 
     def load(self, state: State, why: Why, step: int) -> Iterable[Alert]:
-        """Refuse to continue with another teacher than the run has had.
-
-        Raises:
-            ConfigError: It is another one.
-        """
+        """Raise ConfigError if the teacher is not the one that the run has had."""
         before, now = state.get("teacher"), self._teacher.identity
         if before not in (None, now):
             raise ConfigError(
@@ -192,19 +185,17 @@ def _kl_divergence(
     top_k: int | None,
     reverse: bool,
 ) -> Tensor:
-    """[s, b] fp32 divergence of each token in nats, exact for a vocabulary that ranks share.
-
-    Hinton et al., arXiv 1503.02531: with p and q the softmax of the teacher's and the model's
-    logits over temperature T, each token gets T^2 KL(p || q) = T^2 sum_v p_v (log p_v - log q_v);
-    the reverse is T^2 KL(q || p) (arXiv 2306.08543). megatron-core leaves both to the package
-    nvidia-modelopt.
-
-    It is at least 0 up to rounding. Where both logits are the same it is exactly 0 on one rank or
-    two; more ranks may add up the two sums of exponentials in other orders. Logits are [s, b, V /
-    tp]; the model's may be overwritten afterwards, the teacher's get no gradient. With `top_k` only
-    this many of the teacher's largest logits are compared (more where some are equal to the least
-    of them), both softmaxes being over these.
-    """
+    """Return [s, b] fp32 divergence in nats of logits [s, b, V / tp], exact where ranks share V."""
+    # Hinton et al., arXiv 1503.02531: with p and q the softmax of the teacher's and the model's
+    # logits over temperature T, each token gets T^2 KL(p || q) = T^2 sum_v p_v (log p_v - log q_v);
+    # the reverse is T^2 KL(q || p) (arXiv 2306.08543). megatron-core leaves both to the package
+    # nvidia-modelopt.
+    #
+    # It is at least 0 up to rounding. Where both logits are the same it is exactly 0 on one rank or
+    # two; more ranks may add up the two sums of exponentials in other orders. The model's logits
+    # may be overwritten afterwards, the teacher's get no gradient. With `top_k` only this many of
+    # the teacher's largest logits are compared (more where some are equal to the least of them),
+    # both softmaxes being over these.
     kept = None if top_k is None else _largest(teacher_logits, top_k, group)
     arguments = (logits, teacher_logits, kept, group, temperature, reverse)
     divergence: Tensor = _Divergence.apply(*arguments)

@@ -29,9 +29,7 @@ _DISPATCHER = ("dispatcher", "flex_backend", "flex_num_sms", "fused")
 class TeacherModel:
     """A checkpoint whose model teaches a run.
 
-    Attributes:
-        checkpoint: Its folder.
-        config: Its model in the layout, batch and format of the run, for forward passes.
+    `config` is of its model, in the layout, batch and format of the run, for forward passes.
     """
 
     checkpoint: Path
@@ -39,11 +37,10 @@ class TeacherModel:
 
     @classmethod
     def of(cls, config: Config) -> "TeacherModel | None":
-        """The teacher of a run, or None.
+        """Return the teacher of a run, or None if it has none.
 
-        Raises:
-            ConfigError: There is no such checkpoint, its tokens differ from the run's, or its
-                model does not fit the run's layout.
+        Raise ConfigError if there is no such checkpoint, its tokens differ from the run's, or its
+        model does not fit the run's layout.
         """
         name = config.distillation.teacher
         if name is None:

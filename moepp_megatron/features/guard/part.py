@@ -312,14 +312,7 @@ def _stopped(rule: str, saved: str) -> GuardStopError:
 
 
 def _counted(selected_LE: Tensor, num_ffn: int, wanted_share: float) -> Values:
-    """Compute the metrics of counts: a list over the MoE layers for each; NaN if undefined.
-
-    Args:
-        selected_LE: [MoE layers, E] float64 selections that the routers want; whole numbers, so
-            their sum over ranks is the same in every layout.
-        num_ffn: F.
-        wanted_share: Target of the FFN share of all selections.
-    """
+    """Return metrics of float64 counts [MoE layers, E], each a list over layers; NaN if unknown."""
     total = selected_LE.sum(dim=1)
     ffn_LF = selected_LE[:, :num_ffn]
     ffn_total = ffn_LF.sum(dim=1)

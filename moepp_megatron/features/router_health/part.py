@@ -19,13 +19,9 @@ from moepp_megatron.training.step_sums import sum_over_ranks, zeros
 
 
 class RouterHealthPart(Part):
-    """Measures the routers in single steps.
+    """Measures the routers in one of every `interval` steps; 0 measures nothing.
 
-    Args:
-        config: The run's configuration.
-        model: The wrapped model.
-        layer_numbers: Global numbers of all MoE layers of the model.
-        interval: Steps from one measured step to the next; 0 measures nothing.
+    `layer_numbers` are the global numbers of all MoE layers of the wrapped model.
     """
 
     key = "router_health"
@@ -66,13 +62,9 @@ class RouterHealthPart(Part):
     def see(self, chunk: torch.nn.Module, batch: Batch, token_losses: Tensor) -> None:
         """Sort a micro-batch's token losses by the number of FFN experts per token.
 
-        Counts are rounded means over the MoE layers of this pipeline stage's chunk; with several
-        stages these are the layers of the last stage.
-
-        Args:
-            chunk: The model chunk, wrapped or not, that has just made the losses.
-            batch: The micro-batch; its `loss_mask` [b, s] is 0 for tokens that do not count.
-            token_losses: [b, s].
+        Counts are rounded means over the MoE layers of `chunk`, which, wrapped or not, has just
+        made the losses [b, s]: with several stages, those of the last. `batch.loss_mask` [b, s] is
+        0 for tokens that do not count.
         """
         layers = decoder_moepp_layers(chunk) if self._is_on and self._sorts_losses else []
         counts = [layer.router.health.ffn_counts for layer in layers]

@@ -23,10 +23,7 @@ class StaticRowsPart(Part):
     """Decides for each step whether its layers have static rows.
 
     A step has them if the rows of the step before fit, whichever path it took. So a step runs twice
-    only where a phase of overflow begins.
-
-    Args:
-        run: The run; `moe.static_rows` is set.
+    only where a phase of overflow begins. `moe.static_rows` is set.
     """
 
     key = "static_rows"

@@ -7,11 +7,9 @@ from moepp_megatron.runtime.optional import how_to_install
 
 
 def check_tasks(config: Config) -> None:
-    """Refuse tasks that cannot be evaluated, by trying each without the model.
+    """Try each task without the model, to refuse those that cannot be evaluated.
 
-    Raises:
-        UnfitError: lm-eval is not installed.
-        ConfigError: A task is not one, or fails.
+    Raise UnfitError without lm-eval, and ConfigError for a task that is none or fails.
     """
     if not config.evaluation.tasks:
         return

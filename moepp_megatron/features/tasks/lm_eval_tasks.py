@@ -35,10 +35,9 @@ logging.getLogger("lm_eval").setLevel(logging.ERROR)
 
 
 def load_tasks(config: Config) -> Tasks:
-    """The tasks of `evaluation.tasks` by name, their documents read.
+    """Return the tasks of `evaluation.tasks` by name, with their documents read.
 
-    Raises:
-        ConfigError: A file is missing, no task, or not of local JSONL.
+    Raise ConfigError if a file is missing, is no task, or is not of local JSONL.
     """
     tasks: Tasks = {}
     for file in _files(config.evaluation.tasks):
@@ -149,17 +148,10 @@ def _line(error: Exception) -> str:
 def run_tasks(
     tasks: Tasks, score: Scorer, tokenizer: Tokenizer, max_length: int, limit: int | None
 ) -> dict[str, float]:
-    """Evaluate.
+    """Return scores by `TASK/METRIC`, or `TASK/METRIC/FILTER` where a task has filters.
 
-    Args:
-        tasks: The result of `load_tasks`.
-        score: Scores rows of at most `max_length` + 1 tokens.
-        tokenizer: The model's.
-        max_length: Tokens that the model reads at once.
-        limit: Documents of each task; None for all.
-
-    Returns:
-        Scores by `TASK/METRIC`, or `TASK/METRIC/FILTER` where a task has filters.
+    `score` gets rows of at most `max_length` + 1 tokens, of which the model reads `max_length` at
+    once. `limit` is the number of documents of each task; None for all.
     """
     model = _ScoredModel(score, tokenizer, max_length)
     # lm-eval draws progress bars.
@@ -176,11 +168,7 @@ def run_tasks(
 
 
 def try_tasks(tasks: Tasks, tokenizer: Tokenizer, max_length: int, limit: int | None) -> None:
-    """Evaluate with scores of 0, to find a task's errors before training.
-
-    Raises:
-        ConfigError: A task cannot be evaluated.
-    """
+    """Evaluate with scores of 0; raise ConfigError for a task that cannot be evaluated."""
 
     def score(rows: Sequence[Sequence[int]]) -> list[tuple[np.ndarray, np.ndarray]]:
         return [(np.zeros(len(row) - 1), np.zeros(len(row) - 1, dtype=bool)) for row in rows]

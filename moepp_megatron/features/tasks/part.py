@@ -34,13 +34,9 @@ _MICRO_BATCHES = 64
 
 
 class TasksPart(Part):
-    """The tasks of a run.
+    """The tasks of a run; ConfigError, on rank 0, if one cannot be loaded.
 
-    Args:
-        run: The run, whose supervisor is notified of progress: evaluation may take hours.
-
-    Raises:
-        ConfigError: A task cannot be loaded; on rank 0.
+    The run's supervisor is notified of progress, because evaluation may take hours.
     """
 
     def __init__(self, run: PartContext) -> None:
@@ -70,10 +66,9 @@ class TasksPart(Part):
         return {"task_score": self.scores()} if self.wants_record(step.number) else {}
 
     def scores(self) -> dict[str, float] | None:
-        """Evaluate the current model.
+        """Return the model's scores by `TASK/METRIC` on every rank.
 
-        Returns:
-            Scores by `TASK/METRIC` on every rank; None if lm-eval has failed, which is logged.
+        None if lm-eval has failed, which is logged.
         """
         model = self._model
         with (

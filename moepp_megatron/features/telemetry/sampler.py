@@ -91,11 +91,9 @@ NOTHING = Usage.of((), 0.0, 0, 0.0)
 
 
 class Source:
-    """The devices of one node; a source of which only samples are known, such as a CPU's.
+    """The devices of one node; by itself, a source that has samples only, such as a CPU's."""
 
-    Attributes:
-        devices: Number of GPUs; 0 if the devices are not GPUs.
-    """
+    # Number of GPUs; 0 if the devices are not GPUs.
 
     devices = 0
 

@@ -73,12 +73,9 @@ class SourcesPart(Part):
 
     @torch.no_grad()
     def see(self, chunk: torch.nn.Module, batch: Batch, token_losses: Tensor) -> None:
-        """Record a micro-batch of the step, on the last pipeline stage.
+        """Record a micro-batch of the step, with losses [b, s], on the last pipeline stage.
 
-        Args:
-            chunk: The model chunk that has made the losses.
-            batch: `loss_mask` [b, s], 0 for tokens that do not count, and `SOURCES`.
-            token_losses: [b, s].
+        `batch` has `SOURCES`, and `loss_mask` [b, s], 0 for tokens that do not count.
         """
         # Tensor-parallel ranks hold the same tokens: only the first of each group counts.
         if not first_of_tensor_ranks():
