@@ -17,13 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Folder:
-    """A folder of a blend.
-
-    Attributes:
-        name: The setting that names it.
-        path: The folder.
-        share: Its share of the blend's samples, above 0.
-    """
+    """One folder of a blend: the setting that names it, and its share of the samples, above 0."""
 
     name: str
     path: Path
@@ -41,12 +35,9 @@ class Folder:
 
 @dataclass(frozen=True)
 class Blend:
-    """Data mixture of a run from a sample on.
+    """The data mixture of a run after its first `first_sample` samples, counted over all ranks.
 
-    Attributes:
-        name: The setting that describes it.
-        first_sample: Samples that the run has read before, over all ranks.
-        folders: The folders with a share; each is there once.
+    `name` is the setting that describes it; each folder with a share is in `folders` once.
     """
 
     name: str

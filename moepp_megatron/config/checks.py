@@ -62,11 +62,7 @@ IGNORED: tuple[Rule, ...] = declared("no_effect")
 def check_config(config: Config) -> list[str]:
     """Check all rules that do not depend on the number of ranks.
 
-    Returns:
-        A line for each setting that the user gave and that has no effect.
-
-    Raises:
-        ConfigError: If a rule is broken; one line per rule.
+    Return a line per given setting that has no effect. ConfigError has a line per broken rule.
     """
     raise_problems(problem for rule in RULES for problem in rule(config))
     return [str(notice) for rule in IGNORED for notice in rule(config)]
@@ -75,11 +71,8 @@ def check_config(config: Config) -> list[str]:
 def check_world_size(config: Config, world_size: int) -> list[str]:
     """Check the rules that depend on the number of ranks; `config` itself is valid.
 
-    Returns:
-        A line for each setting that has no effect on this many ranks.
-
-    Raises:
-        ConfigError: If a rule is broken; one line per rule.
+    Return a line for each setting that has no effect on this many ranks. ConfigError has the
+    problems of the first broken rule only.
     """
     # In order, and only up to the first broken one: later rules count on earlier ones.
     for rule in WORLD_SIZE_RULES:

@@ -8,16 +8,10 @@ from moepp_megatron.config.plugins import PREFIX, load_plugin
 
 
 def pick[T](registry: Mapping[str, T], setting: str, name: str, plugins: str | None = None) -> T:
-    """Look up a setting's value in a registry, then among installed plugins.
+    """Look up `name`, the value of `setting`, in a registry, then among installed plugins.
 
-    Args:
-        registry: What this package has.
-        setting: Dotted name of the setting.
-        name: Its value.
-        plugins: The kind of plugins that `plugin:NAME` may name; None for no plugins.
-
-    Raises:
-        ConfigError: It holds no such name; the message lists those that it holds.
+    `plugins` is the kind of plugin that `plugin:NAME` may name; None allows none. ConfigError lists
+    the registry's names where `name` is not among them.
     """
     if plugins is not None and name.startswith(PREFIX):
         plugin: T = load_plugin(plugins, setting, name)
@@ -29,11 +23,7 @@ def pick[T](registry: Mapping[str, T], setting: str, name: str, plugins: str | N
 
 
 def parse_choices(option: str, text: str, known: Sequence[str]) -> list[str]:
-    """Parse names out of `known`, each once, in the order given.
-
-    Raises:
-        ConfigError: If a name is unknown, or there is none.
-    """
+    """Parse names out of `known`, each once, in order; ConfigError if none, or an unknown one."""
     names = list(dict.fromkeys(_parts(text)))
     for name in names:
         if name not in known:
@@ -50,15 +40,8 @@ def parse_numbers(
 ) -> list[float]:
     """Parse numbers, each once, in the order given.
 
-    Args:
-        option: Its name, for the message.
-        text: Its value.
-        rule: What each number must be, in words.
-        holds: The same rule as a function.
-        example: What messages suggest.
-
-    Raises:
-        ConfigError: If one is not a number or breaks the rule, or there is none.
+    `rule` says in words what `holds` tests of each number, and messages suggest `example`.
+    ConfigError names `option` if a part is not a number or breaks the rule, or there is none.
     """
     numbers = []
     for part in _parts(text):
@@ -83,11 +66,7 @@ def _parts(text: str) -> list[str]:
 
 
 def parse_counts(option: str, text: str) -> list[int]:
-    """Parse whole numbers above 0, each once, ascending.
-
-    Raises:
-        ConfigError: If there is anything else, or no number.
-    """
+    """Parse whole numbers above 0, each once, ascending; ConfigError for anything else or none."""
     rule = "a whole number above 0"
     numbers = parse_numbers(option, text, rule, lambda n: n >= 1 and n.is_integer(), "1,2,4")
     return sorted(map(int, numbers))

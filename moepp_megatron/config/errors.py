@@ -1,7 +1,4 @@
-"""The two errors that a user can cause, and the form of their messages.
-
-The command line prints them without a traceback and exits with their code.
-"""
+"""The two errors that a user can cause, and the form of their messages."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -34,10 +31,7 @@ _LONGEST_VALUE = 60
 
 
 def show(value: Any) -> str:
-    """A value as a YAML reader expects it: null, true, quoted text; long ones are cut.
-
-    The password of an address is not shown.
-    """
+    """Return a value as in YAML (null, true, quoted text), cut if long, without passwords."""
     if value is None:
         return "null"
     if isinstance(value, bool):
@@ -50,13 +44,9 @@ def show(value: Any) -> str:
 
 @dataclass(frozen=True)
 class Problem:
-    """A broken rule.
+    """A broken rule: a setting's dotted name and value, what must hold, and what to write instead.
 
-    Attributes:
-        name: Dotted name of the setting, such as `moe.tau`.
-        value: The value it was set to.
-        rule: What must hold, starting with "must".
-        remedy: What to write instead.
+    `rule` starts with "must".
     """
 
     name: str

@@ -15,11 +15,9 @@ _FORWARD_AND_BACKWARD = 3
 
 
 def training_flops_per_token(config: Config, ffn_fraction: float) -> float:
-    """FLOP of forward and backward pass for one token.
+    """Return the FLOP of forward and backward pass for one token.
 
-    Args:
-        config: A checked configuration.
-        ffn_fraction: FFN share of all selections, measured; phi for an estimate.
+    `ffn_fraction` is the FFN experts' share of all selections: measured, or phi for an estimate.
     """
     return _FORWARD_AND_BACKWARD * forward_flops_per_token(config, ffn_fraction)
 

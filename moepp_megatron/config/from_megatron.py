@@ -52,14 +52,10 @@ class _Translation:
 
 
 def translate(path: Path, variables: Mapping[str, str]) -> _Translation:
-    """Translate a file.
+    """Translate a shell script, or a YAML file with a mapping of arguments.
 
-    Args:
-        path: A shell script, or a YAML file with a mapping of arguments.
-        variables: Values of the file's variables, such as TP; they win over those in it.
-
-    Raises:
-        ConfigError: The file cannot be read or describes no Megatron-LM run of a MoE model.
+    `variables` holds values of the file's variables, such as TP, which win over those in it.
+    ConfigError if it cannot be read or describes no Megatron-LM run of a MoE model.
     """
     arguments, notes = read_arguments(path, variables)
     if "num-experts" not in arguments:

@@ -98,14 +98,10 @@ class Hardware(Section):
 
 
 def load_hardware(name: str) -> Hardware:
-    """Read a description.
+    """Read the description of a GPU; ConfigError if there is none, or it is not valid.
 
-    Args:
-        name: Name of a file in `configs/hardware` without `.yaml`, or a beginning that only one
-            has, such as h100; or a path of a YAML file.
-
-    Raises:
-        ConfigError: No such description, or one that is not valid.
+    `name` is that of a file in `configs/hardware` without `.yaml`, a beginning that only one has,
+    such as h100, or the path of a YAML file.
     """
     is_path, known = name.endswith((".yaml", ".yml")), known_hardware()
     near = [name] if name in known else [each for each in known if each.startswith(name.lower())]
@@ -129,11 +125,7 @@ def _validated(content: Mapping[str, Any], source: str) -> Hardware:
 
 
 def with_changes(hardware: Hardware, changes: Mapping[str, Any], source: str) -> Hardware:
-    """A copy with some fields changed.
-
-    Raises:
-        ConfigError: If a field is unknown or its value is not valid.
-    """
+    """Return a copy with fields changed; ConfigError for an unknown field or an invalid value."""
     return _validated({**hardware.model_dump(exclude_unset=True), **changes}, source)
 
 

@@ -17,11 +17,10 @@ _MAX_NUMBER = 1 << 64
 
 
 def read_json(path: Path, max_bytes: int = _MAX_BYTES) -> Any:
-    """The content of a JSON file in UTF-8.
+    """Read a JSON file in UTF-8.
 
-    Raises:
-        OSError: It cannot be read, or is no regular file.
-        ValueError: Same as for `parse_json`, or if it has more than `max_bytes`.
+    OSError if it cannot be read or is no regular file; ValueError as for `parse_json`, or if it has
+    more than `max_bytes`.
     """
     check_regular(path)
     with path.open("rb") as file:
@@ -32,16 +31,12 @@ def read_json(path: Path, max_bytes: int = _MAX_BYTES) -> Any:
 
 
 def parse_json(content: str | bytes, max_values: int = _MAX_TRACE_VALUES) -> Any:
-    """Same as `json.loads`, with limits: the result can be walked, compared, printed and written.
+    """Parse JSON within limits, so that the result can be walked, compared, printed and written.
 
-    Args:
-        content: The document; bytes are UTF-8.
-        max_values: Limit of the values and keys, for which commas, colons and brackets are counted,
-            also those in texts.
-
-    Raises:
-        ValueError: It is no JSON, is nested more than `MAX_DEPTH` levels deep, or holds more
-            values, half of a surrogate pair or a whole number of more than 64 bits.
+    Bytes are UTF-8. `max_values` limits values and keys; it counts commas, colons and brackets,
+    also those in texts. ValueError if the content is no JSON, is nested more than `MAX_DEPTH`
+    levels deep, or holds more values, half of a surrogate pair or a whole number of more than 64
+    bits.
     """
     text = content if isinstance(content, str) else content.decode("utf-8-sig")
     if sum(map(text.count, ",:[{")) > max_values:

@@ -30,17 +30,9 @@ class RankCoordinates:
 class Layout:
     """Degrees of parallelism of a run; tp*cp*dp*pp = etp*ep*edp*pp = world_size.
 
-    Attributes:
-        world_size: Ranks.
-        tp: Tensor-parallel ranks.
-        pp: Pipeline ranks.
-        vpp: Model chunks per pipeline rank, 1 without interleaving.
-        cp: Context-parallel ranks.
-        dp: Data-parallel ranks (of everything but FFN experts).
-        ep: Expert-parallel ranks.
-        etp: Tensor-parallel ranks of an FFN expert.
-        edp: Data-parallel ranks of an FFN expert.
-        num_microbatches: Micro-batches per step and data-parallel rank.
+    The letters stand for tensor, context, data, pipeline and expert parallelism; FFN experts have
+    etp and edp in place of tp and dp. `vpp` is the number of model chunks per pipeline rank, 1
+    without interleaving. `num_microbatches` counts those of a step and data-parallel rank.
     """
 
     world_size: int
@@ -56,11 +48,7 @@ class Layout:
 
     @classmethod
     def from_config(cls, config: Config, world_size: int) -> Layout:
-        """The layout of `config` on `world_size` ranks.
-
-        Raises:
-            ConfigError: The configuration does not fit this number of ranks.
-        """
+        """Lay `config` out on `world_size` ranks; ConfigError if it does not fit them."""
         check_world_size(config, world_size)
         parallel = config.parallel
         tp, cp = parallel.tensor_model_parallel_size, parallel.context_parallel_size

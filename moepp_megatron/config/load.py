@@ -1,7 +1,4 @@
-"""Loads a checked Config from a YAML file, its bases and the command line's overrides.
-
-Also tells which of these each value comes from.
-"""
+"""Loads a checked Config from YAML files and overrides, and tells where each value comes from."""
 
 import datetime
 import os
@@ -28,12 +25,9 @@ _COMMAND_LINE = "command line"
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Load, merge, validate and check a configuration.
 
-    Args:
-        path: YAML file; its `base:` names a file to start from, relative to the file naming it.
-        overrides: `section.key=value`, the value as YAML; later ones win.
-
-    Raises:
-        ConfigError: If anything is wrong; one line per problem. No other error is raised.
+    `path` is a YAML file; its `base:` names a file to start from, relative to the file naming it.
+    `overrides` are `section.key=value`, the value as YAML; later ones win. ConfigError has one line
+    per problem, and no other error is raised.
     """
     layers = (layer for _, layer in config_layers(path, overrides))
     return parse_config(reduce(_merge, layers, {}))
@@ -42,12 +36,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 def config_layers(path: str | Path, overrides: Sequence[str] = ()) -> list[tuple[str, Content]]:
     """List the layers of a configuration, checked only for names; later ones win.
 
-    Returns:
-        Each layer's origin, a file's path or `command line`, and its sections: the lowest base
-        first, then the file, then the overrides in their order.
-
-    Raises:
-        ConfigError: If a file or an override cannot be read.
+    A layer is its origin, a file's path or `command line`, and its sections: the lowest base first,
+    then the file, then the overrides in their order. ConfigError if one cannot be read.
     """
     # A path of object storage stays one.
     file = path if isinstance(path, Path) else Path(path)
@@ -57,23 +47,16 @@ def config_layers(path: str | Path, overrides: Sequence[str] = ()) -> list[tuple
 
 
 def parse_config(content: Mapping[str, Any]) -> Config:
-    """Validate and check a configuration that is already a mapping of sections.
-
-    Raises:
-        ConfigError: Unknown keys, wrong values or broken rules, one line each.
-    """
+    """Validate and check a mapping of sections; ConfigError has one line per problem."""
     config = validated(content)
     check_config(config)
     return config
 
 
 def validated(content: Mapping[str, Any], source: str = "the configuration") -> Config:
-    """A configuration whose keys, types and ranges are valid; the cross-field rules are not asked.
+    """Return a configuration of valid keys, types and ranges; cross-field rules are not checked.
 
-    It describes a run that need not be one of this trainer's (`moepp plan --measured`).
-
-    Raises:
-        ConfigError: Unknown keys or wrong values, one line each.
+    It may describe another trainer's run (`plan --measured`). ConfigError has one line per problem.
     """
     content = as_current(content)
     refuse_unknown_keys(content, source)
@@ -91,32 +74,21 @@ def validated(content: Mapping[str, Any], source: str = "the configuration") -> 
 
 
 def with_overrides(config: Config, overrides: Sequence[str]) -> Config:
-    """A checked copy of `config` with `section.key=value` overrides applied.
-
-    Raises:
-        ConfigError: Same as for `load_config`.
-    """
+    """Return a copy with overrides applied and checked; errors are those of `load_config`."""
     content = config.model_dump(mode="json", exclude_unset=True)
     return parse_config(_merge(content, overriding_sections(overrides)))
 
 
 def overriding_sections(overrides: Sequence[str]) -> Content:
-    """The sections that `section.key=value` overrides set; later ones win.
-
-    Raises:
-        ConfigError: If an override cannot be read.
-    """
+    """Return the sections that overrides set; later ones win. ConfigError if one cannot be read."""
     return reduce(_merge, map(_overriding, overrides), {})
 
 
 def parse_override(override: str) -> tuple[str, str, Any]:
-    """Split `section.key=value` and read the value as YAML.
+    """Split `section.key=value` into section, key and the value, read as YAML.
 
-    Returns:
-        The section, the key (dotted where it lies in a section inside that section) and the value.
-
-    Raises:
-        ConfigError: Not of this form, or an unknown section or key.
+    The key is dotted where it lies in a section inside that section. ConfigError if the override is
+    not of this form, or names an unknown section or key.
     """
     name, equals, text = override.partition("=")
     section, dot, key = name.strip().partition(".")
@@ -201,11 +173,7 @@ def _overriding(override: str) -> Content:
 
 
 def from_dotted(settings: Mapping[str, Any]) -> Content:
-    """Sections from `section.key: value`; later keys win.
-
-    Raises:
-        ConfigError: A name without a section.
-    """
+    """Nest `section.key: value` pairs; later keys win. ConfigError for a name without a section."""
     content: Content = {}
     for name, value in settings.items():
         section, dot, key = str(name).partition(".")
@@ -255,14 +223,10 @@ DEFAULT = "default"
 def config_with_origins(
     path: str | Path, overrides: Sequence[str] = ()
 ) -> list[tuple[tuple[str, ...], Any, str]]:
-    """The resolved configuration, each value with its origin.
+    """List the resolved settings: names from the section inwards, value as JSON has it, and origin.
 
-    Returns:
-        Of each setting its names from the section inwards, its resolved value, as JSON has it, and
-        its origin: a file's path, `command line` or `default`. A list is one value.
-
-    Raises:
-        ConfigError: If anything is wrong with the configuration.
+    The origin is a file's path, `command line` or `default`; a list is one value. ConfigError if
+    anything is wrong with the configuration.
     """
     values = load_config(path, overrides).model_dump(mode="json")
     origins: dict[tuple[str, ...], str] = {}

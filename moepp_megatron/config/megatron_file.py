@@ -45,14 +45,10 @@ Arguments = dict[str, list[str]]
 
 
 def read_arguments(path: Path, variables: Mapping[str, str]) -> tuple[Arguments, list[str]]:
-    """The words of each argument by its name without dashes, and what is uncertain about them.
+    """Return each argument's words by its name without dashes, and what is uncertain about them.
 
-    Args:
-        path: The file.
-        variables: Values of its variables; they win over those in it. Unknown ones stay.
-
-    Raises:
-        ConfigError: The file cannot be read.
+    `variables` win over the values in the file; unknown variables stay as they are. ConfigError if
+    the file cannot be read or parsed.
     """
     text = read_text(path, "FILE")
     script = _Script(variables)

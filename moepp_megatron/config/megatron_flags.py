@@ -108,11 +108,7 @@ DERIVED = {
 
 
 def setting_of(option: str) -> str | None:
-    """The setting, such as `moe.router_topk`, that a Megatron option is; None if there is none.
-
-    Args:
-        option: The option as it is typed, such as `--moe-router-topk`.
-    """
+    """Map an option, as typed, to its setting, such as `moe.router_topk`, or to None."""
     name = option.lstrip("-").replace("_", "-")
     if name in SWITCHES:
         return SWITCHES[name][0]

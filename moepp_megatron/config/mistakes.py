@@ -54,10 +54,9 @@ _WITHOUT_MEANING = frozenset(
 
 
 def as_current(content: Mapping[Any, Any]) -> dict[Any, Any]:
-    """A mapping of sections as this version has them: no words, no removed settings without effect.
+    """Return sections as this version has them: no words, no removed settings without effect.
 
-    Raises:
-        ConfigError: A word that stands for nothing, in a section that knows some.
+    ConfigError for a word that stands for nothing, in a section that knows some.
     """
     result = dict(content)
     for section, model in section_models().items():
@@ -82,14 +81,9 @@ def _keys_of(section: str, word: str, words: Mapping[str, Mapping[str, Any]]) ->
 
 
 def refuse_unknown_keys(content: Mapping[Any, Any], source: str) -> None:
-    """Check the names in a mapping of sections, not their values.
+    """Check the names in a mapping of sections, not their values; a section may be null.
 
-    Args:
-        content: Section name to mapping of keys (or to null, an empty section).
-        source: Where it came from, for the message.
-
-    Raises:
-        ConfigError: An unknown section or key (one line each), or a section that is no mapping.
+    ConfigError has a line, naming `source`, for each unknown name or section that is no mapping.
     """
     lines: list[str] = []
     sections = section_models()
@@ -186,23 +180,14 @@ def _one_line(key: Any) -> str:
 
 
 class _Place(NamedTuple):
-    """The setting that pydantic's location names.
+    """The setting that pydantic's location names."""
 
-    Attributes:
-        setting: Its dotted name, or that of the list of sections that it is in.
-        name: The name with the number of the entry, such as `routing_guard.rules[0].above`.
-        field: The field; None for an entry of a list of sections, and for a key that is unknown.
-        model: The section that it is in, or would be.
-        value: What was given.
-        is_inside: Whether the location goes on, in a list, a mapping or an alternative of a union.
-    """
-
-    setting: str
-    name: str
-    field: FieldInfo | None
-    model: type[Section]
+    setting: str  # Its dotted name, or that of the list of sections that it is in.
+    name: str  # With the number of the entry, such as `routing_guard.rules[0].above`.
+    field: FieldInfo | None  # None for an entry of a list of sections, and for an unknown key.
+    model: type[Section]  # The section that it is in, or would be.
     value: Any
-    is_inside: bool
+    is_inside: bool  # Whether the location goes on: a list, a mapping, a union's alternative.
 
 
 def _place(location: tuple[int | str, ...], content: Mapping[str, Any]) -> _Place:
@@ -225,11 +210,9 @@ def _place(location: tuple[int | str, ...], content: Mapping[str, Any]) -> _Plac
 
 
 def field_problems(error: ValidationError, content: Mapping[str, Any]) -> list[Problem]:
-    """One problem per field that pydantic refused.
+    """Return one problem per field refused when `content` was validated as a Config.
 
-    Args:
-        error: The error of validating `content` as a Config; every section is present in it.
-        content: The mapping that was validated.
+    Every section must be present in `content`.
     """
     by_setting: dict[str, list[ErrorDetails]] = {}
     for details in error.errors():

@@ -53,20 +53,13 @@ class ParameterCounts:
 
 
 def checkpoint_bytes(config: Config) -> int:
-    """Bytes of one checkpoint.
-
-    fp32 weights and two Adam moments of every parameter, and with bf16 also the weights that the
-    model computes with.
-    """
+    """Return a checkpoint's bytes: fp32 weights, two Adam moments, and bf16 weights under bf16."""
     per_parameter = 12 + {"fp32": 0, "bf16": 2}[config.precision.dtype]
     return count_parameters(config).total * per_parameter
 
 
 def count_parameters(config: Config) -> ParameterCounts:
-    """Count the parameters of the model that `config` describes.
-
-    SwiGLU FFNs (three matrices), RMSNorm, no biases but those of `model.qkv_bias`.
-    """
+    """Count a model of SwiGLU FFNs, RMSNorm and no biases but those of `model.qkv_bias`."""
     model, moe = config.model, config.moe
     width, layers = model.hidden_size, len(config.router_pattern)
     moe_layers = sum(config.router_pattern)

@@ -1,10 +1,9 @@
 """Plugins: entry points of installed packages, which a setting may name.
 
 A package offers an object of kind K (`callbacks`, `datasets`, `optimizers`, `parts`, `schedules`,
-`sinks`)
-in its entry-point group `moepp_megatron.K`. A setting names it as `plugin:NAME`. The bare name is
-accepted where the package is installed, and is written as `plugin:NAME` from then on, so that a
-run's configuration can be read where it is not. Looking for a name imports nothing; only
+`sinks`) in its entry-point group `moepp_megatron.K`. A setting names it as `plugin:NAME`. The bare
+name is accepted where the package is installed, and is written as `plugin:NAME` from then on, so
+that a run's configuration can be read where it is not. Looking for a name imports nothing; only
 `load_plugin` does, and only what the configuration names.
 """
 
@@ -26,8 +25,7 @@ PREFIX = "plugin:"
 class Plugin:
     """Marks text in a field's type as the name of a plugin: `Annotated[str, Plugin("sinks")]`.
 
-    Attributes:
-        kind: The last part of the entry-point group.
+    `kind` is the last part of the entry-point group.
     """
 
     kind: str
@@ -63,12 +61,7 @@ class Plugin:
         return by_name
 
     def refusal(self, name: str, own: tuple[str, ...] = ()) -> dict[str, str]:
-        """Rule and remedy for a name that nobody has.
-
-        Args:
-            name: The name, without prefix.
-            own: Names that this package itself has for the setting.
-        """
+        """Return rule and remedy for an unknown name without prefix; `own` are this package's."""
         there = sorted(self.installed())
         installed = ", ".join(there) if there else "none is installed"
         rule = f"an entry point of the group {self.group} ({installed})"
@@ -82,11 +75,7 @@ class Plugin:
         }
 
     def find(self, setting: str, name: str) -> EntryPoint:
-        """The entry point that a setting names.
-
-        Raises:
-            ConfigError: It is of no installed package, or of several.
-        """
+        """Return a setting's entry point; ConfigError if no package or more than one offers it."""
         bare = name.removeprefix(PREFIX)
         candidates = self.installed().get(bare, [])
         if not candidates:
@@ -99,11 +88,7 @@ class Plugin:
 
 
 def load_plugin(kind: str, setting: str, name: str) -> Any:
-    """Import what a setting names.
-
-    Raises:
-        ConfigError: It is not installed, or cannot be imported.
-    """
+    """Import what a setting names; ConfigError if it is not installed or cannot be imported."""
     entry = Plugin(kind).find(setting, name)
     try:
         return entry.load()
@@ -123,11 +108,7 @@ def plugin_of(annotation: Any) -> Plugin | None:
 
 
 def check_plugins(config: Iterable[tuple[str, Any]]) -> None:
-    """Refuse names of plugins that are not installed; nothing is imported.
-
-    Raises:
-        ConfigError: One is not.
-    """
+    """Raise ConfigError for a plugin that is not installed, without importing any."""
     for setting, kind, name in _named(config):
         Plugin(kind).find(setting, name)
 

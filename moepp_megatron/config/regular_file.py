@@ -9,11 +9,7 @@ from moepp_megatron.config.errors import ConfigError
 
 
 def check_regular(path: Path) -> None:
-    """Refuse what is no regular file: reading a pipe or a device may block, or never end.
-
-    Raises:
-        OSError: It is not there, or no regular file.
-    """
+    """Raise OSError unless `path` is a regular file: reading a pipe or a device may never end."""
     mode = path.stat().st_mode
     if stat.S_ISDIR(mode):
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
@@ -22,16 +18,10 @@ def check_regular(path: Path) -> None:
 
 
 def read_text(path: Path, name: str, limit: int | None = None, newline: str | None = None) -> str:
-    """The text of a regular file, at most `limit` characters of it.
+    """Return the text of a regular file in UTF-8, at most `limit` characters of it.
 
-    Args:
-        path: The file.
-        name: The user's name of it, such as `--text`.
-        limit: Its beginning is read up to here; None reads all.
-        newline: As for `open`; an empty one keeps carriage returns.
-
-    Raises:
-        ConfigError: It cannot be read, is no regular file or is not UTF-8.
+    `name` is the user's name of it, such as `--text`. `newline` is as for `open`; an empty one
+    keeps carriage returns. ConfigError if it cannot be read, is no regular file or is not UTF-8.
     """
     try:
         check_regular(path)

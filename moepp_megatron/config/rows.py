@@ -57,14 +57,10 @@ def fill(text: Text, config: Config, **names: object) -> str:
 def refuse(
     names: str, wrong: Condition, must: Text, remedy: Text, value: Question | None = None
 ) -> Rule:
-    """A rule: each of these settings is refused where `wrong` is true.
+    """Return a rule that refuses each of these settings where `wrong` is true.
 
-    Args:
-        names: Dotted names, separated by spaces.
-        wrong: Whether the rule is broken.
-        must: What must hold instead.
-        remedy: What to write.
-        value: What messages show as the value; None: the setting's own.
+    `names` are dotted, separated by spaces. `must` says what must hold instead, `remedy` what to
+    write, and `value` what messages show as the value, the setting's own where None.
     """
 
     def items(config: Config) -> list[tuple[str, Any]]:
@@ -191,16 +187,12 @@ def must_divide(
     reason: str = "",
     others: Sequence[int] | None = None,
 ) -> Iterator[Problem]:
-    """Yield a problem unless `divisor` divides `value`.
+    """Yield a problem unless `divisor` divides `value`, which is that of the setting `name`.
 
-    Args:
-        name: Dotted name of the setting.
-        value: Its value.
-        divisor: What must divide it.
-        divisor_text: The divisor in words, or the name of the setting that it is.
-        reason: Added to the rule where the divisor does not explain itself.
-        others: The other values that the divisor has to divide, if it is a setting that the user
-            may change as well. The remedy then names its legal values first.
+    `divisor_text` is the divisor in words, or the name of its setting; `reason` is added to the
+    rule where that does not explain itself. `others` are the other values that the divisor has to
+    divide, if it is a setting that the user may change as well: the remedy then names its legal
+    values first.
     """
     if value % divisor == 0:
         return

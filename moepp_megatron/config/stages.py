@@ -23,12 +23,9 @@ def expand_pipeline_layout(text: str) -> list[str]:
     """Expand megatron-core's layout string to one string per stage.
 
     `E` is the embedding, `t` a transformer layer, `m` one of multi-token prediction, `L` the loss,
-    `|` ends a stage, `x*n` and `(..)*n` repeat, commas are ignored. `E(t|)*2,tL` gives
-    `["Et", "t", "tL"]`. Source:
-    megatron/core/transformer/pipeline_parallel_layer_layout.py, `parse_str_to_list`.
-
-    Raises:
-        ValueError: If a character has no meaning, or there are more than 10,000 repetitions.
+    `|` ends a stage, `x*n` and `(..)*n` repeat, commas are ignored. `E(t|)*2,tL` gives `["Et", "t",
+    "tL"]`. ValueError if a character has no meaning, or there are more than 10,000 repetitions.
+    Source: `parse_str_to_list` in megatron/core/transformer/pipeline_parallel_layer_layout.py.
     """
     expanded = text.replace(",", "")
     for pattern in (_GROUP, _SINGLE):
@@ -59,8 +56,7 @@ def virtual_stages(config: Config) -> int:
 def stage_layers(config: Config) -> Stages:
     """Layer numbers (from 0) by pipeline rank and, within it, by model chunk.
 
-    Chunk `v` of rank `p` is stage `v * PP + p` in the order of the layers, as in megatron-core's
-    interleaved schedule.
+    Chunk `v` of rank `p` is stage `v * PP + p`, as in megatron-core's interleaved schedule.
     """
     pp = config.parallel.pipeline_model_parallel_size
     vpp = virtual_stages(config)

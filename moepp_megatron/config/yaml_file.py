@@ -108,14 +108,9 @@ _StrictLoader.add_implicit_resolver(
 
 
 def parse_yaml(text: str, source: str) -> Any:
-    """Parse one YAML document.
+    """Parse one YAML document, which messages call `source`: a file's path, or an override.
 
-    Args:
-        text: The document.
-        source: Its name in messages: a file's path, or an override.
-
-    Raises:
-        ConfigError: Not YAML; the message names the source, the line and what is wrong there.
+    ConfigError if it is not YAML or too long; it says which line is wrong, and why.
     """
     if len(text) > _MAX_CHARACTERS:
         raise ConfigError(
@@ -136,11 +131,7 @@ def parse_yaml(text: str, source: str) -> Any:
 
 
 def read_mapping(path: Path) -> dict[str, Any]:
-    """Read a YAML file that holds a mapping.
-
-    Raises:
-        ConfigError: The file is missing, unreadable, empty, not YAML or not a mapping.
-    """
+    """Read a YAML file that must hold a mapping; ConfigError if it does not, or is unreadable."""
     try:
         check_regular(path)
         with path.open(encoding="utf-8") as file:

@@ -89,11 +89,9 @@ class EngineConfig(Section):
         return self.model.seq_length * self.training.micro_batch_size // ranks
 
     def to_yaml(self, comment: str | None = None) -> str:
-        """The resolved configuration as YAML that `load_config` reads back to an equal one.
+        """Return the resolved configuration as YAML that `load_config` reads back to an equal one.
 
-        Args:
-            comment: Text for the top of the file, such as version and git commit; each of its
-                lines becomes a YAML comment.
+        Each line of `comment`, such as version and commit, becomes a YAML comment at the top.
         """
         header = "".join(f"# {line}\n" for line in comment.splitlines()) if comment else ""
         return header + yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)

@@ -100,10 +100,7 @@ class EngineMoESection(Section, LayerSettings):  # type: ignore[misc]
 
     @property
     def ffn_share(self) -> float:
-        """Fraction of selections that go to FFN experts: phi, what perfect balance under tau gives.
-
-        Source: arXiv 2410.07348.
-        """
+        """phi: the FFN share of selections in perfect balance under tau (arXiv 2410.07348)."""
         return self.phi(self.tau)
 
     @property
@@ -129,8 +126,7 @@ class EngineMoESection(Section, LayerSettings):  # type: ignore[misc]
     def moe_layer_pattern(self, num_layers: int) -> list[bool]:
         """For each of `num_layers` layers, whether it is an MoE layer.
 
-        It has the meaning of megatron-core's `moe_layer_freq`: an integer n makes layers 0, n, 2n,
-        ... MoE layers.
+        As in megatron-core's `moe_layer_freq`, an integer n makes layers 0, n, 2n, ... MoE layers.
         """
         if isinstance(self.layer_freq, int):
             return [layer % self.layer_freq == 0 for layer in range(num_layers)]

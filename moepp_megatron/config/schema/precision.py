@@ -53,10 +53,7 @@ def _widths(config: Config) -> Iterator[Problem]:
 
 
 def _heads(config: Config) -> Iterator[Problem]:
-    """The shards of the projections around attention.
-
-    Compressed vectors are whole on every rank; what heads get from them is split.
-    """
+    """The shards of projections around attention; compressed vectors are whole on every rank."""
     model, latent, alignment = config.model, config.model.latent_attention, _alignment(config)
     ranks = config.parallel.tensor_model_parallel_size
     heads, groups = model.num_attention_heads // ranks, max(model.query_groups // ranks, 1)
