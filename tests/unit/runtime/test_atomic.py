@@ -46,16 +46,28 @@ def test_exchange_swaps_two_names(tmp_path):
     assert (tmp_path / "b/a").exists()
 
 
-def test_failure_leaves_the_old_folder(tmp_path):
+FULL = r"out cannot be written: No space left on device after 3.0 MiB, .*; free space or"
+
+
+@pytest.mark.parametrize(
+    ("error", "refusal"),
+    [
+        (RuntimeError, pytest.raises(RuntimeError)),
+        (torch_error, pytest.raises(UnfitError, match=FULL)),
+    ],
+    ids=["any", "full disk"],
+)
+def test_failure_leaves_the_old_folder(tmp_path, error, refusal):
+    """And a full disk is one line."""
     out = tmp_path / "out"
     write(out, "old")
 
     def fail_halfway():
         with partial_folder(out) as partial:
-            (partial / "file").write_text("half")
-            raise RuntimeError
+            (partial / "file").write_bytes(bytes(3 << 20))
+            raise error()
 
-    with pytest.raises(RuntimeError):
+    with refusal:
         fail_halfway()
     assert (out / "file").read_text() == "old"
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
@@ -92,22 +104,6 @@ def test_who_waits_for_a_lock_gets_it_when_it_is_free(tmp_path):
     waiter.join(30)
     assert answers == [True]
     os.close(other)
-
-
-def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path):
-    out = tmp_path / "out"
-    write(out, "old")
-
-    def fill_up():
-        with partial_folder(out) as partial:
-            (partial / "file").write_bytes(bytes(3 << 20))
-            raise torch_error()
-
-    message = r"out cannot be written: No space left on device after 3.0 MiB, .*; free space or"
-    with pytest.raises(UnfitError, match=message):
-        fill_up()
-    assert (out / "file").read_text() == "old"
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_a_failed_atomic_write_leaves_the_old_file(tmp_path, monkeypatch):

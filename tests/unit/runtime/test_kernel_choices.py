@@ -1,6 +1,5 @@
 """The names of the implementations, with stand-ins for apex and Transformer Engine."""
 
-import functools
 import json
 import sys
 from dataclasses import replace
@@ -25,11 +24,9 @@ APEX = {
 
 
 @pytest.fixture
-def install(monkeypatch):
+def install(monkeypatch, forget_packages):
     """Puts modules where imports find them, and a GPU beside them."""
     import torch
-
-    cached = [f for f in vars(optional).values() if isinstance(f, functools._lru_cache_wrapper)]
 
     def install(*packages, gpu=True):
         for package in packages:
@@ -40,16 +37,14 @@ def install(monkeypatch):
                 monkeypatch.setitem(sys.modules, name, module)
         monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
-        for function in cached:
-            function.cache_clear()
+        forget_packages()
 
-    yield install
-    for function in cached:
-        function.cache_clear()
+    return install
 
 
-def implementations():
-    return {choice.operation: choice.implementation for choice in backends.kernel_choices()}
+def implementations(*cross_entropy):
+    choices = backends.kernel_choices(*cross_entropy)
+    return {choice.operation: choice.implementation for choice in choices}
 
 
 def lines():
@@ -87,12 +82,7 @@ def test_cross_entropy(install, monkeypatch):
     assert backends.chosen_cross_entropy("auto") == "fused"
     assert backends.chosen_cross_entropy("native") == "native"
     for wanted, used in (("auto", "Triton"), ("native", "torch"), ("unfused", "torch")):
-        (choice,) = (
-            choice
-            for choice in backends.kernel_choices(wanted)
-            if choice.operation == "cross entropy"
-        )
-        assert choice.implementation == used
+        assert implementations(wanted)["cross entropy"] == used
 
 
 def norm_and_accumulation():
@@ -159,24 +149,21 @@ def test_the_log_has_one_line_with_every_choice(install):
     install()
     line = backends._choices_line(backends.optional_backends(), "auto")
     assert "\n" not in line
-    for choice in backends.kernel_choices():
-        assert choice.line() in line
+    for choice in lines():
+        assert choice in line
 
 
 def test_a_run_on_a_cpu_has_nothing_to_say_of_packages_for_gpus(install, monkeypatch):
     """None is used, and none could be; on a GPU, or where one is used, the line matters."""
-    import torch
-
-    install()
+    install(gpu=False)
     found = [replace(backend, used=False) for backend in backends.optional_backends()]
     monkeypatch.setattr(backends, "optional_backends", lambda: found)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     config = load_config(ROOT / "configs/quickstart.yaml", ["precision.cross_entropy=unfused"])
     assert backends.package_lines(config) == []
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    install()
     assert backends._choices_line(found, "unfused") in backends.package_lines(config)
     assert "cross entropy: torch (megatron-core's, on" in backends._choices_line(found, "unfused")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    install(gpu=False)
     found[0] = replace(found[0], used=True)
     assert backends._choices_line(found, "unfused") in backends.package_lines(config)
 

@@ -1,6 +1,5 @@
 """Optional packages that are there and break, and what Triton needs to compile."""
 
-import functools
 import os
 import shutil
 import subprocess
@@ -23,10 +22,9 @@ FLEX = ("moe.dispatcher=flex", "parallel.expert_model_parallel_size=2")
 
 
 @pytest.fixture
-def installed(tmp_path, monkeypatch):
+def installed(tmp_path, monkeypatch, forget_packages):
     """Puts a package of that name where imports find it."""
-    cached = [f for f in vars(optional).values() if isinstance(f, functools._lru_cache_wrapper)]
-    before = dict(sys.modules)
+    before = set(sys.modules)
 
     def install(name, **modules):
         for module, source in modules.items():
@@ -34,16 +32,13 @@ def installed(tmp_path, monkeypatch):
             path.parent.mkdir(exist_ok=True)
             path.write_text(source)
             sys.modules.pop(name if module == "__init__" else f"{name}.{module}", None)
-        for function in cached:
-            function.cache_clear()
+        forget_packages()
 
     monkeypatch.syspath_prepend(str(tmp_path))
     yield install
-    for name in set(sys.modules) - set(before):
+    for name in set(sys.modules) - before:
         if name.split(".")[0] in ("deep_ep", "transformer_engine"):
             del sys.modules[name]
-    for function in cached:
-        function.cache_clear()
 
 
 def test_deep_ep_without_its_nccl(installed):
@@ -57,9 +52,7 @@ def test_deep_ep_without_its_nccl(installed):
         import deep_ep  # noqa: F401
     assert "deep_ep.sub" not in sys.modules
     with pytest.raises(UnfitError, match=r"fails \(AssertionError: Cannot find: nccl\); repair"):
-        fit.check_fit(
-            load_config(MODEL, ["moe.dispatcher=flex", "parallel.expert_model_parallel_size=2"])
-        )
+        fit.check_fit(load_config(MODEL, FLEX))
     backend = next(each for each in optional_backends() if each.name == "DeepEP")
     assert "fails on import (AssertionError" in backend.line()
     finding = packages._check_backend(backend)

@@ -90,6 +90,13 @@ def test_variables_at_which_ranks_would_fail(monkeypatch, name, given, says):
             start()
 
 
+def adopt(monkeypatch, given, config, interface=None):
+    """The environment of a rank without a launcher that starts with `given`."""
+    monkeypatch.setattr(os, "environ", dict(given))
+    set_rank_variables(config, interface)
+    return os.environ
+
+
 @pytest.mark.parametrize("given", ["lo", "=lo", "^docker,eth77", "l", "lo:80", ""])
 def test_interfaces_as_nccl_takes_them(given):
     check_rank_variables({"NCCL_SOCKET_IFNAME": given, "OMP_NUM_THREADS": "4,2"})
@@ -104,14 +111,14 @@ def test_cores_are_shared_out():
 
 
 def test_a_rank_without_launcher_adopts_what_still_matters(monkeypatch):
-    monkeypatch.setattr(os, "environ", {"NCCL_DEBUG": "INFO", "PYTORCH_CUDA_ALLOC_CONF": "x"})
-    set_rank_variables(layout())
-    launched = with_rank_variables(os.environ, 1)
+    given = {"NCCL_DEBUG": "INFO", "PYTORCH_CUDA_ALLOC_CONF": "x"}
+    adopted = adopt(monkeypatch, given, layout())
+    launched = with_rank_variables(adopted, 1)
     late = {"OMP_NUM_THREADS", "PYTHONSAFEPATH", "PYTHONUNBUFFERED"}
-    assert launched.keys() - os.environ.keys() == late | {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT"}
-    assert os.environ.items() <= launched.items()
-    assert os.environ["NCCL_DEBUG"] == "INFO"
-    assert os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] == "8"
+    assert launched.keys() - adopted.keys() == late | {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT"}
+    assert adopted.items() <= launched.items()
+    assert adopted["NCCL_DEBUG"] == "INFO"
+    assert adopted["CUDA_DEVICE_MAX_CONNECTIONS"] == "8"
 
 
 def test_a_rank_without_launcher_finds_its_interface(monkeypatch):
@@ -122,12 +129,9 @@ def test_a_rank_without_launcher_finds_its_interface(monkeypatch):
     assert interface_of_rank(alone) is None
     assert interface_of_rank(nowhere) is None
     loopback = interface_of_rank(spread)
-    assert loopback is not None
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     assert interface_of_rank(nowhere) == loopback
-    monkeypatch.setattr(os, "environ", {})
-    set_rank_variables(layout(), loopback)
-    assert os.environ["GLOO_SOCKET_IFNAME"] == loopback
+    assert adopt(monkeypatch, {}, layout(), loopback)["GLOO_SOCKET_IFNAME"] == loopback
 
 
 CP, EP = {"context_parallel_size": 2}, {"expert_model_parallel_size": 2}
@@ -157,34 +161,28 @@ def layout(parallel=None, moe=None):
     ],
 )
 def test_hardware_queues_follow_from_the_layout(monkeypatch, parallel, moe, value):
-    monkeypatch.setattr(os, "environ", {})
     config = layout(parallel, moe)
     # The launcher knows no configuration, and a value of its own would count as the user's.
     launched = with_rank_variables({}, 2)
     assert contradiction(config, launched) is None
-    monkeypatch.setattr(os, "environ", launched)
-    set_rank_variables(config)
-    assert os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] == str(value)
-    assert contradiction(config, os.environ) is None
+    adopted = adopt(monkeypatch, launched, config)
+    assert adopted["CUDA_DEVICE_MAX_CONNECTIONS"] == str(value)
+    assert contradiction(config, adopted) is None
 
 
 @pytest.mark.parametrize("given", [{}, {"NVTE_USE_CUTLASS_GROUPED_GEMM": "0"}], ids=str)
 def test_the_grouped_product_is_that_of_the_setting(monkeypatch, given):
+    name = "NVTE_USE_CUTLASS_GROUPED_GEMM"
     for wanted in (False, True):
-        monkeypatch.setattr(os, "environ", dict(given))
-        set_rank_variables(layout({}, {"cutlass_grouped_gemm": wanted}))
-        expected = given.get("NVTE_USE_CUTLASS_GROUPED_GEMM", "1" if wanted else None)
-        assert os.environ.get("NVTE_USE_CUTLASS_GROUPED_GEMM") == expected
+        adopted = adopt(monkeypatch, given, layout(moe={"cutlass_grouped_gemm": wanted}))
+        assert adopted.get(name) == given.get(name, "1" if wanted else None)
 
 
-@pytest.mark.parametrize("value", ["true", "false"])
-def test_offloading_keeps_weights_on_the_device(monkeypatch, value):
-    monkeypatch.setattr(os, "environ", {})
+@pytest.mark.parametrize(("value", "expected"), [("true", "1"), ("false", None)])
+def test_offloading_keeps_weights_on_the_device(monkeypatch, value, expected):
     offloading = f"megatron.fine_grained_activation_offloading={value}"
-    set_rank_variables(
-        with_overrides(layout({}, {}), [offloading, "megatron.offload_modules=[core_attn]"])
-    )
-    assert os.environ.get("NVTE_CPU_OFFLOAD_V1") == {"true": "1", "false": None}[value]
+    config = with_overrides(layout(), [offloading, "megatron.offload_modules=[core_attn]"])
+    assert adopt(monkeypatch, {}, config).get("NVTE_CPU_OFFLOAD_V1") == expected
 
 
 @pytest.mark.parametrize(
@@ -201,11 +199,10 @@ def test_offloading_keeps_weights_on_the_device(monkeypatch, value):
 def test_a_number_of_queues_against_the_layout_is_told_and_kept(
     monkeypatch, parallel, moe, given, wanted
 ):
-    config = layout(parallel, moe)
-    monkeypatch.setattr(os, "environ", {"CUDA_DEVICE_MAX_CONNECTIONS": given})
-    warning = contradiction(config, os.environ)
-    set_rank_variables(config)
-    assert os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] == given
+    config, environment = layout(parallel, moe), {"CUDA_DEVICE_MAX_CONNECTIONS": given}
+    warning = contradiction(config, environment)
+    adopted = adopt(monkeypatch, environment, config)
+    assert adopted["CUDA_DEVICE_MAX_CONNECTIONS"] == given
     if wanted is None:
         assert warning is None
     else:
@@ -215,7 +212,7 @@ def test_a_number_of_queues_against_the_layout_is_told_and_kept(
 @pytest.mark.parametrize("words", [["bench", "--max", "4K"], ["train", "--", "c.yaml", "a=b"]])
 def test_torchrun_hands_on_what_is_not_its_own(words):
     """Of `--max` older versions of argparse made a shortened `--max-restarts`."""
-    from torch.distributed.run import get_args_parser
+    from torch.distributed.run import config_from_args, get_args_parser
 
     command = _torchrun(LaunchOptions(2), "a.module", words)
     module = command.index("--module")
@@ -223,25 +220,12 @@ def test_torchrun_hands_on_what_is_not_its_own(words):
     parsed = get_args_parser().parse_args(command[3:])
     assert (parsed.module, parsed.training_script) == (True, "a.module")
     assert parsed.training_script_args == words
-
-
-def test_ranks_of_one_machine_do_not_need_its_name():
-    """One without a network may not know it, and ranks would look for it for half an hour."""
-    from torch.distributed.run import config_from_args, get_args_parser
-
-    command = _torchrun(LaunchOptions(2), "a.module", [])
-    config, _, _ = config_from_args(get_args_parser().parse_args(command[3:]))
-    assert config.local_addr == "127.0.0.1"
+    # A machine without a network may not know its name: ranks would look for half an hour.
+    assert config_from_args(parsed)[0].local_addr == "127.0.0.1"
 
 
 def place(monkeypatch, **environment):
-    for name in list(os.environ):
-        if name.startswith(("SLURM", "TORCHELASTIC", "MASTER", "LOCAL", "MOEPP")):
-            monkeypatch.delenv(name)
-    for name in ("RANK", "WORLD_SIZE"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(os, "environ", environment)
     return RankEnvironment.read()
 
 
@@ -347,46 +331,37 @@ def test_wrong_endpoint(text):
 def test_address_and_interface_are_those_of_the_route():
     machines = Nodes(2, 0, "127.0.0.1")
     assert machines.local_address() == "127.0.0.1"
-    name = machines.interface()
-    assert name is not None
-    assert any(
-        each.family == socket.AF_INET and each.address == "127.0.0.1"
-        for each in psutil.net_if_addrs()[name]
-    )
+    addresses = psutil.net_if_addrs()[machines.interface()]
+    assert (socket.AF_INET, "127.0.0.1") in {(each.family, each.address) for each in addresses}
+
+
+ELSEWHERE = {"192.0.2.1": "10.0.0.7"}
 
 
 @pytest.mark.parametrize(
-    ("host", "towards_host", "expected"),
+    ("host", "towards_host", "elsewhere", "expected"),
     [
-        ("node1", "127.0.1.1", "10.0.0.7"),  # the first machine by its own name, as Debian has it
-        ("node1", "10.0.0.8", "10.0.0.8"),
-        ("localhost", "127.0.0.1", "127.0.0.1"),
-        ("127.0.0.1", "127.0.0.1", "127.0.0.1"),
-        ("::1", "::1", "::1"),
+        # The first machine by its own name, as Debian has it.
+        ("node1", "127.0.1.1", ELSEWHERE, "10.0.0.7"),
+        ("node1", "10.0.0.8", ELSEWHERE, "10.0.0.8"),
+        ("localhost", "127.0.0.1", ELSEWHERE, "127.0.0.1"),
+        ("127.0.0.1", "127.0.0.1", ELSEWHERE, "127.0.0.1"),
+        ("::1", "::1", ELSEWHERE, "::1"),
+        # IPv6 alone, and no other machine.
+        ("node1", "::1", {"2001:db8::1": "fd00::7"}, "fd00::7"),
+        ("node1", "127.0.1.1", {}, "127.0.1.1"),
     ],
 )
-def test_own_name_does_not_lead_back_here(monkeypatch, host, towards_host, expected):
-    addresses = {"192.0.2.1": "10.0.0.7", host: towards_host}
-    monkeypatch.setattr(nodes, "_address_towards", lambda host, port: addresses[host])
-    assert Nodes(2, 0, host).local_address() == expected
+def test_own_name_does_not_lead_back_here(monkeypatch, host, towards_host, elsewhere, expected):
+    addresses = {host: towards_host, **elsewhere}
 
-
-@pytest.mark.parametrize(
-    ("addresses", "expected"),
-    [
-        ({"node1": "::1", "2001:db8::1": "fd00::7"}, "fd00::7"),
-        ({"node1": "127.0.1.1"}, "127.0.1.1"),
-    ],
-    ids=["only IPv6", "no other machine"],
-)
-def test_own_name_where_routes_are_missing(monkeypatch, addresses, expected):
     def towards(host, port):
         if host not in addresses:
             raise OSError("Network is unreachable")
         return addresses[host]
 
     monkeypatch.setattr(nodes, "_address_towards", towards)
-    assert Nodes(2, 0, "node1").local_address() == expected
+    assert Nodes(2, 0, host).local_address() == expected
 
 
 def test_torchrun_is_told_who_hosts_the_meeting():
