@@ -22,11 +22,8 @@ _CONVERTERS = {
 def convert(kind: str, source: str | Path, target: str | Path, **options: Any) -> Path:
     """Convert a checkpoint, as `moepp convert` does, and log what a converter warns of.
 
-    Args:
-        kind: One of `_CONVERTERS`.
-        source: A checkpoint folder; of one of ours, a run as well.
-        target: Folder to make; it must not exist or be empty.
-        options: Further arguments of the converter.
+    `kind` is one of `_CONVERTERS`, which get `options`. `source` is a checkpoint folder, or a run
+    of ours; `target` is made, and must not exist or be empty.
 
     Raises:
         ConfigError: No such kind, a model that the other format cannot express, a damaged

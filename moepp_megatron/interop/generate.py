@@ -25,12 +25,10 @@ _DEFAULT_NEW_TOKENS = 96
 
 @dataclass(frozen=True)
 class Sampling:
-    """Sampling options.
+    """Sampling options; prompt number i, from 0, takes the random numbers of `seed` + i.
 
-    Attributes:
-        temperature: 0 takes the likeliest token, 1 samples from the model's probabilities.
-        top_p: Sample from the smallest set of tokens with this much probability.
-        seed: Prompt number i, from 0, is continued with the random numbers of `seed` + i.
+    A `temperature` of 0 takes the likeliest token, 1 samples from the model's probabilities.
+    `top_p` samples from the smallest set of tokens with this much probability.
     """
 
     temperature: float = 0.8
@@ -38,11 +36,7 @@ class Sampling:
     seed: int = 1234
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be sampled from.
-
-        Raises:
-            ConfigError: Naming the option.
-        """
+        """Raise ConfigError, naming the option, for what cannot be sampled from."""
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
             raise ConfigError(
                 f"--temperature ({self.temperature}) must be a number of at least 0; "
@@ -56,14 +50,9 @@ class Sampling:
 
 @dataclass(frozen=True)
 class GenerateRequest:
-    """A checked request.
+    """A checked request: token ids of each prompt, and the most tokens to add to each.
 
-    Attributes:
-        scoring: The checkpoint in the wanted layout, with room for prompts and new tokens.
-        tokenizer: The checkpoint's own.
-        prompts: Token ids of each prompt.
-        max_new_tokens: Tokens to add to each prompt at most.
-        sampling: How they are drawn.
+    `scoring` is the checkpoint in the wanted layout, with room for prompts and new tokens.
     """
 
     scoring: ScoreRequest
@@ -83,19 +72,9 @@ class GenerateRequest:
         sampling: Sampling | None = None,
         chat: bool = False,
     ) -> "GenerateRequest":
-        """Check a request.
+        """Check the arguments of `generate`, for `world_size` ranks; raise ConfigError.
 
-        Args:
-            checkpoint: A checkpoint folder or a run.
-            prompts: Texts to continue, at least one.
-            overrides: Settings `parallel.key=value` or `precision.key=value`.
-            world_size: Ranks.
-            max_new_tokens: None means `_DEFAULT_NEW_TOKENS`, fewer where the model has no room.
-            sampling: How tokens are drawn.
-            chat: Whether prompts are messages, rendered by the checkpoint's chat template.
-
-        Raises:
-            ConfigError: If the request is wrong.
+        `max_new_tokens` None means `_DEFAULT_NEW_TOKENS`, fewer where the model has no room.
         """
         sampling = sampling or Sampling()
         for override in overrides:
@@ -169,9 +148,7 @@ def generate(
         prompts: A text to continue, or several.
         overrides: Settings `parallel.key=value` or `precision.key=value`.
         max_new_tokens: Tokens to add to each prompt at most; as `GenerateRequest.read`.
-        temperature: Same as in `Sampling`.
-        top_p: Same as in `Sampling`.
-        seed: Same as in `Sampling`.
+        temperature, top_p, seed: As in `Sampling`.
         chat: Prompts are messages of a user, rendered by the checkpoint's chat template.
 
     Returns:

@@ -199,10 +199,7 @@ class _TensorEntry:
 
 
 def _read_header(file: Path) -> dict[str, _TensorEntry]:
-    """The tensors of a file, checked against its size; nothing but the header is read.
-
-    ConfigError if the file is truncated, or its header contradicts itself or its size.
-    """
+    """The tensors of a file by its header, which must not contradict itself or the file's size."""
     try:
         check_regular(file)
         size = file.stat().st_size

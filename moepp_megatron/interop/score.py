@@ -45,11 +45,7 @@ def text_of(path: Path, limit: int | None = None) -> tuple[str, bool]:
 
 
 def checkpoint_tokenizer(folder: Path, config: Config) -> Tokenizer:
-    """The tokenizer that a checkpoint keeps.
-
-    Raises:
-        ConfigError: It has none, or one with more tokens than the model.
-    """
+    """The checkpoint's tokenizer; ConfigError without one, or with more tokens than the model."""
     file = folder / TOKENIZER_FILE
     if not file.is_file():
         raise ConfigError(
@@ -68,21 +64,15 @@ def checkpoint_tokenizer(folder: Path, config: Config) -> Tokenizer:
 
 @dataclass(frozen=True)
 class _TextWindows:
-    """A text as sequences that a model reads.
+    """A text of N tokens as sequences [b, s] int64, filled up with end-of-document tokens."""
 
-    The text is read as one document: the end of the document before comes first, so that every
-    token of the text is predicted once. Each window begins with the last token of the one before
-    and has no context further back.
-
-    Attributes:
-        input_ids: [b, s] int64; the last window is filled up with end-of-document tokens.
-        num_tokens: Tokens of the text, N.
-        num_bytes: Bytes of the text in UTF-8.
-    """
+    # The text is read as one document: the end of the document before comes first, so that every
+    # token of the text is predicted once. Each window begins with the last token of the one before
+    # and has no context further back.
 
     input_ids: np.ndarray
     num_tokens: int
-    num_bytes: int
+    num_bytes: int  # of the text in UTF-8
 
     @classmethod
     def read(cls, path: Path, tokenizer: Tokenizer, length: int) -> "_TextWindows":
@@ -127,8 +117,6 @@ class ScoreRequest:
             batch holds all sequences (and fillers), `model.seq_length` is the padded length.
         input_ids: [b, s] int64.
         out: File to write, or None.
-        notices: Notes for the user.
-        text: The text of the tokens, or None.
     """
 
     checkpoint: Path

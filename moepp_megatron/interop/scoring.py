@@ -56,12 +56,8 @@ def score_stages(
 def continue_prompts(stages: list[PipelineStage], request: "GenerateRequest") -> list[list[int]]:
     """New tokens of each prompt, without the end-of-document token; every rank must call.
 
-    Args:
-        stages: This rank's part of the model.
-        request: Of the tokenizer only the vocabulary is used; the model's may be larger.
-
-    Raises:
-        FloatingPointError: The model's logits are not numbers.
+    `stages` are this rank's part of the model, whose vocabulary may be larger than the tokenizer's.
+    Raise FloatingPointError if its logits are not numbers.
     """
     prompts, sampling, tokenizer = request.prompts, request.sampling, request.tokenizer
     texts = [list(prompt) for prompt in prompts]
@@ -104,17 +100,10 @@ def _next_logits(
 
 
 def _sample(logits: Tensor, sampling: "Sampling", generator: torch.Generator) -> int:
-    """Draw a token.
-
-    The generator's numbers are assigned to tokens in the order of their ids, so logits that differ
-    in the last bits (another layout) give the same token, but for a draw that falls into that bit.
-
-    Args:
-        logits: [vocab] fp32 on the host, where the same generator gives the same numbers whatever
-            device the model is on.
-        sampling: Temperature and nucleus; where one of them is 0, the first of the largest logits.
-        generator: Source of randomness, on the host.
-    """
+    """Draw a token from [vocab] fp32 logits; at temperature 0 the first of the largest."""
+    # The generator's numbers are assigned to tokens in the order of their ids, so logits that
+    # differ in the last bits (another layout) give the same token, but for a draw that falls into
+    # that bit. On the host the same generator gives the same numbers whatever the model's device.
     if 0 in (sampling.temperature, sampling.top_p):
         return int(logits.argmax())
     # Temperatures below fp32's smallest number would divide by 0; the largest logit is then 0 / t.

@@ -45,12 +45,8 @@ def hf_to_mcore(
 ) -> Config:
     """Convert a MoE++ checkpoint (released format, ZEDA's or ours) into a checkpoint of ours.
 
-    Args:
-        source: A Hugging Face folder.
-        target: Folder to make; it must not exist or be empty.
-        dtype: fp32 or bf16 for all weights; None keeps every tensor as it is.
-        allow_pickle: Also accept pickled weights.
-        console: Console that shows the progress.
+    `target` is made, and must not exist or be empty. `dtype` is fp32 or bf16 for all weights; None
+    keeps every tensor as it is. `allow_pickle` also accepts pickled weights.
 
     Raises:
         ConfigError: If tensors are missing, unexpected or of a wrong shape; names them.

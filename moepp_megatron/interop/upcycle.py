@@ -124,10 +124,7 @@ class Additions(ExpertCounts):
     """Additions to a checkpoint; FFN experts are made of a dense FFN, a MoE has its own.
 
     Attributes:
-        gating_residual: Whether routers see the logits of the layer before.
-        tau: Weight of zero-computation experts in the balance loss.
         router_topk: Experts per token of a model made from a dense one.
-        seed: Seed of all random numbers.
         approximate: Whether to accept sources whose gates are raw scores, which new experts shrink.
         keeps_function: Whether a bias keeps new experts unselected at first. Without one they
             compete from the first step on, with the rows of ZEDA's scripts/convert-hf-to-ZCE.py.
@@ -151,16 +148,9 @@ def upcycle(
 ) -> Config:
     """Convert a checkpoint of one of `upcycle_sources.KINDS` into a MoE++ checkpoint of ours.
 
-    Args:
-        source: A Hugging Face folder.
-        target: Folder to make; it must not exist or be empty.
-        additions: Experts to add; None adds the paper's.
-        dtype: fp32 or bf16 for all weights; None keeps every tensor as it is.
-        allow_pickle: Also accept pickled weights.
-        console: Console that shows the progress.
-
-    Raises:
-        ConfigError: If the model's function cannot be kept, or the checkpoint is damaged.
+    `additions` None adds the paper's experts; the other arguments are those of
+    `to_mcore.hf_to_mcore`. Raise ConfigError if the model's function cannot be kept, or the
+    checkpoint is damaged.
     """
     additions = additions or Additions()
     hf = HFSource(source, allow_pickle)

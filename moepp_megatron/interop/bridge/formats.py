@@ -54,11 +54,10 @@ def _rule_mappings(rules: Iterable[TensorRule]) -> Iterator["_RuleMapping"]:
 
 
 class _RuleMapping(MegatronParamMapping):
-    """The parameter `name`, made by the rules of one key; only of `expert` where one is given.
+    """The parameter `name`, made by the rules of one key; only of `expert` where one is given."""
 
-    Tensor-parallel ranks hold parts along the axis in which the parameter is smaller than its rule
-    says.
-    """
+    # Tensor-parallel ranks hold parts along the axis in which the parameter is smaller than its
+    # rule says.
 
     def __init__(self, name: str, rules: list[TensorRule], expert: int | None = None) -> None:
         self.rules, self.expert = rules, expert
