@@ -16,23 +16,10 @@ from moepp_megatron.observe.alert_sinks import (
     _Webhook,
     read_address,
 )
-from moepp_megatron.observe.alerts import Alert, read_alerts
+from moepp_megatron.observe.alerts import read_alerts
+from tests.unit.observe.conftest import make_alert
 
 SECRET = "/services/T000/B000/do-not-log-me"
-
-
-def make_alert(step=7, **changes):
-    values = {
-        "step": step,
-        "time": 1.5e9,
-        "rule": "dead_expert",
-        "metric": "expert_share",
-        "value": 0.0,
-        "condition": "== 0 for 50 steps",
-        "severity": "warning",
-        "action": "warn",
-    }
-    return Alert(**(values | changes))
 
 
 class Service(ThreadingHTTPServer):
@@ -126,7 +113,7 @@ def test_a_run_without_a_webhook_writes_and_says(tmp_path):
     assert set(threading.enumerate()) <= threads
 
 
-def test_an_alert_is_posted(service, tmp_path, monkeypatch):
+def test_an_alert_is_posted(tmp_path, service, monkeypatch):
     server = service(200)
     monkeypatch.setenv("HOOK", server.address)
     sinks = AlertSinks.open(tmp_path, "quick", print, webhook_url_env="HOOK")

@@ -1,6 +1,5 @@
 """Files of a run that are removed, renamed or rotated while it writes them."""
 
-import json
 import shutil
 import subprocess
 import sys
@@ -10,14 +9,11 @@ import psutil
 import pytest
 
 from moepp_megatron.observe.alert_sinks import _AlertFile
-from moepp_megatron.observe.alerts import Alert, read_alerts
+from moepp_megatron.observe.alerts import read_alerts
 from moepp_megatron.observe.jsonl import JsonlSink
 from moepp_megatron.observe.status import RunStatus, StatusSink, _ProcessId
 from tests.refusals import config_error
-
-
-def steps_in(path):
-    return [json.loads(line)["step"] for line in path.read_text().splitlines()]
+from tests.unit.observe.conftest import make_alert, steps_in, write_steps
 
 
 def rotate(run):
@@ -52,15 +48,15 @@ def run(tmp_path):
 
 
 @pytest.mark.parametrize("lose", LOSSES)
-def test_what_follows_is_under_the_name_again(make_record, run, caplog, lose):
+def test_what_follows_is_under_the_name_again(run, caplog, lose):
     sink, alerts = JsonlSink(run / "metrics.jsonl"), _AlertFile(run / "alerts.jsonl")
     for step in (1, 2):
-        sink.write(make_record(step))
-        alerts.send(alert(step))
+        write_steps(sink, step)
+        alerts.send(make_alert(step))
     lose(run)
     for step in (3, 4):
-        sink.write(make_record(step))
-        alerts.send(alert(step))
+        write_steps(sink, step)
+        alerts.send(make_alert(step))
     sink.go_back(3)
     sink.close()
     alerts.close()
@@ -75,26 +71,13 @@ def test_what_follows_is_under_the_name_again(make_record, run, caplog, lose):
     ]
 
 
-def test_records_that_are_removed_before_the_end_are_a_failure(make_record, run):
+def test_records_that_are_removed_before_the_end_are_a_failure(run):
     sink = JsonlSink(run / "metrics.jsonl")
-    sink.write(make_record(1))
+    write_steps(sink, 1)
     remove(run)
     with pytest.raises(OSError, match=r"metrics.jsonl was removed while the run wrote it"):
         sink.close()
     sink.close()
-
-
-def alert(step):
-    return Alert(
-        step=step,
-        time=1.0,
-        rule="r",
-        metric="m",
-        value=1.0,
-        condition="c",
-        severity="info",
-        action="a",
-    )
 
 
 @contextmanager
@@ -111,33 +94,33 @@ def other_run(folder):
         sleeper.communicate()
 
 
-def test_a_run_that_took_the_name_keeps_it_for_itself(make_record, run):
+def test_a_run_that_took_the_name_keeps_it_for_itself(run):
     sink = JsonlSink(run / "metrics.jsonl")
-    sink.write(make_record(1))
+    write_steps(sink, 1)
     move_folder(run)
     run.mkdir()
     with other_run(run):
         message = rf"run.dir \({run}\) must stay this run's while it trains, and process"
         with config_error(message):
-            sink.write(make_record(2))
+            write_steps(sink, 2)
     assert not (run / "metrics.jsonl").exists()
 
 
 @pytest.mark.parametrize("state", ["ended", "running"])
-def test_a_folder_from_a_backup_is_written_on(make_record, run, state):
+def test_a_folder_from_a_backup_is_written_on(run, state):
     """Its status may be that of an earlier start of the run, which is gone."""
     sink = JsonlSink(run / "metrics.jsonl")
     shutil.rmtree(run)
     run.mkdir()
     gone = RunStatus.own().model_copy(update={"state": state, "started": 1.0})
     gone.write(run)
-    sink.write(make_record(2))
+    write_steps(sink, 2)
     assert steps_in(run / "metrics.jsonl") == [2]
 
 
-def test_the_status_is_there_again(make_record, run):
+def test_the_status_is_there_again(run):
     sink = StatusSink(run)
     (run / "status.json").unlink()
-    sink.write(make_record(1))
+    write_steps(sink, 1)
     status = RunStatus.model_validate_json((run / "status.json").read_bytes())
     assert (status.state, status.pid) == ("running", _ProcessId.own().pid)

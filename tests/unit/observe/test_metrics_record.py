@@ -9,6 +9,7 @@ import pytest
 from moepp_megatron.observe import metrics
 from moepp_megatron.observe.jsonl import JsonlSink
 from moepp_megatron.observe.metrics import MetricsError, read_metrics
+from tests.unit.observe.conftest import lines_of, make_record
 
 REQUIRED = [
     "step",
@@ -28,23 +29,21 @@ REQUIRED = [
 ]
 
 
-def test_a_line_has_the_promised_keys_and_no_empty_ones(make_record):
+def test_a_line_has_the_promised_keys_and_no_empty_ones():
     line = make_record(3).to_json_line()
     assert line.endswith("}\n")
     assert line.count("\n") == 1
     assert sorted(json.loads(line)) == sorted(REQUIRED)
 
 
-def test_optional_and_unknown_keys_survive_a_round_trip(make_record, tmp_path):
+def test_optional_and_unknown_keys_survive_a_round_trip(path):
     record = make_record(valid_loss=5.5, layer_expert_share=[[0.5, 0.25, 0.25, 0.0]], own_key=7)
-    path = tmp_path / "metrics.jsonl"
     path.write_text(record.to_json_line())
     assert list(read_metrics(path)) == [record]
     assert json.loads(path.read_text())["own_key"] == 7
 
 
-def test_numbers_that_are_not_finite_stay_standard_json(make_record, tmp_path):
-    path = tmp_path / "metrics.jsonl"
+def test_numbers_that_are_not_finite_stay_standard_json(path):
     path.write_text(make_record(loss=math.nan, grad_norm=math.inf).to_json_line())
     values = json.loads(path.read_text(), parse_constant=pytest.fail)
     assert values["loss"] is None
@@ -54,39 +53,27 @@ def test_numbers_that_are_not_finite_stay_standard_json(make_record, tmp_path):
 
 
 @pytest.mark.parametrize("key", REQUIRED)
-def test_a_record_without_a_required_key_is_refused_by_name(make_record, tmp_path, key):
-    values = json.loads(make_record().to_json_line())
+def test_a_record_without_a_required_key_is_refused_by_name(path, key):
+    values = json.loads(lines_of(1))
     del values[key]
-    path = tmp_path / "metrics.jsonl"
     path.write_text(json.dumps(values) + "\n")
     with pytest.raises(MetricsError, match=rf"metrics\.jsonl:1: {key}: Field required"):
         read_metrics(path)
 
 
 @pytest.mark.parametrize("torn", [b'{"step": 3, "tok', b"\x00\x00\x00", b"\xff{"])
-def test_a_torn_last_line_is_ignored(make_record, tmp_path, torn):
-    path = tmp_path / "metrics.jsonl"
-    whole = make_record(1).to_json_line() + make_record(2).to_json_line()
-    path.write_bytes(whole.encode() + torn)
+def test_a_torn_last_line_is_ignored(path, torn):
+    path.write_bytes(lines_of(1, 2).encode() + torn)
     assert [r.step for r in read_metrics(path)] == [1, 2]
 
 
-def test_a_damaged_line_before_the_last_is_an_error(make_record, tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    path.write_text(make_record(1).to_json_line() + "{oops\n" + make_record(2).to_json_line())
-    with pytest.raises(MetricsError, match=r"metrics\.jsonl:2: is not a JSON object"):
-        read_metrics(path)
-
-
-def test_steps_that_were_run_again_count_once(make_record, tmp_path):
-    path = tmp_path / "metrics.jsonl"
+def test_steps_that_were_run_again_count_once(path):
     records = [make_record(s, loss=float(i)) for i, s in enumerate([1, 2, 3, 2, 3, 4])]
     path.write_text("".join(r.to_json_line() for r in records))
     assert [(r.step, r.loss) for r in read_metrics(path)] == [(1, 0), (2, 3), (3, 4), (4, 5)]
 
 
-def test_missing_and_empty_files_are_named_with_a_remedy(tmp_path):
-    path = tmp_path / "metrics.jsonl"
+def test_missing_and_empty_files_are_named_with_a_remedy(path):
     with pytest.raises(MetricsError, match=r"metrics\.jsonl: cannot be read .*moepp train"):
         read_metrics(path)
     path.write_text('{"step": 1')
@@ -94,8 +81,7 @@ def test_missing_and_empty_files_are_named_with_a_remedy(tmp_path):
         read_metrics(path)
 
 
-def test_records_take_hardly_any_memory(make_record, tmp_path):
-    path = tmp_path / "metrics.jsonl"
+def test_records_take_hardly_any_memory(path):
     with path.open("w") as file:
         for step in range(1, 1001):
             file.write(make_record(step, layer_expert_share=[[1 / 64] * 64] * 4).to_json_line())
@@ -112,37 +98,33 @@ def test_records_take_hardly_any_memory(make_record, tmp_path):
     assert peak < path.stat().st_size / 10
 
 
-def test_a_damaged_line_is_named_before_the_rest_is_read(make_record, tmp_path):
-    path, seen = tmp_path / "metrics.jsonl", []
-    path.write_text(make_record(1).to_json_line() + "{oops\n" + make_record(2).to_json_line())
-    with pytest.raises(MetricsError, match=r"metrics\.jsonl:2: "):
+def test_a_damaged_line_is_named_before_the_rest_is_read(path):
+    seen = []
+    path.write_text(lines_of(1) + "{oops\n" + lines_of(2))
+    with pytest.raises(MetricsError, match=r"metrics\.jsonl:2: is not a JSON object"):
         read_metrics(path, lambda record: seen.append(record.step))
     assert seen == [1]
 
 
-def test_a_line_beyond_any_record_is_not_read_whole(make_record, tmp_path, monkeypatch):
+def test_a_line_beyond_any_record_is_not_read_whole(path, monkeypatch):
     monkeypatch.setattr(metrics, "LONGEST_LINE", 1 << 10)
-    path = tmp_path / "metrics.jsonl"
-    lines = make_record(1).to_json_line(), "x" * 5000 + "\n", make_record(2).to_json_line()
-    path.write_text("".join(lines))
+    path.write_text(lines_of(1) + "x" * 5000 + "\n" + lines_of(2))
     with pytest.raises(MetricsError, match=r"metrics\.jsonl:2: is not a JSON object"):
         read_metrics(path)
     JsonlSink(path).close()
-    assert path.read_text() == lines[0] + lines[2]
+    assert path.read_text() == lines_of(1, 2)
 
 
 @pytest.mark.parametrize("key", ["step", "tokens", "a2a_bytes", "num_zeros"])
-def test_a_count_beyond_64_bits_is_refused(make_record, tmp_path, key):
-    path = tmp_path / "metrics.jsonl"
-    path.write_text(json.dumps(json.loads(make_record().to_json_line()) | {key: 10**400}) + "\n")
+def test_a_count_beyond_64_bits_is_refused(path, key):
+    path.write_text(json.dumps(json.loads(lines_of(1)) | {key: 10**400}) + "\n")
     with pytest.raises(MetricsError, match=rf"metrics\.jsonl:1: {key}: Input should be less"):
         read_metrics(path)
 
 
-def test_a_file_that_changes_while_it_is_read(make_record, tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    path.write_text("".join(make_record(step).to_json_line() for step in (1, 2, 3)))
+def test_a_file_that_changes_while_it_is_read(path):
+    path.write_text(lines_of(1, 2, 3))
     records = read_metrics(path)
-    path.write_text(make_record(1).to_json_line() + make_record(7).to_json_line())
+    path.write_text(lines_of(1, 7))
     with pytest.raises(MetricsError, match=r"metrics\.jsonl: changed while it was read; try again"):
         list(records)

@@ -15,7 +15,6 @@ from types import SimpleNamespace
 
 import pytest
 
-from moepp_megatron.experts import ExpertCounts
 from moepp_megatron.observe import sinks
 from moepp_megatron.observe.console import ConsoleSink
 from moepp_megatron.observe.jsonl import JsonlSink
@@ -24,60 +23,54 @@ from moepp_megatron.observe.sinks import Sinks, SinkSettings, _RetryingSink
 from moepp_megatron.observe.tensorboard import TensorBoardSink
 from moepp_megatron.runtime.terminal import Console
 from tests.full_disk import fill
-
-EXPERTS = ExpertCounts(2, num_constant_experts=1, num_copy_experts=0, num_zero_experts=1)
-
-
-def steps_in(path):
-    return [json.loads(line)["step"] for line in path.read_text().splitlines()]
+from tests.unit.observe.conftest import EXPERTS, lines_of, make_record, steps_in, write_steps
 
 
-def test_every_record_is_one_whole_write(make_record, tmp_path, monkeypatch):
+def test_every_record_is_one_whole_write(tmp_path, monkeypatch):
     writes = []
     real_write = os.write
     monkeypatch.setattr(os, "write", lambda fd, data: writes.append(data) or real_write(fd, data))
     sink = JsonlSink(tmp_path / "run/metrics.jsonl")
     for step in (1, 2):
-        sink.write(make_record(step))
+        write_steps(sink, step)
         # Readable at once by another process, before close.
         assert steps_in(sink.path)[-1] == step
     sink.close()
     sink.close()
-    assert writes == [make_record(s).to_json_line().encode() for s in (1, 2)]
+    assert writes == [lines_of(step).encode() for step in (1, 2)]
 
 
-def test_a_short_write_leaves_whole_lines_and_says_so(make_record, tmp_path, monkeypatch):
-    sink = JsonlSink(tmp_path / "metrics.jsonl")
-    sink.write(make_record(1))
+def test_a_short_write_leaves_whole_lines_and_says_so(path, monkeypatch):
+    sink = JsonlSink(path)
+    write_steps(sink, 1)
     real_write = os.write
     monkeypatch.setattr(os, "write", lambda fd, data: real_write(fd, data[:10]))
     with pytest.raises(OSError, match=r"only 10 of \d+ bytes could be written; free disk space"):
-        sink.write(make_record(2))
+        write_steps(sink, 2)
     monkeypatch.undo()
-    sink.write(make_record(3))
+    write_steps(sink, 3)
     assert steps_in(sink.path) == [1, 3]
     sink.close()
 
 
-def test_records_wait_for_a_full_disk(make_record, tmp_path, monkeypatch, caplog):
-    sink = _RetryingSink(JsonlSink(tmp_path / "metrics.jsonl"))
-    sink.write(make_record(1))
+def test_records_wait_for_a_full_disk(path, monkeypatch, caplog):
+    sink = _RetryingSink(JsonlSink(path))
+    write_steps(sink, 1)
     real_write = os.write
 
     def refuse(fd, data):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "write", refuse)
-    sink.write(make_record(2))
-    sink.write(make_record(3))
+    write_steps(sink, 2, 3)
     assert caplog.messages[-1] == (
         "step 3: 2 records of metrics wait for the disk: [Errno 28] No space left on device"
     )
     monkeypatch.setattr(os, "write", real_write)
-    sink.write(make_record(4))
-    assert steps_in(tmp_path / "metrics.jsonl") == [1, 2, 3, 4]
+    write_steps(sink, 4)
+    assert steps_in(path) == [1, 2, 3, 4]
     monkeypatch.setattr(os, "write", refuse)
-    sink.write(make_record(5))
+    write_steps(sink, 5)
     with pytest.raises(OSError, match="No space left"):
         sink.close()
 
@@ -85,23 +78,18 @@ def test_records_wait_for_a_full_disk(make_record, tmp_path, monkeypatch, caplog
 @pytest.mark.parametrize(
     ("resume_step", "expected"), [(None, [1, 2, 3, 4]), (3, [1, 2, 4]), (9, [1, 2, 3, 4]), (0, [4])]
 )
-def test_resuming_repairs_the_file(make_record, tmp_path, resume_step, expected):
-    path = tmp_path / "metrics.jsonl"
-    path.write_text("".join(make_record(s).to_json_line() for s in (1, 2, 3)) + '{"step": 4, "lo')
+def test_resuming_repairs_the_file(path, tmp_path, resume_step, expected):
+    path.write_text(lines_of(1, 2, 3) + '{"step": 4, "lo')
     sink = JsonlSink(path, resume_step)
-    sink.write(make_record(4))
+    write_steps(sink, 4)
     sink.close()
     assert steps_in(path) == expected
     assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
 @pytest.mark.parametrize("damage", [b"garbage\n", b"\0" * 300 + b"\n", b'{"step": 1}\n', b"\xff\n"])
-def test_a_damaged_file_is_set_aside_and_what_can_be_read_is_kept(
-    make_record, tmp_path, caplog, damage
-):
-    path = tmp_path / "metrics.jsonl"
-    lines = [make_record(step).to_json_line().encode() for step in (1, 2, 3, 4)]
-    before = lines[0] + damage + lines[1] + lines[2] + lines[3][:20]
+def test_a_damaged_file_is_set_aside_and_what_can_be_read_is_kept(path, tmp_path, caplog, damage):
+    before = lines_of(1).encode() + damage + (lines_of(2, 3) + lines_of(4)[:20]).encode()
     for number in (1, 2):
         path.write_bytes(before)
         JsonlSink(path, resume_step=3).close()
@@ -113,39 +101,38 @@ def test_a_damaged_file_is_set_aside_and_what_can_be_read_is_kept(
     assert len(caplog.messages) == 2
 
 
-def test_what_a_rollback_undoes_leaves_the_file(make_record, tmp_path):
-    sink = JsonlSink(tmp_path / "metrics.jsonl")
+def test_what_a_rollback_undoes_leaves_the_file(path, tmp_path):
+    sink = JsonlSink(path)
     for step in (1, 2, 3, 4):
-        sink.write(make_record(step, loss=step))
+        write_steps(sink, step, loss=step)
     sink.go_back(4)
     assert not (tmp_path / "metrics.undone.jsonl").exists()
     sink.go_back(2)
     # At once, not only when later records displace them.
     assert steps_in(sink.path) == [1, 2]
     assert steps_in(tmp_path / "metrics.undone.jsonl") == [3, 4]
-    sink.write(make_record(3, loss=7.0))
+    write_steps(sink, 3, loss=7.0)
     sink.go_back(2)
     sink.go_back(0)
-    sink.write(make_record(1))
+    write_steps(sink, 1)
     sink.close()
     assert steps_in(sink.path) == [1]
     undone = (tmp_path / "metrics.undone.jsonl").read_text().splitlines()
     assert [json.loads(line)["loss"] for line in undone] == [3.0, 4.0, 7.0, 1.0, 2.0]
 
 
-def test_a_rollback_waits_for_a_full_disk_as_records_do(make_record, tmp_path, monkeypatch, caplog):
-    sink = _RetryingSink(JsonlSink(tmp_path / "metrics.jsonl"))
-    for step in (1, 2, 3):
-        sink.write(make_record(step))
+def test_a_rollback_waits_for_a_full_disk_as_records_do(path, tmp_path, monkeypatch, caplog):
+    sink = _RetryingSink(JsonlSink(path))
+    write_steps(sink, 1, 2, 3)
     real_write = os.write
     monkeypatch.setattr(os, "write", lambda fd, data: real_write(fd, data[:10]))
     sink.go_back(1)
-    sink.write(make_record(2, loss=7.0))
+    write_steps(sink, 2, loss=7.0)
     assert "2 records of metrics wait for the disk" in caplog.messages[-1]
-    assert steps_in(tmp_path / "metrics.jsonl") == [1, 2, 3]
+    assert steps_in(path) == [1, 2, 3]
     monkeypatch.undo()
     sink.close()
-    assert [r.loss for r in read_metrics(tmp_path / "metrics.jsonl")] == [5.25, 7.0]
+    assert [r.loss for r in read_metrics(path)] == [5.25, 7.0]
     assert steps_in(tmp_path / "metrics.undone.jsonl") == [2, 3]
 
 
@@ -177,32 +164,30 @@ class ListSink:
         self.closed = True
 
 
-def test_a_failing_optional_sink_is_left_out_with_one_warning(make_record, caplog):
+def test_a_failing_optional_sink_is_left_out_with_one_warning(caplog):
     required, failing, other = ListSink(), FailingSink(), ListSink()
     fan = Sinks([required], [failing, other])
     with caplog.at_level(logging.WARNING):
-        for step in (1, 2, 3):
-            fan.write(make_record(step))
+        write_steps(fan, 1, 2, 3)
         fan.close()
     assert required.steps == other.steps == [1, 2, 3]
     assert required.closed
     assert other.closed
     assert failing.calls == 1
-    messages = [r.getMessage() for r in caplog.records]
-    assert messages == ["FailingSink failed at step 1 and is off from here on: no display"]
+    assert caplog.messages == ["FailingSink failed at step 1 and is off from here on: no display"]
 
 
-def test_a_failing_required_sink_stops_the_run_and_the_others_are_closed(make_record):
+def test_a_failing_required_sink_stops_the_run_and_the_others_are_closed():
     other = ListSink()
     fan = Sinks([FailingSink()], [other])
     with pytest.raises(RuntimeError, match="no display"):
-        fan.write(make_record(1))
+        write_steps(fan, 1)
     with pytest.raises(RuntimeError, match="cannot close"):
         fan.close()
     assert other.closed
 
 
-def test_every_record_gets_a_plain_line_in_a_log(make_record):
+def test_every_record_gets_a_plain_line_in_a_log():
     """`training.log_interval` alone decides which steps have a record."""
     out = io.StringIO()
     sink = ConsoleSink(100, phi=0.6, console=Console(file=out, width=40))
@@ -220,12 +205,12 @@ def test_every_record_gets_a_plain_line_in_a_log(make_record):
     assert "| valid loss 5.5000 |" in lines[2]
 
 
-def test_a_terminal_gets_a_bar(make_record):
+def test_a_terminal_gets_a_bar():
     out = io.StringIO()
     console = Console(file=out, force_terminal=True, width=160)
     sink = ConsoleSink(2, phi=0.6, console=console)
-    sink.write(make_record(1, valid_loss=5.5))
-    sink.write(make_record(2))
+    write_steps(sink, 1, valid_loss=5.5)
+    write_steps(sink, 2)
     sink.close()
     shown = out.getvalue()
     assert "step 1: validation loss 5.5000" in shown
@@ -278,7 +263,7 @@ def scalars(folder, tag):
     return [(event.step, event.value) for event in written(folder).Scalars(tag)]
 
 
-def test_tensorboard_gets_every_number(make_record, tmp_path):
+def test_tensorboard_gets_every_number(tmp_path):
     sink = TensorBoardSink(tmp_path, EXPERTS)
     sink.write(make_record(1, valid_loss=5.5, layer_ffn_fraction=[0.5, 0.75], own_key=2.0))
     by_source = {"web text": 4.0}
@@ -296,59 +281,53 @@ def test_tensorboard_gets_every_number(make_record, tmp_path):
     assert shares == [0.3125, 0.3125, 0.25, 0.125]
 
 
-def test_tensorboard_hides_what_a_rollback_undoes(make_record, tmp_path):
+def test_tensorboard_hides_what_a_rollback_undoes(tmp_path):
     sink = TensorBoardSink(tmp_path, EXPERTS)
-    for step in (1, 2, 3):
-        sink.write(make_record(step))
+    write_steps(sink, 1, 2, 3)
     sink.go_back(1)
-    sink.write(make_record(2, loss=7.0))
+    write_steps(sink, 2, loss=7.0)
     sink.close()
     assert scalars(tmp_path, "loss/train") == [(1, 5.25), (2, 7.0)]
 
 
-def test_tensorboard_goes_on_with_room(make_record, small_disk, caplog, capsys):
+def test_tensorboard_goes_on_with_room(small_disk, caplog, capsys):
     # Every record is longer than the buffer of the file, so that it is written at once.
     long = {f"key_{number}": number for number in range(500)}
     sink = TensorBoardSink(small_disk / "tensorboard", EXPERTS)
-    sink.write(make_record(1, **long))
+    write_steps(sink, 1, **long)
     sink._writer.flush()
     ballast = fill(small_disk)
-    for step in range(2, 30):
-        sink.write(make_record(step, **long))
+    write_steps(sink, *range(2, 30), **long)
     assert "TensorBoard misses records: [Errno 28] No space left on device" in caplog.text
     ballast.unlink()
-    for step in (30, 31):
-        sink.write(make_record(step, **long))
+    write_steps(sink, 30, 31, **long)
     sink.close()
-    steps = [step for step, _ in scalars(small_disk / "tensorboard", "loss/train")]
-    assert steps[0] == 1
-    assert steps[-1] == 31
+    (first, _), *_, (last, _) = scalars(small_disk / "tensorboard", "loss/train")
+    assert (first, last) == (1, 31)
     assert "Traceback" not in capsys.readouterr().err
 
 
-def test_tensorboard_survives_a_clock_that_is_set_back(make_record, tmp_path, monkeypatch):
+def test_tensorboard_survives_a_clock_that_is_set_back(tmp_path, monkeypatch):
     from tensorboard.summary.writer import event_file_writer
 
     ahead = [1e11]
     clock = SimpleNamespace(time=lambda: time.time() + ahead[0])
     monkeypatch.setattr(event_file_writer, "time", clock)
     sink = TensorBoardSink(tmp_path / "tensorboard", EXPERTS)
-    sink.write(make_record(1))
+    write_steps(sink, 1)
     sink._writer.flush()
     ahead[0] = 0.0
-    sink.write(make_record(2))
+    write_steps(sink, 2)
     for thread in threading.enumerate():
         if isinstance(thread, event_file_writer._AsyncWriterThread):
             thread.join(10)
-    for step in (3, 4):
-        sink.write(make_record(step))
+    write_steps(sink, 3, 4)
     sink.close()
-    steps = [step for step, _ in scalars(tmp_path / "tensorboard", "loss/train")]
-    assert steps[0] == 1
-    assert steps[-1] == 4
+    (first, _), *_, (last, _) = scalars(tmp_path / "tensorboard", "loss/train")
+    assert (first, last) == (1, 4)
 
 
-def test_tensorboard_gets_histograms_of_lists(make_record, tmp_path):
+def test_tensorboard_gets_histograms_of_lists(tmp_path):
     sink = TensorBoardSink(tmp_path, EXPERTS)
     for step in range(1, 12):
         tokens = [[0.25, 0.5, 0.25], [math.nan, 0.5, 0.5]]
@@ -371,14 +350,14 @@ def test_tensorboard_gets_histograms_of_lists(make_record, tmp_path):
     assert list(shares.bucket) == [0.3125, 0.3125, 0.25, 0.125]
 
 
-def test_tensorboard_numbers_layers_as_alerts_and_pages_do(make_record, tmp_path):
+def test_tensorboard_numbers_layers_as_alerts_and_pages_do(tmp_path):
     """By their place in the model, from 1: of layers 1 to 4 the second and the fourth are MoE."""
     fan = Sinks.open(SinkSettings(tmp_path, EXPERTS, phi=0.5, total_steps=1, moe_layers=[2, 4]))
     health = {"gate_entropy": [1.0, 2.0]}
     tokens = [[0.25, 0.5, 0.25], [0.5, 0.25, 0.25]]
     fan.write(
         make_record(
-            1, layer_ffn_fraction=[0.5, 0.75], router_health=health, layer_ffn_histogram=tokens
+            layer_ffn_fraction=[0.5, 0.75], router_health=health, layer_ffn_histogram=tokens
         )
     )
     fan.close()
@@ -393,16 +372,14 @@ def test_tensorboard_numbers_layers_as_alerts_and_pages_do(make_record, tmp_path
     assert [e.value for e in events.Scalars("layer_ffn_fraction/moe_layer_4")] == [0.75]
 
 
-def test_open_sinks_trains_on_without_tensorboard(
-    make_record, tmp_path, monkeypatch, caplog, capsys
-):
+def test_open_sinks_trains_on_without_tensorboard(path, tmp_path, monkeypatch, caplog, capsys):
     def missing(*_):
         raise ImportError("TensorBoard output needs the tensorboard package")
 
     monkeypatch.setattr(sinks, "TensorBoardSink", missing)
     fan = Sinks.open(SinkSettings(tmp_path, EXPERTS, phi=0.5, total_steps=1))
-    fan.write(make_record(1))
+    write_steps(fan, 1)
     fan.close()
-    assert [r.step for r in read_metrics(tmp_path / "metrics.jsonl")] == [1]
+    assert [r.step for r in read_metrics(path)] == [1]
     assert "no TensorBoard output: TensorBoard output needs" in caplog.text
     assert "FFN share 0.625 (phi 0.500)" in capsys.readouterr().out

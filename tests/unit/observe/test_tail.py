@@ -7,6 +7,7 @@ import pytest
 from moepp_megatron.observe import tail
 from moepp_megatron.observe.jsonl import JsonlSink
 from moepp_megatron.observe.tail import Tail
+from tests.unit.observe.conftest import write_steps
 
 
 @pytest.fixture(autouse=True)
@@ -38,7 +39,7 @@ def test_lines_come_once_and_whole(tmp_path):
     assert look(reader) == (False, [])
     append(path, "ond\n\nthird\n")
     assert look(reader) == (False, [b"second", b"", b"third"])
-    assert reader.mtime is not None
+    assert reader.mtime
 
 
 def test_a_cut_half_line_is_not_seen(tmp_path):
@@ -92,16 +93,13 @@ def test_only_new_bytes_are_read(tmp_path, monkeypatch):
     assert sum(read) <= tail.FINGERPRINT + 4 * tail.CHUNK
 
 
-def test_what_a_rollback_or_a_resume_undoes_is_dropped(make_record, tmp_path):
-    path = tmp_path / "metrics.jsonl"
+def test_what_a_rollback_or_a_resume_undoes_is_dropped(path):
     sink = JsonlSink(path)
-    for step in (1, 2, 3):
-        sink.write(make_record(step))
+    write_steps(sink, 1, 2, 3)
     reader = Tail(path)
     assert len(look(reader)[1]) == 3
     sink.go_back(1)
-    sink.write(make_record(2, loss=7.0))
-    sink.write(make_record(3, loss=7.0))
+    write_steps(sink, 2, 3, loss=7.0)
     rewritten, lines = look(reader)
     assert rewritten
     assert [b'"loss":7.0' in line for line in lines] == [False, True, True]

@@ -6,12 +6,11 @@ from types import ModuleType, SimpleNamespace
 import pytest
 
 from moepp_megatron.config.schema import WandbSection
-from moepp_megatron.experts import ExpertCounts
 from moepp_megatron.observe.sinks import Sinks, SinkSettings
 from moepp_megatron.observe.wandb_sink import WandbSink
 from moepp_megatron.runtime.optional import have_wandb
+from tests.unit.observe.conftest import EXPERTS, make_record, write_steps
 
-EXPERTS = ExpertCounts(2, num_constant_experts=1, num_copy_experts=0, num_zero_experts=1)
 OFFLINE = WandbSection(project="moe", entity="team", mode="offline")
 
 
@@ -43,7 +42,7 @@ def open_sink(folder, resumes=False):
     return WandbSink(OFFLINE, folder, "quick", {"moe": {"tau": 0.75}}, EXPERTS, resumes)
 
 
-def test_records_and_settings_arrive(make_record, tmp_path, monkeypatch):
+def test_records_and_settings_arrive(tmp_path, monkeypatch):
     wandb = StandIn()
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     sink = open_sink(tmp_path)
@@ -77,12 +76,12 @@ def test_a_resumed_run_keeps_its_id_and_a_new_one_does_not(tmp_path, monkeypatch
     assert first == resumed != anew == again
 
 
-def test_open_sinks_trains_on_where_it_cannot_start(make_record, tmp_path, monkeypatch, caplog):
+def test_open_sinks_trains_on_where_it_cannot_start(tmp_path, monkeypatch, caplog):
     monkeypatch.setenv("WANDB_API_KEY", "0123secret")
     monkeypatch.setitem(sys.modules, "wandb", StandIn(RuntimeError("key 0123secret\nrefused")))
     run = SinkSettings(tmp_path, EXPERTS, 0.5, total_steps=1, wandb=OFFLINE, name="quick")
     sinks = Sinks.open(run)
-    sinks.write(make_record(1))
+    write_steps(sinks, 1)
     sinks.close()
     assert "no W&B output: W&B cannot start: key *** refused" in caplog.text
     assert "0123secret" not in caplog.text
