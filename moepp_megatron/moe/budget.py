@@ -205,11 +205,8 @@ class BudgetController:
 
 
 def _bias_step(shares_LE: Tensor, wanted: float, num_ffn_experts: int, rate: float) -> Tensor:
-    """[L, E] `delta b_i = mu (K_e/K * 1/F - T_i / (K T_all))` on FFN experts, 0 on the others.
-
-    `shares_LE` are T_i / (K T_all) of each layer, `wanted` is K_e/K, `rate` mu. Source:
-    LongCat-Flash (arXiv 2509.01322).
-    """
+    """[L, E] `delta b_i = mu (K_e/K * 1/F - T_i / (K T_all))` on FFN experts, 0 on the others."""
+    # LongCat-Flash (arXiv 2509.01322); `shares_LE` are T_i / (K T_all), `wanted` K_e/K, `rate` mu.
     step_LE = torch.zeros(shares_LE.shape)
     ffn = slice(0, num_ffn_experts)
     step_LE[:, ffn] = (rate * (wanted / num_ffn_experts - shares_LE[:, ffn])).float()

@@ -154,12 +154,11 @@ class FFNAlltoAllTokenDispatcher(MoEAlltoAllTokenDispatcher):
 
 
 class _FFNAllGatherTokenDispatcher(MoEAllGatherTokenDispatcher):
-    """All-gather that also works on a rank whose experts no token selected.
+    """All-gather that also works on a rank whose experts no token selected."""
 
-    Rows are gathered into a new tensor. megatron-core gathers them into its global buffer `mpu`,
-    which every tensor-parallel layer with sequence parallelism overwrites, and a shared expert does
-    so while the rows are still to be read.
-    """
+    # Rows are gathered into a new tensor. megatron-core gathers them into its global buffer `mpu`,
+    # which every tensor-parallel layer with sequence parallelism overwrites, and a shared expert
+    # does so while the rows are still to be read.
 
     config: TransformerConfig
     routing_map: Tensor

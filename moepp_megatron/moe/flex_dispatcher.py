@@ -22,12 +22,10 @@ from torch import Tensor
 
 
 def _set_deepep_metadata(manager: Any, routing_map: Tensor, probs: Tensor) -> None:
-    """Replacement of DeepEP's `setup_metadata`: indices and weights from an FFN-only map.
-
-    `manager.token_indices` becomes [T, slots] int64 with -1 in unused slots, `manager.token_probs`
-    [T, slots] fp32 with 0 there. `routing_map` (bool) and `probs` (fp32, 0 where not selected) are
-    [T, ranks, local experts], copied to the tensor ranks of an expert.
-    """
+    """Replacement of DeepEP's `setup_metadata`: indices and weights from an FFN-only map."""
+    # `routing_map` (bool) and `probs` (fp32, 0 where not selected) are [T, ranks, local experts],
+    # copied to the tensor ranks of an expert. Out come `token_indices` [T, slots] int64, -1 in
+    # unused slots, and `token_probs` [T, slots] fp32, 0 there.
     routing_map = routing_map.reshape(-1, manager.num_experts)
     probs = probs.reshape(-1, manager.num_experts)
     slots = min(manager.router_topk, manager.num_experts)

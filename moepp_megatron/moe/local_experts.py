@@ -193,11 +193,9 @@ class _CPUExperts(torch.autograd.Function):
 def _activation_grads(
     projected: Tensor, weighted_grad: Tensor, gates: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """SwiGLU's activation [n, F] again, and the gradients of `projected` and of the gates [n].
-
-    `projected` is [n, 2F], fc1's result: the gate's part, then the other factor. `weighted_grad` is
-    [n, F], the gradient of the activation times its gates.
-    """
+    """SwiGLU's activation [n, F] again, and the gradients of `projected` and of the gates [n]."""
+    # `projected` is [n, 2F], fc1's result: the gate's part, then the other factor. `weighted_grad`
+    # is [n, F], the gradient of the activation times its gates.
     gate_part, up = projected.chunk(2, dim=-1)
     gated = F.silu(gate_part)
     activated = gated * up
@@ -279,10 +277,8 @@ class EngineExperts(TEGroupedMLP):
 def _outputs(
     tokens: Tensor, gates: Tensor, tokens_per_expert: Tensor, weights: Sequence[Tensor]
 ) -> Tensor:
-    """[R, D] outputs of all experts times `gates` [R], of `tokens` [R, D] sorted by expert.
-
-    `tokens_per_expert` may be on any device; `weights` are fc1 [2F, D] and fc2 [D, F] in turn.
-    """
+    """[R, D] outputs of all experts times `gates` [R], of `tokens` [R, D] sorted by expert."""
+    # `tokens_per_expert` may be on any device; `weights` are fc1 [2F, D] and fc2 [D, F] in turn.
     ends = tokens_per_expert.cumsum(0, dtype=torch.int32)
     ends = ends.to(tokens.device, non_blocking=True)
     result: Tensor = _GroupedExperts.apply(tokens, gates, ends, *weights)

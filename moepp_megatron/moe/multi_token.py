@@ -77,10 +77,7 @@ class _Inner(_AfterDecoder, MoEPPTransformerLayer):
 
 
 class _MTPLayer(MultiTokenPredictionLayer):
-    """megatron-core's MTP layer with an exact padding mask.
-
-    At depth k position i is padding where token i + k is, or lies beyond the end of the sequence.
-    """
+    """megatron-core's MTP layer; at depth k, i is padding if i + k is, or is beyond the end."""
 
     def __init__(
         self,

@@ -20,21 +20,13 @@ from moepp_megatron.moe.scores import ffn_scores, score_of
 
 
 class _ReferenceOutput(NamedTuple):
-    """The results of one layer.
-
-    Attributes:
-        hidden_TD: The layer's output.
-        logits_TE: fp32 router logits, residual included; the next layer's `previous_logits_TE`.
-        gates_TE: Weight of each expert's output, 0 where not selected or dropped.
-        selected_TE: Whether the token selected the expert (before any capacity limit).
-        balance_loss: L_b of these tokens, not yet multiplied by beta.
-    """
+    """The results of one layer."""
 
     hidden_TD: Tensor
-    logits_TE: Tensor
-    gates_TE: Tensor
-    selected_TE: Tensor
-    balance_loss: Tensor
+    logits_TE: Tensor  # fp32, residual included: the next layer's `previous_logits_TE`
+    gates_TE: Tensor  # weight of each expert's output, 0 where not selected or dropped
+    selected_TE: Tensor  # bool, before any capacity limit
+    balance_loss: Tensor  # L_b of these tokens, not yet multiplied by beta
 
 
 class ReferenceMoEPP(nn.Module):

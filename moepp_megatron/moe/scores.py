@@ -20,13 +20,10 @@ _LEAST_LOGIT = -40.0
 
 
 class _Score(NamedTuple):
-    """A score function of logits [..., E].
-
-    `logs` are logarithms of the scores, which do not underflow, up to a constant for each token.
-    `sums_to_one` says whether a token's scores do.
-    """
+    """A score function of logits [..., E]; `sums_to_one` if each token's scores do."""
 
     scores: Callable[[Tensor], Tensor]
+    # Logarithms of the scores, which do not underflow, up to a constant for each token.
     logs: Callable[[Tensor], Tensor]
     sums_to_one: bool = False
 

@@ -160,20 +160,11 @@ def standardized(logits: Tensor, std: float | None, whole: Tensor | None = None)
 
 @torch.no_grad()
 def _top_experts(scores: Tensor, topk: int) -> Tensor:
-    """The experts with the largest scores of each token; between equal scores the first expert.
-
-    `torch.topk` leaves open which of two equal scores it returns, and its choice differs with the
-    number of experts and the device. So no two keys are equal here: a key is the score's bits,
-    which order as the floats do once negative ones are turned around, with the expert's number,
-    counted from the last, in the places below.
-
-    Args:
-        scores: [T, E], compared in fp32; of either sign.
-        topk: K.
-
-    Returns:
-        [T, K] int64 expert indices, the largest score first.
-    """
+    """[T, K] int64 experts with the largest of [T, E] scores first; the first of equal ones."""
+    # `torch.topk` leaves open which of two equal scores it returns, and its choice differs with the
+    # number of experts and the device. So no two keys are equal here: a key is the score's fp32
+    # bits, which order as the floats do once negative ones are turned around, with the expert's
+    # number, counted from the last, in the places below.
     num_experts = scores.shape[-1]
     # Adding 0 makes -0 equal to 0.
     bits = (scores.float() + 0.0).view(torch.int32)

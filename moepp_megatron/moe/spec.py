@@ -172,10 +172,8 @@ def vanilla_submodules(submodules: MoESubmodules, config: TransformerConfig) -> 
 def _experts(
     upstream: ExpertsBuilder, config: TransformerConfig, moepp: MoEPPConfig | None = None
 ) -> ExpertsBuilder:
-    """Builder of the FFN experts: megatron-core's, or ours in place of its local ones.
-
-    With static rows also in place of Transformer Engine's, which read their sizes on the host.
-    """
+    """Builder of the FFN experts: megatron-core's, or ours in place of its local ones."""
+    # With static rows also in place of Transformer Engine's, which read their sizes on the host.
     kind = getattr(upstream, "func", None)
     ours: type[CPUExperts] | type[EngineExperts]
     if kind is TEGroupedMLP and moepp is not None and moepp.static_rows is not None:
