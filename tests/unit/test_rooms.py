@@ -51,6 +51,9 @@ MAX_FILES, MAX_TEMPLATE_LINES = 415, 278
 MAX_PUBLIC_NAMES, MAX_CLASS_NAMES_TWICE = 1_097, 4
 MAX_TEST_TOKENS, MAX_BENCHMARK_TOKENS = 419_200, 37_550
 MAX_WORDS, MAX_README_WORDS = 48_000, 900
+MAX_DOCSTRING_SHARE = 0.13  # of the package's lines
+
+DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
 # Not yet: planning says in which order to read it, the experiments nothing.
 UNLISTED = ("tools/experiments", "tools/planning")
@@ -156,6 +159,16 @@ def test_class_names_are_used_once():
     sources = (path.read_text() for path in MODULES.values())
     names = Counter(name for source in sources for name in code_size.class_names(source))
     assert len([name for name, uses in names.items() if uses > 1]) <= MAX_CLASS_NAMES_TWICE
+
+
+def test_docstrings_are_a_small_part_of_the_lines():
+    lines, documented = 0, 0
+    for source in (path.read_text() for path in MODULES.values()):
+        lines += len(source.splitlines())
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, DOCUMENTED) and ast.get_docstring(node):
+                documented += node.body[0].end_lineno - node.body[0].lineno + 1
+    assert documented <= MAX_DOCSTRING_SHARE * lines
 
 
 def _words(paths):
