@@ -8,15 +8,16 @@ CALL is a pickle of `Call`, written by `on_ranks`; FOLDER gets a pickle of each 
 import importlib
 import os
 import pickle
-import subprocess
 import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from tests import ROOT
+from tests.commands import captured
 
 
 @dataclass(frozen=True)
@@ -26,28 +27,22 @@ class Call:
     module: str
     name: str
     args: tuple[Any, ...]
-    kwargs: dict[str, Any]
     transformer_engine: bool
 
 
-def on_ranks(folder, function, *args, nproc=1, transformer_engine=False, timeout=280.0, **kwargs):
-    """Return the values of `function(*args, **kwargs)` on each of `nproc` ranks, one a card."""
-    call = Call(function.__module__, function.__qualname__, args, kwargs, transformer_engine)
-    (folder / "call").write_bytes(pickle.dumps(call))
+def on_ranks(function, *args, nproc=1, transformer_engine=False):
+    """Return the values of `function(*args)` on each of `nproc` ranks, one a card."""
+    call = Call(function.__module__, function.__qualname__, args, transformer_engine)
     # By address: a machine without a network may not know its own name.
     torchrun = ["torch.distributed.run", "--standalone", "--local-addr=127.0.0.1"]
     launcher = ["-m", *torchrun, f"--nproc-per-node={nproc}"]
     command = [sys.executable, *(launcher if nproc > 1 else []), "-m", "tests.gpu.program"]
-    done = subprocess.run(
-        [*command, str(folder / "call"), str(folder)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        check=False,
-    )
-    assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-8000:]}"
-    return [pickle.loads((folder / f"rank{rank}").read_bytes()) for rank in range(nproc)]
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / "call").write_bytes(pickle.dumps(call))
+        done = captured([*command, folder / "call", folder], cwd=ROOT, timeout=280)
+        assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-8000:]}"
+        return [pickle.loads((folder / f"rank{rank}").read_bytes()) for rank in range(nproc)]
 
 
 def main():
@@ -68,7 +63,7 @@ def main():
 
     rank = RankEnvironment.read()
     distributed.start(rank)
-    result = getattr(importlib.import_module(call.module), call.name)(*call.args, **call.kwargs)
+    result = getattr(importlib.import_module(call.module), call.name)(*call.args)
     (Path(sys.argv[2]) / f"rank{rank.rank}").write_bytes(pickle.dumps(result))
     distributed.stop()
 

@@ -1,12 +1,12 @@
 """The benchmarks on a card: what they compare and what they write. Times decide nothing here."""
 
 import json
-import subprocess
 import sys
 
 import pytest
 
 from moepp_megatron.tools.bench.bounds import _card_obstacle, measure_card
+from tests.commands import captured, succeeded
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("cuda")]
 
@@ -14,19 +14,15 @@ pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("cuda")]
 def bench(tmp_path, *arguments):
     path = tmp_path / "result.json"
     command = [sys.executable, "-m", "moepp_megatron.cli.main", "bench", *arguments]
-    done = subprocess.run(
-        [*command, "--json", str(path)], capture_output=True, text=True, timeout=280, check=False
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    succeeded(captured([*command, "--json", path], timeout=280))
     return json.loads(path.read_text())
 
 
 def test_card():
     found = measure_card(("fp32", "bf16", "fp8"))
     assert found.device != "cpu"
-    assert set(found.matmul_tflops) == {"fp32", "bf16"} | (
-        {"fp8"} if _card_obstacle("fp8") is None else set()
-    )
+    dtypes = {"fp32", "bf16", "fp8"} if _card_obstacle("fp8") is None else {"fp32", "bf16"}
+    assert set(found.matmul_tflops) == dtypes
 
 
 LAYER = ("layer", "--shapes", "0.6B", "--taus", "0.75", "--tokens", "2048", "--rounds", "3")

@@ -18,7 +18,8 @@ import torch
 from megatron.core.fp8_utils import get_fp8_context
 
 from moepp_megatron.training.resilience.supervisor import _plain_value
-from tests.gpu.test_layer import relative_l2
+from tests.gpu.test_layer import DISPATCHERS, relative_l2
+from tests.parallel.training_runs import SELECTIVE
 from tests.te_stand_in.experts import FFN, layer_of, routing_to, run
 from tests.te_stand_in.models import RECIPES, config_of, losses, model_of
 
@@ -34,7 +35,6 @@ SIZES = {
     "num_attention_heads": 4,
     "init_method_std": 0.05,
 }
-DISPATCHERS = ["alltoall", "alltoall_dedup", "allgather"]
 by_recipe = pytest.mark.parametrize("recipe", RECIPES)
 
 
@@ -133,20 +133,17 @@ def test_router_and_zero_computation_experts_stay_in_high_precision(card, recipe
     assert torch.equal(within, alone)
 
 
-def gradients_of(config, passes=1):
+def gradients_of(config):
     model = model_of(config)
-    for _ in range(passes):
-        model.zero_grad()
-        losses(model).sum().backward()
-    return {name: p.grad.clone() for name, p in model.named_parameters()}
+    losses(model).sum().backward()
+    return {name: p.grad for name, p in model.named_parameters()}
 
 
 @by_recipe
 def test_recomputation_repeats_the_first_pass(card, recipe):
     """The same operands in the same context: only sums that a GPU adds up in any order differ."""
-    recompute = {"recompute_granularity": "selective", "recompute_modules": ["moe"]}
     expected = gradients_of(config_of(recipe, model=SIZES))
-    actual = gradients_of(config_of(recipe, model=SIZES, training=recompute))
+    actual = gradients_of(config_of(recipe, model=SIZES, training=SELECTIVE))
     for name, gradient in expected.items():
         assert relative_l2(actual[name], gradient) < BF16, name
 
@@ -154,10 +151,7 @@ def test_recomputation_repeats_the_first_pass(card, recipe):
 @by_recipe
 def test_losses_are_those_of_bf16_but_for_rounding(card, recipe):
     """A loss averages over many errors of 0.06: 10% of it is the most that one layer may move."""
-    in_bf16, in_fp8 = (
-        model_of(config_of(None, model=SIZES)),
-        model_of(config_of(recipe, model=SIZES)),
-    )
+    in_bf16, in_fp8 = (model_of(config_of(each, model=SIZES)) for each in (None, recipe))
     for _ in range(2):
         expected, actual = losses(in_bf16), losses(in_fp8)
     assert not torch.equal(actual, expected)
@@ -207,6 +201,7 @@ def test_weights_in_fp8_alone_train(card, recipe, monkeypatch):
     from megatron.core.fp8_utils import is_float8tensor
 
     from moepp_megatron.training.setup import build_training_model
+    from tests.te_stand_in.test_checkpoint import step
 
     if card.type == "cpu":
         # One rank has nothing to gather, and gloo's coalesced gather mixes up FP8 and bf16.
@@ -215,7 +210,7 @@ def test_weights_in_fp8_alone_train(card, recipe, monkeypatch):
     training = build_training_model(
         config_of(recipe, model=SIZES, precision={"fp8_param": True}, optimizer={"lr": 1e-3})
     )
-    (chunk,), (model,) = training.chunks, training.models
+    (model,) = training.models
     weights = {n: p for n, p in model.named_parameters() if is_float8tensor(p)}
     assert len(weights) == 4 * (2 + 2 * FFN), "of each layer two of attention, two an expert"
     assert not any("router" in name or "zero_computation" in name for name in weights)
@@ -223,14 +218,6 @@ def test_weights_in_fp8_alone_train(card, recipe, monkeypatch):
         error = (_plain_value(weight) - plain[name]).abs().max()
         # Half a step of e4m3 at the largest value, with the scale's own rounding in blocks.
         assert error <= (2**-4 + 2**-8) * plain[name].abs().max(), name
-    curve = []
-    for _ in range(5):
-        chunk.zero_grad_buffer()
-        loss = losses(chunk).sum()
-        loss.backward()
-        chunk.finish_grad_sync()
-        training.scheduler.step(increment=1)
-        training.optimizer.step()
-        curve.append(loss.item())
+    curve = [step(training).item() for _ in range(5)]
     assert all(math.isfinite(value) for value in curve)
     assert curve[-1] < curve[0], curve

@@ -22,11 +22,14 @@ def test_a_step_moves_weights_by_moments_before_they_are_rounded():
 
 
 def test_a_checkpoint_brings_back_every_bit(tmp_path):
-    from tests.te_stand_in.test_moments import BF16_MOMENTS, save_and_load, states, trained
+    from tests.te_stand_in.test_moments import (
+        BF16_MOMENTS,
+        assert_equal,
+        save_and_load,
+        states,
+        trained,
+    )
 
-    first, second = trained(2, optimizer=BF16_MOMENTS), trained(0, optimizer=BF16_MOMENTS)
+    first, second = (trained(steps, optimizer=BF16_MOMENTS) for steps in (2, 0))
     save_and_load(tmp_path, first, second)
-    found = states(second)
-    for name, expected in states(first).items():
-        for key, value in expected.items():
-            assert torch.equal(found[name][key], value), (name, key)
+    assert_equal(states(second), states(first))

@@ -1,15 +1,16 @@
 """NVML's readings of a real card, as doctor and telemetry take them."""
 
 import json
-import subprocess
 import sys
 import time
+from contextlib import closing
 
 import pytest
 import torch
 
 from moepp_megatron.features.telemetry.sampler import GpuSource
 from moepp_megatron.runtime.nvml import Nvml
+from tests.commands import captured
 from tests.unit.tools.doctor.fake_nvml import FakeNvml, answers
 
 pytestmark = pytest.mark.gpu
@@ -72,20 +73,17 @@ def test_energy_grows_while_the_card_works(cuda, nvml, uuid):
 
 
 def test_telemetry_reads_the_card(library, uuid):
-    source = GpuSource([uuid], Nvml(library))
-    try:
+    with closing(GpuSource([uuid], Nvml(library))) as source:
         assert source.devices == 1
         (sample,) = source.sample()
         assert sample["gpu_power_w"] > 10
         assert sample["gpu_memory_bytes"] > 2**20
         assert source.faults() == []
-    finally:
-        source.close()
 
 
 def test_doctor_finds_the_card(cuda):
     command = [sys.executable, "-m", "moepp_megatron.cli.main", "doctor", "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)
+    done = captured(command, timeout=280)
     # 3: a card that is not fit, which is the doctor's to say.
     assert done.returncode in (0, 3), done.stderr[-4000:]
     assert torch.cuda.get_device_name(0) in done.stdout

@@ -33,64 +33,57 @@ GRAPHS = 1e-5
 BF16_LOSS = 2**-5
 
 
-def test_five_steps_equal_those_on_a_cpu(card, ranks, tmp_path):
+def run_of(function, raw, steps=STEPS, **options):
+    """The run of ranks of their own, and what else the first of them returns."""
+    results = on_ranks(function, raw, steps, **options)
+    return assemble([(run, pieces) for run, pieces, *_ in results]), results[0][2:]
+
+
+def trained(steps=STEPS, nproc=1, transformer_engine=False, **sections):
+    options = {"nproc": nproc, "transformer_engine": transformer_engine}
+    return run_of(train_on_device, settings(**sections), steps, **options)[0]
+
+
+def test_five_steps_equal_those_on_a_cpu(card, ranks):
     raw = settings(moe={"fused": "auto"})
     reference = assemble(ranks(1).run(train, raw, STEPS))
-    ((run, pieces, device),) = on_ranks(tmp_path, train_on_device, raw, STEPS)
+    run, (device,) = run_of(train_on_device, raw)
     assert device == card.type
-    compare(assemble([(run, pieces)]), reference, FP32)
+    compare(run, reference, FP32)
 
 
-def test_fused_kernels_train_like_plain_operations(cuda, tmp_path):
-    runs = []
-    for name, fused in (("plain", False), ("fused", True)):
-        folder = tmp_path / name
-        folder.mkdir()
-        raw = settings(moe={"fused": fused})
-        ((run, pieces, _),) = on_ranks(folder, train_on_device, raw, STEPS)
-        runs.append(assemble([(run, pieces)]))
-    compare(*runs, FP32)
+def test_fused_kernels_train_like_plain_operations(cuda):
+    plain, fused = (trained(moe={"fused": fused}) for fused in (False, True))
+    compare(plain, fused, FP32)
 
 
-def test_transformer_engine_trains_alike(real_transformer_engine, tmp_path):
+def test_transformer_engine_trains_alike(real_transformer_engine):
     """bf16, its modules against megatron-core's: the losses, for routing may differ by rounding."""
-    runs = []
-    for engine in (False, True):
-        folder = tmp_path / str(engine)
-        folder.mkdir()
-        raw = settings(precision={"dtype": "bf16"})
-        ((run, pieces, _),) = on_ranks(
-            folder, train_on_device, raw, STEPS, transformer_engine=engine
-        )
-        runs.append(assemble([(run, pieces)]))
-    assert difference(runs[1], runs[0]).loss < BF16_LOSS
+    own, engines = (
+        trained(precision={"dtype": "bf16"}, transformer_engine=engine) for engine in (False, True)
+    )
+    assert difference(engines, own).loss < BF16_LOSS
 
 
 @pytest.mark.parametrize("parts", [["attn"], ["moe_router"], ["attn", "moe_router"]], ids="+".join)
-def test_cuda_graphs_train_like_the_model(cuda, tmp_path, parts):
+def test_cuda_graphs_train_like_the_model(cuda, parts):
     runs = []
-    for name, graphs in (("plain", []), ("graphs", parts)):
-        folder = tmp_path / name
-        folder.mkdir()
+    for graphs in ([], parts):
         raw = settings(training={"cuda_graphs": graphs}, moe={"layer_freq": [1, 0, 1, 1]})
-        ((run, pieces, captured),) = on_ranks(folder, train_with_graphs, raw, STEPS)
+        run, (captured,) = run_of(train_with_graphs, raw)
         # Attention in four layers, the router in three; one graph a micro-batch or more.
         assert captured >= 4 * ("attn" in graphs) + 3 * ("moe_router" in graphs)
-        runs.append(assemble([(run, pieces)]))
+        runs.append(run)
     compare(runs[1], runs[0], GRAPHS)
 
 
-def test_cuda_graphs_with_transformer_engine(real_transformer_engine, tmp_path):
+def test_cuda_graphs_with_transformer_engine(real_transformer_engine):
     runs = []
-    for name, graphs in (("plain", []), ("graphs", ["attn", "moe_router"])):
-        folder = tmp_path / name
-        folder.mkdir()
+    for graphs in ([], ["attn", "moe_router"]):
         raw = settings(training={"cuda_graphs": graphs}, precision={"dtype": "bf16"})
-        ((run, pieces, captured),) = on_ranks(
-            folder, train_with_graphs, raw, STEPS, transformer_engine=True
-        )
+        run, (captured,) = run_of(train_with_graphs, raw, transformer_engine=True)
         assert captured >= 8 * bool(graphs)
-        runs.append(assemble([(run, pieces)]))
+        runs.append(run)
     assert difference(runs[1], runs[0]).loss < BF16_LOSS
 
 
@@ -111,27 +104,22 @@ LAYOUTS = {
         ("expert parallel", "allgather"),
     ],
 )
-def test_two_cards_equal_one_cpu_process(two_cards, ranks, tmp_path, layout, dispatcher):
+def test_two_cards_equal_one_cpu_process(two_cards, ranks, layout, dispatcher):
     reference = assemble(ranks(1).run(train, settings(), 3))
-    raw = settings(parallel=LAYOUTS[layout], moe={"dispatcher": dispatcher})
-    results = on_ranks(tmp_path, train_on_device, raw, 3, nproc=2)
-    compare(assemble([(run, pieces) for run, pieces, _ in results]), reference, FP32)
+    run = trained(3, 2, parallel=LAYOUTS[layout], moe={"dispatcher": dispatcher})
+    compare(run, reference, FP32)
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_a_rank_without_a_row_in_fp8(two_cards, transformer_engine, tmp_path, recipe):
+def test_a_rank_without_a_row_in_fp8(two_cards, transformer_engine, recipe):
     """It pads nothing, multiplies nothing, and reduces its amaxes with the others all the same."""
     runs = []
-    for name, precision in (("bf16", {}), ("fp8", {"fp8": "hybrid", "fp8_recipe": recipe})):
-        folder = tmp_path / name
-        folder.mkdir()
+    for precision in ({}, {"fp8": "hybrid", "fp8_recipe": recipe}):
         raw = settings(
-            moe={"num_zero_experts": 2},
-            parallel=EP2,
-            precision={"dtype": "bf16", **precision},
+            moe={"num_zero_experts": 2}, parallel=EP2, precision={"dtype": "bf16", **precision}
         )
-        results = on_ranks(folder, train_on_one_half, raw, 3, nproc=2, transformer_engine=True)
-        runs.append(assemble(results))
+        run, _ = run_of(train_on_one_half, raw, 3, nproc=2, transformer_engine=True)
+        runs.append(run)
     assert runs[1].routing[0]["ffn_fraction"] == 1.0
     # As in test_fp8: a loss averages over many errors of 0.06.
     assert difference(runs[1], runs[0]).loss < 0.1
@@ -139,25 +127,15 @@ def test_a_rank_without_a_row_in_fp8(two_cards, transformer_engine, tmp_path, re
 
 
 @pytest.mark.parametrize("backend", ["deepep", "hybridep"])
-def test_flex_trains_like_the_all_to_all(deepep, tmp_path, backend):
+def test_flex_trains_like_the_all_to_all(deepep, backend):
     """bf16, the one format of DeepEP's kernels; hidden size 128, the least that they take."""
     from moepp_megatron.runtime.optional import flex_backends
 
     if backend not in flex_backends():
         pytest.skip(f"needs DeepEP with {backend}")
-    runs = []
-    for dispatcher in ("alltoall", "flex"):
-        folder = tmp_path / dispatcher
-        folder.mkdir()
-        moe = {"dispatcher": dispatcher}
-        if dispatcher == "flex":
-            moe["flex_backend"] = backend
-        raw = settings(
-            moe=moe,
-            model={"hidden_size": 128},
-            precision={"dtype": "bf16"},
-            parallel=EP2,
-        )
-        results = on_ranks(folder, train_on_device, raw, STEPS, nproc=2)
-        runs.append(assemble([(run, pieces) for run, pieces, _ in results]))
-    assert difference(runs[1], runs[0]).loss < BF16_LOSS
+    others = {"model": {"hidden_size": 128}, "precision": {"dtype": "bf16"}, "parallel": EP2}
+    plain, flex = (
+        trained(nproc=2, moe=moe, **others)
+        for moe in ({"dispatcher": "alltoall"}, {"dispatcher": "flex", "flex_backend": backend})
+    )
+    assert difference(flex, plain).loss < BF16_LOSS

@@ -16,6 +16,8 @@ RECIPES = {
     "tensorwise": "Float8CurrentScaling",
     "blockwise": "Float8BlockScaling",
 }
+# The modules of the experts' two products.
+EXPERTS = ("TEColumnParallelGroupedLinear", "TERowParallelGroupedLinear")
 SEQUENCE, BATCH, VOCAB = 16, 2, 64
 
 

@@ -5,6 +5,7 @@ import pytest
 
 from tests.te_stand_in.models import config_of
 from tests.te_stand_in.rank_runs import dispatch, starved, uneven
+from tests.unit.moe.test_layer_against_reference import DISPATCHERS
 
 RANKS, FFN = 2, 4
 
@@ -20,7 +21,7 @@ def raw_config(recipe, dispatcher):
 
 
 @pytest.mark.parametrize("draw", [uneven, starved])
-@pytest.mark.parametrize("dispatcher", ["alltoall", "alltoall_dedup", "allgather"])
+@pytest.mark.parametrize("dispatcher", DISPATCHERS)
 def test_padding_does_not_travel(ranks, dispatcher, draw):
     pool = ranks(RANKS)
     plain = pool.run(dispatch, raw_config(None, dispatcher), draw, False)

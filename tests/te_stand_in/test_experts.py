@@ -4,10 +4,8 @@ import pytest
 import torch
 
 from tests.te_stand_in.experts import HIDDEN, TOKENS, layer_of, routing_to, run
-from tests.te_stand_in.models import RECIPES, calls_of, config_of
-
-DISPATCHERS = ["alltoall", "alltoall_dedup", "allgather"]
-FC1, FC2 = "TEColumnParallelGroupedLinear", "TERowParallelGroupedLinear"
+from tests.te_stand_in.models import EXPERTS, RECIPES, calls_of, config_of
+from tests.unit.moe.test_layer_against_reference import DISPATCHERS
 
 
 @pytest.mark.parametrize("dispatcher", DISPATCHERS)
@@ -29,7 +27,7 @@ def test_experts_alone_fill_up_their_rows(recipe, dispatcher, counts, padded):
     # What the dispatcher carries and counts are the selections that the router made ...
     assert (seen.rows, seen.by_expert) == (sum(counts), counts)
     # ... and both GEMMs see each expert's rows filled up to a multiple of 16.
-    for module in (FC1, FC2):
+    for module in EXPERTS:
         (call,) = calls_of(module)
         assert (call.rows, call.recipe) == (padded, RECIPES[recipe])
 

@@ -6,6 +6,7 @@ from transformer_engine.pytorch.record import CALLS
 
 from tests.parallel.training_runs import FULL, SELECTIVE
 from tests.te_stand_in.models import (
+    EXPERTS,
     RECIPES,
     assert_gradients,
     calls_of,
@@ -14,7 +15,6 @@ from tests.te_stand_in.models import (
     model_of,
 )
 
-EXPERTS = ("TEColumnParallelGroupedLinear", "TERowParallelGroupedLinear")
 DENSE = ("TELayerNormColumnParallelLinear", "TERowParallelLinear", "TEColumnParallelLinear")
 
 

@@ -43,6 +43,12 @@ def states(model):
     return found
 
 
+def assert_equal(found, states):
+    for name, expected in states.items():
+        for key, value in expected.items():
+            assert torch.equal(found[name][key], value), (name, key)
+
+
 def test_the_stand_in_is_adamw():
     weights = [torch.nn.Parameter(torch.randn(5, 3, generator=torch.manual_seed(1)))]
     weights.append(torch.nn.Parameter(weights[0].detach().clone()))
@@ -82,10 +88,7 @@ def test_remainders_are_the_fp32_weights():
     plain, halves = trained(3), trained(3, optimizer=REMAINDERS)
     kept = halves.optimizer.chained_optimizers[0].optimizer.state.values()
     assert {state["master_param"].dtype for state in kept} == {torch.int16}
-    found = states(halves)
-    for name, expected in states(plain).items():
-        for key, value in expected.items():
-            assert torch.equal(found[name][key], value), (name, key)
+    assert_equal(states(halves), states(plain))
     # A weight that the guard puts back reaches both halves.
     name, weight = next(iter(halves.models[0].named_parameters()))
     value = torch.randn(weight.shape, generator=torch.manual_seed(2))

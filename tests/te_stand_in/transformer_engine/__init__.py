@@ -7,7 +7,7 @@ many rows, in which context can be seen (`pytorch.record.CALLS`); numerics are f
 that Transformer Engine makes are made: sizes of FP8 GEMMs, permutations of no rows, pickled state.
 """
 
+# ruff: noqa: F401
 from transformer_engine import common, pytorch
 
 __version__ = "2.20.0"
-__all__ = ["common", "pytorch"]

@@ -1,3 +1,2 @@
+# ruff: noqa: F401
 from transformer_engine.common import recipe
-
-__all__ = ["recipe"]

@@ -1,5 +1,6 @@
 """The names that megatron-core imports."""
 
+# ruff: noqa: F401
 from types import SimpleNamespace
 
 from transformer_engine.pytorch import (
@@ -33,29 +34,3 @@ from transformer_engine.pytorch.quantization import (
 
 # megatron-core names its classes in annotations only.
 ops = SimpleNamespace(Sequential=object, FusibleOperation=object)
-
-__all__ = [
-    "DotProductAttention",
-    "Fp8Padding",
-    "Fp8Unpadding",
-    "GroupedLinear",
-    "LayerNorm",
-    "LayerNormLinear",
-    "Linear",
-    "RMSNorm",
-    "attention",
-    "autocast",
-    "distributed",
-    "fp8",
-    "fp8_autocast",
-    "fp8_model_init",
-    "module",
-    "ops",
-    "optimizers",
-    "permutation",
-    "quantization",
-    "quantized_model_init",
-    "record",
-    "router",
-    "tensor",
-]
