@@ -9,7 +9,7 @@ from moepp_megatron.config.paths import path_problem, place_problem
 from moepp_megatron.config.schema import Section
 from moepp_megatron.config.yaml_file import parse_yaml, read_mapping
 from tests import ROOT
-from tests.refusals import config_error
+from tests.refusals import config_error, config_line
 
 QUICKSTART = ROOT / "configs/quickstart.yaml"
 HUGE = "99999999999999999999999"
@@ -66,9 +66,8 @@ def bomb(width, levels):
     ids=["aliases", "merges", "values", "itself", "depth"],
 )
 def test_yaml_that_stands_for_too_much_is_refused(text, tmp_path):
-    with config_error("not valid YAML") as caught:
+    with config_line("not valid YAML"):
         parse_yaml(text, "file")
-    assert "\n" not in str(caught.value)
     (tmp_path / "bomb.yaml").write_text(text)
     with config_error(r"bomb\.yaml"):
         load_config(tmp_path / "bomb.yaml")

@@ -14,7 +14,7 @@ from moepp_megatron.config import (
     load_config,
 )
 from moepp_megatron.config.sections import declared
-from tests.refusals import config_error
+from tests.refusals import config_error, config_line
 
 Case = tuple[list[str], str, str]
 
@@ -178,9 +178,8 @@ def test_every_missing_field_is_named(tmp_path):
 def test_text_of_a_file_is_quoted(minimal, setting):
     path = minimal.with_name("numbers.yaml")
     path.write_text(f"base: {minimal.name}\n{setting}\nmoe: {{router_topk: 99}}\n")
-    with config_error("put it in quotes") as caught:
+    with config_line("put it in quotes"):
         load_config(path)
-    assert len(str(caught.value).splitlines()) == 1, "rules are asked where all types are right"
 
 
 @pytest.mark.parametrize("text", ["4:00:00", "120", "0123", "2-00:00:00", "1e3", "2024-01-01"])

@@ -5,9 +5,10 @@ import json
 import pyarrow as pa
 import pytest
 
+from moepp_megatron.data.documents import plan_pieces
 from moepp_megatron.data.prepare import PrepareSettings, prepare
+from moepp_megatron.data.sources import resolve_sources
 from moepp_megatron.data.tokenizer import Tokenizer
-from moepp_megatron.runtime.terminal import Console
 
 VOCAB_SIZE = 300
 
@@ -26,9 +27,27 @@ def write_arrow(path, table, new=pa.ipc.new_stream, **options):
         writer.write_table(table, **options)
 
 
-@pytest.fixture
-def console():
-    return Console(quiet=True)
+def pieces_of(path, text_key="text"):
+    return plan_pieces(resolve_sources([str(path)]), text_key)
+
+
+def read_all(path, text_key="text"):
+    """The documents of a source, and the reasons why others are none."""
+    return [each for piece in pieces_of(path, text_key) for each in piece.documents(text_key)]
+
+
+def stored_texts(folder):
+    """The documents in their order."""
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+    tokenizer = Tokenizer.load(folder)
+    dataset = IndexedDataset(str(folder / "corpus"))
+    texts = []
+    for ids in (dataset[i] for i in range(len(dataset))):
+        assert ids[-1] == tokenizer.eod
+        assert tokenizer.eod not in ids[:-1]
+        texts.append(tokenizer.decode(ids[:-1]))
+    return texts
 
 
 @pytest.fixture(scope="session")
@@ -47,7 +66,7 @@ def corpus_file(texts, tmp_path_factory):
 def prepared(corpus_file, tmp_path_factory):
     out = tmp_path_factory.mktemp("prepared") / "dataset"
     settings = PrepareSettings(vocab_size=VOCAB_SIZE, workers=1)
-    prepare([str(corpus_file)], out, settings, Console(quiet=True))
+    prepare([str(corpus_file)], out, settings)
     return out
 
 

@@ -5,7 +5,6 @@ import json
 import numpy as np
 
 from moepp_megatron.data.prepare import PrepareSettings, prepare
-from moepp_megatron.runtime.terminal import Console
 
 # Without merges: a token is a letter.
 SETTINGS = PrepareSettings(vocab_size=257, workers=1)
@@ -26,5 +25,5 @@ def prepare_letters(folder, name, **letters):
         f"{source}={write_letters(folder / f'{name}-{source}.jsonl', letter)}"
         for source, letter in letters.items()
     ]
-    prepare(given, folder / name, SETTINGS, Console(quiet=True))
+    prepare(given, folder / name, SETTINGS)
     return folder / name

@@ -22,7 +22,6 @@ from moepp_megatron.data.samples import DOCUMENTS, PADDING
 from moepp_megatron.data.tokenizer import Tokenizer
 from moepp_megatron.data.verify import verify
 from moepp_megatron.file_names import CHAT_TEMPLATE_FILE
-from moepp_megatron.runtime.terminal import Console
 from tests.parallel.training_runs import VANILLA, settings
 from tests.refusals import config_error
 
@@ -75,7 +74,7 @@ def write(path, records):
 
 def prepared(source, of_model, out, **changes):
     values = {"chat": True, "tokenizer": of_model, "sequence_length": LENGTH} | changes
-    return prepare(source, out, PrepareSettings(**values), Console(quiet=True))
+    return prepare(source, out, PrepareSettings(**values))
 
 
 @pytest.fixture(scope="module")
@@ -218,7 +217,7 @@ def test_another_template_is_another_folder(folder, tokenizer_folder, tmp_path):
         prepared(source, tokenizer_folder, folder, template=other)
     text = PrepareSettings(tokenizer=tokenizer_folder, text_key="messages")
     with config_error("has no usable document|already holds another"):
-        prepare(source, folder, text, Console(quiet=True))
+        prepare(source, folder, text)
 
 
 def test_reasons_stay_few(make, tmp_path):

@@ -9,7 +9,6 @@ from moepp_megatron.data.prepare import PrepareSettings, prepare
 from moepp_megatron.data.split import check_split, document_ranges
 from moepp_megatron.data.tokenizer import EOD_TOKEN, Tokenizer
 from moepp_megatron.model.document_attention import document_numbers
-from moepp_megatron.runtime.terminal import Console
 from tests.refusals import config_error
 
 SEQUENCE_LENGTH = 32
@@ -103,7 +102,7 @@ def test_cache_outside_does_not_outlive_a_replaced_dataset(corpus_file, tmp_path
     tokens = []
     for seed in (1, 2):
         settings = PrepareSettings(300, workers=1, seed=seed, force=True)
-        prepare([str(corpus_file)], tmp_path / "out", settings, Console(quiet=True))
+        prepare([str(corpus_file)], tmp_path / "out", settings)
         tokenizer = Tokenizer.load(tmp_path / "out")
         arguments = (tmp_path / "out", tokenizer, 32, "1,0,0", SEED, (8, 0, 0))
         shared = build_datasets(*arguments, cache_dir=tmp_path / "cache")[0]

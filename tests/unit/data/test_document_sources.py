@@ -1,6 +1,5 @@
 """The data source of each token of a sample."""
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -12,36 +11,30 @@ from moepp_megatron.cli.main import app
 from moepp_megatron.data.datasets import build_datasets
 from moepp_megatron.data.loader import batches
 from moepp_megatron.data.manifest import DOCUMENT_SOURCES, MAX_SOURCES, Manifest
-from moepp_megatron.data.prepare import PrepareSettings, prepare
+from moepp_megatron.data.prepare import prepare
 from moepp_megatron.data.samples import SOURCES, source_names
 from moepp_megatron.data.tokenizer import Tokenizer
-from moepp_megatron.runtime.terminal import Console
 from tests.refusals import config_error
+from tests.unit.data.letters import SETTINGS, write_letters
 
 LENGTH = 24
 # Documents of each source are of one letter, so that a token tells where it comes from.
 LETTERS = {"first": "a", "second": "b", "third": "c"}
-# Without merges: a token is a letter.
-SETTINGS = PrepareSettings(vocab_size=257, workers=1)
 
 
 def write_sources(folder):
     """One SOURCE argument for each letter, and one more of the first's name."""
-    random = np.random.RandomState(1)
-    given = []
-    for part, (name, letter) in enumerate([*LETTERS.items(), ("first", "a")]):
-        path = folder / f"{part}.jsonl"
-        texts = [letter * int(length) for length in random.randint(1, 40, 40)]
-        path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-        given.append(f"{name}={path}")
-    return given
+    return [
+        f"{name}={write_letters(folder / f'{part}.jsonl', letter, seed=part)}"
+        for part, (name, letter) in enumerate([*LETTERS.items(), ("first", "a")])
+    ]
 
 
 @pytest.fixture(scope="module")
 def sourced(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sources")
     out = folder / "data"
-    prepare(write_sources(folder), out, SETTINGS, Console(quiet=True))
+    prepare(write_sources(folder), out, SETTINGS)
     return out
 
 
@@ -74,10 +67,7 @@ def test_each_token_has_its_source(sourced, workers):
 
 
 def test_the_folder_is_reused_verified_and_refused_when_damaged(sourced, tmp_path):
-    given = [
-        f"{name}={sourced.parent / f'{i}.jsonl'}" for i, name in enumerate([*LETTERS, "first"])
-    ]
-    assert prepare(given, sourced, SETTINGS, Console(quiet=True)).up_to_date
+    assert prepare(write_sources(sourced.parent), sourced, SETTINGS).up_to_date
     assert CliRunner().invoke(app, ["data", "verify", str(sourced)]).exit_code == 0
     manifest = Manifest.read(sourced)
     assert manifest.source_names == tuple(LETTERS)
@@ -112,11 +102,11 @@ def test_more_sources_than_records_have_room_for(tmp_path):
 )
 def test_a_source_without_name_or_path(tmp_path, given, message):
     with config_error(message):
-        prepare([given], tmp_path / "out", SETTINGS, Console(quiet=True))
+        prepare([given], tmp_path / "out", SETTINGS)
 
 
 def test_a_path_with_the_sign_is_a_path(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("a=b.txt").write_text("some text")
-    manifest = prepare("a=b.txt", tmp_path / "out", SETTINGS, Console(quiet=True)).manifest
+    manifest = prepare("a=b.txt", tmp_path / "out", SETTINGS).manifest
     assert manifest.source_names == ("a=b.txt",)

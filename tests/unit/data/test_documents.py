@@ -12,13 +12,8 @@ from moepp_megatron.data import documents, source_files
 from moepp_megatron.data.documents import Skipped, check_usable, plan_pieces
 from moepp_megatron.data.source_files import SourceFile
 from moepp_megatron.data.sources import resolve_sources
-from tests.refusals import config_error
-from tests.unit.data.conftest import write_arrow
-
-
-def read_all(path, text_key="text"):
-    pieces = plan_pieces(resolve_sources([str(path)]), text_key)
-    return [document for piece in pieces for document in piece.documents(text_key)]
+from tests.refusals import config_error, config_line
+from tests.unit.data.conftest import pieces_of, read_all, write_arrow
 
 
 def test_text_files(tmp_path):
@@ -40,7 +35,7 @@ def test_text_files(tmp_path):
 def test_a_file_that_has_gone_is_named(tmp_path, name):
     path = tmp_path / name
     path.write_bytes(gzip.compress(b"{}") if name.endswith("gz") else b"{}")
-    (piece,) = plan_pieces(resolve_sources([str(path)]), "text")
+    (piece,) = pieces_of(path)
     path.unlink()
     with config_error(rf"{name} cannot be read \(No such file"):
         list(piece.documents("text"))
@@ -138,9 +133,8 @@ def test_damaged_compressed_file_is_named(tmp_path, suffix, damage):
         zstd_file(path, content)
     data = path.read_bytes()
     path.write_bytes(data[:-9] if damage == "cut" else b"not what the name says")
-    with config_error(rf"a\.jsonl\.{suffix} cannot be decompressed") as caught:
+    with config_line(rf"a\.jsonl\.{suffix} cannot be decompressed"):
         read_all(path)
-    assert "\n" not in str(caught.value)
 
 
 def test_compressed_parquet_is_refused(tmp_path):
@@ -165,7 +159,7 @@ def test_a_column_that_is_there_twice_is_named(tmp_path):
     parquet.write_table(table, path)
     for text_key in ("text", None):
         with config_error(r"a.parquet has several columns text; rename all"):
-            plan_pieces(resolve_sources([str(path)]), text_key)
+            pieces_of(path, text_key)
 
 
 def test_damaged_parquet_is_named(tmp_path):
@@ -213,9 +207,8 @@ def test_a_small_file_that_unpacks_to_much_is_refused(tmp_path, monkeypatch, nam
         path.write_bytes(gzip.compress(lines))
     else:
         zstd_file(path, lines)
-    with config_error("must hold at most 100 times its size") as caught:
+    with config_line("must hold at most 100 times its size"):
         read_all(path)
-    assert "\n" not in str(caught.value)
     monkeypatch.setattr(source_files, "_SMALL_BYTES", 1_000_000)
     assert len(read_all(path)) == 1
 
@@ -246,7 +239,7 @@ def test_a_text_that_a_table_repeats_counts_each_time(kind, tmp_path, monkeypatc
     monkeypatch.setattr(source_files, "_SMALL_BYTES", 500_000)
     with config_error("must hold at most 1 times its size"):
         read_all(path)
-    (piece,) = plan_pieces(resolve_sources([str(path)]), None)
+    (piece,) = pieces_of(path, None)
     with config_error("must hold at most 1 times its size"):
         list(piece.parts[0].records())
 

@@ -12,7 +12,6 @@ from moepp_megatron.data import external_tokenizers
 from moepp_megatron.data.external_tokenizers import ExternalTokenizer
 from moepp_megatron.data.prepare import PrepareSettings, prepare
 from moepp_megatron.data.tokenizer import Tokenizer
-from moepp_megatron.runtime.terminal import Console
 from tests.refusals import config_error
 from tests.unit.data.conftest import make_texts
 
@@ -134,10 +133,10 @@ def test_a_folder_is_its_tokenizer(prepared, tmp_path, corpus_file):
     (folder / "tokenizer.json").write_bytes((prepared / "tokenizer.json").read_bytes())
     (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "a"}))
     settings = PrepareSettings(tokenizer=folder, workers=1)
-    manifest = prepare(corpus_file, tmp_path / "out", settings, Console(quiet=True)).manifest
+    manifest = prepare(corpus_file, tmp_path / "out", settings).manifest
     assert manifest.eod_token == "a"
     by_file = PrepareSettings(tokenizer=folder / "tokenizer.json", workers=1)
-    assert prepare(corpus_file, tmp_path / "out", by_file, Console(quiet=True)).up_to_date
+    assert prepare(corpus_file, tmp_path / "out", by_file).up_to_date
 
 
 def test_a_folder_without_tokenizer_json(tmp_path):

@@ -3,11 +3,14 @@ import gzip
 import hashlib
 import io
 import json
+import os
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pyarrow
 import pytest
+import tokenizers
 from pyarrow import parquet
 
 from moepp_megatron.config.errors import UnfitError
@@ -21,20 +24,22 @@ from moepp_megatron.runtime.terminal import Console
 from tests.full_disk import fill
 from tests.refusals import config_error
 
-from .conftest import VOCAB_SIZE
+from .conftest import VOCAB_SIZE, stored_texts
 
-SMALL = PrepareSettings(vocab_size=VOCAB_SIZE, workers=1)
-FORCE = PrepareSettings(vocab_size=VOCAB_SIZE, workers=1, force=True)
+SMALL = PrepareSettings(VOCAB_SIZE, workers=1)
+FORCE = dataclasses.replace(SMALL, force=True)
 
 
 @pytest.fixture
-def make(corpus_file, console):
+def make(corpus_file):
     """Prepares a folder."""
+    return lambda out, settings=SMALL, source=corpus_file: prepare(source, out, settings)
 
-    def prepared(out, settings=SMALL, source=corpus_file):
-        return prepare([str(source)], out, settings, console)
 
-    return prepared
+@pytest.fixture
+def source(corpus_file, tmp_path):
+    """A file of texts to change."""
+    return shutil.copy(corpus_file, tmp_path / "corpus.jsonl")
 
 
 def digests(folder):
@@ -43,19 +48,6 @@ def digests(folder):
 
 def mtimes(folder):
     return {path.name: path.stat().st_mtime_ns for path in [folder, *folder.iterdir()]}
-
-
-def stored_texts(folder):
-    from megatron.core.datasets.indexed_dataset import IndexedDataset
-
-    tokenizer = Tokenizer.load(folder)
-    dataset = IndexedDataset(str(folder / "corpus"))
-    texts = []
-    for ids in (dataset[i] for i in range(len(dataset))):
-        assert ids[-1] == tokenizer.eod
-        assert tokenizer.eod not in ids[:-1]
-        texts.append(tokenizer.decode(ids[:-1]))
-    return texts
 
 
 def test_stored_documents_are_the_texts(prepared, texts):
@@ -84,7 +76,7 @@ def test_manifest_tells_the_truth(prepared, texts, tokenizer):
     }
 
 
-def test_sources_of_all_kinds_are_counted_apart(tmp_path, console):
+def test_sources_of_all_kinds_are_counted_apart(tmp_path):
     folder = tmp_path / "folder"
     folder.mkdir()
     (folder / "a.md").write_text("# a heading")
@@ -93,7 +85,7 @@ def test_sources_of_all_kinds_are_counted_apart(tmp_path, console):
     (tmp_path / "l.jsonl").write_text('{"text": "a line"}\n{"text": " "}\n')
     parquet.write_table(pyarrow.table({"text": ["a row", "another"]}), tmp_path / "p.parquet")
     names = [str(tmp_path / name) for name in ("folder", "l.jsonl", "p.parquet")]
-    manifest = prepare(names, tmp_path / "out", SMALL, console).manifest
+    manifest = prepare(names, tmp_path / "out", SMALL).manifest
     assert [(s.name, s.documents, s.skipped) for s in manifest.sources] == [
         (names[0], 1, 2),
         (names[1], 1, 1),
@@ -105,20 +97,15 @@ def test_sources_of_all_kinds_are_counted_apart(tmp_path, console):
     assert sorted(stored_texts(tmp_path / "out")) == ["# a heading", "a line", "a row", "another"]
 
 
-def test_bytes_do_not_depend_on_the_number_of_workers(make, prepared, tmp_path, monkeypatch):
-    out = {}
+def test_bytes_do_not_depend_on_the_number_of_workers(make, tmp_path, monkeypatch):
     monkeypatch.setattr(documents, "PIECE_BYTES", 500)
     for workers in (1, 2):
-        out[workers] = tmp_path / str(workers)
-        settings = PrepareSettings(vocab_size=VOCAB_SIZE, workers=workers)
-        make(out[workers], settings)
-    assert digests(out[1]) == digests(out[2])
+        make(tmp_path / str(workers), PrepareSettings(VOCAB_SIZE, workers=workers))
+    assert digests(tmp_path / "1") == digests(tmp_path / "2")
 
 
-def test_same_inputs_are_not_prepared_again(make, corpus_file, tmp_path):
+def test_same_inputs_are_not_prepared_again(make, source, tmp_path):
     out = tmp_path / "out"
-    source = tmp_path / "corpus.jsonl"
-    shutil.copy(corpus_file, source)
     assert not make(out, source=source).up_to_date
     before = mtimes(out)
     again = make(out, PrepareSettings(VOCAB_SIZE, workers=2), source)
@@ -129,10 +116,8 @@ def test_same_inputs_are_not_prepared_again(make, corpus_file, tmp_path):
     assert mtimes(out) == before
 
 
-def test_other_inputs_are_refused_without_force(make, corpus_file, tmp_path):
+def test_other_inputs_are_refused_without_force(make, source, tmp_path):
     out = tmp_path / "out"
-    source = tmp_path / "corpus.jsonl"
-    shutil.copy(corpus_file, source)
     make(out, source=source)
     before = digests(out)
     with config_error(r"seed is 1234, not 5\); pass --force"):
@@ -209,9 +194,8 @@ def test_leftovers_of_a_killed_run_do_no_harm(make, prepared, tmp_path):
     (tmp_path / ".out.partial/junk").mkdir(parents=True)
     (tmp_path / ".out.partial/corpus.bin").write_text("half")
     make(tmp_path / "out")
-    assert digests(tmp_path / "out") == {
-        name: value for name, value in digests(prepared).items() if name != "manifest.json"
-    } | {"manifest.json": digests(tmp_path / "out")["manifest.json"]}
+    found = digests(tmp_path / "out")
+    assert found == digests(prepared) | {"manifest.json": found["manifest.json"]}
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
@@ -234,8 +218,6 @@ def test_existing_tokenizer_is_used(make, prepared, tmp_path):
 
 
 def test_chosen_end_of_document_token_is_remembered(make, tmp_path):
-    import tokenizers
-
     vocab = {"a": 0, "</s>": 1, "<stop>": 2}
     backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, []))
     backend.add_special_tokens(["</s>", "<stop>"])
@@ -266,21 +248,15 @@ def test_wrong_settings_are_refused(values, message):
 
 
 def test_wide_vocabulary_is_stored_in_32_bits(make, tmp_path):
-    import tokenizers
-
     vocab = {f"w{i}": i for i in range(70_000)} | {"<|endoftext|>": 70_000}
     backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab, unk_token="w0"))
     backend.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
     backend.save(str(tmp_path / "wide.json"))
     (tmp_path / "a.txt").write_text("w1 w69999")
     out = tmp_path / "out"
-    settings = PrepareSettings(tokenizer=tmp_path / "wide.json")
-    make(out, settings, tmp_path / "a.txt")
-    from megatron.core.datasets.indexed_dataset import IndexedDataset
-
-    # Kept in a name: its arrays are views of a file mapping that ends with it.
-    dataset = IndexedDataset(str(out / "corpus"))
-    assert dataset[0].tolist() == [1, 69_999, 70_000]
+    make(out, PrepareSettings(tokenizer=tmp_path / "wide.json"), tmp_path / "a.txt")
+    # The last is the end of the document.
+    assert np.fromfile(out / "corpus.bin", np.int32).tolist() == [1, 69_999, 70_000]
 
 
 # The tokenizer, the spooled tokens, the dataset, its index: whatever is being written.
@@ -296,8 +272,6 @@ def test_a_full_disk_is_one_line(make, small_disk, room):
 
 def test_what_is_too_long_to_be_tokenized_whole_is_left_out(make, tmp_path, monkeypatch):
     """Whatever it is packed in, since a text of one letter packs to a thousandth."""
-    import tokenizers
-
     monkeypatch.setattr("moepp_megatron.data.tokenizer.MAX_PIECE_CHARACTERS", 1000)
     vocab = {"a": 0, "<|endoftext|>": 1}
     tokenizers.Tokenizer(tokenizers.models.BPE(vocab, [])).save(str(tmp_path / "whole.json"))
@@ -312,14 +286,12 @@ def test_what_is_too_long_to_be_tokenized_whole_is_left_out(make, tmp_path, monk
         with config_error("cannot be cut: 1.; cut it into several documents"):
             make(tmp_path / "out", whole, tmp_path / name)
     (tmp_path / "d.jsonl").write_bytes(line + json.dumps({"text": "a" * 1000}).encode())
-    manifest = prepare([str(tmp_path / "d.jsonl")], tmp_path / "out", whole).manifest
+    manifest = make(tmp_path / "out", whole, tmp_path / "d.jsonl").manifest
     assert (manifest.documents, manifest.skipped, manifest.tokens) == (1, 1, 1001)
 
 
 def test_a_worker_without_memory_is_one_line(make, tmp_path, monkeypatch):
     """The kernel ends a process that has taken all memory, and there is no exception."""
-    import os
-
     from moepp_megatron.data import encoding
 
     (tmp_path / "a.jsonl").write_text((json.dumps({"text": "text"}) + "\n") * 50_000)
@@ -329,7 +301,6 @@ def test_a_worker_without_memory_is_one_line(make, tmp_path, monkeypatch):
         return submit(self, os._exit, 9)
 
     monkeypatch.setattr(encoding.ProcessPoolExecutor, "submit", killed)
-    settings = PrepareSettings(vocab_size=VOCAB_SIZE, workers=2)
     with pytest.raises(UnfitError, match=r"a.jsonl was ended .* use fewer --workers"):
-        make(tmp_path / "out", settings, tmp_path / "a.jsonl")
+        make(tmp_path / "out", PrepareSettings(VOCAB_SIZE, workers=2), tmp_path / "a.jsonl")
     assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]

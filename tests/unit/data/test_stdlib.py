@@ -12,9 +12,10 @@ from moepp_megatron.data.prepare import PrepareSettings, prepare
 from moepp_megatron.data.source_filters import is_table
 from moepp_megatron.data.sources import resolve_sources
 from moepp_megatron.data.tokenizer import Tokenizer
-from moepp_megatron.runtime.terminal import Console
+from tests.unit.data.conftest import stored_texts
 
 TABLE = "entities = {\n" + "    'amp': ('&', 38, -1),\n" * 20 + "}\n"
+SETTINGS = PrepareSettings(vocab_size=300, workers=1)
 CODE = "import os\n\ndef f(x):\n    return os.fspath(x)\n\n" * 6
 
 
@@ -61,8 +62,11 @@ def test_tables_of_this_python_are_left_out():
     assert {file.group for file in source.files} == {name.split("/")[0] for name in names}
 
 
-def fill(root):
+@pytest.fixture
+def library(tmp_path, monkeypatch):
     """A library of 40 modules and 5 packages of different sizes."""
+    root = tmp_path / "library"
+    root.mkdir()
     for i in range(40):
         (root / f"module{i}.py").write_text(
             f"def function{i}(x):\n    return x + {i}\n" * (i % 4 + 1)
@@ -72,38 +76,21 @@ def fill(root):
         for j in range(2 * i + 2):
             text = f"class Class{i}_{j}:\n    value = {j}\n"
             (root / f"package{i}" / f"part{j}.py").write_text(text)
-
-
-@pytest.fixture
-def library(tmp_path, monkeypatch):
-    root = tmp_path / "library"
-    root.mkdir()
-    fill(root)
     (root / "table.py").write_text(TABLE)
     monkeypatch.setattr(sources_module.sysconfig, "get_path", lambda name: str(root))
     return root
 
 
-def stored(folder):
-    """The documents in their order."""
-    from megatron.core.datasets.indexed_dataset import IndexedDataset
-
-    tokenizer = Tokenizer.load(folder)
-    dataset = IndexedDataset(str(folder / "corpus"))
-    return [tokenizer.decode(dataset[i][:-1]) for i in range(len(dataset))]
-
-
 def test_validation_documents_are_whole_packages(library, tmp_path):
     out = tmp_path / "out"
-    settings = PrepareSettings(vocab_size=300, workers=1)
-    manifest = prepare(["stdlib"], out, settings, Console(quiet=True)).manifest
+    manifest = prepare("stdlib", out, SETTINGS).manifest
     assert manifest.documents == 40 + 30
     train, validation, test = map(
         int, json.loads((out / "manifest.json").read_text())["split"].split(",")
     )
     assert (train + validation, test) == (70, 0)
     texts = {p.read_text(): p.relative_to(library).parts[0] for p in library.rglob("*.py")}
-    packages = [texts[text] for text in stored(out)]
+    packages = [texts[text] for text in stored_texts(out)]
     assert len(set(packages[train:])) >= 2
     assert not set(packages[:train]) & set(packages[train:])
     assert packages != sorted(packages)
@@ -118,14 +105,10 @@ def test_validation_documents_are_whole_packages(library, tmp_path):
 def test_documents_of_other_sources_are_split_by_themselves(library, tmp_path):
     own = tmp_path / "own.jsonl"
     own.write_text("".join(json.dumps({"text": f"own text {i}"}) + "\n" for i in range(50)))
-    settings = PrepareSettings(vocab_size=300, workers=1)
-    alone = prepare([str(own)], tmp_path / "alone", settings, Console(quiet=True)).manifest
-    assert alone.split is None
-    mixed = prepare(
-        ["stdlib", str(own)], tmp_path / "mixed", settings, Console(quiet=True)
-    ).manifest
+    assert prepare(own, tmp_path / "alone", SETTINGS).manifest.split is None
+    mixed = prepare(["stdlib", own], tmp_path / "mixed", SETTINGS).manifest
     train = int(mixed.split.split(",")[0])
-    kinds = {text.startswith("own") for text in stored(tmp_path / "mixed")[train:]}
+    kinds = {text.startswith("own") for text in stored_texts(tmp_path / "mixed")[train:]}
     assert kinds == {True, False}
 
 

@@ -4,7 +4,7 @@ import pytest
 import tokenizers
 
 from moepp_megatron.data.tokenizer import EOD_TOKEN, Tokenizer, tokenizer_config, train_tokenizer
-from tests.refusals import config_error
+from tests.refusals import config_error, config_line
 
 AWKWARD = [
     "",
@@ -104,8 +104,7 @@ def test_what_the_library_fails_with_is_one_line(name, tmp_path):
     backend = tokenizers.Tokenizer(tokenizers.models.BPE({"<|endoftext|>": 0}, []))
     file = tmp_path / "tokenizer.json"
     file.write_text(json.dumps({**json.loads(backend.to_str()), **DAMAGED[name]}))
-    with config_error("; fetch it again$") as caught:
+    with config_line("; fetch it again$"):
         Tokenizer.load(file).encode("text")
-    assert "\n" not in str(caught.value)
     with config_error("; fetch it again$"):
         Tokenizer.load(file).encode_with_spans("text")
