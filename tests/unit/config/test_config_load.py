@@ -8,7 +8,6 @@ import yaml
 
 from moepp_megatron.config import (
     Config,
-    ConfigError,
     check_config,
     check_world_size,
     load_config,
@@ -20,7 +19,7 @@ from moepp_megatron.config.schema.section import Unit, meaning_of
 from moepp_megatron.config.sections import section_models, subsection
 from moepp_megatron.experts import Setting
 from tests import ROOT
-from tests.refusals import config_error
+from tests.refusals import config_error, refusal
 
 CONFIGS = ROOT / "configs"
 
@@ -89,10 +88,8 @@ def test_base_cycle_is_refused_with_its_chain(tmp_path):
     (tmp_path / "a.yaml").write_text("base: b.yaml\n")
     (tmp_path / "b.yaml").write_text("base: c.yaml\n")
     (tmp_path / "c.yaml").write_text("base: b.yaml\n")
-    with pytest.raises(ConfigError) as caught:
-        load_config(tmp_path / "a.yaml")
     b, c = tmp_path / "b.yaml", tmp_path / "c.yaml"
-    assert f"{b} -> {c} -> {b}" in str(caught.value)
+    assert f"{b} -> {c} -> {b}" in refusal(load_config, tmp_path / "a.yaml")
 
 
 def test_unknown_key_names_its_file(minimal, tmp_path):
@@ -100,10 +97,8 @@ def test_unknown_key_names_its_file(minimal, tmp_path):
     top.write_text("base: middle.yaml\n")
     middle = tmp_path / "middle.yaml"
     middle.write_text("base: minimal.yaml\nmoe: {top_k: 1}\n")
-    with pytest.raises(ConfigError) as caught:
-        load_config(top)
     assert (
-        str(caught.value) == "unknown key moe.top_k; did you mean moe.router_topk or "
+        refusal(load_config, top) == "unknown key moe.top_k; did you mean moe.router_topk or "
         f"distillation.top_k? (in {middle})"
     )
 
@@ -122,9 +117,8 @@ def test_a_resolved_configuration_of_an_older_version_loads(minimal, tmp_path):
         path.write_text(yaml.safe_dump(old))
         assert load_config(path) == current
         old[section][key] = "another"
-        with pytest.raises(ConfigError) as caught:
-            parse_config(old)
-        assert str(caught.value).startswith(f"{name} ('another') has been removed; {remedy}")
+        told = refusal(parse_config, old)
+        assert told.startswith(f"{name} ('another') has been removed; {remedy}")
         with config_error(f"{name} has been removed"):
             load_config(minimal, [f"{name}={value}"])
 

@@ -3,14 +3,13 @@
 import sys
 
 import pytest
-import yaml
 
-from moepp_megatron.config import ConfigError, parse_config
+from moepp_megatron.config import parse_config
 from moepp_megatron.config.choices import pick
 from moepp_megatron.config.plugins import check_plugins, load_plugin
 from tests.example_plugins import install, write_entry_points
-from tests.refusals import config_error
-from tests.unit.config.conftest import MINIMAL
+from tests.parallel.training_runs import settings
+from tests.refusals import config_error, refusal
 
 SETTINGS = {
     "optimizer": {"kind": "adam_l2", "decay_style": "inverse_root"},
@@ -21,10 +20,7 @@ SETTINGS = {
 
 
 def config(changes):
-    raw = yaml.safe_load(MINIMAL.replace("1e-3", "0.001"))
-    for section, values in changes.items():
-        raw.setdefault(section, {}).update(values)
-    return parse_config(raw)
+    return parse_config(settings(**changes))
 
 
 @pytest.fixture
@@ -35,28 +31,25 @@ def installed(tmp_path, monkeypatch):
 
 
 def test_a_bare_name_is_written_with_its_prefix(installed):
-    settings = config(SETTINGS)
+    found = config(SETTINGS)
     named = {
-        settings.optimizer.kind,
-        settings.optimizer.decay_style,
-        settings.data.dataset,
-        *settings.observe.sinks,
-        *settings.run.callbacks,
-        *settings.run.parts,
+        found.optimizer.kind,
+        found.optimizer.decay_style,
+        found.data.dataset,
+        *found.observe.sinks,
+        *found.run.callbacks,
+        *found.run.parts,
     }
     names = ("adam_l2", "inverse_root", "one_batch", "csv", "patience", "mean_loss")
     assert named == {f"plugin:{name}" for name in names}
-    check_plugins(settings)
-    assert parse_config(settings.model_dump(mode="json")) == settings
+    check_plugins(found)
+    assert parse_config(found.model_dump(mode="json")) == found
     # Looking for names has imported nothing.
     assert "moepp_example_plugins" not in sys.modules
 
 
 def test_a_configuration_can_be_read_where_the_package_is_not(tmp_path):
-    settings = config({"optimizer": {"kind": "plugin:adam_l2"}})
-    with pytest.raises(ConfigError) as refused:
-        check_plugins(settings)
-    assert str(refused.value) == (
+    assert refusal(check_plugins, config({"optimizer": {"kind": "plugin:adam_l2"}})) == (
         "optimizer.kind ('plugin:adam_l2') must be an entry point of the group "
         "moepp_megatron.optimizers (none is installed); install the package that has it, or "
         "correct the name"
@@ -94,9 +87,7 @@ def test_a_configuration_can_be_read_where_the_package_is_not(tmp_path):
     ],
 )
 def test_unknown_names(installed, changes, message):
-    with pytest.raises(ConfigError) as refused:
-        config(changes)
-    assert str(refused.value) == message
+    assert refusal(config, changes) == message
 
 
 def test_what_a_name_stands_for(installed):
@@ -117,9 +108,7 @@ def test_a_package_that_fails_to_import(tmp_path, monkeypatch):
     write_entry_points(tmp_path, {"moepp_megatron.sinks": {"broken": "moepp_broken:Sink"}})
     (tmp_path / "moepp_broken.py").write_text("raise OSError('no\\nlicence')\n")
     monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(ConfigError) as refused:
-        load_plugin("sinks", "observe.sinks", "plugin:broken")
-    assert str(refused.value) == (
+    assert refusal(load_plugin, "sinks", "observe.sinks", "plugin:broken") == (
         "observe.sinks (plugin:broken) must be importable, and moepp_broken:Sink raises "
         "OSError: no licence; repair or reinstall the package"
     )

@@ -7,12 +7,11 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from moepp_megatron.config.errors import ConfigError
 from moepp_megatron.data import documents, source_files
 from moepp_megatron.data.documents import Skipped, check_usable, plan_pieces
 from moepp_megatron.data.source_files import SourceFile
 from moepp_megatron.data.sources import resolve_sources
-from tests.refusals import config_error, config_line
+from tests.refusals import config_error, config_line, refusal
 from tests.unit.data.conftest import pieces_of, read_all, write_arrow
 
 
@@ -189,11 +188,10 @@ def test_source_without_a_usable_document_is_named_with_reasons(tmp_path):
     (tmp_path / "good.txt").write_text("text")
     (tmp_path / "bad.jsonl").write_text('{"content": "a"}\n{"content": "b"}\nnonsense\n')
     sources = resolve_sources([str(tmp_path / "good.txt"), str(tmp_path / "bad.jsonl")])
-    with pytest.raises(ConfigError) as caught:
-        check_usable(sources, plan_pieces(sources, "text"), "text")
-    assert "bad.jsonl has no usable document" in str(caught.value)
-    assert "no text under the key text: 2" in str(caught.value)
-    assert "not a JSON object: 1" in str(caught.value)
+    told = refusal(check_usable, sources, plan_pieces(sources, "text"), "text")
+    assert "bad.jsonl has no usable document" in told
+    assert "no text under the key text: 2" in told
+    assert "not a JSON object: 1" in told
     check_usable(sources, plan_pieces(sources, "content"), "content")
 
 

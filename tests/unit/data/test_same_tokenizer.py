@@ -5,7 +5,6 @@ import shutil
 
 import pytest
 
-from moepp_megatron.config import ConfigError
 from moepp_megatron.config.blends import Folder
 from moepp_megatron.data.manifest import Manifest
 from moepp_megatron.data.prepared_data import (
@@ -14,7 +13,7 @@ from moepp_megatron.data.prepared_data import (
     tokenizer_of_run,
 )
 from moepp_megatron.data.tokenizer import Tokenizer, train_tokenizer
-from tests.refusals import config_error
+from tests.refusals import config_error, refusal
 from tests.unit.training.conftest import config_of
 
 
@@ -63,9 +62,7 @@ def test_the_corpus_has_its_own(folder, tmp_path):
 
 def test_another_one_is_refused_with_both_hashes(folder, other):
     digest = Manifest.read(folder).tokenizer_sha256[:16]
-    with pytest.raises(ConfigError) as caught:
-        _check(folder, other)
-    (line,) = str(caught.value).splitlines()
+    (line,) = refusal(_check, folder, other).splitlines()
     assert line.startswith(f"data.tokenizer ({other}, SHA-256 ")
     assert f"must be the one that data.path ({folder}) was tokenized with (SHA-256 {digest}" in line
     assert f"leave data.tokenizer out, or prepare the text again with --tokenizer {other}" in line
@@ -120,9 +117,7 @@ def test_a_model_goes_on_with_its_tokens(folder, other, tmp_path):
     check_model_tokenizer(_config(folder), trained)
     # A corpus that was prepared again, with another tokenizer of equal size.
     shutil.copy(other, folder / "tokenizer.json")
-    with pytest.raises(ConfigError) as caught:
-        check_model_tokenizer(_config(folder), trained)
-    (line,) = str(caught.value).splitlines()
+    (line,) = refusal(check_model_tokenizer, _config(folder), trained).splitlines()
     assert f"whose ids must mean the tokens that {trained.parent} was trained on" in line
     assert f"prepare the text again with --tokenizer {trained}" in line
 

@@ -51,37 +51,36 @@ WRONG = (
 DELETED = object()
 # Wrong values for each field; all of them are tried over the fields of a file.
 TURN = 2
-EVENT = {"ph": "X", "cat": "cpu_op", "pid": 1, "tid": 1}
+
+
+def event(name, start, duration, cat="cpu_op", **more):
+    whole = {"ph": "X", "pid": 1, "tid": 1, "cat": cat, "name": name}
+    return whole | {"ts": start, "dur": duration} | more
+
+
+def scope(*event_of, **more):
+    return event(*event_of, "user_annotation", **more)
+
+
+INPUTS = {
+    "Concrete Inputs": ["", "", "", "[3, 2]", "[3, 5]"],
+    "Input type": ["float", "float", "", "ScalarList", "ScalarList"],
+    "Input Dims": [[5, 4], [8, 4], [], [], []],
+}
+SENT = {"Input type": ["float"], "Input Dims": [[8, 4]]}
+LINK = {"id": 1, "pid": 1, "tid": 1, "cat": "fwdbwd", "name": "fwdbwd"}
 GLOO = [
-    {**EVENT, "cat": "user_annotation", "name": "moepp/step/1", "ts": 0.0, "dur": 900.0},
-    {**EVENT, "cat": "user_annotation", "name": "moepp/layer1/dispatch", "ts": 10.0, "dur": 300.0},
-    {**EVENT, "cat": "user_annotation", "name": "moepp/comm/23/0/all_to_all", "ts": 20.0, "dur": 9},
-    {
-        **EVENT,
-        "name": "c10d::alltoall_base_",
-        "ts": 21.0,
-        "dur": 7.0,
-        "args": {
-            "Concrete Inputs": ["", "", "", "[3, 2]", "[3, 5]"],
-            "Input type": ["float", "float", "", "ScalarList", "ScalarList"],
-            "Input Dims": [[5, 4], [8, 4], [], [], []],
-        },
-    },
-    {
-        **EVENT,
-        "cat": "user_annotation",
-        "name": "gloo:all_to_all",
-        "tid": 2,
-        "ts": 25.0,
-        "dur": 50.0,
-        "args": {"Input type": ["float"], "Input Dims": [[8, 4]]},
-    },
-    {**EVENT, "cat": "user_annotation", "name": "moepp/wait", "ts": 40.0, "dur": 30.0},
-    {**EVENT, "name": "aten::mm", "ts": 100.0, "dur": 50.0, "args": {"Input Dims": [[2, 2]]}},
-    {"ph": "s", "id": 1, "pid": 1, "tid": 1, "ts": 100.0, "cat": "fwdbwd", "name": "fwdbwd"},
-    {**EVENT, "name": "autograd::engine::evaluate_function: Mm", "ts": 500.0, "dur": 90.0},
-    {**EVENT, "name": "MmBackward0", "ts": 510.0, "dur": 50.0},
-    {"ph": "f", "id": 1, "pid": 1, "tid": 1, "ts": 510.0, "cat": "fwdbwd", "name": "fwdbwd"},
+    scope("moepp/step/1", 0.0, 900.0),
+    scope("moepp/layer1/dispatch", 10.0, 300.0),
+    scope("moepp/comm/23/0/all_to_all", 20.0, 9),
+    event("c10d::alltoall_base_", 21.0, 7.0, args=INPUTS),
+    scope("gloo:all_to_all", 25.0, 50.0, tid=2, args=SENT),
+    scope("moepp/wait", 40.0, 30.0),
+    event("aten::mm", 100.0, 50.0, args={"Input Dims": [[2, 2]]}),
+    {**LINK, "ph": "s", "ts": 100.0},
+    event("autograd::engine::evaluate_function: Mm", 500.0, 90.0),
+    event("MmBackward0", 510.0, 50.0),
+    {**LINK, "ph": "f", "ts": 510.0},
 ]
 
 
