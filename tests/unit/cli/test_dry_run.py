@@ -6,7 +6,6 @@ import sys
 
 import pytest
 
-from moepp_megatron.cli import main
 from moepp_megatron.runtime.nvml import Nvml, NvmlUnavailableError
 from tests import ROOT
 
@@ -40,8 +39,8 @@ def _no_card():
 
 
 @pytest.fixture
-def command(tmp_path, monkeypatch):
-    """Runs `moepp train` on the minimal configuration in this process; returns the exit code."""
+def command(tmp_path, monkeypatch, moepp):
+    """Runs `moepp train` on the minimal configuration: exit code, stdout and stderr."""
     config = tmp_path / "config.yaml"
     config.write_text(MINIMAL)
     # These tests mean a machine without a card, whatever they run on.
@@ -52,11 +51,19 @@ def command(tmp_path, monkeypatch):
         for setting in text.split():
             name, _, value = setting.partition("=")
             overrides.append(f"{SHORT.get(name, name)}={value}")
-        arguments = ["moepp", "train", str(config), *overrides, "--nproc", str(ranks), *options]
-        monkeypatch.setattr(sys, "argv", arguments)
-        with pytest.raises(SystemExit) as ended:
-            main.run()
-        return int(ended.value.code or 0)
+        return moepp("train", config, *overrides, "--nproc", ranks, *options)
+
+    return run
+
+
+@pytest.fixture
+def dry_run(command):
+    """The stdout of a dry run, which ends well."""
+
+    def run(text, ranks=1, *options):
+        code, out, err = command(text, ranks, "--dry-run", *options)
+        assert code == 0, err
+        return out
 
     return run
 
@@ -81,34 +88,32 @@ LEGAL = [
 
 
 @pytest.mark.parametrize(("text", "ranks", "advice"), LEGAL, ids=[case[0] for case in LEGAL])
-def test_the_legal_values_of_what_was_set_are_named(command, capsys, text, ranks, advice):
+def test_the_legal_values_of_what_was_set_are_named(command, text, ranks, advice):
     """And each of them is legal: followed, it is not refused for the same reason again."""
-    assert command(text, ranks, "--dry-run") == 2
-    lines = [line for line in capsys.readouterr().err.splitlines() if advice in line]
+    code, _, err = command(text, ranks, "--dry-run")
+    assert code == 2
+    lines = [line for line in err.splitlines() if advice in line]
     assert lines, advice
     name, _, values = advice.rstrip(",").partition(" to ")
     rule = "must be divisible by " + name
     for value in values.replace(" or ", ", ").split(", "):
-        command(f"{text} {name}={value}", int(value) if "parallel" in name else 1, "--dry-run")
-        assert rule not in capsys.readouterr().err, value
+        ranks = value if "parallel" in name else 1
+        assert rule not in command(f"{text} {name}={value}", ranks, "--dry-run")[2], value
 
 
 @pytest.mark.parametrize(
     ("text", "ranks", "rule", "remedy"), IMPOSSIBLE, ids=[case[0] for case in IMPOSSIBLE]
 )
 @pytest.mark.parametrize("options", [("--dry-run",), ()], ids=["dry run", "run"])
-def test_impossible_layouts_are_refused(
-    command, text, ranks, rule, remedy, options, capsys, monkeypatch
-):
+def test_impossible_layouts_are_refused(command, text, ranks, rule, remedy, options, monkeypatch):
     """Name, value, rule and remedy on one line, exit status 2, and no rank or group started."""
     from moepp_megatron.runtime import launch
 
     monkeypatch.setattr(launch, "run_ranks", lambda *args: pytest.fail("ranks were started"))
     had_groups = _has_process_groups()
-    assert command(text, ranks, *options) == 2
-    printed = capsys.readouterr()
-    assert printed.out == ""
-    lines = [line for line in printed.err.splitlines() if not line.startswith("warning")]
+    code, out, err = command(text, ranks, *options)
+    assert (code, out) == (2, "")
+    lines = [line for line in err.splitlines() if not line.startswith("warning")]
     assert lines[0].startswith("error: ")
     line = next(line for line in lines if rule in line)
     assert re.search(r"\w \(.*\) must .*; \w", line), "name (value) rule; remedy"
@@ -126,16 +131,12 @@ PLANNED = sorted((ROOT / "configs/h100").glob("*.yaml"))
 
 
 @pytest.mark.parametrize("path", PLANNED, ids=lambda path: path.stem)
-def test_planned_configurations_pass_a_dry_run(path, tmp_path, monkeypatch, capsys):
+def test_planned_configurations_pass_a_dry_run(path, tmp_path, moepp):
     """On the number of cards in their name; the data folder is the only thing that is missing."""
     cards = path.stem.rpartition("_")[2]
-    arguments = ["moepp", "train", str(path), f"data.path={tmp_path}", "--nproc", cards]
-    monkeypatch.setattr(sys, "argv", [*arguments, "--dry-run"])
-    with pytest.raises(SystemExit) as ended:
-        main.run()
-    printed = capsys.readouterr()
-    assert not ended.value.code, printed.err
-    assert "data-parallel rank; phi 0." in printed.out
+    code, out, err = moepp("train", path, f"data.path={tmp_path}", "--nproc", cards, "--dry-run")
+    assert code == 0, err
+    assert "data-parallel rank; phi 0." in out
 
 
 NEEDS_TE = pytest.mark.skipif(
@@ -172,27 +173,27 @@ LACKING = [
 
 @pytest.mark.parametrize(("text", "said"), LACKING)
 def test_what_this_machine_lacks_is_refused_here_and_planned_elsewhere(
-    command, capsys, monkeypatch, text, said
+    command, dry_run, monkeypatch, text, said
 ):
     monkeypatch.setattr("moepp_megatron.runtime.fit.have_triton", lambda: False)
-    assert command(text, 2, "--dry-run") == 0
-    assert command(text, 2) == 3
-    assert said in capsys.readouterr().err
+    dry_run(text, 2)
+    code, _, err = command(text, 2)
+    assert code == 3
+    assert said in err
 
 
-def test_what_a_start_would_say_of_the_data_is_said(command, monkeypatch, capsys):
+def test_what_a_start_would_say_of_the_data_is_said(command, monkeypatch):
     monkeypatch.setattr(
         "moepp_megatron.data.prepared_data.check_data", lambda config, whole_index: ["of the data"]
     )
-    assert command("data.path=x", 1, "--dry-run") == 0
-    assert "warning: of the data\n" in capsys.readouterr().err
+    code, _, err = command("data.path=x", 1, "--dry-run")
+    assert code == 0
+    assert "warning: of the data\n" in err
 
 
-def test_grid_and_stages_are_printed(command, capsys):
-    assert command("pp=2 stages=E|tt|t|tL ep=2 tp=2 sp=true", 8, "--dry-run") == 0
-    rows = [
-        re.findall(r"[^\s\u2500-\u257f]+", line) for line in capsys.readouterr().out.splitlines()
-    ]
+def test_grid_and_stages_are_printed(dry_run):
+    out = dry_run("pp=2 stages=E|tt|t|tL ep=2 tp=2 sp=true", 8)
+    rows = [re.findall(r"[^\s\u2500-\u257f]+", line) for line in out.splitlines()]
     # Rank 5 of 8: second tensor rank of the second stage's first replica.
     assert ["5", "1", "0", "0", "1", "0", "1", "0"] in rows
     stages = {row[0]: row for row in rows if len(row) > 2 and row[0] in "01" and "|" in row}
@@ -205,16 +206,13 @@ H100 = "precision.dtype=bf16"
 
 @pytest.mark.parametrize("columns", ["", "40", "80"])
 @pytest.mark.parametrize("terminal", [False, True], ids=["pipe", "terminal"])
-def test_nothing_is_cut_in_a_pipe_or_a_narrow_terminal(
-    command, capsys, monkeypatch, columns, terminal
-):
+def test_nothing_is_cut_in_a_pipe_or_a_narrow_terminal(dry_run, monkeypatch, columns, terminal):
     """Millions with all digits; off a terminal rich takes 80 columns, or those of COLUMNS."""
     monkeypatch.setenv("COLUMNS", columns)
     if terminal:
         monkeypatch.setenv("FORCE_COLOR", "1")
     big = "model.vocab_size=512000 model.hidden_size=8192 model.num_layers=64 pp=16 vpp=4"
-    assert command(f"{big} {H100}", 16, "--dry-run") == 0
-    out = re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out)
+    out = re.sub(r"\x1b\[[0-9;]*m", "", dry_run(f"{big} {H100}", 16))
     assert "\u2026" not in out
     # Two matrices [512000, 8192].
     assert re.search(r"^embedding +8,388,608,000$", out, re.MULTILINE)
@@ -231,10 +229,9 @@ def _rows(out, head):
     return rows[: next(i for i, row in enumerate(rows) if not row or not row[0][0].isdigit())]
 
 
-def test_memory_is_that_of_the_card_it_is_meant_for(command, capsys):
+def test_memory_is_that_of_the_card_it_is_meant_for(dry_run):
     """bf16: an H100's, with what `moepp plan` adds; fp32 without a card: a CPU's."""
-    assert command(f"{H100} model.hidden_size=4096 model.num_layers=8", 1, "--dry-run") == 0
-    out = capsys.readouterr().out
+    out = dry_run(f"{H100} model.hidden_size=4096 model.num_layers=8")
     assert "Memory of a rank on h100_sxm (assumed for precision.dtype bf16" in out
     (row,) = _rows(out, "stage weights")
     assert "sum, GiB" in out
@@ -242,8 +239,7 @@ def test_memory_is_that_of_the_card_it_is_meant_for(command, capsys):
     # Two numbers of two decimals, and 4 GiB for libraries.
     assert float(needed[1]) == pytest.approx(float(row[-1]) + 4.0, abs=0.011)
 
-    assert command("", 1, "--dry-run") == 0
-    out = capsys.readouterr().out
+    out = dry_run("")
     assert "Memory of a rank on this machine's CPU" in out
     assert "sum, MiB" in out
     assert "activations are not estimated on a CPU; --gpu NAME" in out
@@ -254,10 +250,9 @@ def test_memory_is_that_of_the_card_it_is_meant_for(command, capsys):
     assert whole == pytest.approx(4 * weights, abs=0.25)
 
 
-def test_what_does_not_fit_is_said(command, capsys):
+def test_what_does_not_fit_is_said(dry_run):
     large = f"{H100} model.hidden_size=8192 model.ffn_hidden_size=28672 model.num_layers=32"
-    assert command(large, 1, "--dry-run") == 0
-    out = capsys.readouterr().out
+    out = dry_run(large)
     needed = float(re.search(r"fullest rank: ([\d.,]+) GiB", out)[1].replace(",", ""))
     assert "DOES NOT FIT 79.65 GiB less 2%" in out
     assert needed > 79.65
@@ -273,12 +268,11 @@ def test_what_does_not_fit_is_said(command, capsys):
         ("telemetry.hardware=a100_sxm", ("--gpu", "h200"), "h200 (--gpu)"),
     ],
 )
-def test_the_card_is_what_was_asked_for(command, capsys, settings, options, device):
-    assert command(settings, 1, "--dry-run", *options) == 0
-    assert f"Memory of a rank on {device}" in capsys.readouterr().out
+def test_the_card_is_what_was_asked_for(dry_run, settings, options, device):
+    assert f"Memory of a rank on {device}" in dry_run(settings, 1, *options)
 
 
-def test_the_card_here_comes_before_what_is_assumed(command, capsys, monkeypatch):
+def test_the_card_here_comes_before_what_is_assumed(dry_run, monkeypatch):
     """One in `configs/hardware`, and one that nobody has described."""
     from moepp_megatron.cli import memory_fit
     from tests.unit.tools.doctor.fake_nvml import FakeNvml, answers
@@ -287,25 +281,24 @@ def test_the_card_here_comes_before_what_is_assumed(command, capsys, monkeypatch
         return lambda: Nvml(FakeNvml(answers(nvmlDeviceGetName=name)))
 
     monkeypatch.setattr(memory_fit, "Nvml", session("NVIDIA H200"))
-    assert command(H100, 1, "--dry-run") == 0
-    assert "on h200 (the GPU here)" in capsys.readouterr().out
+    assert "on h200 (the GPU here)" in dry_run(H100)
     monkeypatch.setattr(memory_fit, "Nvml", session("Some New Card"))
-    assert command(H100, 1, "--dry-run") == 0
-    out = capsys.readouterr().out
-    assert "the memory of Some New Card is not known" in out
+    assert "the memory of Some New Card is not known" in dry_run(H100)
 
 
-def test_a_card_is_asked_for_only_where_nothing_runs(command, capsys):
-    assert command("", 1, "--gpu", "h200") == 2
-    assert "--gpu (h200) must come with --dry-run" in capsys.readouterr().err
-    assert command("", 1, "--dry-run", "--gpu", "h900") == 2
-    assert "hardware (h900) must be a known name" in capsys.readouterr().err
+def test_a_card_is_asked_for_only_where_nothing_runs(command):
+    for options, said in (
+        (["--gpu", "h200"], "--gpu (h200) must come with --dry-run"),
+        (["--dry-run", "--gpu", "h900"], "hardware (h900) must be a known name"),
+    ):
+        code, _, err = command("", 1, *options)
+        assert code == 2
+        assert said in err
 
 
 @pytest.mark.parametrize(("ranks", "rows"), [(1, 1), (16, 16), (32, 14), (1024, 14)])
-def test_long_grids_are_abbreviated(command, capsys, ranks, rows):
-    assert command("training.global_batch_size=1024", ranks, "--dry-run") == 0
-    out = capsys.readouterr().out
+def test_long_grids_are_abbreviated(dry_run, ranks, rows):
+    out = dry_run("training.global_batch_size=1024", ranks)
     grid = _rows(out, "rank tp")
     assert [row[0] for row in grid] == [str(rank) for rank in range(rows)]
     if ranks > rows:
@@ -314,10 +307,10 @@ def test_long_grids_are_abbreviated(command, capsys, ranks, rows):
         assert rest[after + 1][0] == str(ranks - 1)
 
 
-def test_the_schedule_is_said(command, capsys):
+def test_the_schedule_is_said(dry_run):
     wsd = "optimizer.warmup_iters=10 optimizer.decay_style=WSD optimizer.wsd_decay_iters=20"
-    assert command(f"{wsd} training.batch_ramp=[[0,8],[81920,16]]", 2, "--dry-run") == 0
-    *_, title, rates, sizes = capsys.readouterr().out.splitlines()
+    shown = dry_run(f"{wsd} training.batch_ramp=[[0,8],[81920,16]]", 2)
+    *_, title, rates, sizes = shown.splitlines()
     assert title == "Schedule (optimizer.decay_style WSD)"
     assert rates.startswith("learning rate  0.0001 at step 1, 0.001 at step 10, 0.001 at step 25, ")
     assert rates.endswith(", 0.001 at step 75, 0 at step 100")

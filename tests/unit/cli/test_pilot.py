@@ -1,29 +1,20 @@
 """`moepp pilot` before its first run, as a user calls it."""
 
-import sys
+from functools import partial
 
 import pytest
 
-from moepp_megatron.cli import main
 from moepp_megatron.tools.experiments import runner
 from moepp_megatron.tools.experiments.runner import Interrupted, RunFailed
 from tests.unit.tools.experiments.pilot.synthetic import config_of
 
 
 @pytest.fixture
-def pilot(tmp_path, monkeypatch):
-    """Runs `moepp pilot` on a tiny configuration in this process; returns the exit code."""
+def pilot(tmp_path, moepp):
+    """Runs `moepp pilot` on a tiny configuration: exit code, stdout and stderr."""
     config = tmp_path / "tiny.yaml"
     config.write_text(config_of().to_yaml())
-
-    def run(*options):
-        words = ["moepp", "pilot", str(config), "--out", str(tmp_path / "out"), *options]
-        monkeypatch.setattr(sys, "argv", words)
-        with pytest.raises(SystemExit) as ended:
-            main.run()
-        return ended.value.code  # type: ignore[return-value]
-
-    return run
+    return partial(moepp, "pilot", config, "--out", tmp_path / "out")
 
 
 @pytest.mark.parametrize(
@@ -39,47 +30,49 @@ def pilot(tmp_path, monkeypatch):
         ),
     ],
 )
-def test_everything_is_refused_before_the_first_run(pilot, tmp_path, capsys, options, said):
-    assert pilot(*options) == 2
-    error = capsys.readouterr().err
+def test_everything_is_refused_before_the_first_run(pilot, tmp_path, options, said):
+    code, _, error = pilot(*options)
+    assert code == 2
     assert said in error
     assert "Traceback" not in error
     assert not (tmp_path / "out").exists()
 
 
-def test_folder_of_a_training_run_is_refused(pilot, tmp_path, capsys):
+def test_folder_of_a_training_run_is_refused(pilot, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
     (out / "metrics.jsonl").write_text("records")
-    assert pilot("--collect") == 2
-    assert capsys.readouterr().err.endswith(
+    code, _, error = pilot("--collect")
+    assert code == 2
+    assert error.endswith(
         f"error: --out ({out}) must not be the folder of a training run, but holds metrics.jsonl; "
         "choose another\n"
     )
     assert [path.name for path in out.iterdir()] == ["metrics.jsonl"]
 
 
-def test_collect_leaves_a_configuration_for_every_run(pilot, tmp_path, capsys):
-    assert pilot("--collect", "--seeds", "2") == 0
+def test_collect_leaves_a_configuration_for_every_run(pilot, tmp_path):
+    code, out, err = pilot("--collect", "--seeds", "2")
+    assert code == 0
     names = sorted(file.stem for file in (tmp_path / "out/configs").iterdir())
     # Vanilla, MoE++ and the short one.
     assert len(names) == 6
     assert "moepp-seed-7" in names
-    shown = capsys.readouterr()
-    assert shown.out.startswith("2 seeds of 5 models, vanilla for 120 steps (9,600 tokens)")
-    assert "6 runs and sessions are missing: start them where the models train" in shown.err
+    assert out.startswith("2 seeds of 5 models, vanilla for 120 steps (9,600 tokens)")
+    assert "6 runs and sessions are missing: start them where the models train" in err
     file = tmp_path / "out/configs/moepp-seed-7.yaml"
-    assert f"  moepp train {file} --nproc 1\n" in shown.err
-    assert "no seed is finished by every model yet" in shown.err
+    assert f"  moepp train {file} --nproc 1\n" in err
+    assert "no seed is finished by every model yet" in err
     assert not (tmp_path / "out/pilot.json").exists()
 
 
 @pytest.mark.parametrize(("error", "status"), [(Interrupted(), 75), (RunFailed("run x failed"), 1)])
-def test_exit_codes(pilot, monkeypatch, capsys, error, status):
+def test_exit_codes(pilot, monkeypatch, error, status):
     def ends(*_, **__):
         raise error
 
     monkeypatch.setattr(runner, "run_trial", ends)
     monkeypatch.setattr("moepp_megatron.data.prepared_data.check_data", lambda config: [])
-    assert pilot("--steps", "8") == status
-    assert str(error) in capsys.readouterr().err
+    code, _, told = pilot("--steps", "8")
+    assert code == status
+    assert str(error) in told

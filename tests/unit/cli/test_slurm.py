@@ -19,7 +19,7 @@ from tests.unit.data.letters import prepare_letters
 
 CONTENT = settings(
     run={"dir": "runs/test"},
-    model={"vocab_size": 512},
+    model={"vocab_size": 257},
     training={"global_batch_size": 96, "micro_batch_size": 1},
 )
 NASTY = [

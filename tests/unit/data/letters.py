@@ -5,6 +5,7 @@ import json
 import numpy as np
 
 from moepp_megatron.data.prepare import PrepareSettings, prepare
+from moepp_megatron.runtime.terminal import Console
 
 # Without merges: a token is a letter.
 SETTINGS = PrepareSettings(vocab_size=257, workers=1)
@@ -25,5 +26,5 @@ def prepare_letters(folder, name, **letters):
         f"{source}={write_letters(folder / f'{name}-{source}.jsonl', letter)}"
         for source, letter in letters.items()
     ]
-    prepare(given, folder / name, SETTINGS)
+    prepare(given, folder / name, SETTINGS, Console(quiet=True))
     return folder / name
