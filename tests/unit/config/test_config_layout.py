@@ -123,8 +123,13 @@ def tiny(minimal, *overrides):
     )
 
 
-def test_parameters_by_hand(minimal):
-    counts = count_parameters(tiny(minimal))
+@pytest.fixture
+def counted(minimal):
+    return lambda *overrides: count_parameters(tiny(minimal, *overrides))
+
+
+def test_parameters_by_hand(counted):
+    counts = counted()
     assert counts.embedding == 2 * 10 * 8
     assert counts.attention == 2 * (4 * 8 * 8)
     assert counts.norms == 5 * 8
@@ -138,45 +143,43 @@ def test_parameters_by_hand(minimal):
     assert counts.active == round(160 + 512 + 40 + 105 + 2 * (2 / 3 * 384) + 48 * (4 / 3) / 3)
 
 
-def test_parameters_of_the_variants(minimal):
-    plain = count_parameters(tiny(minimal))
-    assert count_parameters(tiny(minimal, "model.tie_embeddings=true")).embedding == 80
-    grouped = count_parameters(tiny(minimal, "model.num_query_groups=1"))
+def test_parameters_of_the_variants(counted):
+    plain = counted()
+    assert counted("model.tie_embeddings=true").embedding == 80
+    grouped = counted("model.num_query_groups=1")
     assert grouped.attention == 2 * (2 * 8 * 8 + 2 * 4 * 8)
-    wide = count_parameters(tiny(minimal, "model.kv_channels=6"))
+    wide = counted("model.kv_channels=6")
     assert wide.attention == 2 * (4 * 12 * 8)
-    normed = count_parameters(tiny(minimal, "model.qk_layernorm=true"))
+    normed = counted("model.qk_layernorm=true")
     assert normed.attention == plain.attention + 2 * 2 * 4
     spanning = ["model.qk_layernorm=true", "model.qk_layernorm_scope=all_heads"]
-    spans = count_parameters(tiny(minimal, "model.num_query_groups=1", *spanning))
+    spans = counted("model.num_query_groups=1", *spanning)
     assert spans.attention == grouped.attention + 2 * (8 + 4)
-    assert count_parameters(tiny(minimal, "moe.gating_residual=false")).router == 2 * 5 * 8
-    two_layer = count_parameters(tiny(minimal, "moe.two_layer_gate=true"))
+    assert counted("moe.gating_residual=false").router == 2 * 5 * 8
+    two_layer = counted("moe.two_layer_gate=true")
     assert two_layer.router == 2 * (40 * 8 + 5 * 40) + 25
-    one_v = count_parameters(tiny(minimal, "moe.constants_shared=true"))
+    one_v = counted("moe.constants_shared=true")
     assert one_v.zero_computation_experts == plain.zero_computation_experts - 8
     assert one_v.active == plain.active
-    shared = count_parameters(tiny(minimal, "moe.shared_expert_ffn_hidden_size=4"))
+    shared = counted("moe.shared_expert_ffn_hidden_size=4")
     assert shared.shared_experts == 2 * 3 * 8 * 4
-    gated = count_parameters(
-        tiny(minimal, "moe.shared_expert_ffn_hidden_size=4", "moe.shared_expert_gate=true")
-    )
+    gated = counted("moe.shared_expert_ffn_hidden_size=4", "moe.shared_expert_gate=true")
     assert gated.shared_experts == 2 * (3 * 8 * 4 + 8)
-    biased = count_parameters(tiny(minimal, "model.num_query_groups=1", "model.qkv_bias=true"))
+    biased = counted("model.num_query_groups=1", "model.qkv_bias=true")
     assert biased.attention == grouped.attention + 2 * (8 + 2 * 4)
-    narrow = count_parameters(tiny(minimal, "moe.ffn_hidden_size=10"))
+    narrow = counted("moe.ffn_hidden_size=10")
     assert narrow.per_ffn_expert == 3 * 8 * 10
-    mixed = count_parameters(tiny(minimal, "moe.layer_freq=2"))
+    mixed = counted("moe.layer_freq=2")
     assert mixed.dense_ffn == 3 * 8 * 16
     assert mixed.ffn_experts == 2 * 384
     assert mixed.router == 5 * 8  # a single MoE layer has no residual
-    further = count_parameters(tiny(minimal, "model.mtp_num_layers=2"))
+    further = counted("model.mtp_num_layers=2")
     assert further.mtp_parameters == 2 * (3 * 8 + 8 * 16)
     assert further.attention == 2 * plain.attention
     assert further.router == plain.router + 2 * (5 * 8 + 5 * 5)
     assert further.ffn_experts == 2 * plain.ffn_experts
     assert further.embedding == plain.embedding
-    dense = count_parameters(tiny(minimal, "model.mtp_num_layers=1", "moe.layer_freq=2"))
+    dense = counted("model.mtp_num_layers=1", "moe.layer_freq=2")
     assert dense.dense_ffn == 2 * mixed.dense_ffn  # of the last decoder layer's kind
 
 

@@ -4,9 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from typer.testing import CliRunner
 
-from moepp_megatron.cli.data import app
 from moepp_megatron.config.blends import Folder
 from moepp_megatron.data.manifest import Manifest
 from moepp_megatron.data.verify import check_start, read_manifest, verify
@@ -50,18 +48,18 @@ def spoil_token(folder, document, offset, value):
     change_bytes(folder / "corpus.bin", 2 * place, np.uint16(value).tobytes())
 
 
-def test_intact_folder(folder):
+def test_intact_folder(folder, moepp):
     read = []
     manifest = Manifest.read(folder)
     states = verify(folder, manifest, read.append)
     assert all(state.compared and not state.problem for state in states)
     assert sum(read) == sum(manifest.files.values())
     check_start(Folder("DIR", folder), manifest, whole_index=True)
-    result = CliRunner().invoke(app, ["verify", str(folder)])
-    assert result.exit_code == 0, result.output
-    assert "intact, 60 documents" in result.stdout
-    assert "verify: " in result.stdout, "progress"
-    assert "no hashes" not in result.stdout
+    code, out, err = moepp("data", "verify", folder)
+    assert code == 0, err
+    assert "intact, 60 documents" in out
+    assert "verify: " in out, "progress"
+    assert "no hashes" not in out
 
 
 @pytest.mark.parametrize("name", ["corpus.bin", "corpus.idx", "tokenizer.json"])
@@ -89,14 +87,14 @@ def test_token_outside_of_the_vocabulary_is_named_by_document_and_place(folder, 
         (folder / "corpus.bin").write_bytes(before)
 
 
-def test_folder_of_an_earlier_version_is_checked_as_far_as_possible(folder):
+def test_folder_of_an_earlier_version_is_checked_as_far_as_possible(folder, moepp):
     manifest = json.loads((folder / "manifest.json").read_text())
     for name in ("sha256", "split"):
         del manifest[name]
     (folder / "manifest.json").write_text(json.dumps(manifest))
-    result = CliRunner().invoke(app, ["verify", str(folder)])
-    assert result.exit_code == 0, result.output
-    assert "no hashes: an earlier version" in result.stdout
+    code, out, err = moepp("data", "verify", folder)
+    assert code == 0, err
+    assert "no hashes: an earlier version" in out
     spoil_token(folder, 3, 1, VOCAB_SIZE)
     assert problems(folder) == {
         "corpus.bin": f"token 1 of document 3 is {VOCAB_SIZE}, outside of the vocabulary "

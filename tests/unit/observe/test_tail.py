@@ -29,8 +29,7 @@ def append(path, text):
         file.write(text)
 
 
-def test_lines_come_once_and_whole(tmp_path):
-    path = tmp_path / "file"
+def test_lines_come_once_and_whole(path):
     reader = Tail(path)
     assert look(reader) == (False, [])
     assert reader.mtime is None
@@ -42,9 +41,8 @@ def test_lines_come_once_and_whole(tmp_path):
     assert reader.mtime
 
 
-def test_a_cut_half_line_is_not_seen(tmp_path):
+def test_a_cut_half_line_is_not_seen(path):
     """A full disk leaves half a line, which its writer takes back."""
-    path = tmp_path / "file"
     reader = Tail(path)
     append(path, "one\ntw")
     assert look(reader) == (False, [b"one"])
@@ -54,8 +52,7 @@ def test_a_cut_half_line_is_not_seen(tmp_path):
 
 
 @pytest.mark.parametrize("content", ["", "one\n", "one\nnew\n", "ONE\ntwo\nmore\n"])
-def test_a_file_cut_or_changed_in_place_starts_over(tmp_path, content):
-    path = tmp_path / "file"
+def test_a_file_cut_or_changed_in_place_starts_over(path, content):
     path.write_text("one\ntwo\n")
     reader = Tail(path)
     look(reader)
@@ -67,8 +64,8 @@ def test_a_file_cut_or_changed_in_place_starts_over(tmp_path, content):
     assert look(reader) == (False, [b"next"])
 
 
-def test_a_replaced_or_removed_file_starts_over(tmp_path):
-    path, other = tmp_path / "file", tmp_path / "other"
+def test_a_replaced_or_removed_file_starts_over(path):
+    other = path.with_name("other")
     path.write_text("one\ntwo\n")
     reader = Tail(path)
     look(reader)
@@ -80,8 +77,7 @@ def test_a_replaced_or_removed_file_starts_over(tmp_path):
     assert look(reader) == (False, [])
 
 
-def test_only_new_bytes_are_read(tmp_path, monkeypatch):
-    path = tmp_path / "file"
+def test_only_new_bytes_are_read(path, monkeypatch):
     path.write_text("x" * 100_000 + "\n")
     reader = Tail(path)
     look(reader)

@@ -3,11 +3,9 @@
 import json
 
 import pytest
-from typer.testing import CliRunner
 
-from moepp_megatron.cli.main import app
-from moepp_megatron.config import ConfigError, UnfitError
-from tests.commands import moepp
+from moepp_megatron.config import UnfitError
+from tests import commands
 
 
 def test_layer_prints_tables_and_writes_json(tmp_path):
@@ -15,7 +13,7 @@ def test_layer_prints_tables_and_writes_json(tmp_path):
     command = ["bench", "layer"]
     command += ["--shapes", "0.6B", "--taus", "0.5", "--tokens", "32", "--rounds", "1"]
     command += ["--json", str(tmp_path / "r.json")]
-    done = moepp(*command)
+    done = commands.moepp(*command)
     assert done.returncode == 0, done.stderr[-2000:]
     records = json.loads((tmp_path / "r.json").read_text())
     assert [record["pass"] for record in records] == ["forward", "forward_backward"]
@@ -53,13 +51,13 @@ def test_layer_prints_tables_and_writes_json(tmp_path):
         (["layer", "--shapes", ","], "--shapes (',') must name at least one"),
     ],
 )
-def test_wrong_usage(arguments, message):
-    result = CliRunner().invoke(app, ["bench", *arguments])
-    assert isinstance(result.exception, ConfigError)
-    assert message in str(result.exception)
+def test_wrong_usage(arguments, message, moepp):
+    code, _, err = moepp("bench", *arguments)
+    assert code == 2
+    assert message in err
 
 
-def test_fp8_is_refused_with_the_reason_where_it_cannot_run(monkeypatch):
+def test_fp8_is_refused_with_the_reason_where_it_cannot_run(monkeypatch, moepp):
     from moepp_megatron.runtime.fit import FP8Machine
 
     for machine, reason in (
@@ -67,10 +65,8 @@ def test_fp8_is_refused_with_the_reason_where_it_cannot_run(monkeypatch):
         (FP8Machine((2, 20, 0), (8, 0), (13, 0)), "compute capability 8.9, not 8.0"),
     ):
         monkeypatch.setattr(FP8Machine, "this", classmethod(lambda cls, found=machine: found))
-        result = CliRunner().invoke(app, ["bench", "layer", "--dtype", "fp8"])
-        assert isinstance(result.exception, UnfitError)
-        assert result.exception.exit_code == 3
-        message = str(result.exception)
-        assert message.startswith("--dtype (fp8) cannot be measured here: ")
-        assert reason in message
-        assert message.endswith("; use bf16")
+        code, _, err = moepp("bench", "layer", "--dtype", "fp8")
+        assert code == UnfitError.exit_code
+        assert err.startswith("error: --dtype (fp8) cannot be measured here: ")
+        assert reason in err
+        assert err.endswith("; use bf16\n")

@@ -177,7 +177,7 @@ class FakeRanks:
 def run(tmp_path, monkeypatch):
     """`run(fails)` calls `moepp scale`; returns the result and the points that were started."""
 
-    def call(fails=lambda name: None, *arguments):
+    def call(*arguments, fails=lambda name: None):
         ranks = FakeRanks(fails)
         monkeypatch.setattr("moepp_megatron.tools.experiments.runner.run_ranks", ranks)
         return scale(tmp_path, "--nproc", "1,2,4", *arguments), ranks.started
@@ -188,7 +188,7 @@ def run(tmp_path, monkeypatch):
 @pytest.mark.usefixtures("unrendered")
 def test_failed_point_is_recorded_and_only_it_is_measured_again(run, tmp_path):
     cursed = "n2_tp1-pp1-cp1-ep2-etp1_b32"
-    result, started = run(lambda name: 1 if name == cursed else None)
+    result, started = run(fails=lambda name: 1 if name == cursed else None)
     assert result.exit_code == 1, result.output
     assert len(started) == 5, "the others went on"
     assert f"{cursed} failed: RuntimeError: {cursed} is cursed; see" in result.output
@@ -210,12 +210,12 @@ def test_failed_point_is_recorded_and_only_it_is_measured_again(run, tmp_path):
     page = (tmp_path / "scaling.html").read_text()
     assert cursed not in page
 
-    result, _ = run(lambda name: None, "--plan")
+    result, _ = run("--plan")
     assert result.output == "", "nothing is left"
 
 
 def test_interrupted_point_is_neither_finished_nor_failed(run, tmp_path):
-    result, started = run(lambda name: 130 if name.startswith("n2") else None)
+    result, started = run(fails=lambda name: 130 if name.startswith("n2") else None)
     assert result.exit_code == 130
     assert [name[:2] for name in started] == ["n1", "n2"], "nothing after it was started"
     assert [path.name[:2] for path in (tmp_path / "points").iterdir()] == ["n1"]
@@ -230,10 +230,10 @@ def test_two_commands_in_one_folder(run, tmp_path):
     def meanwhile(name):
         if not seen:
             for held, arguments in ((tmp_path.name, ()), (name, ("--point", name))):
-                result, ranks = run(lambda name: None, *arguments)
+                result, ranks = run(*arguments)
                 seen.append((held, result, list(ranks)))
 
-    result, _ = run(meanwhile)
+    result, _ = run(fails=meanwhile)
     assert result.exit_code == 0, result.output
     assert len(list((tmp_path / "points").iterdir())) == 5
     for held, second, ranks in seen:
@@ -243,14 +243,14 @@ def test_two_commands_in_one_folder(run, tmp_path):
 
 
 def test_batch_jobs_do_other_points_of_one_folder(run):
-    names = run(lambda name: None, "--plan")[0].output.split()[::2]
+    names = run("--plan")[0].output.split()[::2]
     seen = []
 
     def meanwhile(name):
         if name == names[0]:
-            seen.append(run(lambda name: None, "--point", names[1]))
+            seen.append(run("--point", names[1]))
 
-    assert run(meanwhile, "--point", names[0])[0].exit_code == 0
+    assert run("--point", names[0], fails=meanwhile)[0].exit_code == 0
     ((second, started),) = seen
     assert second.exit_code == 0, second.output
     assert started == [names[1]]
@@ -258,11 +258,11 @@ def test_batch_jobs_do_other_points_of_one_folder(run):
 
 def test_half_written_point_is_measured_again(run, tmp_path):
     name = "n1_tp1-pp1-cp1-ep1-etp1_b16"
-    run(lambda name: None, "--point", name)
-    assert name not in run(lambda name: None, "--plan")[0].output
+    run("--point", name)
+    assert name not in run("--plan")[0].output
     path = tmp_path / "points" / f"{name}.json"
     path.write_text(path.read_text()[:40])
-    assert f"{name} 1\n" in run(lambda name: None, "--plan")[0].output
+    assert f"{name} 1\n" in run("--plan")[0].output
 
 
 def test_records_and_page_of_a_whole_test(run, tmp_path):
@@ -286,16 +286,16 @@ def test_records_and_page_of_a_whole_test(run, tmp_path):
 
 @pytest.mark.usefixtures("unrendered")
 def test_plan_and_collect_for_batch_scripts(run):
-    result, started = run(lambda name: None, "--plan")
+    result, started = run("--plan")
     assert started == []
     lines = result.output.splitlines()
     assert lines[0] == "n1_tp1-pp1-cp1-ep1-etp1_b16 1"
     assert len(lines) == 5
-    result, started = run(lambda name: None, "--point", lines[0].split()[0])
+    result, started = run("--point", lines[0].split()[0])
     assert (result.exit_code, started) == (0, [lines[0].split()[0]])
-    result, started = run(lambda name: None, "--plan")
+    result, started = run("--plan")
     assert len(result.output.splitlines()) == 4
-    result, started = run(lambda name: None, "--collect")
+    result, started = run("--collect")
     assert (result.exit_code, started) == (0, [])
     assert "scaling.html" in result.output
 

@@ -21,6 +21,10 @@ def polled(run, after_s=0.0):
     return live
 
 
+def steps(live):
+    return [record.step for record in live.history.recent]
+
+
 def set_status(run, state="running", **changes):
     StatusSink(run)
     status = RunStatus.read(run)
@@ -34,17 +38,17 @@ def test_records_are_read_as_they_come(make_run):
     (run / "metrics.jsonl").write_text("")
     append(run, *records[:3])
     live = polled(run)
-    assert [r.step for r in live.history.recent] == [1, 2, 3]
+    assert steps(live) == [1, 2, 3]
     line = json.dumps(records[3])
     with (run / "metrics.jsonl").open("a") as file:
         file.write(line[:50])
     live.poll()
-    assert [r.step for r in live.history.recent] == [1, 2, 3]
+    assert steps(live) == [1, 2, 3]
     with (run / "metrics.jsonl").open("a") as file:
         file.write(line[50:] + "\nnot a record\n")
     append(run, records[4])
     live.poll()
-    assert [r.step for r in live.history.recent] == [1, 2, 3, 4, 5]
+    assert steps(live) == [1, 2, 3, 4, 5]
     assert [r.loss for r in live.history.recent] == [record["loss"] for record in records[:5]]
     assert live.damaged_lines == 1
 
@@ -56,12 +60,12 @@ def test_a_resumed_run_goes_on_from_its_checkpoint(make_run):
     sink = JsonlSink(run / "metrics.jsonl", resume_step=4)
     sink.write(StepMetrics(**(records[3] | {"loss": 1.0})))
     live.poll()
-    assert [r.step for r in live.history.recent] == [1, 2, 3, 4]
+    assert steps(live) == [1, 2, 3, 4]
     assert live.history.newest.loss == 1.0
     # A rollback within a process takes steps again without rewriting the file.
     append(run, records[2] | {"loss": 2.0})
     live.poll()
-    assert [r.step for r in live.history.recent] == [1, 2, 3]
+    assert steps(live) == [1, 2, 3]
     assert live.history.newest.loss == 2.0
     sink.close()
 
