@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -411,14 +412,23 @@ def test_templates_that_cannot_be_used(name, make, tmp_path):
         make([{"messages": chat(2)}], template=file)
 
 
-def test_a_template_may_mark_answers_and_be_one_of_several(tokenizer_folder, tmp_path):
-    (tmp_path / "tokenizer.json").write_bytes((tokenizer_folder / "tokenizer.json").read_bytes())
+@pytest.fixture
+def described(tokenizer_folder, tmp_path):
+    """A tokenizer's folder with these settings; returns its template."""
+
+    def of(**config):
+        shutil.copy(tokenizer_folder / "tokenizer.json", tmp_path)
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+        return ChatTemplate.find(tmp_path, Tokenizer.load(tmp_path), None)
+
+    return of
+
+
+def test_a_template_may_mark_answers_and_be_one_of_several(described, tmp_path):
     marked = "{% for m in messages %}{% generation %}{{ m.content }}{{ eos_token }}"
     marked += "{% endgeneration %}{% endfor %}"
     several = [{"name": "tools", "template": "no"}, {"name": "default", "template": marked}]
-    config = {"eos_token": {"content": "<|im_end|>"}, "chat_template": several}
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
-    template = ChatTemplate.find(tmp_path, Tokenizer.load(tmp_path), None)
+    template = described(eos_token={"content": "<|im_end|>"}, chat_template=several)
     messages = [turn("user", "a"), turn("assistant", "b")]
     assert template.render(messages) == "a<|im_end|>b<|im_end|>"
     assert template.text == marked
@@ -429,19 +439,15 @@ def test_a_template_may_mark_answers_and_be_one_of_several(tokenizer_folder, tmp
     ]
 
 
-def test_a_template_keeps_the_tokens_that_it_names(tokenizer_folder, tmp_path):
+def test_a_template_keeps_the_tokens_that_it_names(described, tmp_path):
     """Those of a tokenizer_config.json; a prepared folder and a checkpoint have none."""
-    (tmp_path / "tokenizer.json").write_bytes((tokenizer_folder / "tokenizer.json").read_bytes())
     text = "\n{{ bos_token }}{{ eos_token }}{{ messages[0].content }}"
-    config = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "pad_token": "x"}
-    config["chat_template"] = text
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
-    template = ChatTemplate.find(tmp_path, Tokenizer.load(tmp_path), None)
-    assert template.render([turn("user", "a")]) == "\n<|im_start|><|im_end|>a"
+    names = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "pad_token": "x"}
+    template = described(**names, chat_template=text)
     alone = ChatTemplate(template.text, Tokenizer.load(tmp_path), "it")
-    assert alone.render([turn("user", "a")]) == "\n<|im_start|><|im_end|>a"
     other = ChatTemplate.find(tmp_path, Tokenizer.load(tmp_path, "<|im_start|>"), None)
-    assert other.render([turn("user", "a")]) == "\n<|im_start|><|im_end|>a"
+    for each in (template, alone, other):
+        assert each.render([turn("user", "a")]) == "\n<|im_start|><|im_end|>a"
 
 
 def test_prompt_is_a_message(folder):
@@ -478,7 +484,7 @@ def test_sources_and_tokenizers_that_do_not_fit(tokenizer_folder, tmp_path):
     source = write(tmp_path / "chats.txt", [{"messages": chat(2)}])
     with config_error(r"chats.txt must be JSONL .* with --chat"):
         prepared(source, tokenizer_folder, tmp_path / "out")
-    (tmp_path / "tokenizer.json").write_bytes((tokenizer_folder / "tokenizer.json").read_bytes())
+    shutil.copy(tokenizer_folder / "tokenizer.json", tmp_path)
     with config_error("must have a chat template"):
         prepared(
             source.rename(tmp_path / "c.jsonl"), tmp_path, tmp_path / "out", eod_token="<|im_end|>"
@@ -523,9 +529,7 @@ def test_runs_that_would_train_on_something_else(name, folder):
 
 
 def test_every_byte_is_verified(folder, tmp_path):
-    import shutil
-
-    copy = Path(shutil.copytree(folder, tmp_path / "copy"))
+    copy = shutil.copytree(folder, tmp_path / "copy")
     manifest = Manifest.read(copy)
     assert all(s.compared and not s.problem for s in verify(copy, manifest, lambda _: None))
     marks = bytearray((copy / "marks.bin").read_bytes())

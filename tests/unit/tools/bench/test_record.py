@@ -179,14 +179,23 @@ def part_of_the_script(*names, then, settings=""):
     return "\n".join([first, *functions, then])
 
 
+def bash(program, folder, *more):
+    return ["bash", "-c", program, "gpu.sh", str(folder), *more]
+
+
+def started(program, folder):
+    """As a terminal starts it: its errors can be read, and its group be interrupted."""
+    command = bash(program, folder)
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+
+
 def test_an_interrupt_ends_the_part_and_the_script(tmp_path):
     """As a terminal's Ctrl-C, which reaches the script's group and not what `timeout` runs."""
     program = part_of_the_script(
         *("die", "interrupted", "passed", "run"),
         then="trap interrupted INT; run part bash -c 'echo $$ >&2; exec sleep 100'; run next true",
     )
-    command = ["bash", "-c", program, "gpu.sh", str(tmp_path)]
-    script = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    script = started(program, tmp_path)
     part = int(script.stderr.readline())
     os.killpg(script.pid, signal.SIGINT)
     assert script.wait(20) == 130
@@ -202,8 +211,7 @@ def test_an_interrupt_right_after_the_start_of_a_part_ends_it(tmp_path):
     waits = 'wait "$!"'
     assert waits in program
     program = program.replace(waits, f"kill -INT $$; {waits}")
-    command = ["bash", "-c", program, "gpu.sh", str(tmp_path)]
-    script = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    script = started(program, tmp_path)
     # Until everything that writes there has ended, the part too.
     _, errors = script.communicate(timeout=20)
     assert errors == "error: interrupted; the same command continues\n"
@@ -216,9 +224,7 @@ def test_a_part_that_has_passed_is_not_run_again(tmp_path):
     program = part_of_the_script("passed", "run", then=then, settings=settings)
 
     def ran(commit, again="", status=0, choice=""):
-        command = ["bash", "-c", program, "gpu.sh", str(tmp_path), commit, again, str(status)]
-        command += [choice]
-        return int(captured(command).stdout)
+        return int(captured(bash(program, tmp_path, commit, again, str(status), choice)).stdout)
 
     assert ran("abc", status=1) == 1
     assert ran("abc") == 1, "it had failed"
@@ -240,9 +246,8 @@ def test_parts_end_at_the_limit(tmp_path):
     then = 'run quick echo done; run part sleep 60; run next sleep 60; echo "${left[*]}"'
     settings = "limit=8 spare=2 left=()"
     program = part_of_the_script("passed", "run", then=then, settings=settings)
-    command = ["bash", "-c", program, "gpu.sh", str(tmp_path)]
     begin = time.monotonic()
-    done = captured(command)
+    done = captured(bash(program, tmp_path))
     assert time.monotonic() - begin < 9
     assert done.stdout.splitlines()[-2:] == ["left out: --limit is reached", "next"]
     assert (tmp_path / "quick.log").read_text() == "done\n"

@@ -9,8 +9,8 @@ import pytest
 import yaml
 
 from moepp_megatron.experts import ExpertCounts
-from moepp_megatron.observe.alerts import Alert
 from tests.parallel.training_runs import merged
+from tests.unit.observe.conftest import make_alert
 
 CONFIG = {
     "run": {"name": "quickstart", "dir": "runs/quickstart"},
@@ -127,17 +127,13 @@ def _health(rng, layers, topk, loss):
 def alert(step, **changes):
     """A warning of a rule about the third layer, with some fields changed."""
     fields = {
-        "step": step,
         "time": 1.7e9 + step,
-        "rule": "dead_expert",
         "metric": "min_ffn_load",
         "value": 0.0041234,
         "condition": "< 0.01 for 100 steps",
-        "severity": "warning",
-        "action": "warn",
         "layer": 3,
     }
-    return Alert(**fields | changes)
+    return make_alert(step, **fields | changes)
 
 
 def records_of(run):

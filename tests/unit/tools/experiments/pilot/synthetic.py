@@ -3,10 +3,10 @@
 from pathlib import Path
 
 from moepp_megatron.config import parse_config
-from moepp_megatron.observe.metrics import StepMetrics
 from moepp_megatron.tools.experiments.pilot.arms import PilotRun
 from moepp_megatron.tools.experiments.pilot.pilot import Pilot
 from tests.parallel.training_runs import settings
+from tests.unit.observe.conftest import make_record
 
 
 def config_of(**moe):
@@ -23,24 +23,15 @@ def config_of(**moe):
 
 def record(step, **values):
     content = {
-        "step": step,
         "tokens": 80 * step,
         "loss": 5.0 - 0.1 * step,
-        "lr": 1e-3,
-        "grad_norm": 1.0,
-        "step_time_s": 0.5,
-        "tokens_per_s": 160.0,
-        "balance_loss": 1.0,
         "ffn_fraction": 0.6,
         "ffn_per_token": 1.2,
         "expert_share": [0.075] * 8 + [0.1] * 4,
-        "max_ffn_load": 1.0,
-        "dropped_fraction": 0.0,
-        "a2a_bytes": 1000,
         "layer_expert_share": [[0.02] * 4 + [0.13] * 4 + [0.1] * 4] * 2,
         **values,
     }
-    return StepMetrics.model_validate(content)
+    return make_record(step, **content)
 
 
 def pilot_in(path, seeds, config=None, steps=8):
