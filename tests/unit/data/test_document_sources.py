@@ -5,9 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from typer.testing import CliRunner
 
-from moepp_megatron.cli.main import app
 from moepp_megatron.data.datasets import build_datasets
 from moepp_megatron.data.loader import batches
 from moepp_megatron.data.manifest import DOCUMENT_SOURCES, MAX_SOURCES, Manifest
@@ -66,9 +64,9 @@ def test_each_token_has_its_source(sourced, workers):
     assert mixed > 50
 
 
-def test_the_folder_is_reused_verified_and_refused_when_damaged(sourced, tmp_path):
+def test_the_folder_is_reused_verified_and_refused_when_damaged(sourced, tmp_path, moepp):
     assert prepare(write_sources(sourced.parent), sourced, SETTINGS).up_to_date
-    assert CliRunner().invoke(app, ["data", "verify", str(sourced)]).exit_code == 0
+    assert moepp("data", "verify", sourced)[0] == 0
     manifest = Manifest.read(sourced)
     assert manifest.source_names == tuple(LETTERS)
     copy = tmp_path / "data"
@@ -81,18 +79,18 @@ def test_the_folder_is_reused_verified_and_refused_when_damaged(sourced, tmp_pat
     np.save(copy / DOCUMENT_SOURCES, array)
     with config_error(r"sources\.npy does not give each document one of 3"):
         open_training_set(copy, 8)
-    assert CliRunner().invoke(app, ["data", "verify", str(copy)]).exit_code != 0
+    assert moepp("data", "verify", copy)[0] == 2
 
 
-def test_more_sources_than_records_have_room_for(tmp_path):
+def test_more_sources_than_records_have_room_for(tmp_path, moepp):
     given = []
     for index in range(MAX_SOURCES + 1):
         (tmp_path / f"{index}.txt").write_text(f"text {index}")
-        given.append(str(tmp_path / f"{index}.txt"))
-    arguments = ["data", "prepare", *given, "--out", str(tmp_path / "data"), "--vocab-size", "258"]
-    result = CliRunner().invoke(app, [*arguments, "--workers", "1"])
-    assert result.exit_code == 0, result.output
-    assert "data sources: 65, and runs have metrics of 64 at most" in result.output
+        given.append(tmp_path / f"{index}.txt")
+    options = ("--out", tmp_path / "data", "--vocab-size", "258", "--workers", "1")
+    code, out, err = moepp("data", "prepare", *given, *options)
+    assert code == 0, err
+    assert "data sources: 65, and runs have metrics of 64 at most" in out
     assert not (tmp_path / "data" / DOCUMENT_SOURCES).exists()
 
 

@@ -4,11 +4,8 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
 
-from moepp_megatron.cli.main import app
 from moepp_megatron.config.blends import Folder, blends_of, folders_of
-from moepp_megatron.config.errors import ConfigError
 from moepp_megatron.data.datasets import build_datasets
 from moepp_megatron.data.show import Corpus, planned_shares
 from moepp_megatron.data.tokenizer import Tokenizer
@@ -66,21 +63,19 @@ def test_documents_are_the_corpus_s(prepared, tokenizer, texts):
         corpus.document(60)
 
 
-def test_the_command(folders, tmp_path):
+def test_the_command(folders, tmp_path, moepp):
     file = tmp_path / "config.yaml"
     file.write_text(staged(folders).to_yaml())
-    result = CliRunner().invoke(app, ["data", "show", str(file), "training.train_iters=12"])
-    assert result.exit_code == 0, result.output
+    code, out, err = moepp("data", "show", file, "training.train_iters=12")
+    assert code == 0, err
     for text in ("data.blend: steps 1 to 6", "data.stages[0]: steps 7 to 12", "the run: steps 1"):
-        assert text in result.output
-    assert "75.0%" in result.output
-    folder = CliRunner().invoke(app, ["data", "show", str(folders[0]), "--tokens", "5"])
-    assert folder.exit_code == 0, folder.output
-    assert "60 documents" in folder.output
+        assert text in out
+    assert "75.0%" in out
+    code, out, err = moepp("data", "show", folders[0], "--tokens", "5")
+    assert code == 0, err
+    assert "60 documents" in out
     ids = Corpus(Folder("DIR", folders[0])).document(0).tolist()
-    assert Tokenizer.load(folders[0]).decode(ids[:5]) in folder.output
-    assert f"5 of {len(ids)} tokens" in folder.output
-    wrong = CliRunner().invoke(app, ["data", "show", str(folders[0]), "moe.tau=1"])
-    assert isinstance(wrong.exception, ConfigError)
-    missing = CliRunner().invoke(app, ["data", "show", str(tmp_path / "none")])
-    assert "DIR" in str(missing.exception)
+    assert Tokenizer.load(folders[0]).decode(ids[:5]) in out
+    assert f"5 of {len(ids)} tokens" in out
+    assert moepp("data", "show", folders[0], "moe.tau=1")[0] == 2
+    assert "DIR" in moepp("data", "show", tmp_path / "none")[2]
