@@ -132,10 +132,10 @@ def _require_fit(result: Plan) -> None:
     """Refuse a plan without a layout that fits."""
     if result.best is not None:
         return
-    held = min(memory for memory, _ in result.search.misses)
+    need = min(memory for memory, _ in result.search.misses)
     raise ConfigError(
         f"--gpus ({result.world}) must be enough for the model: the smallest layout needs "
-        f"{held / 2**30:.1f} GiB of {result.machine.usable_bytes / 2**30:.1f} on its fullest rank; "
+        f"{need / 2**30:.1f} GiB of {result.machine.usable_bytes / 2**30:.1f} on its fullest rank; "
         "use more GPUs or a GPU with more memory"
     )
 

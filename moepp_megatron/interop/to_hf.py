@@ -149,10 +149,10 @@ def _present_rules(
             continue
         shape = tensors[rule.key][1] if rule.key in tensors else None
         if shape != rule.shape:
-            held = "does not hold it" if shape is None else f"holds {list(shape)}"
+            found = "does not hold it" if shape is None else f"holds {list(shape)}"
             raise ConfigError(
                 f"{reader.folder}: tensor {rule.key} must have shape {list(rule.shape)} by "
-                f"{CONFIG_FILE}, and the checkpoint {held}; copy the checkpoint again"
+                f"{CONFIG_FILE}, and the checkpoint {found}; copy the checkpoint again"
             )
     read = {rule.key for rule in rules}
     left = [key for key in tensors if key not in read and not key.startswith(_NOT_EXPORTED)]

@@ -5,7 +5,7 @@
 
 A graph repeats kernels on fixed addresses; Python code runs only once, at capture. So the cut is
 where the router stops being a function of its tensors: `MoEPPRouter.choose` is in the graph,
-`settle` (losses, capacity limits, statistics) is not. Dispatch to combine is a function of tensors
+`finish` (losses, capacity limits, statistics) is not. Dispatch to combine is a function of tensors
 with static rows alone: else the host reads sizes, and experts get other numbers of tokens each
 time. A pass without static rows replays no graph at all, for a graph expects its inputs where the
 graph before it has left them.

@@ -104,7 +104,7 @@ class MoEPPTransformerLayer(TransformerLayer):
         self, hidden_states: Tensor, normed: Tensor, chosen: Routing
     ) -> tuple[Tensor, Tensor]:
         """Output [s, b, D] and logits of the layer after what a router chose."""
-        routing = self.mlp.router.settle(chosen)
+        routing = self.mlp.router.finish(chosen)
         self.mlp.choose_dispatcher(routing)
         output = self._forward_experts(
             hidden_states,
@@ -123,7 +123,7 @@ class MoEPPTransformerLayer(TransformerLayer):
         routing_map: Tensor,
         mixing_logits: Tensor | None,
     ) -> Tensor:
-        """The layer after `settle`, without counting anything: what a graph captures."""
+        """The layer after `finish`, without counting anything: what a graph captures."""
         routing = Routing(gates, routing_map, None, None, mixing_logits=mixing_logits)
         output = self.mlp.combined_output(normed, routing, counts=False)
         return self.with_residual(output, self._residual(hidden_states))

@@ -202,7 +202,7 @@ class MoEPPLayer(_CountedLayer):
             return self._recomputed_forward(*arguments)
         if chosen is None:
             return self._forward(*arguments)
-        return self._experts(hidden_states, self.router.settle(chosen))
+        return self._experts(hidden_states, self.router.finish(chosen))
 
     def padding_of(self, hidden_states: Tensor, padding_mask: Tensor | None) -> Tensor | None:
         """[s, b] bool, True for padding, of the local tokens; arguments as `forward`."""

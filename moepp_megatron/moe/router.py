@@ -117,7 +117,7 @@ class MoEPPRouter(TopKRouter):
         """
         padded = flat_mask(padding_mask, input)
         chosen = self.choose(input, previous_logits, mixing_weight, padded)
-        return self.settle(chosen, padded, previous_logits, tags)
+        return self.finish(chosen, padded, previous_logits, tags)
 
     def choose(
         self,
@@ -126,7 +126,7 @@ class MoEPPRouter(TopKRouter):
         mixing_weight: Tensor | None = None,
         padded: Tensor | None = None,
     ) -> Routing:
-        """`forward` before `settle`: has no effect but its result, so a graph can hold it."""
+        """`forward` before `finish`: has no effect but its result, so a graph can hold it."""
         logits, mixing_logits = self.compute_logits(input, previous_logits, mixing_weight)
         return self._choose(logits, padded)._replace(mixing_logits=mixing_logits)
 
@@ -226,7 +226,7 @@ class MoEPPRouter(TopKRouter):
             gates [T, E] fp32 and routing map [T, E] bool.
         """
         padded = flat_mask(padding_mask, logits)
-        return self.settle(self._choose(logits, padded), padded)[:2]
+        return self.finish(self._choose(logits, padded), padded)[:2]
 
     def apply_z_loss(self, logits: Tensor, padding_mask: Tensor | None = None) -> Tensor:
         """Like megatron-core's, but with the right mean where ranks have unequal padding.
@@ -267,7 +267,7 @@ class MoEPPRouter(TopKRouter):
             num_sequences = counted_apart[self.moepp.balance_scope]
         return self._select(logits_TE, num_sequences, padded)._replace(logits=logits)
 
-    def settle(
+    def finish(
         self,
         chosen: Routing,
         padded: Tensor | None = None,
@@ -300,13 +300,13 @@ class MoEPPRouter(TopKRouter):
             # What L_b would have equal. megatron-core's `finalize_model_grads` moves the biases
             # by the sign of the mean less each expert's.
             self.local_tokens_per_expert += counts_SE.sum(dim=0) * self.balance_weights
-        settled = chosen._replace(gates=gates_TE, routing_map=routing_map_TE)
+        finished = chosen._replace(gates=gates_TE, routing_map=routing_map_TE)
         residual = None
         if self.residual_weight is not None and previous_logits is not None:
             residual = self.residual_weight, previous_logits
         self.watch.see(
             chosen,
-            settled,
+            finished,
             num_tokens,
             training=self.training,
             bias=self.expert_bias,
@@ -314,7 +314,7 @@ class MoEPPRouter(TopKRouter):
             padded=padded,
             tags=tags,
         )
-        return settled
+        return finished
 
     def _add_residual(self, logits: Tensor, previous: Tensor, weight: Tensor) -> Tensor:
         """`logits + G z_(j-1)`, [s, b, E]; the matrix product adds, so nothing is read twice."""

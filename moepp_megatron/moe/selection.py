@@ -24,7 +24,7 @@ class Routing(NamedTuple):
 
     Attributes:
         gates: [T, E] fp32 weight of every expert's output, 0 where not selected or dropped.
-        routing_map: [T, E] bool selections; after `MoEPPRouter.settle` those within capacity.
+        routing_map: [T, E] bool selections; after `MoEPPRouter.finish` those within capacity.
         counts: [S, E] fp32 selections of each expert in each sequence; None where nothing is
             counted.
         score_sums: [S, E] fp32 scores, each token's divided by their sum, added up over the tokens

@@ -106,7 +106,7 @@ def partial_folder(out: Path, name: str = "--out") -> Iterator[Path]:
         UnfitError: The disk filled up in the block; what was written is removed.
     """
     partial = out.with_name(f".{out.name}.partial")
-    held = _locked(out, partial, name)
+    descriptor = _locked(out, partial, name)
     try:
         for leftover in partial.iterdir():
             if leftover.is_dir() and not leftover.is_symlink():
@@ -117,9 +117,9 @@ def partial_folder(out: Path, name: str = "--out") -> Iterator[Path]:
             yield partial
     finally:
         # After `publish` the name is free, or another run's.
-        if _is_same_folder(partial, held):
+        if _is_same_folder(partial, descriptor):
             shutil.rmtree(partial, ignore_errors=True)
-        os.close(held)
+        os.close(descriptor)
 
 
 @contextmanager

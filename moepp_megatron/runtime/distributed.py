@@ -71,7 +71,7 @@ class Agreement:
 
 
 # A check that ranks make before they compute, from the store, their rank and world size.
-Settle = Callable[[dist.Store, int, int], None]
+RankCheck = Callable[[dist.Store, int, int], None]
 # One a process, since one rank serves it to the others, who may be slower to leave a group.
 _STORES: dict[RankEnvironment, dist.Store] = {}
 # Ranks run the same program, so all count alike.
@@ -81,11 +81,11 @@ _STARTS = itertools.count()
 def start(
     environment: RankEnvironment,
     timeout: timedelta = timedelta(minutes=10),
-    settle: Settle | None = None,
+    check: RankCheck | None = None,
 ) -> torch.device:
     """Choose the device, set threads, join the default process group (NCCL, or gloo on CPUs).
 
-    `settle` is called with the store where several ranks meet, before they have a group.
+    `check` is called with the store where several ranks meet, before they have a group.
     Returns this rank's device. A collective that a rank never joins raises after `timeout`.
     UnfitError if this node has more ranks than GPUs.
     """
@@ -99,8 +99,8 @@ def start(
         limit = f"{timeout.total_seconds():.0f} s at most"
         print(f"waiting for {environment.world_size} ranks, {limit}", file=sys.stderr)
     store = None if dist.is_initialized() else _rendezvous_store(environment, timeout)
-    if settle is not None and store is not None and environment.world_size > 1:
-        settle(store, environment.rank, environment.world_size)
+    if check is not None and store is not None and environment.world_size > 1:
+        check(store, environment.rank, environment.world_size)
     if not os.environ.get("OMP_NUM_THREADS") or (on_cpu and environment.world_size == 1):
         cores = len(os.sched_getaffinity(0))
         torch.set_num_threads(max(1, cores // environment.local_world_size))
@@ -196,7 +196,7 @@ def stop() -> None:
 def initialized(
     environment: RankEnvironment,
     timeout: timedelta = timedelta(minutes=10),
-    settle: Settle | None = None,
+    check: RankCheck | None = None,
 ) -> Iterator[torch.device]:
     """Make this process a rank in the block; arguments and value are those of `start`.
 
@@ -204,7 +204,7 @@ def initialized(
     may abort at its end if threads of a group are left, and the exit code would be lost. After
     any other error they are kept, because other ranks may be in the middle of a collective.
     """
-    device = start(environment, timeout, settle)
+    device = start(environment, timeout, check)
     try:
         yield device
     except (ConfigError, UnfitError) as error:

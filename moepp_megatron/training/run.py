@@ -175,8 +175,8 @@ def _run_rank(request: TrainRequest, say: Say, callbacks: Sequence[object]) -> T
     if config.resilience.hang_timeout_s > 0:
         enable_flight_recorder(folder / "hangs")
     alike = {"--resume": str(request.start.resume), **_must_be_alike(config)}
-    settle = functools.partial(_refuse_unlike, alike=alike)
-    with distributed.initialized(rank, distributed.collective_timeout(config), settle) as device:
+    check = functools.partial(_refuse_unlike, alike=alike)
+    with distributed.initialized(rank, distributed.collective_timeout(config), check) as device:
         if config.run.numa_binding:
             distributed.bind_to_gpu(device)
         # Now, when the device is known: megatron-core compiles some functions on its import, but

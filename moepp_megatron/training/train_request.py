@@ -135,7 +135,7 @@ class TrainRequest:
         config = self.config
         if self.rank.local_rank == 0 and not has_launcher():
             _check_stores(config)
-        start = self._settled_start()
+        start = self._resolved_start()
         if self.leads and RunStatus.inherited() is None:
             # At once; looking for packages imports torch.
             RunFolder(config).refuse_occupied(start)
@@ -171,7 +171,7 @@ class TrainRequest:
         # Compressed, since Linux takes 128 KiB of a variable.
         return environment(**{RESOLVED: base64.b64encode(zlib.compress(content)).decode()})
 
-    def _settled_start(self) -> Start:
+    def _resolved_start(self) -> Start:
         """Start options, adjusted to the run's earlier start and its settings."""
         start, checkpoint = self.start, self.config.checkpoint
         overwrite = start.overwrite and not start.restarted

@@ -48,11 +48,11 @@ def force(layer, selected):
     """Make the layer's router select what the [T, E] map says, with softmax gates."""
     import torch
 
-    def settle(chosen, *_):
+    def finish(chosen, *_):
         scores = torch.softmax(chosen.logits.view(selected.shape), dim=-1)
         return chosen._replace(gates=scores * selected, routing_map=selected)
 
-    layer.router.settle = settle
+    layer.router.finish = finish
 
 
 @contextlib.contextmanager

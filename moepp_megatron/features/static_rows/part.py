@@ -100,7 +100,7 @@ class StaticRowsPart(Part):
             self._overflows.append((step.number, self._largest_fill()))
         if len(self._overflows) > 1 and not self._warned:
             self._warned = True
-            held = self._factor * max(fill for _, fill in self._overflows)
+            enough = self._factor * max(fill for _, fill in self._overflows)
             yield Alert(
                 step=step.number,
                 rule="static_rows",
@@ -110,7 +110,7 @@ class StaticRowsPart(Part):
                 "ran without static rows",
                 severity="warning",
                 action="warn",
-                remedy=f"moe.static_rows ({self._factor:g}) would have held them with {held:.3g}",
+                remedy=f"moe.static_rows ({self._factor:g}) would have held them with {enough:.3g}",
             )
 
     def record(self, step: Step, fields: Fields) -> Fields:

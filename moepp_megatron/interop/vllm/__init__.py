@@ -49,7 +49,7 @@ class _ModelConfig:
             kernel.moe_backend = "triton"
         staged = parallel.pipeline_parallel_size > 1
         all_heads = hf.qk_norm and hf.qk_norm_scope == "all_heads"
-        odd = hf.hidden_size % 32 > 0
+        unaligned = hf.hidden_size % 32 > 0
         # When it holds, section, name, what it must be, why.
         rows = (
             (True, parallel, "data_parallel_size", 1, "whose ranks multiply their own tokens"),
@@ -59,7 +59,7 @@ class _ModelConfig:
             (True, model, "quantization", None, "which loads weights as they are exported"),
             (True, vllm_config, "lora_config", None, "which has no adapters"),
             (all_heads, parallel, "tensor_parallel_size", 1, "whose norms see all heads"),
-            (is_cpu and odd, hf, "hidden_size", "a multiple of 32", "as vLLM's kernel asks"),
+            (is_cpu and unaligned, hf, "hidden_size", "a multiple of 32", "as vLLM's kernel asks"),
             (is_cpu and staged, model, "enforce_eager", False, "whose stages need a warm-up"),
             (not is_cpu, kernel, "moe_backend", "triton", "whose kernels skip rows"),
         )

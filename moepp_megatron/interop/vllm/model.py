@@ -275,7 +275,7 @@ class MoEPPForCausalLM(llama.LlamaForCausalLM):
             raise ValueError(f"{min(self.missing)} must be in the checkpoint; {copy}")
         stated = str(self.config.dtype).removeprefix("torch.")
         for dtype, name in self.dtypes.items():
-            held = str(dtype).removeprefix("torch.")
-            if held != stated:
-                _LOGGER.warning("%s is %s, config.json says %s: converted", name, held, stated)
+            stored = str(dtype).removeprefix("torch.")
+            if stored != stated:
+                _LOGGER.warning("%s is %s, config.json says %s: converted", name, stored, stated)
         return loaded

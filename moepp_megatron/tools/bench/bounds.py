@@ -124,12 +124,12 @@ def _median_seconds(work: Callable[[], object]) -> float:
     repeats = _GPU_REPEATS if torch.cuda.is_available() else _CPU_REPEATS
     for _ in range(repeats):
         work()
-    clock.settle()
+    clock.synchronize()
     marks = [clock.now()]
     for _ in range(repeats):
         work()
         marks.append(clock.now())
-    clock.settle()
+    clock.synchronize()
     pairs = zip(marks, marks[1:], strict=False)
     return statistics.median(clock.seconds(begin, end) for begin, end in pairs)
 

@@ -23,13 +23,13 @@ def now() -> Any:
 
 
 def seconds(begin: Any, end: Any) -> float:
-    """Seconds between two points in time; on a GPU only after `settle`."""
+    """Seconds between two points in time; on a GPU only after `synchronize`."""
     if not torch.cuda.is_available():
         return float(end - begin)
     return float(begin.elapsed_time(end)) * 1e-3
 
 
-def settle() -> None:
+def synchronize() -> None:
     """Wait until all requested work is done."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
@@ -77,14 +77,14 @@ def interleaved(
     for number in range(-warmup, rounds):
         for index in range(len(names)):
             name = names[(index + number) % len(names)]
-            settle()
+            synchronize()
             if queued and torch.cuda.is_available():
                 contestants[name]()
             before = energy()
             began = now()
             contestants[name]()
             ended = now()
-            settle()
+            synchronize()
             if number >= 0:
                 after = energy()
                 times[name].append(seconds(began, ended))

@@ -199,12 +199,12 @@ def parts_ms(layer: Any, forward: Callable[[], object], rounds: int) -> dict[str
                 replacements.put(owner, method, wrapped)
     try:
         for number in range(rounds + 1):
-            clock.settle()
+            clock.synchronize()
             whole = _Span("rest", clock.now())
             open_spans[:] = [whole]
             forward()
             whole.end = clock.now()
-            clock.settle()
+            clock.synchronize()
             if number > 0:
                 current: dict[str, float] = defaultdict(float)
                 whole.add_to(current)

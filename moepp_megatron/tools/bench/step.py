@@ -33,7 +33,7 @@ from moepp_megatron.moe.lane import use_static_rows
 from moepp_megatron.runtime.distributed import gathered
 from moepp_megatron.runtime.nvml import Nvml, NvmlUnavailableError
 from moepp_megatron.runtime.patches import replaced
-from moepp_megatron.tools.bench.clock import interleaved, now, seconds, settle, speedup
+from moepp_megatron.tools.bench.clock import interleaved, now, seconds, speedup, synchronize
 from moepp_megatron.tools.bench.held_routing import balanced_selection, balanced_shares, hold
 from moepp_megatron.training.batches import rank_batches
 from moepp_megatron.training.parts.routing_counts import RoutingCountsPart
@@ -79,7 +79,7 @@ class _Stepper:
         for _ in range(_ALL_TO_ALL_STEPS):
             with _timed_all_to_alls() as ends:
                 self.step()
-            settle()
+            synchronize()
             times.append(sum(seconds(*pair) for pair in ends))
         if self._layout.ep > 1 and not any(times):
             return None

@@ -74,7 +74,7 @@ class Planned:
         }
 
 
-def _planned_of(config: Config, grid: Grid, held: float, fits: bool, machine: Machine) -> Planned:
+def _planned_of(config: Config, grid: Grid, needed: float, fits: bool, machine: Machine) -> Planned:
     """A layout with its numbers."""
     load = Workload.from_config(config)
     step = step_time(load, grid, machine)
@@ -89,7 +89,7 @@ def _planned_of(config: Config, grid: Grid, held: float, fits: bool, machine: Ma
         tau=None if is_vanilla else config.moe.balanced_tau,
         ffn_share=config.moe.ffn_share,
         fits=fits,
-        memory_gib=held / GIB,
+        memory_gib=needed / GIB,
         step=step,
         tokens_per_s_per_gpu=rate,
         tflops_per_gpu=tflops,
@@ -215,16 +215,16 @@ def _accepted(
 ) -> list[Planned]:
     """The best layouts that the configuration's rules accept as well."""
     accepted: list[Planned] = []
-    candidates = [(grid, held, True) for _, grid, held in search.best]
+    candidates = [(grid, needed, True) for _, grid, needed in search.best]
     if prefers_simple:
         candidates = [*_simplest(config, search), *candidates]
-    candidates += [(grid, held, False) for held, grid in search.misses]
-    for grid, held, fits in candidates:
+    candidates += [(grid, needed, False) for needed, grid in search.misses]
+    for grid, needed, fits in candidates:
         if len(accepted) == top or (accepted and accepted[0].fits and not fits):
             break
         is_new = all(_degrees(grid) != _degrees(planned.grid) for planned in accepted)
         if is_new and (changed := _in_layout(config, grid)) is not None:
-            accepted.append(_planned_of(changed, grid, held, fits, machine))
+            accepted.append(_planned_of(changed, grid, needed, fits, machine))
     return accepted
 
 
@@ -232,9 +232,9 @@ def _simplest(config: Config, search: Search) -> Iterator[tuple[Grid, float, boo
     """Layouts within `TIE` of the fastest, the simplest first; equals by time."""
     ties = [entry for entry in search.best if entry[0] <= search.best[0][0] * (1.0 + TIE)]
     # Sorting keeps the order of equals.
-    for _, grid, held in sorted(ties, key=lambda tie: _complexity(tie[1], config))[:_TRIED]:
+    for _, grid, needed in sorted(ties, key=lambda tie: _complexity(tie[1], config))[:_TRIED]:
         if _in_layout(config, grid) is not None:
-            yield grid, held, True
+            yield grid, needed, True
             return
 
 
@@ -271,10 +271,10 @@ def _best_again(config: Config, search: Search, world: int, machine: Machine) ->
     costs = Space.of(config, world, machine.per_node).costs(machine)
     again = Search()
     for _, grid, _ in search.best[:_FIRST]:
-        held = costs.memory(grid)
-        if held <= machine.usable_bytes:
-            again.best.append((costs.seconds(grid), costs.named(grid), held))
+        needed = costs.memory(grid)
+        if needed <= machine.usable_bytes:
+            again.best.append((costs.seconds(grid), costs.named(grid), needed))
         else:
-            again.misses.append((held, costs.named(grid)))
+            again.misses.append((needed, costs.named(grid)))
     again.best.sort(key=lambda entry: entry[0])
     return _accepted(config, again, machine, top=1)

@@ -81,8 +81,8 @@ class _LayoutCosts:
     def memory(self, grid: Grid) -> float:
         """Peak memory of the fullest rank, CUDA and NCCL included, bytes."""
         load, stages = self._loads[self._dispatcher(grid), grid.states], self._stages(grid)
-        held = memory.fullest_rank(load, grid, stages, self._fullness(grid).p99)
-        return held.total + self._machine.reached.reserved_gib * memory.GIB
+        needed = memory.fullest_rank(load, grid, stages, self._fullness(grid).p99)
+        return needed.total + self._machine.reached.reserved_gib * memory.GIB
 
     def seconds(self, grid: Grid) -> float:
         """Time of a step."""
@@ -321,19 +321,19 @@ def search_layouts(config: Config, world: int, machine: Machine) -> Search:
         elif not roomy.isdisjoint((grid.expert_overlap, done) for done in {(), grid.recompute}):
             # It repeats computation, or keeps fewer bits, without need.
             continue
-        held = costs.memory(grid)
-        if held > machine.usable_bytes:
-            missing.append((held, grid))
+        needed = costs.memory(grid)
+        if needed > machine.usable_bytes:
+            missing.append((needed, grid))
             continue
         roomy.add((grid.expert_overlap, grid.recompute))
-        fitting.append((costs.seconds(grid), grid, held))
+        fitting.append((costs.seconds(grid), grid, needed))
     search.too_large = len(missing)
     # Both keep the order of equals.
     nearest = heapq.nsmallest(_NEAREST_MISSES, missing, key=itemgetter(0))
-    search.misses = [(held, costs.named(grid)) for held, grid in nearest]
+    search.misses = [(needed, costs.named(grid)) for needed, grid in nearest]
     fitting.sort(key=itemgetter(0))
     chosen, exact = fitting, [entry for entry in fitting if not entry[1].states]
     if exact and fitting[0][0] > exact[0][0] * (1.0 - _LEAST_GAIN):
         chosen = exact
-    search.best = [(seconds, costs.named(grid), held) for seconds, grid, held in chosen[:_KEPT]]
+    search.best = [(seconds, costs.named(grid), needed) for seconds, grid, needed in chosen[:_KEPT]]
     return search

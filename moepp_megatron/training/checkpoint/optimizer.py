@@ -178,7 +178,7 @@ def parameter_shards(optimizer: Any, model_state: dict[str, Any]) -> Iterator[_P
         for entry in nested_values(model_state)
         if isinstance(entry, ShardedTensor | ShardedTensorFactory)
     }
-    for parameter, begin in _held(optimizer):
+    for parameter, begin in _own_parameters(optimizer):
         yield _ParameterShard(
             parameter, entries[parameter], begin, *_own_tensors(optimizer, parameter)
         )
@@ -186,15 +186,15 @@ def parameter_shards(optimizer: Any, model_state: dict[str, Any]) -> Iterator[_P
 
 def copy_into_shard(optimizer: Any, parameter: Tensor, value: Tensor) -> None:
     """Copy a parameter's whole value into its shard, if any, of a distributed optimizer's state."""
-    for held, begin in _held(optimizer):
-        if held is parameter:
+    for other, begin in _own_parameters(optimizer):
+        if other is parameter:
             tensors, put_back = _own_tensors(optimizer, parameter)
             shard = tensors["param"]
             shard.copy_(value.reshape(-1)[begin : begin + shard.numel()].view_as(shard))
             put_back()
 
 
-def _held(optimizer: Any) -> Iterator[tuple[torch.nn.Parameter, int]]:
+def _own_parameters(optimizer: Any) -> Iterator[tuple[torch.nn.Parameter, int]]:
     """Each parameter with a shard on this rank, and the shard's first element."""
     for ranges in optimizer.gbuf_ranges:
         for bucket in (bucket for buckets in ranges.values() for bucket in buckets):

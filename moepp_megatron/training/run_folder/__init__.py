@@ -154,15 +154,15 @@ class RunFolder:
         return traces
 
     def _refuse_other_use(self, config_file: Path | None) -> None:
-        held = [".git"] if os.path.lexists(self.path / ".git") else []
+        found = [".git"] if os.path.lexists(self.path / ".git") else []
         for file in map(Path, sorted(configuration_files(config_file))):
             # Its own, from which it may start anew.
             if is_same(file.parent, self.path) and file.name != CONFIG_FILE:
-                held.append(file.name)
-        if held:
+                found.append(file.name)
+        if found:
             raise ConfigError(
                 f"run.dir ({self.path}) must be a folder for only the run, and holds "
-                f"{', '.join(held)}; choose a folder in it, such as {self.path / 'runs' / 'first'}"
+                f"{', '.join(found)}; choose a folder in it, such as {self.path / 'runs' / 'first'}"
             )
 
     def traces(self, config_file: Path | None) -> list[str]:
