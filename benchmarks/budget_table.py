@@ -50,7 +50,7 @@ Found = Sequence[tuple[Run, dict[str, Any]]]
 
 # Single steps scatter with the text in them, so "at all times" is judged on means of as many steps.
 WINDOW = 10
-# A run has settled where no later window is further away.
+# A run has converged where no later window is further away.
 WITHIN = 0.1
 
 

@@ -5,7 +5,7 @@
 
 A cell is a shape of the paper, a tau, a dtype and a pass of `moepp bench layer`; its efficiency is
 speed-up times phi. Each process measures one version's cells of a dtype, shape and tau: the two
-layers take turns with the FFN experts' products alone, once with the rows that an expert of the
+layers take turns with only the FFN experts' products, once with the rows that an expert of the
 MoE++ layer gets and once with those of a vanilla layer's. Versions take turns by process. A cell
 that was measured is not measured again. `-P` keeps this folder's names out of the imports of the
 other version.

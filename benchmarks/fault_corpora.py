@@ -255,7 +255,7 @@ class Mixed:
         return [mixture for first, mixture in self._schedule if first <= step][-1]
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """Depends on the index, the seed and the schedule alone."""
+        """Depends only on the index, the seed and the schedule."""
         chance = np.random.default_rng([self._seed, index])
         mixture = self.mixture(index)
         kind = str(chance.choice(list(mixture), p=list(mixture.values())))

@@ -132,7 +132,7 @@ PANELS = (
 
 
 def _panels() -> list[Panel]:
-    """`PANELS`, and behind them those that the catalogue alone has."""
+    """`PANELS`, and behind them those that only the catalogue has."""
     titles = {panel.title for panel in PANELS}
     own = [name for name, row in METRICS.items() if row.panel and row.panel[0] not in titles]
     return [*PANELS, *map(_own, own)]

@@ -32,7 +32,7 @@ class Sequences:
         return 100_000_000
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        """Depends on the index alone."""
+        """Depends only on the index."""
         chance = np.random.default_rng([self._seed, index])
         start = int(chance.integers(len(self._text) - self._length))
         tokens = torch.from_numpy(self._text[start : start + self._length + 1].astype(np.int64))

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""MoE++ layers in a training loop of your own, on megatron-core alone.
+"""MoE++ layers in a training loop of your own, on nothing but megatron-core.
 
     .venv/bin/python -m torch.distributed.run --nproc-per-node 2 examples/own_megatron_loop.py
 
@@ -77,7 +77,7 @@ def build() -> tuple[GPTModel, DistributedDataParallel]:
         hidden_size=64,
         ffn_hidden_size=128,
         num_attention_heads=4,
-        # MoE++: FFN experts alone; the layer's spec adds the others.
+        # MoE++: only FFN experts; the layer's spec adds the others.
         num_moe_experts=MOEPP.num_ffn_experts,
         moe_router_topk=MOEPP.router_topk,
         moe_token_dispatcher_type="alltoall",

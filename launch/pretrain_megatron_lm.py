@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Pretrains a MoE++ model in Megatron-LM's own training loop, from the megatron-core wheel alone.
+"""Pretrains a MoE++ model in Megatron-LM's own training loop, with only the megatron-core wheel.
 
     torchrun --nproc-per-node 8 launch/pretrain_megatron_lm.py MEGATRON_ARGUMENTS --moepp-tau 0.75
 

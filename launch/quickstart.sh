@@ -3,7 +3,7 @@
 #
 #   ./launch/quickstart.sh [section.key=value ...]
 #
-# A run of before is moved aside, not deleted; with --resume among the arguments it goes on instead. Makes the environment if needed, prepares the running Python's library sources as a corpus,
+# An earlier run is moved aside, not deleted; with --resume among the arguments it is resumed. Makes the environment if needed, prepares the running Python's library sources as a corpus,
 # trains on the devices here (two CPU ranks where there is no GPU), writes the report, samples text.
 set -euo pipefail
 # shellcheck source=launch/env.sh
@@ -11,7 +11,7 @@ source "$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")/env.sh"
 # shellcheck source=launch/ranks.sh
 source "$MOEPP_ROOT/launch/ranks.sh"
 
-# The command that goes on with an interrupted run says how to get from here to there.
+# The command that resumes an interrupted run says how to get from here to there.
 export MOEPP_SHELL_FOLDER=$PWD
 cd -- "$MOEPP_ROOT"
 run=runs/quickstart

@@ -34,7 +34,7 @@ CASES = {
         "parallel/test_layer_layouts.py::test_layer_equals_reference[4-2-2-2-dedup capacity]"
     ),
     "checkpoint of another layout": (
-        "parallel/test_checkpoint_reshard.py::test_run_goes_on_in_another_layout"
+        "parallel/test_checkpoint_reshard.py::test_run_continues_in_another_layout"
         "[tp2-pp2 interleaved]"
     ),
     "numerical guard": (

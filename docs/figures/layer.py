@@ -55,7 +55,7 @@ def rank(axes: Axes, number: int, middle: float, up: int) -> None:
         arrow(axes, (far, y), (SUM, middle + (y - middle) / 4), color)
     arrow(axes, (OUT + 0.4, ffn), (EXPERTS, ffn), FFN)
     arrow(axes, (EXPERTS + 3.2, ffn), (BACK, ffn), FFN)
-    # Router logits come from the layer before and go on to the next.
+    # Router logits come from the layer before and are passed to the next.
     edge = middle + 2.2 * up
     arrow(axes, (ROUTER + 0.5, edge), (ROUTER + 0.5, middle + 0.65 * up), LANE)
     axes.plot([ROUTER + 1.2] * 2, [middle + 0.65 * up, edge], color=LANE, lw=1.6)

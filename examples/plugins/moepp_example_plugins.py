@@ -109,7 +109,7 @@ class FirstBatch(Dataset):
 
 
 def one_batch(config: Config, tokenizer: Any, num_samples: tuple[int, int, int]) -> tuple:
-    """Train on one batch alone: a model that cannot learn it by heart has a fault."""
+    """Train on a single batch: a model that cannot learn it by heart has a fault."""
     train, validation, test = DATASETS["gpt"](config, tokenizer, num_samples)
     return FirstBatch(train, config.training.global_batch_size), validation, test
 

@@ -136,8 +136,8 @@ class _Script:
                 (command if array is None else array).append(token)
         if not self._calls:
             self._used = set(self._seen)
-            told = "FILE has no command with pretrain*.py: every argument in it is read"
-            return self._everything, [told, *self._notes()]
+            note = "FILE has no command with pretrain*.py: every argument in it is read"
+            return self._everything, [note, *self._notes()]
         words, notes = self._calls[-1]
         if any(other != words for other, _ in self._calls):
             notes.append("FILE has several commands with pretrain*.py: the last is read")

@@ -187,7 +187,7 @@ class _Place(NamedTuple):
     field: FieldInfo | None  # None for an entry of a list of sections, and for an unknown key.
     model: type[Section]  # The section that it is in, or would be.
     value: Any
-    is_inside: bool  # Whether the location goes on: a list, a mapping, a union's alternative.
+    is_inside: bool  # Whether the location continues: a list, a mapping, a union's alternative.
 
 
 def _place(location: tuple[int | str, ...], content: Mapping[str, Any]) -> _Place:

@@ -6,9 +6,9 @@
 A graph repeats kernels on fixed addresses; Python code runs only once, at capture. So the cut is
 where the router stops being a function of its tensors: `MoEPPRouter.choose` is in the graph,
 `finish` (losses, capacity limits, statistics) is not. Dispatch to combine is a function of tensors
-with static rows alone: else the host reads sizes, and experts get other numbers of tokens each
-time. A pass without static rows replays no graph at all, for a graph expects its inputs where the
-graph before it has left them.
+only with static rows: without them the host reads sizes, which change with every pass. A pass
+without static rows replays no graph at all, because a graph expects its inputs where the graph
+before it has left them.
 
 megatron-core's "local" graphs do the work (`CudaGraphManager`): the first training step runs
 eagerly and is recorded, graphs are made at its end, later steps replay them.

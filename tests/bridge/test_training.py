@@ -33,7 +33,7 @@ def test_equals_our_trainer(ranks, alone, raw, layout, way):
 
 @pytest.mark.parallel
 @pytest.mark.parametrize("layout", [EP2, PP2], ids=["ep 2", "pp 2"])
-def test_bridges_own_loop_equals_our_trainer_and_goes_on_from_its_checkpoint(
+def test_bridges_own_loop_equals_our_trainer_and_continues_from_its_checkpoint(
     ranks, alone, tmp_path, layout
 ):
     ranks(1).run(save_and_compute, SETTINGS, tmp_path / "run")

@@ -77,7 +77,7 @@ class Hosts:
         subprocess.run(["ip", "link", "del", self.wires[0]], capture_output=True)
 
     def cut(self):
-        """Pull the plug of host 1: no packet comes through, and nobody is told."""
+        """Pull the plug of host 1: no packet comes through, and nobody is notified."""
         _ip("-n", self.names[1], "link", "set", self.wires[1], "down")
 
     def mend(self):

@@ -317,7 +317,7 @@ def test_released_layout_refuses_what_it_cannot_say(moe, named):
 
 
 def start_training_from(folder, dtype):
-    """Weights alone are read, the optimizer's copies too, and training starts at step 0."""
+    """Only weights are read, also the optimizer's copies, and training starts at step 0."""
     import torch
 
     from moepp_megatron.interop.hf_config import config_from_hf

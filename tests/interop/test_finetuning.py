@@ -178,7 +178,7 @@ def test_balance_loss_is_that_of_the_reference(plain, padded, scope, kind):
 
 
 def balance_gradient():
-    """Largest gradient of the first gate from the balance loss alone, and FFN's share of it."""
+    """Largest gradient of the first gate from only the balance loss, and FFN's share of it."""
     model = random_model().train()
     model(**batch(), output_router_logits=True).aux_loss.backward()
     gate = model.model.layers[0].mlp.moe.gate.wg[2].weight.grad

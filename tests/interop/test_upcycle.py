@@ -183,7 +183,7 @@ def test_bias_bounds_every_score_of_an_added_expert():
 
 @pytest.mark.parametrize("name", ["qwen2-moe", "qwen3-moe", "olmoe"])
 def test_raw_scores_as_gates(on_one_rank, plain, tmp_path, name):
-    """Without new experts the same; with them gates shrink, within the bound that is told."""
+    """Without new experts the same; with them gates shrink, within the stated bound."""
     tokens = write_tokens(tmp_path)
     expected = plain(write_source, tmp_path / "hf", name, tokens, False)
     none = {f"num_{kind}_experts": 0 for kind in ("zero", "copy", "constant")}

@@ -1,4 +1,4 @@
-"""Runs that stop and go on, on test ranks."""
+"""Runs that stop and resume, on test ranks."""
 
 import json
 import logging

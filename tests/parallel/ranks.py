@@ -34,7 +34,7 @@ from unittest import mock
 from tests.parallel.rank_worker import PRELOADED_MODULES, serve
 
 START_TIMEOUT_S = 120.0
-# Against hangs alone: what computes for seconds takes minutes on a busy machine.
+# Only against hangs: what computes for seconds takes minutes on a busy machine.
 CALL_TIMEOUT_S = 240.0
 # After one rank has failed, the others usually wait for it in a collective until they are ended.
 GRACE_S = 2.0

@@ -161,7 +161,7 @@ def test_two_and_two_steps_are_four(ranks, corpus, tmp_path, controller):
     assert logged(tmp_path / "parts", "ffn_target") == [0.8 / 2] * 4
 
 
-def test_a_run_begun_without_a_bias_goes_on_with_one(ranks, corpus, tmp_path):
+def test_a_run_begun_without_a_bias_continues_with_one(ranks, corpus, tmp_path):
     """Another run from its weights, and then the run itself."""
 
     def run(name, steps, budget, **checkpoint):

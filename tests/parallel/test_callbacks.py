@@ -1,4 +1,4 @@
-"""Callbacks and plugins in whole runs: what they are told, and what their failure leaves."""
+"""Callbacks and plugins in whole runs: what they are called with, and what their failure leaves."""
 
 import json
 import random
@@ -15,7 +15,7 @@ from tests.faults.harness import short_steps, write_config
 from tests.parallel.checkpoint_runs import logged, run_trainer, trainer_of
 from tests.refusals import config_error
 
-# What an installed package has: one fails on rank 0 while the other ranks go on.
+# What an installed package has: one fails on rank 0 while the other ranks continue.
 PACKAGE = """
 from moepp_megatron import Callback
 
@@ -79,7 +79,7 @@ def settings_of(config, run):
 
 
 class Recorder(Callback):
-    """Notes what it is told, and disturbs what it may disturb."""
+    """Notes its calls, and disturbs what it may disturb."""
 
     def __init__(self, stops=None):
         self.told = []

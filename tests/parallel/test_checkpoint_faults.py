@@ -159,7 +159,7 @@ def lose_checkpoints(raw, lost):
 
 @pytest.mark.parametrize("lost", [2, 3])
 def test_a_checkpoint_that_is_lost_after_its_save(on_one_rank, corpus, tmp_path, lost):
-    """Is told, and is the run's failure if it was the last one."""
+    """Is reported, and is the run's failure if it was the last one."""
     raw = trainer_settings(
         corpus, tmp_path, training={"train_iters": 3}, checkpoint={"save_interval": 1}
     )
@@ -236,7 +236,7 @@ def step_while_writing(folder):
     return waits
 
 
-def test_training_goes_on_while_a_checkpoint_is_written(ranks, on_one_rank, tmp_path):
+def test_training_continues_while_a_checkpoint_is_written(ranks, on_one_rank, tmp_path):
     # A snapshot, though the parameters have changed twice before they are written.
     assert ranks(1).run(step_while_writing, tmp_path / "slow") == [True]
     _ = on_one_rank(save_first_step, tmp_path / "fast")
@@ -307,7 +307,7 @@ def test_full_and_read_only_disks(ranks, small_disk, change, error):
     assert left == ["latest", "step_00000001"]
 
 
-def test_trainer_goes_on_without_its_folder(ranks, corpus, tmp_path):
+def test_trainer_continues_without_its_folder(ranks, corpus, tmp_path):
     # Works as root too, for whom no folder is read-only: a file stands in the folder's place.
     (tmp_path / "run").mkdir()
     (tmp_path / "run/checkpoints").write_text("not a folder")

@@ -95,7 +95,7 @@ def test_auto_skips_what_is_damaged(ranks, corpus, run, name, harm, why):
     assert sorted(path.name for path in newest.iterdir()) == left
 
 
-def test_a_run_goes_on_from_the_newest_valid_checkpoint(ranks, corpus, run):
+def test_a_run_continues_from_the_newest_valid_checkpoint(ranks, corpus, run):
     newest = run / "checkpoints/step_00000004"
     _flip(newest / "__1_0.distcp")
     expected = logged(run)
@@ -163,7 +163,7 @@ def test_names_of_another_run(ranks, corpus, run, tmp_path, name):
     assert ranks(2).run(found, raw) == [(newest, [])] * 2
 
 
-def test_another_run_goes_on_from_a_checkpoint(ranks, corpus, run, tmp_path):
+def test_another_run_continues_from_a_checkpoint(ranks, corpus, run, tmp_path):
     load = {"load": str(run / "checkpoints/step_00000002")}
     ranks(2).run(run_trainer, _settings(corpus, tmp_path / "second", 5, load))
     assert logged(tmp_path / "second", "step") == [3, 4, 5]

@@ -83,7 +83,7 @@ def check(ranks, folder, writer, reader, **sections):
     ("writer", "reader"),
     [*PAIRS, *(pytest.param(*pair, marks=pytest.mark.matrix) for pair in MORE_PAIRS)],
 )
-def test_run_goes_on_in_another_layout(ranks, alone, tmp_path, writer, reader):
+def test_run_continues_in_another_layout(ranks, alone, tmp_path, writer, reader):
     losses = check(ranks, tmp_path, writer, reader)
     np.testing.assert_allclose(losses, alone(run_settings(), steps=STEPS).losses, rtol=FP32)
 

@@ -113,7 +113,7 @@ def judge_while_pruning(raw):
 
 @pytest.mark.parametrize("is_async", [False, True])
 def test_all_ranks_look_into_checkpoints_of_before(ranks, corpus, tmp_path, is_async):
-    """Hashing takes minutes: for one rank alone the others would wait in their next step."""
+    """Hashing takes minutes: on one rank the others would wait in their next step."""
     checkpoint = {"save_interval": 1, "keep": 2, "load": "auto"}
 
     def raw(steps, **more):

@@ -128,7 +128,7 @@ def test_it_generates_inspects_and_exports(on_one_rank, converted, tmp_path):
 
 
 def test_the_way_back(ranks, saved, converted, corpus, tmp_path):
-    """Megatron's loop, told the model by the arguments beside, starts from the same weights."""
+    """Megatron's loop, with the converted model's arguments, starts from the same weights."""
     arguments = to_megatron_lm(converted, tmp_path / "release")
     assert (tmp_path / "release" / ARGUMENTS_FILE).read_text() == f"{arguments}\n"
     command = (

@@ -1,4 +1,4 @@
-"""Blends and stages in training: what a resumed run draws, what guards are told, losses by name."""
+"""Blends and stages in training: what a resumed run draws, what guards see, losses by name."""
 
 import functools
 import json

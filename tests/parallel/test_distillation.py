@@ -184,7 +184,7 @@ def test_weight_0_changes_no_bit(trained, distilled, teachers, size):
 
 
 def test_the_gradient_is_that_of_the_sum(alone, teachers):
-    """Of three runs that differ in the two weights alone, one's gradient is the others' sum."""
+    """Of three runs that differ only in the two weights, one's gradient is the others' sum."""
     name = "decoder.layers.1.mlp.experts.experts.linear_fc1.weight"
     text, both, divergence = (
         alone(taught(teachers["same"], kind, moe={"balance_coeff": 0.0}), steps=1)

@@ -183,7 +183,7 @@ FEATURES = {
             "tp2 ep2 dp2": (4, {"parallel": TP2 | EP2}),
         },
     ),
-    # Adam's first step divides each gradient by its own size, so that one which is rounding alone
+    # Adam's first step divides each gradient by its own size, so that one which is only rounding
     # moves a weight as far as any other: of four sequences first gradients are 2e-6 apart, and the
     # second step's balance loss 4e-5.
     "norms over all heads, one key head": (
@@ -288,7 +288,7 @@ def test_training_equals_one_process(trained, alone, feature, layout):
     world_size, own = layouts[layout]
     prepare = PREPARED.get(feature.partition(",")[0])
     if "up-projection" in layout:
-        # Here: 20 seconds of computing, alone, are not what the ranks have their time for.
+        # Here: it computes for 20 seconds, for which ranks should not wait.
         _compile_extension()
     run = trained(world_size, short(**merged(both, own)), STEPS, prepare)
     compare(run, alone(short(**both), prepare), FP32)

@@ -66,7 +66,7 @@ def test_train_command(corpus, small_disk, tmp_path):
     reasons = "needs room for 3 more checkpoints of", "No space left on device"
     alert = train_on_when_saves_fail(config, run, 4, *reasons)
     assert names(checkpoints) == ["latest", "step_00000001", "step_00000002"]
-    # In the background two failures may be found at once; the last save's is told, too.
+    # In the background two failures may be found at once; the last save's is reported, too.
     assert alert["value"] == 2
 
     # Room for another checkpoint, all of it taken by what a killed run has left.

@@ -20,7 +20,7 @@ LONG = 5
 FP32 = 1e-5
 
 # bf16 rounds by 2^-9, and one rounding that tips a selection moves a whole token. A cell may differ
-# from one process as two runs differ whose rounding is independent. How far rounding alone takes a
+# from one process as two runs differ whose rounding is independent. How far only rounding takes a
 # run is measured in the same test: bf16 against fp32, both on one process. Tensor-parallel ranks
 # round partial sums on top, up to twice the roundings: sqrt(1 + 2^2) = 2.2 of that distance, give
 # or take the few tokens that a selection moves. Measured over all bf16 cells: 2.1 at most, and 0 to
@@ -75,7 +75,7 @@ def learning(raw, steps):
 
 
 def check_bf16(found, rounding):
-    """Hold the differences of a bf16 run against what rounding alone does."""
+    """Hold the differences of a bf16 run against what rounding by itself does."""
     assert found.loss < max(BF16_LOSS, BF16_DISTANCES * rounding.loss), (found, rounding)
     assert found.all_gradients < BF16_DISTANCES * rounding.all_gradients, (found, rounding)
     # Norms differ by no more than the vectors do.

@@ -147,8 +147,8 @@ def learnt(ranks, tmp_path_factory):
 
 
 @pytest.fixture
-def goes_on(learnt, tmp_path):
-    """Copies a run that has learnt, to go on to its fourth step with new data."""
+def continues(learnt, tmp_path):
+    """Copies a run that has learnt, to continue to its fourth step with new data."""
 
     def continued(layout, **resilience):
         folder = tmp_path / f"run{len(list(tmp_path.iterdir()))}"
@@ -175,22 +175,22 @@ def run_with_another_cause(raw, **named):
 
 
 @pytest.mark.parametrize("layout", ["one rank", "ep2 bf16", "pp2"])
-def test_new_data_are_taken(ranks, goes_on, layout):
+def test_new_data_are_taken(ranks, continues, layout):
     """Three batches are refused, and the rest is a run whose data lack these three.
 
     So is one that pauses, whether or not it was stopped among the refused batches. Rank 0 decides.
     """
-    world_size, raw = goes_on(layout)
+    world_size, raw = continues(layout)
     ranks(world_size).run(run_with_another_cause, raw, **OTHER_TEXTS)
     run = list(read_metrics(Path(raw["run"]["dir"]) / "metrics.jsonl"))
     assert _told(Path(raw["run"]["dir"])) == [*SKIPPED, "accept"]
-    world_size, raw = goes_on(layout, guard=False)
+    world_size, raw = continues(layout, guard=False)
     lacking = tuple(range(NEW_FROM, NEW_FROM + 3))
     clean = _train(ranks, world_size, raw, lacking, **OTHER_TEXTS)
     assert len(clean) == NEW_FROM + 4
     _assert_same(run, clean)
     for stop_after in (None, NEW_FROM + 2) if layout == "one rank" else ():
-        _, raw = goes_on(layout, guard_new_data="pause")
+        _, raw = continues(layout, guard_new_data="pause")
         folder = Path(raw["run"]["dir"])
         if stop_after is not None:
             ranks(1).run(run_trainer, raw, **OTHER_TEXTS, stop_after=stop_after)
@@ -208,16 +208,16 @@ def test_new_data_are_taken(ranks, goes_on, layout):
         ("other targets", "accept", "the texts are as before, but not the labels"),
     ],
 )
-def test_what_is_not_taken_ends_the_run(on_one_rank, goes_on, data, policy, says):
-    _, raw = goes_on("one rank", guard_new_data=policy)
+def test_what_is_not_taken_ends_the_run(on_one_rank, continues, data, policy, says):
+    _, raw = continues("one rank", guard_new_data=policy)
     message = on_one_rank(why_it_fails, raw, data=data, corpus="prose")
     assert re.search(says.format(NEW_FROM), message)
     assert (Path(raw["run"]["dir"]) / "checkpoints" / f"step_{NEW_FROM:08}").is_dir()
 
 
-def test_another_corpus_is_announced(ranks, goes_on):
+def test_another_corpus_is_announced(ranks, continues):
     """Resumed with it no batch is refused; with the same one nothing is said."""
-    _, raw = goes_on("one rank")
+    _, raw = continues("one rank")
     folder = Path(raw["run"]["dir"])
     raw["checkpoint"]["save_interval"] = raw["training"]["train_iters"] = NEW_FROM
     ranks(1).run(run_trainer, raw, **OTHER_TEXTS)

@@ -1,4 +1,4 @@
-"""Checkpoints in object storage: the same training, saves that fail and go on, no secrets."""
+"""Checkpoints in object storage: the same training, failed saves that end no run, no secrets."""
 
 import os
 import sys
@@ -37,7 +37,7 @@ def run_settings(folder, parallel, **checkpoint):
     )
 
 
-def test_the_same_training_goes_on(ranks, store, tmp_path):
+def test_the_same_training_continues(ranks, store, tmp_path):
     """In the layout that saved, and in another one, bit for bit what a local checkpoint gives."""
     near = tmp_path / "near"
     ranks(2).run(train_between, run_settings(tmp_path, EP2), near, 2)

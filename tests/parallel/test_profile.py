@@ -86,7 +86,7 @@ def profile(ranks, folder, prepare=None, **sections):
     return analyse(folder)
 
 
-# Several recorded steps and micro-batches, and a step after them, in the first alone.
+# Several recorded steps and micro-batches, and a step after them, in only the first.
 RUNS = {
     "plain": {"training": {"train_iters": 4, "profile_steps": [2, 3], "micro_batch_size": 1}},
     "deduplicated, recomputed": {

@@ -1,4 +1,4 @@
-"""The rank pools themselves: results, failures told, recovery, isolation between calls."""
+"""The rank pools themselves: results, reports of failures, recovery, isolation between calls."""
 
 import os
 import signal

@@ -43,7 +43,7 @@ OFTEN = 4
 
 
 def guard(*rules, **settings):
-    """The section, with these rules alone (defaults by their name)."""
+    """The section, with only these rules (defaults by their name)."""
     names = {rule["name"] for rule in rules}
     dropped = [{"name": r.name, "action": "none"} for r in DEFAULT_RULES if r.name not in names]
     return {"enabled": True, "rules": [*rules, *dropped], **settings}
@@ -364,7 +364,7 @@ def test_a_budget_owns_the_ffn_share(ranks, tmp_path):
 
 
 def test_a_shift_of_the_data(ranks, tmp_path):
-    """A source breaks in step 101: told alike on all ranks, and nothing is done about it."""
+    """A source breaks in step 101: reported alike on all ranks, and nothing is done about it."""
     found = train(
         ranks,
         tmp_path,
@@ -437,7 +437,7 @@ def test_a_rollback_for_a_shift_goes_to_before_its_first_step(
 
 
 def test_the_numerical_guard_may_go_back_too(ranks, tmp_path):
-    """A damaged model goes back to step 2; a rule that had begun ends with it and is told."""
+    """A damaged model goes back to step 2; a rule that had begun ends with it and is reported."""
     rule = {"name": "force", "metric": "loss", "above": 0.1, "for_steps": 3}
     settings = trainer_settings(
         tmp_path,

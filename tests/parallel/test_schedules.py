@@ -40,7 +40,7 @@ def test_a_branch_decays_as_a_run_that_was_to_end_there(ranks, corpus, tmp_path)
 
 
 @pytest.mark.parametrize("parallel", [{}, {"overlap_grad_reduce": True}], ids=["one", "dp2"])
-def test_a_ramp_goes_on_where_it_was(ranks, corpus, tmp_path, parallel):
+def test_a_ramp_continues_where_it_was(ranks, corpus, tmp_path, parallel):
     world_size = 2 if parallel else 1
 
     def run(name, steps, ranks_of_it=world_size, **sections):

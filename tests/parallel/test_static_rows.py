@@ -100,7 +100,7 @@ def test_two_and_two_steps_are_four(ranks, corpus, tmp_path, factor):
     assert (max(logged(tmp_path / "whole", "static_fill")) > 1.0) == (factor < 1.0)
 
 
-def test_a_run_goes_on_over_a_change_of_the_setting(ranks, corpus, tmp_path):
+def test_a_run_continues_over_a_change_of_the_setting(ranks, corpus, tmp_path):
     losses = {}
     for name, factors in {
         "without": (None, None),

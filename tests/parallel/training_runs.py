@@ -352,7 +352,7 @@ def _relative_to_largest(values, expected):
 
 
 class SyntheticDataset:
-    """Sequences that depend on their index alone; some tokens are masked out of the loss."""
+    """Sequences that depend only on their index; some tokens are masked out of the loss."""
 
     def __init__(self, config, steps):
         self._config = config

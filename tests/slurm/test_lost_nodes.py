@@ -11,7 +11,7 @@ pytestmark = pytest.mark.timeout(2400)
 KILL_WAIT_S = 5
 
 
-# To the batch script alone, as before a time limit, and to every process of the step at once, as
+# To only the batch script, as before a time limit, and to every process of the step at once, as
 # the scheduler preempts. Slurm takes half a minute for each start after one.
 SIGNALS = (("--batch", "--signal=USR1"), ("--signal=TERM",))
 
@@ -47,7 +47,7 @@ def test_lost_node_and_preemptions_leave_the_loss_curve_unbroken(jobs, undisturb
 
 
 @pytest.mark.slow
-def test_job_goes_on_with_the_nodes_that_are_left(jobs):
+def test_job_continues_with_the_nodes_that_are_left(jobs):
     job = jobs.submit(slurm={"min_nodes": 1}, parallel={"expert_model_parallel_size": 1})
     job.wait_for_step(10)
     assert len(job.ranks()) == 2

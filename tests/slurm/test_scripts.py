@@ -136,7 +136,7 @@ def test_ranks_that_srun_starts(jobs, undisturbed):
     assert len(undisturbed) == STEPS
 
 
-def test_interrupted_srun_saves_and_its_last_line_goes_on(jobs):
+def test_interrupted_srun_saves_and_its_last_line_continues(jobs):
     config = jobs.config({"training": {"train_iters": 100000}})
     output = output_folder(jobs) / "srun.out"
     command = ["srun", "--nodes=2", "--ntasks-per-node=1", "moepp", "train", str(config)]

@@ -19,7 +19,7 @@ def uneven(rank, num_tokens, num_ffn, num_experts, topk):
 
 
 def starved(rank, num_tokens, num_ffn, num_experts, topk):
-    """Rank 0 sends to its own experts alone; rank 1 neither sends a token nor gets one."""
+    """Rank 0 sends only to its own experts; rank 1 neither sends a token nor gets one."""
     selected = torch.zeros(num_tokens, num_experts, dtype=torch.bool)
     first = 0 if rank == 0 else num_ffn
     selected[:, first : first + topk] = True
@@ -40,7 +40,7 @@ def dispatch(raw, draw, in_fp8):
 
 
 def _count_stand_in():
-    """The pool that runs this is for these tests alone, so nothing has to be put back."""
+    """The pool that runs this is only for these tests, so nothing has to be put back."""
     from moepp_megatron.model import build, megatron_config
 
     build.have_transformer_engine = lambda: True

@@ -82,7 +82,9 @@ REMAINDERS = {"store_param_remainders": True}
         ("blockwise", True, BF16_MOMENTS),
     ],
 )
-def test_training_goes_on_as_if_it_had_not_stopped(tmp_path, trained, recipe, fp8_param, optimizer):
+def test_training_continues_as_if_it_had_not_stopped(
+    tmp_path, trained, recipe, fp8_param, optimizer
+):
     config = config_of(recipe, precision={"fp8_param": fp8_param}, optimizer=optimizer)
     first, second = trained(config, steps=2), trained(config, steps=0)
     save_and_load(tmp_path, first, second)

@@ -35,7 +35,7 @@ CASES = {
 def test_gradients_are_the_same(ranks, case):
     world, sections, products = CASES[case]
     if case == "moe_act recomputed":
-        # Here: 20 seconds of computing, alone, are not what the ranks have their time for.
+        # Here: it computes for 20 seconds, for which ranks should not wait.
         _compile_extension()
     runs, counts = [], []
     for delays in (False, True):

@@ -1,4 +1,4 @@
-"""Weights in FP8 alone: which they are, where they start, and how a step changes them."""
+"""Weights in FP8 only: which they are, where they start, and how a step changes them."""
 
 import pytest
 import torch

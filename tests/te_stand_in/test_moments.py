@@ -64,7 +64,7 @@ def test_the_stand_in_is_adamw():
 
 
 def test_a_step_moves_weights_by_moments_before_they_are_rounded():
-    """After the first step alone both runs have seen the same moments: all of it is equal."""
+    """After only the first step both runs have seen the same moments: all of it is equal."""
     plain, bf16 = states(trained(1)), states(trained(1, optimizer=BF16_MOMENTS))
     for name, expected in plain.items():
         assert expected.keys() == bf16[name].keys() == NAMES
@@ -126,7 +126,7 @@ def test_a_checkpoint_before_the_first_step_holds_the_weights(tmp_path):
     ("saved", "loaded"),
     [({}, BF16_MOMENTS), (BF16_MOMENTS, REMAINDERS), (REMAINDERS, {})],
 )
-def test_a_run_goes_on_with_the_other_type(tmp_path, saved, loaded):
+def test_a_run_continues_with_the_other_type(tmp_path, saved, loaded):
     first, second = trained(2, optimizer=saved), trained(0, optimizer=loaded)
     save_and_load(tmp_path, first, second)
     found = states(second)

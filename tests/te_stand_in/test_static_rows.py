@@ -39,7 +39,7 @@ def test_a_step_is_that_of_transformer_engine():
 
 
 @pytest.mark.parametrize("kinds", [(2.0, None), (None, 2.0)], ids=str)
-def test_a_run_goes_on_over_a_change(tmp_path, kinds):
+def test_a_run_continues_over_a_change(tmp_path, kinds):
     """With the weights and the optimizer's state of a checkpoint, and as if nothing had changed."""
     first, second = map(built, kinds)
     for _ in range(2):

@@ -353,7 +353,7 @@ def test_scaling_measures_each_point_on_its_nodes(node):
     assert collect[-9:] == [*command, "run.name=$(x)", "--collect"]
 
 
-def test_scaling_goes_on_after_a_failed_point(node):
+def test_scaling_continues_after_a_failed_point(node):
     status, said = scaling(node, CURSED="n8_ep8_b16")
     assert status == 1
     assert "scaling: n8_ep8_b16 failed" in said

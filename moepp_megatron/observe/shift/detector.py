@@ -51,7 +51,7 @@ class _ChartSettings:
     # How far out a step must be by itself for an alarm: what moves in smaller steps is training.
     sudden: float = 0.0
     warmup: int = 80  # steps before one is judged
-    # Steps that spreads are worth after a restart. What the model makes of other data goes on
+    # Steps that spreads are worth after a restart. What the model makes of other data keeps
     # changing: it is judged later than token ids, by spreads of its own.
     kept: int = 20
 
@@ -136,7 +136,7 @@ class Detector:
     def add(self, values: Numbers, unit: Numbers | float = 1.0) -> float:
         """Judge a step, [d], and learn from it; return its `evidence`.
 
-        `unit` is the spread that each number has by chance alone, [d] or one, or 1.
+        `unit` is the spread that each number has by chance, [d] or one, or 1.
         """
         self._steps += 1
         values = np.atleast_1d(values)

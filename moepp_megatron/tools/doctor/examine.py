@@ -1,4 +1,4 @@
-"""The examination of this machine alone, and of all nodes of a launched job together."""
+"""The examination of this machine, or of all nodes of a launched job together."""
 
 from __future__ import annotations
 

@@ -108,7 +108,7 @@ class Work:
         return products + self.core_seconds(machine) + others
 
     def core_seconds(self, machine: Machine) -> float:
-        """Time of the attention's core alone."""
+        """Time of only the attention's core."""
         if not self.core_flop:
             return 0.0
         share = machine.reached.attention_share(self.core_seq, self.is_backward)

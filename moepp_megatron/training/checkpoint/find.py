@@ -63,7 +63,7 @@ def find_checkpoint(
         for _ in range(_TRIES):
             found = list_checkpoints(folder)
             newest, skipped = first_valid(found, reason_against)
-            # A run that goes on may have removed them while they were looked at, for newer ones.
+            # A run that is training may have replaced them by newer ones in the meantime.
             if newest is not None or all(each.is_dir() for each in found):
                 break
         warn_skipped(skipped)

@@ -186,8 +186,8 @@ def parameter_shards(optimizer: Any, model_state: dict[str, Any]) -> Iterator[_P
 
 def copy_into_shard(optimizer: Any, parameter: Tensor, value: Tensor) -> None:
     """Copy a parameter's whole value into its shard, if any, of a distributed optimizer's state."""
-    for other, begin in _own_parameters(optimizer):
-        if other is parameter:
+    for own, begin in _own_parameters(optimizer):
+        if own is parameter:
             tensors, put_back = _own_tensors(optimizer, parameter)
             shard = tensors["param"]
             shard.copy_(value.reshape(-1)[begin : begin + shard.numel()].view_as(shard))

@@ -156,7 +156,7 @@ _ROUTES = {f"moe.{name}" for name in (*EXPORTED, "router_topk", "capacity_factor
 def start_lines(
     checkpoint: Path, record: SavedRecord | None, config: Config, layout: Layout
 ) -> list[str]:
-    """Name the checkpoint and its differences, a line each; `record` is None for weights alone."""
+    """Name the checkpoint and its differences, a line each; `record` is None for weights only."""
     if record is None:
         return [f"started from the weights of {checkpoint}"]
     step = record.progress.step

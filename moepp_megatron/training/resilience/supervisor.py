@@ -110,8 +110,8 @@ def _who(ranks: list[int], sums: list[int]) -> str:
             f"rank {r} {s & (2**64 - 1):016x}" for r, s in zip(ranks, sums, strict=True)
         )
         return f"no two halves agree: {shown}"
-    unlike = ", ".join(str(rank) for rank, s in zip(ranks, sums, strict=True) if s != value)
-    return f"rank {unlike} differs from the other {count} of {len(ranks)} ranks"
+    different = ", ".join(str(rank) for rank, s in zip(ranks, sums, strict=True) if s != value)
+    return f"rank {different} differs from the other {count} of {len(ranks)} ranks"
 
 
 @torch.no_grad()

@@ -216,7 +216,7 @@ def test_nothing_is_cut_in_a_pipe_or_a_narrow_terminal(dry_run, monkeypatch, col
     assert "\u2026" not in out
     # Two matrices [512000, 8192].
     assert re.search(r"^embedding +8,388,608,000$", out, re.MULTILINE)
-    # In a terminal of 40 columns the layers go on in a second line.
+    # In a terminal of 40 columns the layers continue in a second line.
     layers = "E 1" if terminal and columns == "40" else r"E 1 \| 17 \| 33 \| 49 *$"
     assert re.search(rf"^ +0 +[0-9,]{{11,}} +{layers}", out, re.MULTILINE)
 

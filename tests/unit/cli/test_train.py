@@ -166,10 +166,10 @@ def test_a_run_that_does_not_fit_the_gpu_is_refused_before_it_starts(command, ca
     assert command(*large) == 0, "it runs on CPUs"
 
 
-def test_a_configuration_that_goes_on_by_itself_is_let_in(command, capsys):
+def test_a_configuration_that_continues_by_itself_is_let_in(command, capsys):
     command.make_run()
     assert command("checkpoint.load=auto") == 0
-    # Its weights alone, from step 0, would write over its records.
+    # Only its weights, from step 0, would write over its records.
     assert command("checkpoint.load=auto", "checkpoint.load_optimizer=false") == 2
     assert command("checkpoint.load=auto", "--overwrite") == 0
     assert "moved the run" in capsys.readouterr().out
@@ -265,7 +265,7 @@ def test_resume_is_passed_on(command):
 
 
 @pytest.mark.parametrize("began", [True, False], ids=["trained", "never trained"])
-def test_a_requeued_job_goes_on_with_what_it_began_with(command, began, capsys):
+def test_a_requeued_job_continues_with_what_it_began_with(command, began, capsys):
     command.make_run()
     job = {"job": "17", "is_configured": began}
     RunStatus.own().model_copy(update=job).write(command.run_dir)

@@ -73,7 +73,7 @@ def test_yaml_that_stands_for_too_much_is_refused(text, tmp_path):
 
 
 def test_too_many_values_are_refused_before_all_are_read():
-    # What is wrong at the end would be told otherwise.
+    # What is wrong at the end would be reported otherwise.
     with config_error("more than 20000 values"):
         parse_yaml("[" + "1, " * 30_000 + "}", "file")
 

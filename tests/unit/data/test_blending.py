@@ -62,7 +62,7 @@ def test_shares_are_the_weights(folders, tmp_path):
         assert Counter(name for name, _ in places(train)[start : start + 8])["code"] == 2
 
 
-def test_a_stage_goes_on_where_the_folder_was_left(folders, tmp_path):
+def test_a_stage_continues_where_the_folder_was_left(folders, tmp_path):
     stages = [blend(folders, a=3, b=1), blend(folders, 16, b=1), blend(folders, 24, a=1, cd=1)]
     train, _, _ = open_blends(folders, tmp_path, *stages)
     found = places(train)

@@ -1,4 +1,4 @@
-"""Megatron's own pairs of files, made elsewhere: what of them can be used, and what is told."""
+"""Megatron's own pairs of files, made elsewhere: what of them can be used, and what is reported."""
 
 import shutil
 from pathlib import Path

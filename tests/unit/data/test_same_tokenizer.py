@@ -104,7 +104,7 @@ def test_what_is_no_tokenizer_is_refused(folder, tmp_path, content):
         _check(folder, file)
 
 
-def test_a_model_goes_on_with_its_tokens(folder, other, tmp_path):
+def test_a_model_continues_with_its_tokens(folder, other, tmp_path):
     trained = tmp_path / "step_00000005/tokenizer.json"
     trained.parent.mkdir()
     # Without one nothing is known; so too with a file that an older version copied unread.

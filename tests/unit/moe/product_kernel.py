@@ -1,4 +1,4 @@
-"""A kernel around `combine_triton._product` alone; imported where Triton is interpreted."""
+"""A kernel around only `combine_triton._product`; imported where Triton is interpreted."""
 
 import triton
 import triton.language as tl

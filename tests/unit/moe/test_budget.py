@@ -242,7 +242,7 @@ def test_a_step_without_tokens_changes_nothing():
 
 
 @pytest.mark.parametrize(("name", "measures"), [("bias", False), ("tau", False), ("bias", True)])
-def test_restored_controller_goes_on_as_if_nothing_had_happened(name, measures):
+def test_restored_controller_continues_as_if_nothing_had_happened(name, measures):
     budget, plant = Budget(share=0.4, controller=name, gain=1.0), Plant(CONFIG, 500, 1.0)
     seen = [plant.step() for _ in range(8)]
 

@@ -142,7 +142,7 @@ def test_ends_of_documents_count_through_the_sequences():
 
 @pytest.mark.parametrize("last", [1, 3])
 def test_tokens_behind_kept_keys_see_all_before_them(last):
-    """As while text is generated: the last tokens alone are queries."""
+    """As while text is generated: only the last tokens are queries."""
     module = attention(CausalAttention, 2, torch.float32)
     query, key, value = leaves(9, 2, torch.float32)
     whole = module(query, key, value, None)

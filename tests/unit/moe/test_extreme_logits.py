@@ -127,7 +127,7 @@ def test_all_picks_zero_experts(function, place):
 
 @pytest.mark.parametrize("place", ["layer", "reference", "exported"])
 def test_standardized_logits_that_are_equal(place):
-    """A token of zeros, as padding is, and one whose logits differ by rounding alone."""
+    """A token of zeros, as padding is, and one whose logits differ only by rounding."""
     std = 1.5
     logits = torch.randn(4, 8)
     logits[1], logits[2] = 0.0, 3.0

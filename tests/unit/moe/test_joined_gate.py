@@ -34,7 +34,7 @@ class Passes(TorchDispatchMode):
 
 
 def passes(layer, moepp):
-    """Of router and zero-computation experts alone, forward and backward."""
+    """Of only router and zero-computation experts, forward and backward."""
     hidden = torch.randn(TOKENS, BATCH, HIDDEN, dtype=torch.bfloat16, requires_grad=True)
     previous = torch.randn(TOKENS, BATCH, moepp.num_experts)
     with Passes() as forward:
@@ -107,7 +107,7 @@ def test_transformer_engine_multiplies_what_it_can(monkeypatch, moe, jitter):
 
 
 def test_products_in_fp64_stay_apart():
-    """fp64 is for the gate alone, and both are what they are with one product in fp32."""
+    """fp64 is only for the gate, and both are what they are with one product in fp32."""
     moepp = MoEPPConfig(4)
     joined, apart = build_layer(moepp), build_layer(moepp, moe_router_dtype="fp64")
     apart.load_state_dict(joined.state_dict())

@@ -36,7 +36,7 @@ def course(rule, values):
         ([0.2, 0.2, 0.2], [(3, True)]),
         # In a row.
         ([0.2, 0.2, 0.3, 0.2, 0.2], []),
-        # Between the limit and `clear` it goes on; its end takes as many steps.
+        # Between the limit and `clear` it continues; its end takes as many steps.
         ([0.2] * 3 + [0.4] * 5 + [0.6] * 3, [(3, True), (11, False)]),
         ([0.2] * 3 + [0.6, 0.6, 0.4, 0.6, 0.6], [(3, True)]),
         # What was not measured is no news; nothing begins by it.

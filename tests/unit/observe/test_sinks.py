@@ -188,7 +188,7 @@ def test_a_failing_required_sink_stops_the_run_and_the_others_are_closed():
 
 
 def test_every_record_gets_a_plain_line_in_a_log():
-    """`training.log_interval` alone decides which steps have a record."""
+    """Only `training.log_interval` decides which steps have a record."""
     out = io.StringIO()
     sink = ConsoleSink(100, phi=0.6, console=Console(file=out, width=40))
     for step in (5, 10, 13, 15, 20):
@@ -290,7 +290,7 @@ def test_tensorboard_hides_what_a_rollback_undoes(tmp_path):
     assert scalars(tmp_path, "loss/train") == [(1, 5.25), (2, 7.0)]
 
 
-def test_tensorboard_goes_on_with_room(small_disk, caplog, capsys):
+def test_tensorboard_continues_with_room(small_disk, caplog, capsys):
     # Every record is longer than the buffer of the file, so that it is written at once.
     long = {f"key_{number}": number for number in range(500)}
     sink = TensorBoardSink(small_disk / "tensorboard", EXPERTS)

@@ -155,7 +155,7 @@ def test_a_counter_that_starts_anew_gives_no_energy():
     assert sampler.take().metrics(0)["energy_j"] == 2.0
 
 
-def test_a_source_that_fails_is_given_up_and_the_run_goes_on(caplog):
+def test_a_source_that_fails_is_given_up_and_the_run_continues(caplog):
     source = Script()
     sampler = Sampler(source, 1.0, Clock())
     sampler.look()

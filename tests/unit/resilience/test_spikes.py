@@ -1,4 +1,4 @@
-"""Jumps of the loss, and what is told of batches that are refused now and then."""
+"""Jumps of the loss, and what is reported of batches that are refused now and then."""
 
 import json
 import math

@@ -347,7 +347,7 @@ ELSEWHERE = {"192.0.2.1": "10.0.0.7"}
         ("localhost", "127.0.0.1", ELSEWHERE, "127.0.0.1"),
         ("127.0.0.1", "127.0.0.1", ELSEWHERE, "127.0.0.1"),
         ("::1", "::1", ELSEWHERE, "::1"),
-        # IPv6 alone, and no other machine.
+        # Only IPv6, and no other machine.
         ("node1", "::1", {"2001:db8::1": "fd00::7"}, "fd00::7"),
         ("node1", "127.0.1.1", {}, "127.0.1.1"),
     ],

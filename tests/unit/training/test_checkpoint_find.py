@@ -65,7 +65,7 @@ def test_damage_names_the_file(write, tmp_path, name, content, why):
     reason = str(damage(checkpoint))
     assert why in reason
     assert "\n" not in reason
-    # What looks for a checkpoint goes on with the one before.
+    # What looks for a checkpoint takes the one before.
     older = write(tmp_path, 4)
     assert find_checkpoint(tmp_path) == older
 

@@ -154,7 +154,7 @@ def test_a_start_from_which_no_run_came_leaves_nothing(of, place, tmp_path, runs
     with RunFolder(of("a")).claim(NEW):
         assert (place / "owner").exists()
     assert list(tmp_path.iterdir()) == []
-    # What was there stays: a file of somebody else, the mark of a run that goes on.
+    # What was there stays: a file of somebody else, the mark of a running training.
     place.mkdir(parents=True)
     (place / "notes.txt").write_text("mine")
     with RunFolder(of("a")).claim(NEW):

@@ -12,7 +12,7 @@ OPTIMIZER = {"lr": 1.0e-3, "min_lr": 1.0e-4, "decay_style": "linear", "warmup_it
 
 
 def resumed(folder, ranks=1, saved=None, **changes):
-    """Lines of a run that goes on with some changes after 6 of 10 steps on one rank."""
+    """Lines of a run that is resumed with some changes after 6 of 10 steps on one rank."""
     sections = {"training": TRAINING, "optimizer": OPTIMIZER}
     before = config_of(**sections, **saved or {})
     (folder / "config.yaml").write_text(before.to_yaml())
@@ -21,7 +21,7 @@ def resumed(folder, ranks=1, saved=None, **changes):
     return start_lines(folder, record, now, Layout.from_config(now, ranks))
 
 
-def test_the_same_run_says_only_where_it_goes_on(tmp_path):
+def test_the_same_run_says_only_where_it_continues(tmp_path):
     assert resumed(tmp_path, run={"dir": "elsewhere"}) == [f"resumed from step 6 of {tmp_path}"]
 
 

@@ -52,7 +52,7 @@ def draw(monkeypatch, request):
     return lambda: [stream() for stream in streams]
 
 
-def test_every_stream_goes_on_from_the_state_taken(draw):
+def test_every_stream_continues_from_the_state_taken(draw):
     state = rng.get_rng_state()
     first, second = draw(), draw()
     assert all(a != b for a, b in zip(first, second, strict=True))

@@ -142,7 +142,7 @@ def test_a_folder_with_another_use_is_refused(run, write, held, start):
         enter(run, start)
     make_run(run, write)
     before = files(run)
-    # One that is there already goes on.
+    # One that is there already is resumed.
     if start.resume:
         enter(run, start)
     else:

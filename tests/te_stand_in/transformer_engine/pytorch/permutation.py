@@ -36,7 +36,7 @@ def moe_unpermute(
 
 
 class _Unpermute(torch.autograd.Function):
-    """Keeps the map alone, as Transformer Engine does; torch's `index_add` keeps the rows too."""
+    """Keeps only the map, as Transformer Engine does; torch's `index_add` keeps the rows too."""
 
     @staticmethod
     def forward(ctx, inp, row_id_map, restore_shape):

@@ -1,4 +1,4 @@
-"""A slow rank is told from uneven experts."""
+"""A slow rank is told apart from uneven experts."""
 
 from pathlib import Path
 

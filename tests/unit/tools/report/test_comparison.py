@@ -168,7 +168,7 @@ def test_the_command(runs, tmp_path, monkeypatch):
     result = CliRunner().invoke(app, words)
     assert (result.exit_code, result.stdout) == (0, "comparison.html\n")
     first = (tmp_path / "comparison.html").read_bytes()
-    # A run goes on: a further record, and a line that is half written.
+    # A run continues: a further record, and a line that is half written.
     with (runs[1] / "metrics.jsonl").open("a") as file:
         record = synthetic_records(synthetic_config(), 31)[-1]
         file.write(json.dumps(record) + '\n{"step": 32, "tok')

@@ -53,7 +53,7 @@ def test_records_are_read_as_they_come(make_run):
     assert live.damaged_lines == 1
 
 
-def test_a_resumed_run_goes_on_from_its_checkpoint(make_run):
+def test_a_resumed_run_continues_from_its_checkpoint(make_run):
     run = make_run(steps=6)
     live = polled(run)
     records = records_of(run)

@@ -64,7 +64,7 @@ class TransformerEngineBaseModule(torch.nn.Module):
     def register_weight(self, name, parameter):
         self.register_parameter(name, parameter)
         # As `reset_parameters` of every linear layer: megatron-core's gradient norm counts what is
-        # not marked on one tensor-parallel rank alone.
+        # not marked on only one tensor-parallel rank.
         parameter.tensor_model_parallel = True
         parameter.partition_dim = 1 if self.parallel_mode == "row" else 0
         parameter.partition_stride = 1

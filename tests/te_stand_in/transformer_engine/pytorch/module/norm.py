@@ -16,7 +16,7 @@ class RMSNorm(torch.nn.Module):
         params_dtype=None,
         zero_centered_gamma=False,
         hidden_size=None,
-        # device, dtype and sm_margin, by keyword alone.
+        # device, dtype and sm_margin, by keyword only.
         **kwargs,
     ):
         super().__init__()
@@ -36,4 +36,4 @@ class RMSNorm(torch.nn.Module):
 
 class LayerNorm(RMSNorm):
     def forward(self, input):
-        raise NotImplementedError("the stand-in knows RMSNorm alone")
+        raise NotImplementedError("the stand-in knows only RMSNorm")
